@@ -1,0 +1,177 @@
+"""Where: what all basis rules share, and the rule that replays given bases."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
+from lowrank_optax.layout import path_of
+from lowrank_optax.linalg import replicated, transpose
+
+
+class BasisState(NamedTuple):
+    """State of a basis rule.
+
+    Attributes:
+      rng_key: a typed key, split at a refresh and at no other time; None for a rule
+        that draws nothing.
+      basis: S, (*batch, m, r) at every matrix leaf, `optax.MaskedNode` at others.
+    """
+
+    rng_key: jax.Array | None
+    basis: Any
+
+
+Choose = Callable[[Frame, jax.Array | None, Clock], jax.Array]
+
+
+def canonical_key(key: jax.Array | int) -> jax.Array:
+    """A typed key from a seed or a typed key; ValueError for a raw uint32 key."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if jnp.ndim(key) or not jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        raise ValueError(
+            f"key must be an int or a typed key from jax.random.key, not {key!r}"
+        )
+    return jax.random.key(key)
+
+
+def clock_of(clock: Clock | None) -> Clock:
+    if clock is None:
+        raise ValueError("this stage works inside low_rank(), which tells it the time")
+    return clock
+
+
+def basis_rule(
+    choose: Choose, key: jax.Array | int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """A basis rule from a function that chooses S_t at a refresh.
+
+    Sets `basis` and `turn` = S_t^T S_{t-1} of each Frame. The basis before the first
+    refresh is the first r coordinates.
+
+    Args:
+      choose: from a Frame (with the gradient G_t and the basis S_{t-1}), keys of shape
+        `frame.batch` (None without `key`) and the `Clock` to S_t (*batch, m, r),
+        orthonormal also for a zero or a rank-deficient gradient.
+      key: a seed or a typed key.
+    """
+
+    def init(frames: Any) -> BasisState:
+        def first(frame: Frame) -> jax.Array:
+            eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
+            return jnp.broadcast_to(eye, frame.basis_shape)
+
+        return BasisState(
+            rng_key=None if key is None else canonical_key(key),
+            basis=map_frames(first, frames, plain=lambda _: optax.MaskedNode()),
+        )
+
+    def update(
+        frames: Any,
+        state: BasisState,
+        params: Any = None,
+        *,
+        clock: Clock | None = None,
+        **_: Any,
+    ) -> tuple[Any, BasisState]:
+        now = clock_of(clock)
+
+        def refresh(key: jax.Array | None, old: Any) -> tuple[Any, Any, Any]:
+            # The same bits on every sharding: factorise whole matrices.
+            seen = map_frames(
+                lambda f, s: f.replace(
+                    gradient=replicated(f.gradient), basis=replicated(s)
+                ),
+                frames,
+                old,
+            )
+            sub = None
+            if key is not None:
+                key, sub = jax.random.split(key)
+            new = map_frames(
+                lambda f: choose(f, None if sub is None else f.keys(sub), now),
+                seen,
+                plain=lambda _: optax.MaskedNode(),
+            )
+            turn = map_frames(
+                lambda f, s, s_old: jnp.matmul(
+                    transpose(s), s_old, precision="highest"
+                ),
+                frames,
+                new,
+                old,
+                plain=lambda *_: optax.MaskedNode(),
+            )
+            return key, new, turn
+
+        def keep(key: jax.Array | None, old: Any) -> tuple[Any, Any, Any]:
+            def still(frame: Frame) -> jax.Array:
+                eye = jnp.eye(frame.rank, dtype=frame.gradient.dtype)
+                return jnp.broadcast_to(eye, (*frame.batch, frame.rank, frame.rank))
+
+            turn = map_frames(still, frames, plain=lambda _: optax.MaskedNode())
+            return key, old, turn
+
+        if not frames_of(frames):
+            return frames, state
+        rng_key, basis, turn = jax.lax.cond(
+            now.refresh, refresh, keep, state.rng_key, state.basis
+        )
+        frames = map_frames(
+            lambda f, s, c: f.replace(basis=s, turn=c), frames, basis, turn
+        )
+        return frames, BasisState(rng_key, basis)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def replay(bases: Any) -> optax.GradientTransformationExtraArgs:
+    """Given bases: the k-th refresh takes the k-th.
+
+    To compare two optimizers on one trajectory of subspaces, singular vectors being
+    defined up to sign.
+
+    Args:
+      bases: a tree like the parameters with (K, *batch, m, r) at each matrix leaf, in
+        the orientation of the Frame (m <= n) and orthonormal. After K refreshes the
+        last one stays. Other leaves are not looked at.
+
+    Raises:
+      ValueError: for a matrix that has no bases, or bases of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
+      ...     lro.in_subspace(optax.identity()), lro.project_back())
+      >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
+      >>> g = {"w": jnp.ones((4, 6))}
+      >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
+      [1.0, 1.0, 0.0, 0.0]
+    """
+    by_path = {path_of(k): s for k, s in jax.tree_util.tree_leaves_with_path(bases)}
+
+    def given(frame: Frame) -> jax.Array:
+        if frame.path not in by_path:
+            raise ValueError(f"{frame.path}: replay() has no bases for this matrix")
+        s = jnp.asarray(by_path[frame.path], frame.gradient.dtype)
+        if s.shape[1:] != frame.basis_shape or not s.shape[0]:
+            raise ValueError(
+                f"{frame.path}: replay() was given bases of shape {s.shape}; "
+                f"needed is (K, {', '.join(map(str, frame.basis_shape))})"
+            )
+        return s
+
+    rule = basis_rule(
+        lambda frame, _, clock: jnp.take(given(frame), clock.cycle, 0, mode="clip")
+    )
+
+    def init(frames: Any) -> BasisState:
+        for frame in frames_of(frames):
+            given(frame)
+        return rule.init(frames)
+
+    return optax.GradientTransformationExtraArgs(init, rule.update)

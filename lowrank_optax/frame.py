@@ -1,0 +1,146 @@
+"""The Frame: one matrix's gradient on its way through where, in, step and back."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Clock(NamedTuple):
+    """What `low_rank` tells its stages about time, as the extra argument `clock`.
+
+    Attributes:
+      step: () int32, accepted optimizer steps before this one.
+      refresh: () bool, whether this step is due for a new basis. One unbatched
+        predicate for all matrices, so that `lax.cond` runs one branch only.
+      cycle: () int32, how many refreshes were due before this one.
+    """
+
+    step: jax.Array
+    refresh: jax.Array
+    cycle: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Stands where a matrix leaf stood, in the papers' orientation m <= n.
+
+    Each stage reads the fields of the stages before it and fills in its own:
+    a basis rule `basis` and `turn`, `project` `low`, `in_subspace` or
+    `rotate_moments` `low_step`, `project_back` or `recover_residual` `step`.
+    All arrays share the leading batch axes (the layers of a stacked kernel).
+
+    Attributes:
+      gradient: (*batch, m, n), G.
+      basis: (*batch, m, r), S with orthonormal columns; S_{t-1} until a basis rule
+        has set S_t.
+      turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
+      low: (*batch, r, n), G~ = S^T G.
+      low_step: (*batch, r, n), the optimizer's output G~^O.
+      step: (*batch, m, n), the update in full space.
+      rank: r < m.
+      path: the leaf's path in the tree, "layers/mlp/up/kernel".
+      precision: of the products with S, as `jax.lax.dot_general` takes it.
+    """
+
+    gradient: jax.Array
+    basis: jax.Array | None = None
+    turn: jax.Array | None = None
+    low: jax.Array | None = None
+    low_step: jax.Array | None = None
+    step: jax.Array | None = None
+    rank: int = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+    precision: jax.lax.PrecisionLike = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.gradient.shape[:-2]
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.gradient.shape[-2], self.rank)
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.rank, self.gradient.shape[-1])
+
+    def replace(self, **changes: Any) -> "Frame":
+        return dataclasses.replace(self, **changes)
+
+    def need(self, field: str, stage: str) -> jax.Array:
+        """The field's value, or a ValueError that says which stage is missing."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"{self.path}: the Frame has no `{field}` yet; "
+                f"put {stage} before this stage in the chain inside low_rank()"
+            )
+        return value
+
+    def down(self, x: jax.Array) -> jax.Array:
+        """S^T x: (*batch, m, k) to (*batch, r, k)."""
+        basis = self.need("basis", "a basis rule such as dominant_svd()")
+        return jnp.einsum(
+            "...mr,...mk->...rk", basis, x, precision=self.precision
+        ).astype(x.dtype)
+
+    def up(self, y: jax.Array) -> jax.Array:
+        """S y: (*batch, r, k) to (*batch, m, k)."""
+        basis = self.need("basis", "a basis rule such as dominant_svd()")
+        return jnp.einsum(
+            "...mr,...rk->...mk", basis, y, precision=self.precision
+        ).astype(y.dtype)
+
+    def keys(self, key: jax.Array) -> jax.Array:
+        """One key per matrix of the batch, shape `batch`.
+
+        Derived from the leaf's path, so that they depend neither on the other
+        leaves of the tree nor on the host or the sharding.
+        """
+        key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+        if not self.batch:
+            return key
+        return jax.random.split(key, math.prod(self.batch)).reshape(self.batch)
+
+
+def is_frame(x: Any) -> bool:
+    return isinstance(x, Frame)
+
+
+def map_frames(
+    f: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    plain: Callable[..., Any] = lambda leaf, *_: leaf,
+) -> Any:
+    """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves."""
+    return jax.tree.map(
+        lambda x, *xs: f(x, *xs) if is_frame(x) else plain(x, *xs),
+        tree,
+        *rest,
+        is_leaf=is_frame,
+    )
+
+
+def frames_of(tree: Any) -> list[Frame]:
+    """The Frames of a tree, in its order."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_frame) if is_frame(x)]
+
+
+def update_frames(f: Callable[..., Any], tree: Any, state: Any) -> tuple[Any, Any]:
+    """`f(frame, its state) -> (frame, state)` on every Frame; two trees come back."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_frame)
+    states = structure.flatten_up_to(state)
+    pairs = [
+        f(x, s) if is_frame(x) else (x, s) for x, s in zip(leaves, states, strict=True)
+    ]
+    return (
+        structure.unflatten([x for x, _ in pairs]),
+        structure.unflatten([s for _, s in pairs]),
+    )

@@ -1,0 +1,80 @@
+"""GaLore, and with `basis=sara_sample(key)` GaLore-SARA."""
+
+import jax
+import optax
+
+from lowrank_optax.assemble import Mask, adam, optimizer
+from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.moments import in_subspace
+from lowrank_optax.project import project, project_back
+from lowrank_optax.residual import Variant
+from lowrank_optax.singular import dominant_svd
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    basis: optax.GradientTransformation | None = None,
+    scale: jax.typing.ArrayLike = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+    variant: Variant = "paper",
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam on the gradient's projection, its step projected back.
+
+    G~ = S^T G;  W <- W - lr scale S M^ / (sqrt(V^) + eps)   for attention and MLP
+    matrices, AdamW for everything else (Zhao et al. 2024, "GaLore"; SARA paper, section
+    2). State of a matrix: mr + 2nr numbers. The moments are not rotated at a refresh.
+
+    When to choose it: the least work per step, with `basis=sara_sample(key)` so that
+    the subspace does not freeze. When not: at a small rank relative to m, where
+    `fira` and `grass_jump`, which also use the residual, reach a lower loss.
+
+    Deviations: singular vectors' signs are fixed (`linalg.fix_signs`); the paper and
+    the released package leave them to the SVD routine. `variant="published"` is
+    galore-torch 1.0 step for step: bias correction on the step size, eps 1e-6, weight
+    decay last, on the stepped weights, and never scaled.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r: an int, a fraction of the smaller side, or rules by path (`low_rank`).
+      refresh_every: T, steps between two bases.
+      basis: the basis rule; `dominant_svd()` by default.
+      scale: alpha, on the matrices' step alone.
+      b1: decay rate of M.
+      b2: decay rate of V.
+      eps: added to sqrt(V); 1e-8, or 1e-6 for the published variant.
+      weight_decay: decoupled, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
+      dimension_numbers: which leaves are low-rank matrices (`low_rank`).
+      precision: of the products with S (`low_rank`).
+      variant: "paper" or "published".
+
+    Raises:
+      ValueError: as `low_rank` does, and for an unknown variant.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.galore(0.01, rank=4, refresh_every=200, basis=lro.sara_sample(key=0))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    step = in_subspace(adam(b1, b2, eps, variant))
+    return optimizer(
+        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+        published_decays=(b1, b2) if variant == "published" else None,
+    )

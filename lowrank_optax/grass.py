@@ -1,0 +1,142 @@
+"""GrassWalk and GrassJump."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax.assemble import Mask, optimizer
+from lowrank_optax.grassmann import grassmann_jump, grassmann_walk
+from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.moments import rotate_moments
+from lowrank_optax.project import project
+from lowrank_optax.residual import recover_residual
+
+
+def grass_walk(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    key: jax.Array | int | None = None,
+    step_size: jax.typing.ArrayLike = 0.3,
+    basis: optax.GradientTransformation | None = None,
+    scale: jax.typing.ArrayLike = 1.0,
+    limit: jax.typing.ArrayLike = 1.01,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GrassWalk: a random walk of S, moments rotated, residual recovered.
+
+    At a refresh S moves along a random geodesic (eq. 4) and Adam's moments turn with
+    it (eqs. 7, 8); every step gives the residual back, rescaled (eqs. 9 to 11;
+    GrassWalk paper, Algorithm 1). State of a matrix: mr + 2nr + 1 numbers.
+
+    When to choose it: the basis moves smoothly and needs no gradient, so a refresh is
+    cheap. When not: where the gradient's own subspace is worth following;
+    then `basis=sara_sample(key)` here.
+
+    Args:
+      key: a seed or a typed key for the walk; required unless `basis` is given.
+      step_size: eta, the largest angle between two bases, in radians. The paper gives
+        no value; 0.3 is ours.
+      basis: another basis rule in place of the walk.
+      scale: on the part inside the subspace; 1 in the paper.
+      limit: zeta; the paper gives no value, 1.01 is Fira's.
+      learning_rate, rank, refresh_every, b1, b2, eps, weight_decay, mask,
+        dimension_numbers, precision: as in `galore`.
+
+    Raises:
+      ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.grass_walk(0.002, rank=4, refresh_every=100, key=0)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    rule = _one_of(key, basis, lambda key: grassmann_walk(key, step_size))
+    step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
+    back = recover_residual(limit, scale=scale)
+    return optimizer(
+        optax.chain(rule, project(), step, back),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def grass_jump(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    key: jax.Array | int | None = None,
+    basis: optax.GradientTransformation | None = None,
+    scale: jax.typing.ArrayLike = 1.0,
+    limit: jax.typing.ArrayLike = 1.01,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GrassJump: a random S at each refresh, moments rotated, residual recovered.
+
+    As `grass_walk`, with a uniformly random orthonormal S every T steps (GrassWalk
+    paper, section 4, Algorithm 1). State of a matrix: mr + 2nr + 1 numbers.
+
+    When to choose it: the cheapest refresh, and the subspace explores fastest. When
+    not: without the residual (a random subspace alone misses most of the gradient).
+
+    Args:
+      key: a seed or a typed key for the jumps; required unless `basis` is given.
+      basis: another basis rule in place of the jump.
+      learning_rate, rank, refresh_every, scale, limit, b1, b2, eps, weight_decay, mask,
+        dimension_numbers, precision: as in `grass_walk`.
+
+    Raises:
+      ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.grass_jump(0.002, rank=4, refresh_every=100, key=0)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
+    back = recover_residual(limit, scale=scale)
+    return optimizer(
+        optax.chain(_one_of(key, basis, grassmann_jump), project(), step, back),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def _one_of(
+    key: Any,
+    basis: optax.GradientTransformation | None,
+    rule: Callable[[Any], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    if (key is None) == (basis is None):
+        raise ValueError(
+            "give either key, a seed for the random bases, or basis, another basis rule"
+        )
+    return rule(key) if basis is None else basis

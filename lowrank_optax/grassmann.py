@@ -1,0 +1,146 @@
+"""Where: random walks and jumps on the Grassmannian (GrassWalk, GrassJump)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+from lowrank_optax.basis import basis_rule
+from lowrank_optax.frame import Clock, Frame
+from lowrank_optax.linalg import Decomposition
+
+
+def geodesic(s: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike) -> jax.Array:
+    """The point at angle `step_size` from span(S) on the geodesic towards X.
+
+    Eq. 4 of the GrassWalk paper (section 4), with X^ = (I - S S^T) X scaled to unit
+    spectral norm and X^ = U Sigma V^T in full, so that S (I - V V^T) vanishes:
+
+        S(eta) = S V cos(Sigma eta) V^T + U sin(Sigma eta) V^T
+
+    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma, which needs no U and no division
+    at Sigma = 0: only the r x r matrix X^^T X^ is factorised, not X. One
+    Newton-Schulz step takes rounding off, so that it does not add up over a walk.
+
+    Args:
+      s: (*batch, m, r), orthonormal, r < m.
+      x: (*batch, m, r), any direction; it is made tangent here.
+      step_size: eta, the largest principal angle between the two subspaces, in radians.
+
+    Returns:
+      (*batch, m, r), orthonormal.
+    """
+
+    def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    x = x - matmul(s, matmul(linalg.transpose(s), x))
+    squares, v = linalg.eigh(linalg.gram(x))
+    sigma = jnp.sqrt(jnp.maximum(squares, 0))
+    largest = jnp.max(sigma, axis=-1, keepdims=True)
+    largest = jnp.where(largest > 0, largest, 1)
+    angle = step_size * sigma / largest
+
+    def function_of_gram(values: jax.Array) -> jax.Array:
+        return matmul(v * values[..., None, :], linalg.transpose(v))
+
+    along = matmul(s, function_of_gram(jnp.cos(angle)))
+    across = function_of_gram(step_size * jnp.sinc(angle / jnp.pi) / largest)
+    return linalg.polish(along + matmul(x, across))
+
+
+def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
+    if keys is None:
+        raise ValueError("a walk or a jump is random: give a key")
+    flat = keys.reshape(math.prod(frame.batch))
+    shape, dtype = frame.basis_shape[-2:], frame.gradient.dtype
+    x = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(flat)
+    return linalg.replicated(x.reshape(frame.basis_shape))
+
+
+def grassmann_walk(
+    key: jax.Array | int,
+    step_size: jax.typing.ArrayLike = 0.3,
+    *,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A step of fixed length in a random direction from the last basis (GrassWalk).
+
+    S_0 = U[:, :r] of G_0; then at each refresh a Gaussian X (m, r) and the geodesic
+    of eq. 4 (GrassWalk paper, section 4, Algorithm 1; see `geodesic`).
+
+    Deviations, where the paper is silent or would lose orthonormality: X is made
+    tangent, X <- (I - S S^T) X, without which eq. 4 does not keep S orthonormal; its
+    spectral norm is scaled to one, so that `step_size` is an angle whatever m and r;
+    its decomposition is exact (an r x r eigenproblem) instead of a randomized SVD.
+    Every direction turns a little, the fastest by `step_size`.
+
+    Args:
+      key: a seed or a typed key.
+      step_size: eta in radians, the largest principal angle between two bases; 0
+        stands still, pi / 2 turns the fastest direction out of the subspace.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, step_size=0.3),
+      ...     lro.project(), lro.rotate_moments(optax.scale_by_adam()),
+      ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    _check_start(decomposition)
+
+    def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
+        return jax.lax.cond(
+            clock.step == 0,
+            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
+            lambda: geodesic(
+                frame.need("basis", "low_rank"), _gaussian(frame, keys), step_size
+            ),
+        )
+
+    return basis_rule(choose, key)
+
+
+def grassmann_jump(
+    key: jax.Array | int, *, decomposition: Decomposition | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """A random orthonormal basis at each refresh (GrassJump).
+
+    S_0 = U[:, :r] of G_0; then S_t = Q of a Gaussian X = Q R (m, r), uniform on the
+    Grassmannian (GrassWalk paper, section 4, Algorithm 1).
+
+    Algorithm 1 makes S_0 from G_0 and then tests `step mod T = 0`, which holds at step
+    0 too; read here as: the first jump is at step T.
+
+    Args:
+      key: a seed or a typed key.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_jump(key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
+      ...     rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    _check_start(decomposition)
+
+    def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
+        return jax.lax.cond(
+            clock.step == 0,
+            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
+            lambda: linalg.orthonormalize(_gaussian(frame, keys)),
+        )
+
+    return basis_rule(choose, key)
+
+
+def _check_start(decomposition: Decomposition | None) -> None:
+    if decomposition not in (None, "svd", "gram"):
+        raise ValueError(
+            f'decomposition={decomposition!r} of the first gradient: choose "svd", '
+            '"gram" or None'
+        )

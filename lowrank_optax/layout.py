@@ -1,0 +1,188 @@
+"""Which leaves are matrices, and how each is seen as (batch..., m, n), m <= n."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+Spec = MuonDimensionNumbers | Literal["matrix"] | None
+Rules = Sequence[tuple[str, Any]]
+DimensionNumbers = None | MuonDimensionNumbers | Rules | Callable[[Any], Any] | Any
+Rank = int | float | Rules
+
+STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+"""The last two axes are the matrix; any axes before them are layers."""
+
+TRANSFORMER_MATRICES: Rules = (
+    (r"(?i)bias|scale|norm|(^|/)ln_", None),
+    (r"(?i)embed|(^|/)w[tp]e(/|$)|(^|/)(lm_)?head(/|$)|logits", None),
+    (r"(?i)attn|attention|mlp|ffn|feed_?forward", "matrix"),
+)
+"""Low rank for the two-dimensional kernels of attention and MLP; full rank for
+embeddings, output head, norms and biases; anything else is an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one leaf becomes a batch of matrices, and back.
+
+    Attributes:
+      axes: the leaf's axes in the order batch, m's, n's.
+      shape: the leaf's shape in that order.
+      batch: the shape of the batch axes.
+      m: the smaller side.
+      n: the larger side.
+    """
+
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    m: int
+    n: int
+
+    def to_matrix(self, x: jax.Array) -> jax.Array:
+        return x.transpose(self.axes).reshape(*self.batch, self.m, self.n)
+
+    def from_matrix(self, y: jax.Array) -> jax.Array:
+        inverse = tuple(int(i) for i in np.argsort(self.axes))
+        return y.reshape(self.shape).transpose(inverse)
+
+
+def layout_of(path: str, shape: tuple[int, ...], spec: MuonDimensionNumbers) -> Layout:
+    """The layout of a leaf; ValueError when the spec does not fit its shape."""
+
+    def normal(axes: Sequence[int] | int) -> tuple[int, ...]:
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        bad = [a for a in axes if not -len(shape) <= a < len(shape)]
+        if bad or not axes:
+            raise ValueError(f"{path}: {spec} does not fit its shape {shape}")
+        return tuple(a % len(shape) for a in axes)
+
+    rows, cols = normal(spec.reduction_axis), normal(spec.output_axis)
+    if len({*rows, *cols}) != len(rows) + len(cols):
+        raise ValueError(f"{path}: {spec} names an axis of {shape} twice")
+    size = {axes: math.prod(shape[a] for a in axes) for axes in (rows, cols)}
+    # A square matrix keeps its input (reduction) side, which is also the side that
+    # galore-torch projects for nn.Linear: its weight is (out, in), projected right.
+    short, long = (rows, cols) if size[rows] <= size[cols] else (cols, rows)
+    batch = tuple(a for a in range(len(shape)) if a not in (*rows, *cols))
+    axes = (*batch, *short, *long)
+    return Layout(
+        axes=axes,
+        shape=tuple(shape[a] for a in axes),
+        batch=tuple(shape[a] for a in batch),
+        m=size[short],
+        n=size[long],
+    )
+
+
+def path_of(keys: Any) -> str:
+    """A leaf's path as rules see it: "layers/mlp/up/kernel"."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def match(rules: Rules, path: str, what: str) -> Any:
+    """The value of the first rule whose regular expression is found in the path."""
+    for pattern, value in rules:
+        if re.search(pattern, path):
+            return value
+    raise ValueError(
+        f"{path}: no {what} rule covers this parameter; add a pair (regular "
+        f"expression, value), with the value None for full rank. "
+        f"Rules: {[pattern for pattern, _ in rules]}"
+    )
+
+
+def _is_rules(x: Any) -> bool:
+    return (
+        isinstance(x, Sequence)
+        and not isinstance(x, (str, MuonDimensionNumbers))
+        and all(
+            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in x
+        )
+    )
+
+
+def specs_of(dimension_numbers: DimensionNumbers, tree: Any) -> dict[str, Spec]:
+    """The spec of each leaf by path: which axes are rows and columns, or full rank.
+
+    Raises:
+      ValueError: for a leaf that nothing covers, or that has three or more axes and
+        no dimension numbers.
+    """
+    leaves = {path_of(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    if callable(dimension_numbers):
+        dimension_numbers = dimension_numbers(tree)
+
+    if dimension_numbers is None or isinstance(dimension_numbers, MuonDimensionNumbers):
+        spec = "matrix" if dimension_numbers is None else dimension_numbers
+        specs = dict.fromkeys(leaves, spec)
+    elif _is_rules(dimension_numbers):
+        specs = {p: match(dimension_numbers, p, "dimension_numbers") for p in leaves}
+    else:
+        given = jax.tree_util.tree_leaves_with_path(
+            dimension_numbers,
+            is_leaf=lambda x: x is None or isinstance(x, (MuonDimensionNumbers, str)),
+        )
+        by_path = {path_of(k): spec for k, spec in given}
+        if missing := sorted(set(leaves) - set(by_path)):
+            raise ValueError(f"dimension_numbers has no entry for {missing}")
+        specs = {p: by_path[p] for p in leaves}
+    return {p: _checked(p, leaves[p].shape, spec) for p, spec in specs.items()}
+
+
+def _checked(
+    path: str, shape: tuple[int, ...], spec: Any
+) -> MuonDimensionNumbers | None:
+    """Full rank for scalars and vectors; `"matrix"` only where there are two axes."""
+    if spec is None or len(shape) < 2:
+        return None
+    if isinstance(spec, MuonDimensionNumbers):
+        return spec
+    if spec != "matrix":
+        raise ValueError(
+            f'{path}: {spec!r} is not MuonDimensionNumbers, "matrix" or None'
+        )
+    if len(shape) > 2:
+        raise ValueError(
+            f"{path}: shape {shape} has {len(shape)} axes and no dimension numbers; "
+            "say which are the matrix's with MuonDimensionNumbers(reduction_axis, "
+            "output_axis) (lowrank_optax.STACKED where the last two are), or None "
+            "for full rank"
+        )
+    return MuonDimensionNumbers()
+
+
+def rank_of(rank: Rank, path: str, layout: Layout) -> int | None:
+    """r for a matrix, or None for full rank (by rule, or because r >= m)."""
+    if _is_rules(rank):
+        rank = match(rank, path, "rank")
+        if rank is None:
+            return None
+    check_rank(rank, path)
+    r = rank if isinstance(rank, int) else max(1, round(rank * layout.m))
+    return r if r < layout.m else None
+
+
+def check_rank(rank: Any, path: str = "low_rank") -> None:
+    """ValueError unless rank is an int >= 1, a fraction in (0, 1], or rules."""
+    if _is_rules(rank):
+        for _, value in rank:
+            if value is not None:
+                check_rank(value, path)
+        return
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ValueError(
+            f"{path}: rank must be a Python int, a float fraction of the smaller side "
+            f"or (regular expression, rank) pairs, not {rank!r}; under "
+            "optax.inject_hyperparams pass static_args=lowrank_optax.STATIC_ARGS"
+        )
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"{path}: rank must be at least 1, not {rank}")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise ValueError(f"{path}: a fractional rank lies in (0, 1], not {rank}")

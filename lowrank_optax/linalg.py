@@ -1,0 +1,202 @@
+"""The linear algebra of subspaces: orthonormal bases and left singular factors.
+
+Everything runs at the highest matmul precision, since a product in bfloat16 or tf32
+loses orthonormality, and takes leading batch axes. A batch of factorisations is a
+loop: on an H200 a batched QR, SVD or eigh costs many times the same loop, and on a TPU
+the loop keeps its workspace to one matrix.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax.linalg import EighImplementation
+
+Decomposition = Literal["svd", "gram", "randomized"]
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def per_matrix(f: Callable[..., jax.Array], *xs: jax.Array, core: int = 2):
+    """`f` on each matrix of the batch, in a loop; `core` axes belong to a matrix."""
+    batch = xs[0].shape[: xs[0].ndim - core]
+    if not batch:
+        return f(*xs)
+    flat = [x.reshape(-1, *x.shape[len(batch) :]) for x in xs]
+    out = jax.lax.map(lambda args: f(*args), flat)
+    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
+
+
+def transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """x^T x: (*batch, m, r) to (*batch, r, r)."""
+    return _matmul(transpose(x), x)
+
+
+def orthonormality_error(s: jax.Array) -> jax.Array:
+    """max |S^T S - I| over the whole batch, a scalar."""
+    return jnp.max(jnp.abs(gram(s) - jnp.eye(s.shape[-1], dtype=s.dtype)))
+
+
+def orthonormalize(x: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns' span, (*batch, m, r) with r <= m.
+
+    CholeskyQR2 (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
+    algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
+    matrix products almost alone, but breaks down once the condition number passes
+    about 1 / sqrt(eps). The whole batch then goes through a Householder QR, which
+    gives an orthonormal basis of any input, rank-deficient and zero ones too.
+    """
+    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    x = x / jnp.where(scale > 0, scale, 1)
+
+    def cholesky_qr(x: jax.Array) -> jax.Array:
+        lower = jnp.linalg.cholesky(gram(x))
+        q = jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
+        return q
+
+    q = cholesky_qr(cholesky_qr(x))
+    # A NaN fails the comparison too. Two passes leave an error of a few eps * r.
+    accurate = orthonormality_error(q) < 100 * jnp.finfo(x.dtype).eps
+    return jax.lax.cond(
+        accurate, lambda: q, lambda: per_matrix(lambda a: jnp.linalg.qr(a)[0], x)
+    )
+
+
+def polish(s: jax.Array) -> jax.Array:
+    """One Newton-Schulz step, S (3 I - S^T S) / 2, towards the nearest orthonormal.
+
+    Squares an orthonormality error that is well under one; what is left is rounding.
+    """
+    return 1.5 * s - 0.5 * _matmul(s, gram(s))
+
+
+def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric (*batch, r, r)."""
+    # On a TPU the default (QDWH) takes minutes to compile from size 512 on.
+    jacobi = functools.partial(
+        jax.lax.linalg.eigh, implementation=EighImplementation.JACOBI
+    )
+
+    def one(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vectors, values = jax.lax.platform_dependent(
+            a, tpu=jacobi, default=jax.lax.linalg.eigh
+        )
+        return values, vectors
+
+    return per_matrix(one, a)
+
+
+def left_singular(
+    g: jax.Array, decomposition: Decomposition | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """All m left singular vectors and values of G, (*batch, m, n) with m <= n.
+
+    Args:
+      g: the matrix.
+      decomposition: "svd", a thin SVD; "gram", the eigenvectors of G G^T, much faster
+        on an accelerator, where singular values under sqrt(eps) times the largest
+        are rounding; None: "svd" on a CPU, "gram" elsewhere, chosen when the
+        program is lowered.
+
+    Returns:
+      U (*batch, m, m) orthonormal, each column's largest entry positive, and the
+      singular values (*batch, m), descending and not negative.
+    """
+
+    def svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u, s, _ = jnp.linalg.svd(g, full_matrices=False)
+        return u, s
+
+    def by_gram(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = jnp.max(jnp.abs(g))
+        scale = jnp.where(scale > 0, scale, 1)
+        values, vectors = eigh(gram(transpose(g / scale)))
+        s = scale * jnp.sqrt(jnp.maximum(values, 0))
+        return vectors[:, ::-1], s[::-1]
+
+    def one(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        match decomposition:
+            case None:
+                u, s = jax.lax.platform_dependent(g, cpu=svd, default=by_gram)
+            case "svd":
+                u, s = svd(g)
+            case "gram":
+                u, s = by_gram(g)
+            case _:
+                raise ValueError(
+                    f"decomposition={decomposition!r} gives no full set of singular "
+                    'vectors; choose "svd", "gram" or None'
+                )
+        return fix_signs(u), s
+
+    return per_matrix(one, g)
+
+
+def leading(
+    g: jax.Array,
+    rank: int,
+    decomposition: Decomposition | None = None,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    """The r leading left singular vectors of G: (*batch, m, r).
+
+    Args:
+      g: (*batch, m, n) with m <= n.
+      rank: r <= m.
+      decomposition: as in `left_singular`, or "randomized": a range finder with two
+        power steps (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+      keys: one key per matrix, for "randomized" alone.
+    """
+    if decomposition != "randomized":
+        return left_singular(g, decomposition)[0][..., :rank]
+    if keys is None:
+        raise ValueError('decomposition="randomized" draws a sketch: give a key')
+
+    def one(g: jax.Array, key: jax.Array) -> jax.Array:
+        width = min(rank + 8, g.shape[0])
+        q = orthonormalize(
+            _matmul(g, jax.random.normal(key, (g.shape[1], width), g.dtype))
+        )
+        for _ in range(2):
+            q = orthonormalize(_matmul(g, orthonormalize(_matmul(transpose(g), q))))
+        inner, _ = left_singular(_matmul(transpose(q), g), "gram")
+        return fix_signs(_matmul(q, inner[:, :rank]))
+
+    flat_keys = keys.reshape(-1)
+    if g.ndim == 2:
+        return one(g, flat_keys[0])
+    out = jax.lax.map(
+        lambda args: one(*args), (g.reshape(-1, *g.shape[-2:]), flat_keys)
+    )
+    return out.reshape(*g.shape[:-2], *out.shape[-2:])
+
+
+def fix_signs(u: jax.Array) -> jax.Array:
+    """Makes each column's entry of largest magnitude positive.
+
+    A singular vector is defined up to its sign; a fixed choice keeps moments that are
+    not rotated meaningful while the subspace stands still.
+    """
+    largest = jnp.take_along_axis(
+        u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2
+    )
+    return u * jnp.where(largest < 0, -1, 1).astype(u.dtype)
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x`, whole on every device of the mesh in context, so that sums over it round
+    the same way whatever its sharding; unchanged outside a mesh context.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = set(mesh.axis_types) if not mesh.empty else set()
+    if types == {jax.sharding.AxisType.Auto}:
+        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())
+    if types == {jax.sharding.AxisType.Explicit}:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    return x

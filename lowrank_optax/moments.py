@@ -1,0 +1,268 @@
+"""Step: any optax transformation in the subspace, its moments turned with the basis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.basis import clock_of
+from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
+
+
+def in_subspace(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
+
+    `inner` is any optax transformation; it sees a tree in which every Frame is replaced
+    by its (*batch, r, n) array, leaves of full rank stay as they are, and `params`, if
+    they were given, are S^T W (dead code under jit unless `inner` reads them). Its
+    state is that of the (r, n) arrays. At a refresh the moments stay as they are, now
+    in other coordinates: this is what GaLore and Fira do. `rotate_moments` turns them.
+
+    Args:
+      inner: the transformation, `optax.scale_by_adam()` for example.
+
+    Raises:
+      ValueError: when `project` does not stand before it.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(frames: Any) -> Any:
+        zeros = map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), frames)
+        return inner.init(zeros)
+
+    def update(
+        frames: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        if params is not None:
+            params = map_frames(
+                lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
+            )
+        low = map_frames(lambda f: f.need("low", "project()"), frames)
+        steps, state = inner.update(low, state, params, **extra_args)
+        frames = map_frames(
+            lambda f, step: f.replace(low_step=step),
+            frames,
+            steps,
+            plain=lambda _, step: step,
+        )
+        return frames, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rotate_moments(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`in_subspace`, with `inner`'s moments turned into the new basis at a refresh.
+
+    With C = S_t^T S_{t-1} and Adam's bias-corrected moments M^, V^ of step t - 1:
+
+        M_{t-1} <- C M_{t-1}                                             (eq. 7)
+        V_{t-1} <- (1 - beta2^{t-1}) |C^2 (V^ - M^^2) + (C M^)^2|        (eq. 8)
+
+    squares being entry by entry, before the usual update with G~_t (GrassWalk paper,
+    section 4). V stays non-negative. Step 0 never turns anything.
+
+    Eq. 8 is written there without hats. Read literally, with raw moments, the factor
+    1 - beta2^{t-1} would enter twice and shrink V; with bias-corrected moments it is
+    the rule of LDAdam (Robert et al. 2025), which the paper builds on.
+
+    Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
+    `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
+    `masked`, `partition`, `inject_hyperparams`. `register_rotation` adds others. The
+    decay rates are read off one step of `inner` from zero, so they need not be
+    given twice.
+
+    Args:
+      inner: the transformation, `optax.scale_by_adam()` for example.
+
+    Raises:
+      ValueError: at init, when `inner` keeps arrays in a state that has no rotation;
+        at update, when `project` does not stand before it.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
+    """
+    stage = in_subspace(inner)
+
+    def rotate(frames: Any, state: Any) -> Any:
+        ones = map_frames(
+            lambda f: jnp.ones([], f.gradient.dtype),
+            frames,
+            plain=lambda x: jnp.ones([], x.dtype),
+        )
+        _, unit = inner.update(ones, inner.init(ones), ones)
+        return _rotate(state, unit, Rotation(frames))
+
+    def init(frames: Any) -> Any:
+        state = stage.init(frames)
+        if frames_of(frames):
+            # Finds a state without a rotation now, not at the first refresh.
+            def with_turn(f: Frame) -> Frame:
+                shape = (*f.batch, f.rank, f.rank)
+                return f.replace(turn=jnp.zeros(shape, f.gradient.dtype))
+
+            jax.eval_shape(lambda s: rotate(map_frames(with_turn, frames), s), state)
+        return state
+
+    def update(
+        frames: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        clock: Clock | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        now = clock_of(clock)
+        if frames_of(frames):
+            state = jax.lax.cond(
+                now.refresh & (now.step > 0),
+                lambda s: rotate(frames, s),
+                lambda s: s,
+                state,
+            )
+        return stage.update(frames, state, params, clock=now, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Rotation:
+    """Turns moment trees by the Frames' `turn`; leaves of full rank stay."""
+
+    def __init__(self, frames: Any):
+        self._frames = frames
+
+    def first(self, moment: Any) -> Any:
+        """M <- C M at every (*batch, r, n) leaf (eq. 7)."""
+        return self._map(lambda c, m: _matmul(c, m), moment)
+
+    def second(self, nu: Any, mu: Any, nu_weight: Any, mu_weight: Any) -> Any:
+        """V <- w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8).
+
+        Args:
+          nu: V, raw.
+          mu: M, raw, of the same step.
+          nu_weight: w_V = 1 - beta2^{t-1}, the sum of the average's weights; a tree of
+            scalars, one per leaf.
+          mu_weight: w_M = 1 - beta1^{t-1}, likewise.
+        """
+
+        def turned(c: Any, v: Any, m: Any, w_v: Any, w_m: Any) -> jax.Array:
+            m_hat = m.astype(v.dtype) / w_m
+            variance = v / w_v - jnp.square(m_hat)
+            mean = _matmul(c, m_hat)
+            return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
+
+        return self._map(turned, nu, mu, nu_weight, mu_weight)
+
+    def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
+        def one(frame: Frame, m: Any, *others: Any) -> Any:
+            if isinstance(m, optax.MaskedNode):
+                return m
+            turn = frame.need("turn", "a basis rule such as dominant_svd()")
+            return f(turn, m, *others).astype(m.dtype)
+
+        return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+Rotate = Callable[[Any, Any, Rotation], Any]
+
+_ROTATIONS: dict[type, Rotate] = {}
+
+
+def register_rotation(state_type: type) -> Callable[[Rotate], Rotate]:
+    """Tells `rotate_moments` how a state's moments turn with the basis.
+
+    Args:
+      state_type: the NamedTuple class of the state.
+
+    Returns:
+      A decorator for a function (state, unit, rotation) to the turned state, of the
+      same structure, shapes and dtypes. `unit` is the same state with scalars for
+      arrays after one step from zero on a gradient of 1, from which decay rates can
+      be read; `rotation` is the `Rotation`.
+
+    Example:
+      >>> import optax, lowrank_optax as lro
+      >>> @lro.register_rotation(optax.TraceState)
+      ... def _(state, unit, rotation):
+      ...     return state._replace(trace=rotation.first(state.trace))
+    """
+
+    def register(rotate: Rotate) -> Rotate:
+        _ROTATIONS[state_type] = rotate
+        return rotate
+
+    return register
+
+
+@register_rotation(optax.ScaleByAdamState)
+def _adam(state: Any, unit: Any, rotation: Rotation) -> Any:
+    def weight(gain: jax.Array) -> jax.Array:
+        # 1 - beta^t with gain = 1 - beta, which beta^t in float32 would round away.
+        gain = gain.astype(jnp.promote_types(gain.dtype, jnp.float32))
+        return -jnp.expm1(state.count * jnp.log1p(-gain))
+
+    return state._replace(
+        mu=rotation.first(state.mu),
+        nu=rotation.second(
+            state.nu,
+            state.mu,
+            jax.tree.map(weight, unit.nu),
+            jax.tree.map(weight, unit.mu),
+        ),
+    )
+
+
+@register_rotation(optax.TraceState)
+def _trace(state: Any, unit: Any, rotation: Rotation) -> Any:
+    return state._replace(trace=rotation.first(state.trace))
+
+
+@register_rotation(optax.EmaState)
+def _ema(state: Any, unit: Any, rotation: Rotation) -> Any:
+    return state._replace(ema=rotation.first(state.ema))
+
+
+@register_rotation(optax.ScaleByLionState)
+def _lion(state: Any, unit: Any, rotation: Rotation) -> Any:
+    return state._replace(mu=rotation.first(state.mu))
+
+
+def _rotate(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> Any:
+    """Rotates the registered states in a nest of tuples, lists and dicts."""
+    kind = type(state)
+    if kind in _ROTATIONS:
+        return _ROTATIONS[kind](state, unit, rotation)
+    if isinstance(state, dict):
+        return {k: _rotate(v, unit[k], rotation, owner) for k, v in state.items()}
+    if isinstance(state, (tuple, list)):
+        owner = kind.__name__ if hasattr(state, "_fields") else owner
+        parts = [
+            _rotate(s, u, rotation, owner) for s, u in zip(state, unit, strict=True)
+        ]
+        return kind(*parts) if hasattr(state, "_fields") else kind(parts)
+    arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+    if arrays:
+        raise ValueError(
+            f"rotate_moments does not know how {owner or kind.__name__} turns with the "
+            f"basis (it holds an array of shape {arrays[0].shape}); add a rule with "
+            "lowrank_optax.register_rotation, or take in_subspace(inner), which "
+            "leaves the moments as they are"
+        )
+    return state

@@ -1,0 +1,136 @@
+"""How many bytes an optimizer's state takes, leaf by leaf, beside AdamW's."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lowrank_optax.basis import BasisState
+from lowrank_optax.layout import path_of
+
+SHARED = "(shared)"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """One parameter.
+
+    Attributes:
+      path: "layers/mlp/up/kernel"; "(shared)" for counts, keys and the like.
+      shape: the parameter's.
+      rank: of its subspace, or None where the state has full rank.
+      state_bytes: of the optimizer state that belongs to it.
+      adamw_bytes: of AdamW's, in the parameter's dtype.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    state_bytes: int
+    adamw_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """The rows of `memory_report`; printing it shows a table."""
+
+    rows: tuple[MemoryRow, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def adamw_bytes(self) -> int:
+        return sum(row.adamw_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        def line(row: MemoryRow) -> tuple[str, ...]:
+            rank = "full" if row.rank is None else str(row.rank)
+            sizes = f"{row.state_bytes:,}", f"{row.adamw_bytes:,}"
+            if row.path == SHARED:
+                return row.path, "", "", *sizes
+            return row.path, "x".join(map(str, row.shape)), rank, *sizes
+
+        ratio = self.state_bytes / max(self.adamw_bytes, 1)
+        total = f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"
+        table = [
+            ("parameter", "shape", "rank", "state, bytes", "AdamW's, bytes"),
+            *map(line, self.rows),
+            ("total", "", f"{ratio:.1%}", *total),
+        ]
+        width = [max(len(row[i]) for row in table) for i in range(5)]
+        return "\n".join(
+            f"{a:<{width[0]}}  {b:>{width[1]}}  {c:>{width[2]}}  "
+            f"{d:>{width[3]}}  {e:>{width[4]}}"
+            for a, b, c, d, e in table
+        )
+
+
+def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport:
+    """Bytes of `tx`'s state for each parameter and in all, beside AdamW's.
+
+    Nothing is allocated: both states are traced by `jax.eval_shape`. An (m, n) matrix
+    at rank r takes mr numbers of basis and 2nr of moments with Adam inside, in float32
+    unless the weights are wider. Its gradient is not in the count: no optimizer here
+    makes that smaller. A matrix whose rank would be min(m, n) or more is listed as
+    "full".
+
+    Args:
+      tx: any optax transformation.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A `MemoryReport`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((64, 256))}, "norm": jnp.ones(64)}
+      >>> tx = lro.galore(0.01, rank=8, refresh_every=200)
+      >>> report = lro.memory_report(tx, params)
+      >>> report.rows[0].state_bytes == 4 * (64 * 8 + 2 * 256 * 8)
+      True
+      >>> print(report)
+      parameter    shape   rank  state, bytes  AdamW's, bytes
+      mlp/kernel  64x256      8        18,432         131,072
+      norm            64   full           512             512
+      (shared)                             12               4
+      total               14.4%        18,956         131,588
+    """
+    shapes = {
+        path_of(k): tuple(x.shape)
+        for k, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    state = jax.eval_shape(tx.init, params)
+    ours = _bytes_by_parameter(state, shapes)
+    adamw = _bytes_by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), shapes)
+    ranks = _ranks(state)
+    return MemoryReport(
+        tuple(
+            MemoryRow(path, shape, ranks.get(path), ours[path], adamw[path])
+            for path, shape in {**shapes, SHARED: ()}.items()
+        )
+    )
+
+
+def _bytes_by_parameter(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
+    """State bytes by the parameter whose path ends the state leaf's path."""
+    total = dict.fromkeys([*shapes, SHARED], 0)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+        tails = (path_of(keys[i:]) for i in range(len(keys)))
+        owner = next((t for t in tails if t in shapes), SHARED)
+        total[owner] += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+def _ranks(state: Any) -> dict[str, int]:
+    """r of each matrix, from the bases in the state."""
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, BasisState))
+    return {
+        path_of(keys): s.shape[-1]
+        for state in states
+        if isinstance(state, BasisState)
+        for keys, s in jax.tree_util.tree_leaves_with_path(state.basis)
+    }
