@@ -31,9 +31,9 @@ named optimizers that are no numbers to be scheduled."""
 
 
 def adam(
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike | None,
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array | None,
     variant: str,
 ) -> optax.GradientTransformation:
     """Adam as the papers write it, or as galore-torch and fira compute it."""
@@ -52,7 +52,7 @@ def optimizer(
     refresh_every: int,
     dimension_numbers: DimensionNumbers,
     precision: jax.lax.PrecisionLike,
-    weight_decay: jax.typing.ArrayLike,
+    weight_decay: float | jax.Array,
     mask: Mask,
     published_decays: tuple[Any, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -60,25 +60,25 @@ def basis_rule(
       key: a seed or a typed key.
     """
 
-    def init(frames: Any) -> BasisState:
+    def init(params: Any) -> Any:
         def first(frame: Frame) -> jax.Array:
             eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
             return jnp.broadcast_to(eye, frame.basis_shape)
 
         return BasisState(
             rng_key=None if key is None else canonical_key(key),
-            basis=map_frames(first, frames, plain=lambda _: optax.MaskedNode()),
+            basis=map_frames(first, params, plain=lambda _: optax.MaskedNode()),
         )
 
     def update(
-        frames: Any,
-        state: BasisState,
+        updates: Any,
+        state: Any,
         params: Any = None,
         *,
         clock: Clock | None = None,
         **_: Any,
-    ) -> tuple[Any, BasisState]:
-        now = clock_of(clock)
+    ) -> tuple[Any, Any]:
+        frames, now = updates, clock_of(clock)
 
         def refresh(key: jax.Array | None, old: Any) -> tuple[Any, Any, Any]:
             # The same bits on every sharding: factorise whole matrices.
@@ -169,9 +169,9 @@ def replay(bases: Any) -> optax.GradientTransformationExtraArgs:
         lambda frame, _, clock: jnp.take(given(frame), clock.cycle, 0, mode="clip")
     )
 
-    def init(frames: Any) -> BasisState:
-        for frame in frames_of(frames):
+    def init(params: Any) -> Any:
+        for frame in frames_of(params):
             given(frame)
-        return rule.init(frames)
+        return rule.init(params)
 
     return optax.GradientTransformationExtraArgs(init, rule.update)

@@ -12,7 +12,7 @@ from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import Decomposition
 
 
-def geodesic(s: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike) -> jax.Array:
+def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Array:
     """The point at angle `step_size` from span(S) on the geodesic towards X.
 
     Eq. 4 of the GrassWalk paper (section 4), with X^ = (I - S S^T) X scaled to unit
@@ -47,7 +47,8 @@ def geodesic(s: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike) -> jax
         return matmul(v * values[..., None, :], linalg.transpose(v))
 
     along = matmul(s, function_of_gram(jnp.cos(angle)))
-    across = function_of_gram(step_size * jnp.sinc(angle / jnp.pi) / largest)
+    stretch = jnp.multiply(step_size, jnp.sinc(angle / jnp.pi)) / largest
+    across = function_of_gram(stretch)
     return linalg.polish(along + matmul(x, across))
 
 
@@ -62,7 +63,7 @@ def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
 
 def grassmann_walk(
     key: jax.Array | int,
-    step_size: jax.typing.ArrayLike = 0.3,
+    step_size: float | jax.Array = 0.3,
     *,
     decomposition: Decomposition | None = None,
 ) -> optax.GradientTransformationExtraArgs:

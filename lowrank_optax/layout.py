@@ -4,15 +4,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
-Spec = MuonDimensionNumbers | Literal["matrix"] | None
 Rules = Sequence[tuple[str, Any]]
-DimensionNumbers = None | MuonDimensionNumbers | Rules | Callable[[Any], Any] | Any
+# MuonDimensionNumbers, "matrix" or None; rules or a tree of these; a function to one.
+DimensionNumbers = MuonDimensionNumbers | Rules | Callable[[Any], Any] | Any
 Rank = int | float | Rules
 
 STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -98,7 +98,7 @@ def match(rules: Rules, path: str, what: str) -> Any:
     )
 
 
-def _is_rules(x: Any) -> bool:
+def _is_rules(x: Any) -> TypeGuard[Rules]:
     return (
         isinstance(x, Sequence)
         and not isinstance(x, (str, MuonDimensionNumbers))
@@ -108,7 +108,9 @@ def _is_rules(x: Any) -> bool:
     )
 
 
-def specs_of(dimension_numbers: DimensionNumbers, tree: Any) -> dict[str, Spec]:
+def specs_of(
+    dimension_numbers: DimensionNumbers, tree: Any
+) -> dict[str, MuonDimensionNumbers | None]:
     """The spec of each leaf by path: which axes are rows and columns, or full rank.
 
     Raises:
@@ -118,7 +120,6 @@ def specs_of(dimension_numbers: DimensionNumbers, tree: Any) -> dict[str, Spec]:
     leaves = {path_of(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     if callable(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
-
     if dimension_numbers is None or isinstance(dimension_numbers, MuonDimensionNumbers):
         spec = "matrix" if dimension_numbers is None else dimension_numbers
         specs = dict.fromkeys(leaves, spec)
@@ -160,12 +161,11 @@ def _checked(
 
 def rank_of(rank: Rank, path: str, layout: Layout) -> int | None:
     """r for a matrix, or None for full rank (by rule, or because r >= m)."""
-    if _is_rules(rank):
-        rank = match(rank, path, "rank")
-        if rank is None:
-            return None
-    check_rank(rank, path)
-    r = rank if isinstance(rank, int) else max(1, round(rank * layout.m))
+    value: Any = match(rank, path, "rank") if _is_rules(rank) else rank
+    if value is None:
+        return None
+    check_rank(value, path)
+    r = value if isinstance(value, int) else max(1, round(float(value) * layout.m))
     return r if r < layout.m else None
 
 

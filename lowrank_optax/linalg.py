@@ -8,7 +8,7 @@ the loop keeps its workspace to one matrix.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,15 @@ Decomposition = Literal["svd", "gram", "randomized"]
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def per_matrix(f: Callable[..., jax.Array], *xs: jax.Array, core: int = 2):
-    """`f` on each matrix of the batch, in a loop; `core` axes belong to a matrix."""
-    batch = xs[0].shape[: xs[0].ndim - core]
+T = TypeVar("T")
+
+
+def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
+    """`f` on each matrix of x (*batch, m, n), with its part of `others`, in a loop."""
+    batch = x.shape[:-2]
     if not batch:
-        return f(*xs)
-    flat = [x.reshape(-1, *x.shape[len(batch) :]) for x in xs]
+        return f(x, *others)
+    flat = [y.reshape(-1, *y.shape[len(batch) :]) for y in (x, *others)]
     out = jax.lax.map(lambda args: f(*args), flat)
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
@@ -168,13 +171,7 @@ def leading(
         inner, _ = left_singular(_matmul(transpose(q), g), "gram")
         return fix_signs(_matmul(q, inner[:, :rank]))
 
-    flat_keys = keys.reshape(-1)
-    if g.ndim == 2:
-        return one(g, flat_keys[0])
-    out = jax.lax.map(
-        lambda args: one(*args), (g.reshape(-1, *g.shape[-2:]), flat_keys)
-    )
-    return out.reshape(*g.shape[:-2], *out.shape[-2:])
+    return per_matrix(one, g, keys)
 
 
 def fix_signs(u: jax.Array) -> jax.Array:

@@ -146,14 +146,14 @@ def low_rank(
             out = leaf.layout.from_matrix(step)
         return out.astype(x.dtype)
 
-    def init(params: Any) -> LowRankState:
+    def init(params: Any) -> Any:
         frames = _map_leaves(open_frame, decide(params), params)
         zero = jnp.zeros([], jnp.int32)
         return LowRankState(zero, zero, inner.init(frames))
 
     def update(
-        updates: Any, state: LowRankState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, LowRankState]:
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         leaves = decide(updates)
         clock = Clock(
             step=state.count,

@@ -35,13 +35,14 @@ def in_subspace(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(frames: Any) -> Any:
-        zeros = map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), frames)
+    def init(params: Any) -> Any:
+        zeros = map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), params)
         return inner.init(zeros)
 
     def update(
-        frames: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
+        frames = updates
         if params is not None:
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
@@ -105,26 +106,26 @@ def rotate_moments(
         _, unit = inner.update(ones, inner.init(ones), ones)
         return _rotate(state, unit, Rotation(frames))
 
-    def init(frames: Any) -> Any:
-        state = stage.init(frames)
-        if frames_of(frames):
+    def init(params: Any) -> Any:
+        state = stage.init(params)
+        if frames_of(params):
             # Finds a state without a rotation now, not at the first refresh.
             def with_turn(f: Frame) -> Frame:
                 shape = (*f.batch, f.rank, f.rank)
                 return f.replace(turn=jnp.zeros(shape, f.gradient.dtype))
 
-            jax.eval_shape(lambda s: rotate(map_frames(with_turn, frames), s), state)
+            jax.eval_shape(lambda s: rotate(map_frames(with_turn, params), s), state)
         return state
 
     def update(
-        frames: Any,
+        updates: Any,
         state: Any,
         params: Any = None,
         *,
         clock: Clock | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        now = clock_of(clock)
+        frames, now = updates, clock_of(clock)
         if frames_of(frames):
             state = jax.lax.cond(
                 now.refresh & (now.step > 0),

@@ -1,6 +1,7 @@
 """In and back: the gradient into the subspace, the step out of it."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax.frame import Frame, map_frames
@@ -27,7 +28,7 @@ def project() -> optax.GradientTransformation:
 
 
 def project_back(
-    scale: jax.typing.ArrayLike = 1.0,
+    scale: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
     """The step back in full space, scale * S G~^O, and nothing else (GaLore).
 
@@ -48,6 +49,6 @@ def project_back(
 
     def back(frame: Frame) -> Frame:
         low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
-        return frame.replace(step=frame.up(scale * low_step))
+        return frame.replace(step=frame.up(jnp.multiply(scale, low_step)))
 
     return optax.stateless(lambda frames, _: map_frames(back, frames))

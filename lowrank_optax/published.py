@@ -13,9 +13,9 @@ import optax
 
 
 def scale_by_uncorrected_adam(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-6,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-6,
 ) -> optax.GradientTransformation:
     """M / (sqrt(V) + eps), M and V as in Adam but not corrected for their bias.
 
@@ -38,21 +38,19 @@ class BiasCorrectionState(NamedTuple):
 
 
 def scale_by_bias_correction(
-    b1: jax.typing.ArrayLike = 0.9, b2: jax.typing.ArrayLike = 0.999
+    b1: float | jax.Array = 0.9, b2: float | jax.Array = 0.999
 ) -> optax.GradientTransformation:
     """Multiplies the update of step t = 1, 2, ... by sqrt(1 - b2^t) / (1 - b1^t)."""
 
-    def init(params: Any) -> BiasCorrectionState:
+    def init(params: Any) -> Any:
         del params
         return BiasCorrectionState(jnp.zeros([], jnp.int32))
 
-    def update(
-        updates: Any, state: BiasCorrectionState, params: Any = None
-    ) -> tuple[Any, BiasCorrectionState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
-        def weight(decay: jax.typing.ArrayLike) -> jax.Array:
+        def weight(decay: float | jax.Array) -> jax.Array:
             return -jnp.expm1(count * jnp.log1p(decay - 1.0))
 
         factor = jnp.sqrt(weight(b2)) / weight(b1)
@@ -69,7 +67,7 @@ class DecayState(NamedTuple):
 
 
 def decay_stepped_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: jax.typing.ArrayLike
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float | jax.Array
 ) -> optax.GradientTransformation:
     """Decays W + u, the weights after their step: u <- u - lr wd (W + u).
 
@@ -79,13 +77,11 @@ def decay_stepped_weights(
       ValueError: when `update` is called without params.
     """
 
-    def init(params: Any) -> DecayState:
+    def init(params: Any) -> Any:
         del params
         return DecayState(jnp.zeros([], jnp.int32))
 
-    def update(
-        updates: Any, state: DecayState, params: Any = None
-    ) -> tuple[Any, DecayState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "weight decay needs params: tx.update(grads, state, params)"
@@ -96,6 +92,6 @@ def decay_stepped_weights(
             updates,
             params,
         )
-        return decayed, DecayState(optax.safe_increment(state.count))
+        return decayed, DecayState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)

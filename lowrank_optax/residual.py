@@ -23,9 +23,9 @@ class RecoverState(NamedTuple):
 
 
 def recover_residual(
-    limit: jax.typing.ArrayLike = 1.01,
+    limit: float | jax.Array = 1.01,
     *,
-    scale: jax.typing.ArrayLike = 1.0,
+    scale: float | jax.Array = 1.0,
     variant: Variant = "paper",
 ) -> optax.GradientTransformation:
     """The step back in full space plus the rescaled residual (Fira; GrassWalk's RS).
@@ -70,12 +70,12 @@ def recover_residual(
     inside = scale if published else 1.0
     eps = 1e-8 if published else 0.0
 
-    def init(frames: Any) -> RecoverState:
+    def init(params: Any) -> Any:
         def before(frame: Frame) -> jax.Array:
             return jnp.full(frame.batch, -1.0, frame.gradient.dtype)
 
         return RecoverState(
-            map_frames(before, frames, plain=lambda _: optax.MaskedNode())
+            map_frames(before, params, plain=lambda _: optax.MaskedNode())
         )
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
@@ -95,13 +95,11 @@ def recover_residual(
             norm = jnp.where(norm > 0, norm, last)
 
         phi = phi * factor[..., None]
-        inner = scale * low_step - inside * low * phi[..., None, :]
+        inner = jnp.multiply(scale, low_step) - inside * low * phi[..., None, :]
         return frame.replace(step=frame.up(inner) + G * phi[..., None, :]), norm
 
-    def update(
-        frames: Any, state: RecoverState, params: Any = None
-    ) -> tuple[Any, RecoverState]:
-        frames, norm = update_frames(one, frames, state.norm)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        frames, norm = update_frames(one, updates, state.norm)
         return frames, RecoverState(norm)
 
     return optax.GradientTransformation(init, update)
