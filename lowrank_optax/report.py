@@ -46,6 +46,11 @@ class MemoryReport:
     def adamw_bytes(self) -> int:
         return sum(row.adamw_bytes for row in self.rows)
 
+    @property
+    def ratio(self) -> float:
+        """State bytes as a part of AdamW's."""
+        return self.state_bytes / max(self.adamw_bytes, 1)
+
     def __str__(self) -> str:
         def line(row: MemoryRow) -> tuple[str, ...]:
             rank = "full" if row.rank is None else str(row.rank)
@@ -54,12 +59,11 @@ class MemoryReport:
                 return row.path, "", "", *sizes
             return row.path, "x".join(map(str, row.shape)), rank, *sizes
 
-        ratio = self.state_bytes / max(self.adamw_bytes, 1)
         total = f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"
         table = [
             ("parameter", "shape", "rank", "state, bytes", "AdamW's, bytes"),
             *map(line, self.rows),
-            ("total", "", f"{ratio:.1%}", *total),
+            ("total", "", f"{self.ratio:.1%}", *total),
         ]
         width = [max(len(row[i]) for row in table) for i in range(5)]
         return "\n".join(

@@ -1,0 +1,18 @@
+"""LLaMA language models in Flax NNX, from 60M to 7B parameters."""
+
+from models.config import SIZES, LlamaConfig
+from models.generate import generate
+from models.llama import Llama
+from models.params import Params, bind, count_params, forward, init_params
+
+__all__ = [
+    "SIZES",
+    "Llama",
+    "LlamaConfig",
+    "Params",
+    "bind",
+    "count_params",
+    "forward",
+    "generate",
+    "init_params",
+]

