@@ -1,0 +1,204 @@
+"""The training step: microbatches, evaluation, meshes, NaN gradients."""
+
+from functools import cache, partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from models import LlamaConfig, forward, init_params
+from train.config import Config, OptimizerConfig, resolve
+from train.loop import build_program, check_finite, evaluate
+from train.mesh import make_mesh, replicated
+from train.optimizer import make_optimizer
+from train.step import init_state, loss_sums, mean_gradient, train_step
+
+MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
+
+
+def tokens_of(seed: int, rows: int = 16, length: int = 12) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, MODEL.vocab_size, (rows, length), dtype=np.int32)
+
+
+def make_params():
+    return jax.jit(partial(init_params, MODEL))(jax.random.key(0))
+
+
+@cache
+def make(name: str):
+    """An optimizer, its jitted step, and a state to start from."""
+    config = OptimizerConfig(
+        name=name, rank=4, refresh_every=3, weight_decay=0.5, clip_norm=1e-3
+    )
+    config = resolve(Config(optimizer=config)).optimizer
+    optimizer = make_optimizer(config, steps=20, key=jax.random.key(1))
+    step = jax.jit(partial(train_step, partial(loss_sums, MODEL), optimizer, 1))
+    init = jax.jit(partial(init_state, MODEL, optimizer.tx))
+    return optimizer, step, init(jax.random.key(0))
+
+
+gradient_in_parts = jax.jit(
+    partial(mean_gradient, partial(loss_sums, MODEL)), static_argnums=2
+)
+
+
+def norm(tree) -> float:
+    return np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(tree)))
+
+
+def same_bits(a, b) -> bool:
+    def bits(x):
+        keys = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if keys else x).tobytes()
+
+    return jax.tree.map(bits, a) == jax.tree.map(bits, b)
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch():
+    params = make_params()
+    rng = np.random.default_rng(1)
+    # Weights that differ in sum from part to part: a mean of means would be wrong.
+    weights = (rng.random((16, 12)) < np.linspace(0.1, 1, 16)[:, None]) * 1.0
+    batch = {"tokens": tokens_of(0), "weights": weights.astype(np.float32)}
+    loss, whole = gradient_in_parts(params, batch, 1)
+    for parts in (4, 16):
+        loss_in_parts, in_parts = gradient_in_parts(params, batch, parts)
+        # Float32 sums in another order: a few units in the last place, 1.2e-7 each,
+        # of the largest terms.
+        np.testing.assert_allclose(loss_in_parts, loss, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+def numpy_losses(params, tokens: np.ndarray) -> np.ndarray:
+    """-log p of each next token, (B, T - 1), by numpy in float64."""
+    logits = jax.jit(partial(forward, MODEL))(params, tokens)
+    logits = np.asarray(logits, np.float64)[:, :-1]
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def test_evaluation_is_a_mean_over_tokens_not_over_batches():
+    # Larger than at the start of a training, so that batches differ in their loss.
+    params = jax.tree.map(lambda p: 10 * p, make_params())
+    batches = []
+    for seed, kept in ((0, 12), (1, 3)):
+        weights = np.zeros((16, 12), np.float32)
+        weights[:, :kept] = 1
+        batches.append({"tokens": tokens_of(seed), "weights": weights})
+    program = SimpleNamespace(
+        loss_sums=jax.jit(partial(loss_sums, MODEL)), put=lambda batch: batch
+    )
+    sums, means = [], []
+    for batch in batches:
+        losses, weights = numpy_losses(params, batch["tokens"]), batch["weights"][:, 1:]
+        sums.append([(losses * weights).sum(), weights.sum()])
+        means.append(sums[-1][0] / sums[-1][1])
+    expected = np.sum(sums, axis=0)[0] / np.sum(sums, axis=0)[1]
+    assert abs(np.mean(means) - expected) > 1e-2
+    # The model's logits are float32; both sides add up in float64 or nearly so.
+    np.testing.assert_allclose(evaluate(program, params, batches), expected, rtol=1e-6)
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error():
+    nan = SimpleNamespace(loss_sums=lambda params, b: (np.nan, 1.0), put=lambda b: b)
+    with pytest.raises(FloatingPointError, match="held-out loss is nan"):
+        evaluate(nan, None, [{}])
+
+
+def test_the_first_token_of_a_window_is_no_target_and_nothing_follows_the_last():
+    params = make_params()
+    weights = np.zeros((16, 12), np.float32)
+    weights[:, 0] = 1
+    loss, weight = loss_sums(
+        MODEL, params, {"tokens": tokens_of(0), "weights": weights}
+    )
+    assert (float(loss), float(weight)) == (0.0, 0.0)
+    _, weight = loss_sums(MODEL, params, {"tokens": tokens_of(0)})
+    assert float(weight) == 16 * 11
+
+
+def test_eight_devices_take_the_steps_of_one():
+    config = Config(batch_size=16, seq_len=12, microbatches=2)
+    optimizer, _, start = make("grass_jump")
+    losses = []
+    one = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    for mesh in (make_mesh(config), one):
+        with jax.set_mesh(mesh):
+            program = build_program(config, mesh, MODEL, optimizer, start)
+            # A copy, since the step consumes the state it is given.
+            copy = jax.tree.map(jnp.copy, start)
+            state = jax.device_put(copy, replicated(mesh))
+            for seed in range(4):
+                batch = program.put({"tokens": tokens_of(seed)})
+                assert len(batch["tokens"].sharding.device_set) == mesh.size
+                state, metrics = program.step(state, batch)
+                losses.append(float(metrics["loss"]))
+    assert mesh.size == 1
+    assert len(set(losses[:4])) == 4
+    # The devices' sums are added in another order, and Adam's division by sqrt(V)
+    # magnifies the rounding of small gradients.
+    np.testing.assert_allclose(losses[:4], losses[4:], rtol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_the_devices_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"batch_size=12 .* 8 devices x 2 microbatches"
+    ):
+        make_mesh(Config(batch_size=12, microbatches=2))
+
+
+@pytest.mark.parametrize("name", ["adamw", "grass_jump"])
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(name):
+    # Weight decay is chained behind the method: it must not act on a skipped step.
+    _, step, start = make(name)
+    good, poisoned = {"tokens": tokens_of(0)}, {"tokens": tokens_of(0)}
+    poisoned["tokens"][3, 5] = MODEL.vocab_size  # no such token: the logits are NaN
+
+    state, metrics = step(start, good)
+    assert metrics["skipped"] == 0
+    for count in (1, 2):
+        before = state
+        state, metrics = step(state, poisoned)
+        assert not np.isfinite(metrics["loss"])
+        assert same_bits(state.params, before.params)
+        assert metrics["update_norm"] == 0
+        assert metrics["skipped"] == metrics["skipped_in_a_row"] == count
+        assert state.step == 1 + count
+    state, metrics = step(state, good)
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (2, 0)
+    assert np.isfinite(metrics["loss"])
+    assert not same_bits(state.params, before.params)
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run():
+    record = {"step": 40, "skipped_in_a_row": 19}
+    check_finite(record, 20)
+    with pytest.raises(FloatingPointError, match=r"step 40: 20 steps in a row"):
+        check_finite({**record, "skipped_in_a_row": 20}, 20)
+
+
+def test_metrics_are_those_of_the_step():
+    optimizer, step, state = make("grass_jump")
+    refreshes = []
+    for seed in range(7):
+        batch = {"tokens": tokens_of(seed)}
+        expected = optimizer.schedule(seed)
+        before = state.params
+        state, metrics = step(state, batch)
+        assert float(metrics["learning_rate"]) == pytest.approx(float(expected))
+        refreshes.append(int(metrics["refreshes"]))
+        moved = jax.tree.map(jnp.subtract, state.params, before)
+        # Weights near 1 round what is added to them, by up to 6e-8 an entry.
+        assert float(metrics["update_norm"]) == pytest.approx(norm(moved), rel=1e-3)
+    assert refreshes == [1, 1, 1, 2, 2, 2, 3]
+    loss, gradient = gradient_in_parts(before, batch, 1)
+    # The norm is that before clipping. Another program: other fusions, other rounding.
+    assert float(metrics["grad_norm"]) == pytest.approx(norm(gradient), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)

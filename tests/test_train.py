@@ -1,0 +1,236 @@
+"""Whole runs in one process: what they leave behind, comparisons, NaN losses."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from matplotlib.image import imread
+
+import train.compare
+import train.loop
+import train.main
+import train.step
+from train.main import main
+from train.metrics import Meter, MetricsWriter, read_metrics
+
+
+def strict_lines(path: Path) -> list[dict]:
+    """JSON lines as the standard has it, in which there is no NaN."""
+
+    def refuse(constant: str):
+        raise ValueError(f"{path} holds {constant}, which is not JSON")
+
+    lines = path.read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def is_picture(path: Path) -> bool:
+    pixels = imread(path)
+    return pixels.shape[0] > 100 and pixels.shape[1] > 100 and pixels.std() > 0.01
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """One of the eight virtual devices: they share two cores, and all would refresh."""
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train.main, train.compare):
+            patch.setattr(module, "make_mesh", lambda config: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioubcdfg"), 5)) for _ in range(50)]
+    texts = [" ".join(rng.choice(words, 120)) for _ in range(40)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "text.jsonl").write_text("".join(lines))
+    return [
+        *("--source", str(folder / "text.jsonl"), "--cache-dir", str(folder / "cache")),
+        *("--vocab-size", "300", "--batch-size", "8", "--seq-len", "16"),
+        *("--steps", "12", "--log-every", "4", "--eval-every", "6", "--warmup", "0.25"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory) -> Path:
+    """The folder of a short run with AdamW."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = ("--optimizer", "adamw", "--checkpoint-every", "6", "--sample-tokens", "5")
+    main([*flags, *argv, "--out", str(folder), "--prompt", "bade"])
+    return folder
+
+
+def test_a_run_leaves_its_files(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+        *("loss.png", "memory.txt", "sample.txt", "summary.json"),
+    }
+    assert is_picture(finished / "loss.png")
+    assert (finished / "sample.txt").read_text().startswith("bade")
+    assert "layers/mlp/up/kernel" in (finished / "memory.txt").read_text()
+    (events,) = (finished / "tensorboard").iterdir()
+    for tag in (b"loss", b"eval_loss", b"tokens_per_s", b"learning_rate"):
+        assert tag in events.read_bytes()
+
+
+def test_metrics_are_a_line_for_each_logged_step(finished):
+    lines = strict_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 4, 6, 8, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12]
+    for line in lines:
+        assert {*line} >= {
+            *("loss", "grad_norm", "update_norm", "learning_rate"),
+            *("refreshes", "skipped", "ms_per_step", "tokens_per_s"),
+        }
+        seconds = line["ms_per_step"] / 1e3
+        assert line["tokens_per_s"] == pytest.approx(8 * 16 / seconds)
+    # Uniform guesses among 300 tokens cost log 300 = 5.7 nats.
+    assert lines[0]["loss"] == pytest.approx(np.log(300), abs=0.3)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3 / 3)
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-4)
+    assert {line["skipped"] for line in lines} == {0}
+
+
+def test_summary_agrees_with_the_metrics(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    last = read_metrics(finished)[-1]
+    assert summary["optimizer"] == "adamw"
+    assert (summary["train_loss"], summary["eval_loss"]) == (
+        last["loss"],
+        last["eval_loss"],
+    )
+    assert summary["ppl"] == pytest.approx(np.exp(last["eval_loss"]))
+    # AdamW's two moments and its counts, and the wrapper's three scalars.
+    assert 0 <= summary["state_bytes"] - summary["adamw_bytes"] < 32
+    assert summary["wall_s"] > summary["train_s"] + summary["compile_s"]
+    times = [r["ms_per_step"] for r in read_metrics(finished)]
+    expected = (3 * times[1] + 2 * times[2] + 2 * times[3] + 4 * times[4]) / 11
+    assert summary["ms_per_step"] == pytest.approx(expected)
+
+
+def test_the_folder_is_the_run_s_own(finished, flags, capsys):
+    again = [*flags, "--optimizer", "adamw", "--out", str(finished)]
+    for argv, message in (
+        (again, "holds a run already"),
+        ([*again, "--resume", "--steps", "13"], "steps: 12 there, 13 here"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(argv)
+
+
+def test_resuming_a_finished_run_only_reports_again(finished, flags):
+    before = (finished / "metrics.jsonl").read_text()
+    sample = (finished / "sample.txt").read_text()
+    (finished / "sample.txt").unlink()
+    argv = ("--optimizer", "adamw", "--sample-tokens", "5", "--prompt", "bade")
+    main([*flags, *argv, "--out", str(finished), "--resume"])
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert (finished / "sample.txt").read_text() == sample
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(finished, flags, tmp_path):
+    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 4, "lo')
+    argv = ("--optimizer", "adamw", "--sample-tokens", "0", "--checkpoint-every", "0")
+    main([*flags, *argv, "--out", str(tmp_path), "--resume"])
+    losses = [[r["loss"] for r in read_metrics(f)] for f in (finished, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+def test_a_comparison_gives_each_optimizer_the_same_work(finished, flags, tmp_path):
+    argv = ("--optimizers", "adamw", "grass_jump+sara@5e-3", "--rank", "4")
+    train.compare.main([*flags, *argv, "--out", str(tmp_path)])
+    adamw, grass = strict_lines(tmp_path / "results.jsonl")
+    assert (adamw["optimizer"], grass["optimizer"]) == (
+        "adamw@0.001",
+        "grass_jump+sara@0.005",
+    )
+    fields = {"optimizer", "steps", "eval_loss", "ppl", "wall_s", "ms_per_step"}
+    assert {*adamw} == {*grass} == fields | {"peak_gib", "state_bytes", "curve"}
+    assert grass["state_bytes"] < adamw["state_bytes"]
+    # The same run as the trainer's own, but for the checkpoints.
+    alone = read_metrics(finished)
+    assert adamw["curve"] == [[r["step"], round(r["loss"], 4)] for r in alone]
+    assert adamw["eval_loss"] == round(alone[-1]["eval_loss"], 4)
+    # The same weights and batch at the start, other steps after it.
+    assert adamw["curve"][0] == grass["curve"][0]
+    assert adamw["curve"][1] != grass["curve"][1]
+    assert is_picture(tmp_path / "losses.png")
+    assert (tmp_path / "table.md").read_text() == train.compare.table(
+        [adamw, grass]
+    ) + "\n"
+
+
+def test_a_loss_that_stays_nan_stops_the_run(flags, tmp_path, monkeypatch):
+    def poisoned(model, params, batch):
+        loss, weight = train.step.loss_sums(model, params, batch)
+        return loss * jnp.log(-params["norm"]["scale"][0]), weight
+
+    monkeypatch.setattr(train.loop, "loss_sums", poisoned)
+    argv = ("--optimizer", "adamw", "--max-skipped", "3", "--log-every", "2")
+    with pytest.raises(FloatingPointError, match=r"step 4: 4 steps in a row"):
+        main([*flags, *argv, "--out", str(tmp_path)])
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == [None] * 3
+    assert [line["skipped"] for line in lines] == [1, 2, 4]
+    assert [line["update_norm"] for line in lines] == [0, 0, 0]
+
+
+def test_a_run_that_is_given_up_is_a_line_of_the_comparison(
+    flags, tmp_path, monkeypatch
+):
+    def give_up(*args):
+        raise FloatingPointError("20 steps in a row")
+
+    monkeypatch.setattr(train.compare, "train", give_up)
+    argv = ("--optimizers", "adamw", "grass_jump", "--out", str(tmp_path))
+    train.compare.main([*flags, *argv])
+    results = strict_lines(tmp_path / "results.jsonl")
+    assert [r["optimizer"] for r in results] == ["adamw@0.001", "grass_jump@0.002"]
+    assert [r["error"] for r in results] == ["20 steps in a row"] * 2
+    assert (
+        "| adamw @ 0.001 | not finite | - | - |" in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_a_writer_cuts_off_what_the_resumed_run_will_write_again(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "los')  # killed while it wrote
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    with MetricsWriter(tmp_path, 2) as writer:
+        writer.write({"step": 3, "loss": float("inf")})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": None},
+    ]
+
+
+def test_the_meter_is_one_record_late_and_averages_the_loss():
+    meter = Meter(step=10, tokens_per_step=100)
+    for step in (11, 12, 13, 14):
+        metrics = {"loss": jnp.float32(step), "skipped": jnp.int32(0)}
+        meter.add(metrics)
+        if step == 11:
+            assert meter.log(step, metrics) is None
+    record = meter.log(14, metrics)
+    assert record is not None
+    assert (record["step"], record["loss"]) == (11, 11.0)
+    record = meter.flush()
+    assert record is not None
+    assert (record["step"], record["loss"]) == (14, 13.0)
+    assert record["tokens_per_s"] == pytest.approx(1e5 / record["ms_per_step"])
+    assert meter.flush() is None

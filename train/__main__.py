@@ -1,0 +1,5 @@
+"""`python -m train`: see `python -m train --help`."""
+
+from train.main import main
+
+main()

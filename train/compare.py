@@ -1,0 +1,189 @@
+"""Several optimizers on the same work: `python -m train.compare --help`."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from train.checkpoint import check_folder
+from train.config import (
+    Basis,
+    Config,
+    OptimizerConfig,
+    OptimizerName,
+    label,
+    parse,
+    resolve,
+    resolved,
+)
+from train.data import Data
+from train.loop import train
+from train.main import join_processes, open_text, usage_errors
+from train.mesh import make_mesh
+from train.metrics import read_metrics
+from train.picture import draw_runs
+from train.report import summarize
+
+DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
+batches in the same order, the same schedule.
+
+Examples:
+  python -m train.compare --optimizers adamw galore+sara grass_jump --steps 200
+  python -m train.compare --optimizers grass_jump@1e-3 grass_jump@2e-3 --rank 16
+
+An optimizer is NAME, NAME+BASIS, NAME@RATE or NAME+BASIS@RATE, where RATE is the peak
+learning rate. All other flags are those of "python -m train" and hold for every one.
+
+The folder --out (default: runs/compare) gets results.jsonl, a line for each optimizer
+as it ends, then table.md and losses.png, and a folder for each run, without
+checkpoints."""
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Which optimizers, on which work.
+
+    Attributes:
+      work: the work.
+      optimizers: what to compare, in this order.
+    """
+
+    work: Config
+    optimizers: tuple[str, ...] = (
+        "adamw",
+        "galore",
+        "fira",
+        "galore+sara",
+        "grass_walk",
+        "grass_jump",
+    )
+
+    def __post_init__(self) -> None:
+        if self.work.resume:
+            raise ValueError("a comparison cannot be resumed; leave out resume")
+        for name in self.optimizers:
+            named(name, self.work.optimizer)
+
+
+def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
+    """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
+
+    Raises:
+      ValueError: a name, basis or rate that does not exist.
+    """
+    method, _, rate = name.partition("@")
+    method, _, basis = method.partition("+")
+    basis = basis or "default"
+    if method not in get_args(OptimizerName) or basis not in get_args(Basis):
+        raise ValueError(
+            f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of "
+            f"{', '.join(get_args(OptimizerName))} and a BASIS of "
+            f"{', '.join(get_args(Basis))}"
+        )
+    learning_rate = float(rate) if rate else base.learning_rate
+    return dataclasses.replace(
+        base, name=method, basis=basis, learning_rate=learning_rate
+    )
+
+
+def title(config: OptimizerConfig) -> str:
+    """ "galore+sara@0.01", of a resolved config."""
+    return f"{label(config)}@{resolved(config, 'learning_rate'):g}"
+
+
+def expand(comparison: Comparison, folder: Path) -> list[Config]:
+    """A resolved config for each optimizer; they differ in optimizer and folder only.
+
+    Raises:
+      ValueError: if two of them are the same.
+    """
+    report = dataclasses.replace(comparison.work.report, checkpoint_every=0)
+    configs = {}
+    for name in comparison.optimizers:
+        optimizer = named(name, comparison.work.optimizer)
+        work = dataclasses.replace(comparison.work, optimizer=optimizer, report=report)
+        config = resolve(work)
+        key = title(config.optimizer)
+        if key in configs:
+            raise ValueError(f"{name!r}: {key} is already compared; name it once")
+        configs[key] = dataclasses.replace(config, out=folder / key)
+    return list(configs.values())
+
+
+def run(config: Config, data: Data, mesh: Mesh) -> Result:
+    """Train; one result in the form of a published-optimizer benchmark line.
+
+    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the
+    first one, `peak_gib` is what the compiled step needs on one device, and `curve`
+    holds (steps done, training loss since the point before).
+    """
+    name = title(config.optimizer)
+    try:
+        trained = train(config, data, mesh)
+    except FloatingPointError as error:
+        return {"optimizer": name, "steps": config.steps, "error": str(error)}
+    summary = summarize(config, trained)
+    peak = summary["step_bytes"]
+    return {
+        "optimizer": name,
+        "steps": summary["steps"],
+        "eval_loss": round(summary["eval_loss"], 4),
+        "ppl": round(summary["ppl"], 2),
+        "wall_s": round(summary["train_s"], 1),
+        "ms_per_step": round(summary["ms_per_step"], 1),
+        "peak_gib": peak and round(peak / 2**30, 2),
+        "state_bytes": summary["state_bytes"],
+        "curve": [[step, round(loss, 4)] for step, loss in summary["curve"]],
+    }
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as Markdown, best first; runs that were given up come last."""
+    lines = [
+        "| optimizer @ peak lr | eval loss | ppl | ms / step |",
+        "|---|---|---|---|",
+    ]
+    for r in sorted(results, key=lambda r: r.get("eval_loss", float("inf"))):
+        name = r["optimizer"].replace("@", " @ ")
+        if "error" in r:
+            lines.append(f"| {name} | not finite | - | - |")
+        else:
+            numbers = f"{r['eval_loss']:.3f} | {r['ppl']:.1f} | {r['ms_per_step']:.1f}"
+            lines.append(f"| {name} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare as the command line says; None reads it from `sys.argv`."""
+    comparison: Comparison = parse(
+        Comparison, DESCRIPTION, argv, "python -m train.compare"
+    )
+    join_processes(comparison.work.processes)
+    folder = comparison.work.out or Path("runs/compare")
+    with usage_errors():
+        configs = expand(comparison, folder)
+        for config in configs:
+            check_folder(config)
+        mesh = make_mesh(configs[0])
+        data = open_text(configs[0])
+    results: list[Result] = []
+    for config in configs:
+        results.append(run(config, data, mesh))
+        if jax.process_index() == 0:
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    if jax.process_index() == 0:
+        runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
+        draw_runs(runs, folder / "losses.png")
+        (folder / "table.md").write_text(table(results) + "\n")
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The command line of the trainer."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+
+from train.checkpoint import check_folder
+from train.config import Config, ProcessConfig, parse, resolve, resolved
+from train.data import Data, open_data
+from train.loop import train
+from train.mesh import make_mesh
+from train.report import finish
+
+DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
+
+Examples:
+  python -m train                                    a small model, minutes on a CPU
+  python -m train --optimizer adamw --out runs/adamw
+  python -m train --optimizer galore --basis sara --rank 32 --refresh-every 50
+  python -m train --out runs/tiny-grass_jump --resume
+  python -m train --size 60m --batch-size 128 --seq-len 256 --microbatches 4
+  python -m train.compare --help                     several optimizers, same work
+
+A run leaves in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/,
+loss.png, memory.txt, sample.txt and summary.json."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; None reads it from `sys.argv`."""
+    start = time.perf_counter()
+    config: Config = parse(Config, DESCRIPTION, argv, "python -m train")
+    join_processes(config.processes)
+    config = resolve(config)
+    with usage_errors():
+        check_folder(config)
+        mesh = make_mesh(config)
+        data = open_text(config)
+    trained = train(config, data, mesh)
+    finish(config, data, trained, time.perf_counter() - start)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What a user can put right ends the program with its message, no traceback."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def join_processes(config: ProcessConfig) -> None:
+    if config.distributed:
+        jax.distributed.initialize(
+            config.coordinator, config.process_count, config.process_id
+        )
+
+
+def open_text(config: Config) -> Data:
+    """The data of a resolved config, this process' share of it."""
+    return open_data(
+        config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        vocab_size=resolved(config.model, "vocab_size"),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

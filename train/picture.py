@@ -1,0 +1,61 @@
+"""Loss curves as PNG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.metrics import Record
+
+
+def draw_run(records: Sequence[Record], path: Path) -> None:
+    """Training loss, as logged and smoothed, and evaluation loss of one run."""
+    figure, axes = _figure()
+    steps, losses = _series(records, "loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
+    axes.plot(*_series(records, "eval_loss"), "o", color="tab:red", label="held out")
+    _save(figure, axes, path)
+
+
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Smoothed training loss of several runs; a dot is the final evaluation loss."""
+    figure, axes = _figure()
+    for name, records in runs.items():
+        steps, losses = _series(records, "loss")
+        (line,) = axes.plot(steps, _smooth(losses), label=name)
+        eval_steps, eval_losses = _series(records, "eval_loss")
+        axes.plot(eval_steps[-1:], eval_losses[-1:], "o", color=line.get_color())
+    _save(figure, axes, path)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> None:
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over about a tenth of the values, less near the ends."""
+    reach, last = len(values) // 20 + 1, len(values) - 1
+
+    def around(i: int) -> Sequence[float]:
+        half = min(reach, i, last - i)
+        return values[i - half : i + half + 1]
+
+    return [fmean(around(i)) for i in range(len(values))]
