@@ -8,7 +8,7 @@ low_rank(optax.chain(
 ), rank=128, refresh_every=200)
 """
 
-from lowrank_optax.assemble import STATIC_ARGS
+from lowrank_optax.assemble import static_args
 from lowrank_optax.basis import BasisState, basis_rule, replay
 from lowrank_optax.fira import fira
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
@@ -30,7 +30,6 @@ from lowrank_optax.singular import dominant_svd, sara_sample
 
 __all__ = [
     "STACKED",
-    "STATIC_ARGS",
     "TRANSFORMER_MATRICES",
     "BasisState",
     "Clock",
@@ -59,5 +58,6 @@ __all__ = [
     "replay",
     "rotate_moments",
     "sara_sample",
+    "static_args",
     "update_frames",
 ]

@@ -1,13 +1,16 @@
 """What the named optimizers share: Adam, and the bracket with what follows it."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax.layout import DimensionNumbers, Rank
-from lowrank_optax.low_rank import low_rank
+from lowrank_optax.low_rank import LowRankState, low_rank
 from lowrank_optax.published import (
     decay_stepped_weights,
     scale_by_bias_correction,
@@ -16,18 +19,36 @@ from lowrank_optax.published import (
 
 Mask = Any | Callable[[Any], Any] | None
 
-STATIC_ARGS = (
+_STATIC = {
     "rank",
     "refresh_every",
     "key",
     "basis",
     "mask",
     "dimension_numbers",
-    "variant",
     "precision",
-)
-"""For `optax.inject_hyperparams(galore, static_args=STATIC_ARGS)`: the arguments of the
-named optimizers that are no numbers to be scheduled."""
+    "variant",
+}
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a named optimizer that are no numbers to be scheduled.
+
+    Args:
+      factory: `galore`, `fira`, `grass_walk` or `grass_jump`.
+
+    Returns:
+      Their names, for `optax.inject_hyperparams`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> make = optax.inject_hyperparams(
+      ...     lro.galore, static_args=lro.static_args(lro.galore))
+      >>> tx = make(learning_rate=0.01, rank=4, refresh_every=200)
+      >>> "rank" in lro.static_args(lro.galore), "scale" in lro.static_args(lro.galore)
+      (True, False)
+    """
+    return tuple(n for n in inspect.signature(factory).parameters if n in _STATIC)
 
 
 def adam(
@@ -59,8 +80,9 @@ def optimizer(
     """The bracket around the stages, then weight decay and learning rate.
 
     Leaves of full rank pass through the stages' Adam too, which makes it AdamW for
-    them. With `published_decays` = (b1, b2) the rest is the released packages': bias
-    correction on the step size, and the decay last.
+    them. A step that the bracket skips changes nothing: no decay, no schedule. With
+    `published_decays` = (b1, b2) the rest is the released packages': bias correction on
+    the step size, and the decay last.
     """
     bracket = low_rank(
         stages,
@@ -75,6 +97,29 @@ def optimizer(
     decay = decay_stepped_weights(learning_rate, weight_decay)
     if mask is not None:
         decay = optax.masked(decay, mask)
-    return optax.chain(
-        bracket, scale_by_bias_correction(*published_decays), rate, decay
-    )
+    correction = scale_by_bias_correction(*published_decays)
+    return _skip_together(bracket, optax.chain(correction, rate, decay))
+
+
+def _skip_together(
+    bracket: optax.GradientTransformationExtraArgs, after: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain(bracket, after)`, except that `after` skips what `bracket` skips."""
+    after = optax.with_extra_args_support(after)
+
+    def init(params: Any) -> Any:
+        return bracket.init(params), after.init(params)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        old, old_rest = state
+        updates, new = bracket.update(updates, old, params, **extra_args)
+        updates, new_rest = after.update(updates, old_rest, params, **extra_args)
+        accepted = cast(LowRankState, new).skipped == old.skipped
+        return (
+            jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), updates),
+            (new, jax.tree.map(partial(jnp.where, accepted), new_rest, old_rest)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

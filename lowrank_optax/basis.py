@@ -29,10 +29,11 @@ Choose = Callable[[Frame, jax.Array | None, Clock], jax.Array]
 
 
 def canonical_key(key: jax.Array | int) -> jax.Array:
-    """A typed key from a seed or a typed key; ValueError for a raw uint32 key."""
+    """A typed key from a seed or a typed key; ValueError for anything else."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    if jnp.ndim(key) or not jnp.issubdtype(jnp.result_type(key), jnp.integer):
+    dtype = getattr(key, "dtype", type(key))
+    if jnp.ndim(key) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"key must be an int or a typed key from jax.random.key, not {key!r}"
         )
@@ -58,6 +59,21 @@ def basis_rule(
         `frame.batch` (None without `key`) and the `Clock` to S_t (*batch, m, r),
         orthonormal also for a zero or a rank-deficient gradient.
       key: a seed or a typed key.
+
+    Raises:
+      ValueError: a key that is neither an int nor typed; at update, outside
+        `low_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> last_coordinates = lro.basis_rule(
+      ...     lambda frame, keys, clock: jnp.eye(*frame.basis_shape)[::-1])
+      >>> stages = optax.chain(last_coordinates, lro.project(),
+      ...     lro.in_subspace(optax.identity()), lro.project_back())
+      >>> g = {"w": jnp.ones((3, 4))}
+      >>> tx = lro.low_rank(stages, rank=1, refresh_every=1)
+      >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
+      [0.0, 0.0, 1.0]
     """
 
     def init(params: Any) -> Any:

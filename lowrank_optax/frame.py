@@ -119,7 +119,13 @@ def map_frames(
     *rest: Any,
     plain: Callable[..., Any] = lambda leaf, *_: leaf,
 ) -> Any:
-    """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves."""
+    """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
+
+    Example:
+      >>> import optax, lowrank_optax as lro
+      >>> negate = optax.stateless(lambda frames, params: lro.map_frames(
+      ...     lambda frame: frame.replace(low_step=-frame.low_step), frames))
+    """
     return jax.tree.map(
         lambda x, *xs: f(x, *xs) if is_frame(x) else plain(x, *xs),
         tree,
@@ -134,7 +140,17 @@ def frames_of(tree: Any) -> list[Frame]:
 
 
 def update_frames(f: Callable[..., Any], tree: Any, state: Any) -> tuple[Any, Any]:
-    """`f(frame, its state) -> (frame, state)` on every Frame; two trees come back."""
+    """`f(frame, its state) -> (frame, state)` on every Frame; two trees come back.
+
+    Other leaves and their states stay.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> def shrink(frame, factor):  # the body of a stage's update, with its state
+      ...     return frame.replace(low_step=factor * frame.low_step), factor / 2
+      >>> lro.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": None})[1]
+      {'bias': None}
+    """
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_frame)
     states = structure.flatten_up_to(state)
     pairs = [

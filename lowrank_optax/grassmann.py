@@ -84,6 +84,9 @@ def grassmann_walk(
         stands still, pi / 2 turns the fastest direction out of the subspace.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
+    Raises:
+      ValueError: another decomposition, or a key that is neither an int nor typed.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, step_size=0.3),
@@ -119,6 +122,9 @@ def grassmann_jump(
     Args:
       key: a seed or a typed key.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or a key that is neither an int nor typed.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -180,7 +180,7 @@ def check_rank(rank: Any, path: str = "low_rank") -> None:
         raise ValueError(
             f"{path}: rank must be a Python int, a float fraction of the smaller side "
             f"or (regular expression, rank) pairs, not {rank!r}; under "
-            "optax.inject_hyperparams pass static_args=lowrank_optax.STATIC_ARGS"
+            "optax.inject_hyperparams pass static_args=lowrank_optax.static_args(...)"
         )
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"{path}: rank must be at least 1, not {rank}")

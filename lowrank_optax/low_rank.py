@@ -70,8 +70,9 @@ def low_rank(
     A basis is due at steps 0, T, 2T, ... (T = `refresh_every`), from that step's
     gradient. Every step whose gradient has a NaN or an Inf is skipped: the updates
     are zero, no state changes, `skipped` counts it, and a refresh that was due
-    happens at the next finite step. Transformations chained after the bracket (weight
-    decay, schedules) see such a step as one with a zero gradient.
+    happens at the next finite step. Transformations that you chain after the bracket
+    (weight decay, schedules) see such a step as one with a zero gradient; in the named
+    optimizers they are skipped with it.
 
     Args:
       inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
@@ -110,7 +111,7 @@ def low_rank(
     if not isinstance(refresh_every, int) or refresh_every < 1:
         raise ValueError(
             f"refresh_every must be a Python int of at least 1, not {refresh_every!r}; "
-            "under optax.inject_hyperparams pass static_args=lowrank_optax.STATIC_ARGS"
+            "with optax.inject_hyperparams pass static_args=static_args(...)"
         )
     inner = optax.with_extra_args_support(inner)
 

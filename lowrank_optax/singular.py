@@ -76,7 +76,8 @@ def sara_sample(
         their probability by less than 1e-3 of the largest one's in float32.
 
     Raises:
-      ValueError: "randomized" (a sketch has no tail to sample from) or unknown.
+      ValueError: "randomized" (a sketch has no tail to sample from) or an unknown
+        decomposition; a key that is neither an int nor typed.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

