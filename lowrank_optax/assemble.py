@@ -93,7 +93,8 @@ def optimizer(
     )
     rate = optax.scale_by_learning_rate(learning_rate)
     if published_decays is None:
-        return optax.chain(bracket, optax.add_decayed_weights(weight_decay, mask), rate)
+        decay = optax.add_decayed_weights(weight_decay, mask)
+        return _skip_together(bracket, optax.chain(decay, rate))
     decay = decay_stepped_weights(learning_rate, weight_decay)
     if mask is not None:
         decay = optax.masked(decay, mask)

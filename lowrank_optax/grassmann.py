@@ -9,7 +9,7 @@ import optax
 from lowrank_optax import linalg
 from lowrank_optax.basis import basis_rule
 from lowrank_optax.frame import Clock, Frame
-from lowrank_optax.linalg import Decomposition
+from lowrank_optax.linalg import Decomposition, fence
 
 
 def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Array:
@@ -20,9 +20,9 @@ def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Ar
 
         S(eta) = S V cos(Sigma eta) V^T + U sin(Sigma eta) V^T
 
-    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma, which needs no U and no division
-    at Sigma = 0: only the r x r matrix X^^T X^ is factorised, not X. One
-    Newton-Schulz step takes rounding off, so that it does not add up over a walk.
+    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma, which needs no U and, at Sigma = 0,
+    only a limit: the r x r matrix X^^T X^ is factorised, not X. One Newton-Schulz step
+    takes rounding off, so that it does not add up over a walk.
 
     Args:
       s: (*batch, m, r), orthonormal, r < m.
@@ -32,24 +32,38 @@ def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Ar
     Returns:
       (*batch, m, r), orthonormal.
     """
-
-    def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-    x = x - matmul(s, matmul(linalg.transpose(s), x))
+    # Twice, for what is left of a direction along S is rounding, which is not tangent.
+    x = _unit(_tangent(s, _unit(_tangent(s, x))))
     squares, v = linalg.eigh(linalg.gram(x))
-    sigma = jnp.sqrt(jnp.maximum(squares, 0))
+    sigma = fence(jnp.sqrt(jnp.maximum(squares, 0)))
     largest = jnp.max(sigma, axis=-1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)
-    angle = step_size * sigma / largest
+    sigma = fence(sigma / largest)
+    angle = fence(step_size * sigma)
+    sine = fence(jnp.sin(angle))
+    small = sigma < jnp.finfo(sigma.dtype).eps
+    sine_over_sigma = fence(
+        jnp.where(small, step_size, sine / jnp.where(small, 1, sigma))
+    )
 
-    def function_of_gram(values: jax.Array) -> jax.Array:
-        return matmul(v * values[..., None, :], linalg.transpose(v))
+    def function_of_sigma(values: jax.Array) -> jax.Array:
+        return linalg.matmul(fence(v * values[..., None, :]), linalg.transpose(v))
 
-    along = matmul(s, function_of_gram(jnp.cos(angle)))
-    stretch = jnp.multiply(step_size, jnp.sinc(angle / jnp.pi)) / largest
-    across = function_of_gram(stretch)
-    return linalg.polish(along + matmul(x, across))
+    along = linalg.matmul(s, function_of_sigma(fence(jnp.cos(angle))))
+    x = fence(x / largest[..., None])
+    across = linalg.matmul(x, function_of_sigma(sine_over_sigma))
+    return linalg.polish(fence(along + across))
+
+
+def _tangent(s: jax.Array, x: jax.Array) -> jax.Array:
+    """(I - S S^T) X."""
+    return fence(x - linalg.matmul(s, linalg.matmul(linalg.transpose(s), x)))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """X with a largest entry of one, so that small and large ones round alike."""
+    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return fence(x / jnp.where(scale > 0, scale, 1))
 
 
 def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
@@ -58,7 +72,7 @@ def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
     flat = keys.reshape(math.prod(frame.batch))
     shape, dtype = frame.basis_shape[-2:], frame.gradient.dtype
     x = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(flat)
-    return linalg.replicated(x.reshape(frame.basis_shape))
+    return fence(linalg.replicated(x.reshape(frame.basis_shape)))
 
 
 def grassmann_walk(

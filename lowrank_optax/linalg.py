@@ -16,7 +16,17 @@ from jax.lax.linalg import EighImplementation
 
 Decomposition = Literal["svd", "gram", "randomized"]
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# The compiler may not simplify across a fence. It rearranges constants, divisions and
+# sums otherwise in a program for one device, for pmap and for a mesh, and a basis
+# computed there from the same numbers would differ by an ulp.
+fence = jax.lax.optimization_barrier
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b at the highest precision, fenced."""
+    a, b = fence((a, b))
+    return fence(jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
 
 
 T = TypeVar("T")
@@ -38,7 +48,7 @@ def transpose(x: jax.Array) -> jax.Array:
 
 def gram(x: jax.Array) -> jax.Array:
     """x^T x: (*batch, m, r) to (*batch, r, r)."""
-    return _matmul(transpose(x), x)
+    return matmul(transpose(x), x)
 
 
 def orthonormality_error(s: jax.Array) -> jax.Array:
@@ -76,7 +86,7 @@ def polish(s: jax.Array) -> jax.Array:
 
     Squares an orthonormality error that is well under one; what is left is rounding.
     """
-    return 1.5 * s - 0.5 * _matmul(s, gram(s))
+    return fence(fence(1.5 * s) - fence(0.5 * matmul(s, gram(s))))
 
 
 def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,12 +174,12 @@ def leading(
     def one(g: jax.Array, key: jax.Array) -> jax.Array:
         width = min(rank + 8, g.shape[0])
         q = orthonormalize(
-            _matmul(g, jax.random.normal(key, (g.shape[1], width), g.dtype))
+            matmul(g, jax.random.normal(key, (g.shape[1], width), g.dtype))
         )
         for _ in range(2):
-            q = orthonormalize(_matmul(g, orthonormalize(_matmul(transpose(g), q))))
-        inner, _ = left_singular(_matmul(transpose(q), g), "gram")
-        return fix_signs(_matmul(q, inner[:, :rank]))
+            q = orthonormalize(matmul(g, orthonormalize(matmul(transpose(g), q))))
+        inner, _ = left_singular(matmul(transpose(q), g), "gram")
+        return fix_signs(matmul(q, inner[:, :rank]))
 
     return per_matrix(one, g, keys)
 

@@ -108,10 +108,11 @@ def low_rank(
       ((8, 4), (2, 8))
     """
     check_rank(rank)
-    if not isinstance(refresh_every, int) or refresh_every < 1:
+    whole = isinstance(refresh_every, int) and not isinstance(refresh_every, bool)
+    if not whole or refresh_every < 1:
         raise ValueError(
             f"refresh_every must be a Python int of at least 1, not {refresh_every!r}; "
-            "with optax.inject_hyperparams pass static_args=static_args(...)"
+            "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
         )
     inner = optax.with_extra_args_support(inner)
 

@@ -99,9 +99,9 @@ def rotate_moments(
 
     def rotate(frames: Any, state: Any) -> Any:
         ones = map_frames(
-            lambda f: jnp.ones([], f.gradient.dtype),
+            lambda f: jnp.ones(f.low_shape, f.gradient.dtype),
             frames,
-            plain=lambda x: jnp.ones([], x.dtype),
+            plain=jnp.ones_like,
         )
         _, unit = inner.update(ones, inner.init(ones), ones)
         return _rotate(state, unit, Rotation(frames))
@@ -154,8 +154,8 @@ class Rotation:
         Args:
           nu: V, raw.
           mu: M, raw, of the same step.
-          nu_weight: w_V = 1 - beta2^{t-1}, the sum of the average's weights; a tree of
-            scalars, one per leaf.
+          nu_weight: w_V = 1 - beta2^{t-1}, the sum of the average's weights, in a tree
+            like `nu`.
           mu_weight: w_M = 1 - beta1^{t-1}, likewise.
         """
 
@@ -194,9 +194,9 @@ def register_rotation(state_type: type) -> Callable[[Rotate], Rotate]:
 
     Returns:
       A decorator for a function (state, unit, rotation) to the turned state, of the
-      same structure, shapes and dtypes. `unit` is the same state with scalars for
-      arrays after one step from zero on a gradient of 1, from which decay rates can
-      be read; `rotation` is the `Rotation`.
+      same structure, shapes and dtypes. `unit` is the same state after one step from
+      zero on a gradient of ones, from which decay rates can be read; `rotation` is
+      the `Rotation`.
 
     Example:
       >>> import optax, lowrank_optax as lro
@@ -251,7 +251,7 @@ def _rotate(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> Any:
     if kind in _ROTATIONS:
         return _ROTATIONS[kind](state, unit, rotation)
     if isinstance(state, dict):
-        return {k: _rotate(v, unit[k], rotation, owner) for k, v in state.items()}
+        return kind((k, _rotate(v, unit[k], rotation, owner)) for k, v in state.items())
     if isinstance(state, (tuple, list)):
         owner = kind.__name__ if hasattr(state, "_fields") else owner
         parts = [

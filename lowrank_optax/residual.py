@@ -45,7 +45,8 @@ def recover_residual(
 
     Where the paper is silent: a column with G~_i = 0 gets phi_i = 0; the first step has
     no limit; and a step whose Lambda is zero (a zero gradient) does not change the
-    norm that the next one is limited against, so that the residual comes back.
+    norm that the next one is limited against, so that the residual comes back. A
+    residual whose squared norm overflows is left out of that step.
 
     `variant="published"` is what fira 1.0.2 computes: the residual is G - scale S G~;
     1e-8 is added to ||G~_i|| and to ||Lambda_{t-1}||; and a zero Lambda is stored like
@@ -90,11 +91,11 @@ def recover_residual(
         bound = limit * (last + eps)
         limited = (last >= 0) & (norm > bound)
         factor = jnp.where(limited, bound / jnp.where(limited, norm, 1), 1)
-        norm = norm * factor
+        usable = jnp.isfinite(norm)
+        phi = jnp.where(usable[..., None], phi * factor[..., None], 0)
+        norm = jnp.where(usable, norm * factor, last)
         if not published:
             norm = jnp.where(norm > 0, norm, last)
-
-        phi = phi * factor[..., None]
         inner = jnp.multiply(scale, low_step) - inside * low * phi[..., None, :]
         return frame.replace(step=frame.up(inner) + G * phi[..., None, :]), norm
 

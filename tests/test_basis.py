@@ -92,10 +92,11 @@ def test_five_thousand_walks_stay_orthonormal():
         s = geodesic(s, jax.random.normal(key, s.shape), 0.3)
         return s, orthonormality_error(s)
 
-    s = jnp.linalg.qr(gaussian(2, 32, 8))[0]
+    # At 24 of 32 directions the error without a correction is 13 after these steps.
+    s = jnp.linalg.qr(gaussian(2, 32, 24))[0]
     keys = jax.random.split(jax.random.key(0), 5000)
     end, errors = jax.jit(lambda: jax.lax.scan(one, s, keys))()
-    assert errors.max() < 1e-5
+    assert errors.max() < 2e-6  # a few eps: rounding does not add up
     # It has gone somewhere: the start's directions are no longer in the span.
     assert subspace_angles(s[0], end[0]).max() > 1
 

@@ -308,9 +308,9 @@ def test_a_traced_rank_says_which_arguments_are_static():
         lro.low_rank(optax.identity(), rank=rank, refresh_every=1)
         return rank
 
-    with pytest.raises(ValueError, match=r"static_args=static_args"):
+    with pytest.raises(ValueError, match=r"static_args=lowrank_optax\.static_args"):
         jax.jit(build)(4)
-    with pytest.raises(ValueError, match=r"static_args=static_args"):
+    with pytest.raises(ValueError, match=r"static_args=lowrank_optax\.static_args"):
         jax.jit(
             lambda t: lro.low_rank(optax.identity(), rank=1, refresh_every=t) and t
         )(4)
