@@ -30,14 +30,13 @@ Choose = Callable[[Frame, jax.Array | None, Clock], jax.Array]
 
 def canonical_key(key: jax.Array | int) -> jax.Array:
     """A typed key from a seed or a typed key; ValueError for anything else."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
     dtype = getattr(key, "dtype", type(key))
-    if jnp.ndim(key) or not jnp.issubdtype(dtype, jnp.integer):
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if jnp.ndim(key) or not (typed or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"key must be an int or a typed key from jax.random.key, not {key!r}"
         )
-    return jax.random.key(key)
+    return key if typed and isinstance(key, jax.Array) else jax.random.key(key)
 
 
 def clock_of(clock: Clock | None) -> Clock:

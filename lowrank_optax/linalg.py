@@ -203,7 +203,9 @@ def replicated(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     types = set(mesh.axis_types) if not mesh.empty else set()
     if types == {jax.sharding.AxisType.Auto}:
-        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())
+        # Fenced, or the compiler would keep what `x` is made of whole as well, and with
+        # it the moments and the update of every step.
+        return jax.lax.with_sharding_constraint(fence(x), jax.sharding.PartitionSpec())
     if types == {jax.sharding.AxisType.Explicit}:
         return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
     return x

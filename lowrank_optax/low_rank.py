@@ -59,6 +59,9 @@ def low_rank(
         optax.chain(sara_sample(key=0), project(),
                     rotate_moments(optax.scale_by_adam()), recover_residual(1.01))
 
+    A stock optax transformation stands inside `in_subspace` or `rotate_moments`, or
+    outside the bracket: between stages it would take a Frame's basis for an update.
+
     The bracket alone knows how a leaf is stored. It turns each matrix so that
     m <= n ("without loss of generality", both papers), keeps further axes as batch
     axes (stacked layers), and computes in float32 (float64 for float64 leaves),

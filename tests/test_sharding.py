@@ -168,3 +168,21 @@ def test_shard_map(rule, decomposition):
         return jax.tree.map(lambda x: np.stack([x] + [0 * x] * 7), g)
 
     check(trajectory(update, tx.init(at(0)), split), rule, decomposition)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_step_stays_sharded(dtype):
+    """Whole matrices are for the refresh alone: updates and moments stay spread.
+
+    It also guards the tests above, in which work must really be on eight devices.
+    """
+    tx = optimizer("walk", None)
+    mesh = mesh_of(8)
+    specs = {name: NamedSharding(mesh, s) for name, s in SHARDED.items()}
+    with jax.set_mesh(mesh):
+        g = jax.device_put({k: x.astype(dtype) for k, x in at(0).items()}, specs)
+        updates, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
+    moments = optax.tree.get(state, "mu")
+    for tree in (g, updates, moments):
+        whole = [name for name in LEAVES if tree[name].sharding.is_fully_replicated]
+        assert not whole
