@@ -96,8 +96,8 @@ def test_metrics_are_a_line_for_each_logged_step(finished):
     # Uniform guesses among 300 tokens cost log 300 = 5.7 nats.
     assert lines[0]["loss"] == pytest.approx(np.log(300), abs=0.3)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
-    assert lines[0]["learning_rate"] == pytest.approx(1e-3 / 3)
-    assert lines[-1]["learning_rate"] == pytest.approx(1e-4)
+    assert lines[0]["learning_rate"] == pytest.approx(2e-3 / 3)
+    assert lines[-1]["learning_rate"] == pytest.approx(2e-4)
     assert {line["skipped"] for line in lines} == {0}
 
 
@@ -152,7 +152,7 @@ def test_a_comparison_gives_each_optimizer_the_same_work(finished, flags, tmp_pa
     train.compare.main([*flags, *argv, "--out", str(tmp_path)])
     adamw, grass = strict_lines(tmp_path / "results.jsonl")
     assert (adamw["optimizer"], grass["optimizer"]) == (
-        "adamw@0.001",
+        "adamw@0.002",
         "grass_jump+sara@0.005",
     )
     fields = {"optimizer", "steps", "eval_loss", "ppl", "wall_s", "ms_per_step"}
@@ -196,7 +196,7 @@ def test_a_run_that_is_given_up_is_a_line_of_the_comparison(
     argv = ("--optimizers", "adamw", "grass_jump", "--out", str(tmp_path))
     train.compare.main([*flags, *argv])
     results = strict_lines(tmp_path / "results.jsonl")
-    assert [r["optimizer"] for r in results] == ["adamw@0.001", "grass_jump@0.002"]
+    assert [r["optimizer"] for r in results] == ["adamw@0.002", "grass_jump@0.002"]
     assert [r["error"] for r in results] == ["20 steps in a row"] * 2
     assert (
         "| adamw @ 0.001 | not finite | - | - |" in (tmp_path / "table.md").read_text()
