@@ -199,7 +199,7 @@ def test_a_run_that_is_given_up_is_a_line_of_the_comparison(
     assert [r["optimizer"] for r in results] == ["adamw@0.002", "grass_jump@0.002"]
     assert [r["error"] for r in results] == ["20 steps in a row"] * 2
     assert (
-        "| adamw @ 0.001 | not finite | - | - |" in (tmp_path / "table.md").read_text()
+        "| adamw @ 0.002 | not finite | - | - |" in (tmp_path / "table.md").read_text()
     )
 
 
