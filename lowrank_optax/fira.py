@@ -34,9 +34,10 @@ def fira(
     residual's norm limited to grow by `limit` a step (Chen et al. 2024, "Fira"; SARA
     paper, section 2; equations in `recover_residual`). State: mr + 2nr + 1 numbers.
 
-    When to choose it: as `galore`, for one more product per step. When not: when the
-    basis moves far at a refresh, since its moments are not rotated and phi is read
-    off them; then `grass_jump`.
+    When to choose it: as `galore`, for column norms and another pass over the gradient;
+    the products with S are the same two. When not: with random bases, since its moments
+    are not rotated and phi is read off them (GrassWalk paper, section 5); then
+    `grass_jump`.
 
     `variant="published"` is fira 1.0.2 step for step: as for `galore`, and the residual
     is G - scale S G~, which gives 1 - scale of the part inside the subspace back at

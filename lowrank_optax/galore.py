@@ -34,8 +34,8 @@ def galore(
     2). State of a matrix: mr + 2nr numbers. The moments are not rotated at a refresh.
 
     When to choose it: the least work per step, with `basis=sara_sample(key)` so that
-    the subspace does not freeze. When not: at a small rank relative to m, where
-    `fira` and `grass_jump`, which also use the residual, reach a lower loss.
+    the subspace does not freeze. When not: with a random basis, which alone misses
+    most of the gradient; `grass_jump` gives that part back.
 
     Deviations: singular vectors' signs are fixed (`linalg.fix_signs`); the paper and
     the released package leave them to the SVD routine. `variant="published"` is

@@ -200,9 +200,9 @@ def _at_least_f32(x: jax.Array) -> jax.Array:
 def _all_finite(updates: Any, out: Any) -> jax.Array:
     """Whether every gradient is finite, read off G~ where there is one.
 
-    Every entry of a column of G = S^T G's factor enters the same column of G~, and a
-    NaN or an Inf survives any multiplication, even by zero. So the r rows of G~ tell
-    as much as the m rows of G, for a fraction of the reads.
+    Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
+    survives any product, even with zero. So the r rows of G~ tell as much as the m
+    rows of G, for a fraction of the reads.
     """
 
     def finite(x: jax.Array, o: Any) -> jax.Array:

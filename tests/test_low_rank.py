@@ -371,3 +371,25 @@ def test_named_optimizers_name_the_parameter_they_cannot_place():
     params = {"attn": {"kernel": jnp.ones((8, 2, 4))}}
     with pytest.raises(ValueError, match=r"attn/kernel: shape \(8, 2, 4\) has 3 axes"):
         tx.init(params)
+
+
+@pytest.mark.parametrize("variant", ["paper", "published"])
+def test_a_skipped_step_neither_decays_weights_nor_moves_the_schedule(variant):
+    """In a named optimizer what follows the bracket skips with it."""
+    tx = lro.galore(
+        optax.linear_schedule(1.0, 0.0, 9),
+        rank=2,
+        refresh_every=2,
+        weight_decay=0.1,
+        dimension_numbers=None,
+        variant=variant,
+    )
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params), params)
+    poisoned = {"w": params["w"], "b": jnp.array([1.0, jnp.nan, 1.0])}
+    updates, skipped = tx.update(poisoned, state, params)
+    assert not any(jnp.any(u != 0) for u in jax.tree.leaves(updates))
+    assert skipped[0].skipped == 1
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), skipped[1], state[1])
+    assert jax.tree.leaves(same)
+    assert all(jax.tree.leaves(same))
