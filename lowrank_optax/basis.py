@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
+from lowrank_optax.frame import (
+    Clock,
+    Frame,
+    are_coordinates,
+    frames_of,
+    map_frames,
+)
 from lowrank_optax.layout import path_of
 from lowrank_optax.linalg import replicated, transpose
 
@@ -18,7 +24,8 @@ class BasisState(NamedTuple):
     Attributes:
       rng_key: a typed key, split at a refresh and at no other time; None for a rule
         that draws nothing.
-      basis: S, (*batch, m, r) at every matrix leaf, `optax.MaskedNode` at others.
+      basis: S, (*batch, m, r) at every matrix leaf, or (*batch, r) integers where S's
+        columns are coordinates; `optax.MaskedNode` at other leaves.
     """
 
     rng_key: jax.Array | None
@@ -45,8 +52,32 @@ def clock_of(clock: Clock | None) -> Clock:
     return clock
 
 
+def turn_between(new: jax.Array, old: jax.Array, dtype: Any) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return jnp.matmul(transpose(new), old, precision="highest")
+
+
+def with_basis(
+    frame: Frame, basis: jax.Array, turn: jax.Array | None, orthonormal: bool = True
+) -> Frame:
+    """The Frame with S_t and S_t^T S_{t-1} set."""
+    reason = "" if orthonormal else "the basis is not orthonormal"
+    return frame.replace(
+        basis=basis,
+        turn=turn,
+        orthonormal=orthonormal,
+        no_residual=frame.no_residual or reason,
+    )
+
+
 def basis_rule(
-    choose: Choose, key: jax.Array | int | None = None
+    choose: Choose,
+    key: jax.Array | int | None = None,
+    *,
+    orthonormal: bool = True,
+    coordinates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A basis rule from a function that chooses S_t at a refresh.
 
@@ -58,6 +89,11 @@ def basis_rule(
         `frame.batch` (None without `key`) and the `Clock` to S_t (*batch, m, r),
         orthonormal also for a zero or a rank-deficient gradient.
       key: a seed or a typed key.
+      orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
+        refuse it.
+      coordinates: True for a rule that returns (*batch, r) distinct integers, the
+        coordinates that are S's columns; products with S are then a gather and a
+        scatter.
 
     Raises:
       ValueError: a key that is neither an int nor typed; at update, outside
@@ -77,6 +113,10 @@ def basis_rule(
 
     def init(params: Any) -> Any:
         def first(frame: Frame) -> jax.Array:
+            if coordinates:
+                return jnp.broadcast_to(
+                    jnp.arange(frame.rank), (*frame.batch, frame.rank)
+                )
             eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
             return jnp.broadcast_to(eye, frame.basis_shape)
 
@@ -113,9 +153,7 @@ def basis_rule(
                 plain=lambda _: optax.MaskedNode(),
             )
             turn = map_frames(
-                lambda f, s, s_old: jnp.matmul(
-                    transpose(s), s_old, precision="highest"
-                ),
+                lambda f, s, s_old: turn_between(s, s_old, f.gradient.dtype),
                 frames,
                 new,
                 old,
@@ -137,14 +175,16 @@ def basis_rule(
             now.refresh, refresh, keep, state.rng_key, state.basis
         )
         frames = map_frames(
-            lambda f, s, c: f.replace(basis=s, turn=c), frames, basis, turn
+            lambda f, s, c: with_basis(f, s, c, orthonormal), frames, basis, turn
         )
         return frames, BasisState(rng_key, basis)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def replay(bases: Any) -> optax.GradientTransformationExtraArgs:
+def replay(
+    bases: Any, *, orthonormal: bool = True
+) -> optax.GradientTransformationExtraArgs:
     """Given bases: the k-th refresh takes the k-th.
 
     To compare two optimizers on one trajectory of subspaces, singular vectors being
@@ -152,8 +192,9 @@ def replay(bases: Any) -> optax.GradientTransformationExtraArgs:
 
     Args:
       bases: a tree like the parameters with (K, *batch, m, r) at each matrix leaf, in
-        the orientation of the Frame (m <= n) and orthonormal. After K refreshes the
-        last one stays. Other leaves are not looked at.
+        the orientation of the Frame (m <= n). After K refreshes the last one stays.
+        Other leaves are not looked at.
+      orthonormal: whether they are.
 
     Raises:
       ValueError: for a matrix that has no bases, or bases of another shape.
@@ -181,7 +222,8 @@ def replay(bases: Any) -> optax.GradientTransformationExtraArgs:
         return s
 
     rule = basis_rule(
-        lambda frame, _, clock: jnp.take(given(frame), clock.cycle, 0, mode="clip")
+        lambda frame, _, clock: jnp.take(given(frame), clock.cycle, 0, mode="clip"),
+        orthonormal=orthonormal,
     )
 
     def init(params: Any) -> Any:

@@ -37,18 +37,25 @@ class Frame:
 
     Attributes:
       gradient: (*batch, m, n), G.
-      basis: (*batch, m, r), S with orthonormal columns; S_{t-1} until a basis rule
-        has set S_t.
+      momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
+        of S_{t-1}; None for a step that keeps none.
+      basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
+        columns. S_{t-1} until a basis rule has set S_t.
       turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
       rank: r < m.
       path: the leaf's path in the tree, "layers/mlp/up/kernel".
+      columns: which of the weight's axes the n columns are, "input" or "output".
       precision: of the products with S, as `jax.lax.dot_general` takes it.
+      orthonormal: whether S's columns are orthonormal.
+      no_residual: why what the projection lost cannot be given back, a sentence; ""
+        where it can.
     """
 
     gradient: jax.Array
+    momentum: jax.Array | None = None
     basis: jax.Array | None = None
     turn: jax.Array | None = None
     low: jax.Array | None = None
@@ -57,6 +64,9 @@ class Frame:
     rank: int = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
     precision: jax.lax.PrecisionLike = dataclasses.field(metadata={"static": True})
+    columns: str = dataclasses.field(default="output", metadata={"static": True})
+    orthonormal: bool = dataclasses.field(default=True, metadata={"static": True})
+    no_residual: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -86,6 +96,8 @@ class Frame:
     def down(self, x: jax.Array) -> jax.Array:
         """S^T x: (*batch, m, k) to (*batch, r, k)."""
         basis = self.need("basis", "a basis rule such as dominant_svd()")
+        if are_coordinates(basis):
+            return jnp.take_along_axis(x, basis[..., None], axis=-2)
         return jnp.einsum(
             "...mr,...mk->...rk", basis, x, precision=self.precision
         ).astype(x.dtype)
@@ -93,9 +105,20 @@ class Frame:
     def up(self, y: jax.Array) -> jax.Array:
         """S y: (*batch, r, k) to (*batch, m, k)."""
         basis = self.need("basis", "a basis rule such as dominant_svd()")
+        if are_coordinates(basis):
+            x = jnp.zeros((*y.shape[:-2], self.gradient.shape[-2], y.shape[-1]), y.dtype)
+            return jnp.put_along_axis(x, basis[..., None], y, axis=-2, inplace=False)
         return jnp.einsum(
             "...mr,...rk->...mk", basis, y, precision=self.precision
         ).astype(y.dtype)
+
+    def check_residual(self, stage: str) -> None:
+        """ValueError where `stage` cannot give back what the projection lost."""
+        if self.no_residual:
+            raise ValueError(
+                f"{self.path}: {stage} gives back G - S S^T G, which does not work "
+                f"here: {self.no_residual}; take project_back() instead"
+            )
 
     def keys(self, key: jax.Array) -> jax.Array:
         """One key per matrix of the batch, shape `batch`.
@@ -107,6 +130,11 @@ class Frame:
         if not self.batch:
             return key
         return jax.random.split(key, math.prod(self.batch)).reshape(self.batch)
+
+
+def are_coordinates(basis: jax.Array) -> bool:
+    """Whether a basis is a list of coordinates, (*batch, r) integers."""
+    return jnp.issubdtype(basis.dtype, jnp.integer)
 
 
 def is_frame(x: Any) -> bool:

@@ -37,6 +37,7 @@ class Layout:
       batch: the shape of the batch axes.
       m: the smaller side.
       n: the larger side.
+      columns: which of the weight's axes the larger side is, "input" or "output".
     """
 
     axes: tuple[int, ...]
@@ -44,6 +45,7 @@ class Layout:
     batch: tuple[int, ...]
     m: int
     n: int
+    columns: str
 
     def to_matrix(self, x: jax.Array) -> jax.Array:
         return x.transpose(self.axes).reshape(*self.batch, self.m, self.n)
@@ -78,6 +80,7 @@ def layout_of(path: str, shape: tuple[int, ...], spec: MuonDimensionNumbers) -> 
         batch=tuple(shape[a] for a in batch),
         m=size[short],
         n=size[long],
+        columns="output" if long is cols else "input",
     )
 
 

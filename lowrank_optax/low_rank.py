@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Clock, Frame, is_frame
+from lowrank_optax.frame import Clock, Frame, are_coordinates, is_frame
 from lowrank_optax.layout import (
     DimensionNumbers,
     Layout,
@@ -19,6 +19,7 @@ from lowrank_optax.layout import (
     rank_of,
     specs_of,
 )
+from lowrank_optax.moments import with_momentum
 
 
 class LowRankState(NamedTuple):
@@ -139,6 +140,7 @@ def low_rank(
             gradient=_at_least_f32(leaf.layout.to_matrix(x)),
             rank=leaf.rank,
             path=leaf.path,
+            columns=leaf.layout.columns,
             precision=precision,
         )
 
@@ -165,8 +167,9 @@ def low_rank(
             refresh=state.count % refresh_every == 0,
             cycle=state.count // refresh_every,
         )
+        frames = _map_leaves(open_frame, leaves, updates)
         out, inner_state = inner.update(
-            _map_leaves(open_frame, leaves, updates),
+            with_momentum(frames, state.inner_state),
             state.inner_state,
             None if params is None else _map_leaves(turn, leaves, params),
             **{**extra_args, "clock": clock},
@@ -202,11 +205,12 @@ def _all_finite(updates: Any, out: Any) -> jax.Array:
 
     Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
     survives any product, even with zero. So the r rows of G~ tell as much as the m
-    rows of G, for a fraction of the reads.
+    rows of G, for a fraction of the reads. Where S is coordinates, they do not.
     """
 
     def finite(x: jax.Array, o: Any) -> jax.Array:
-        seen = o.low if is_frame(o) and o.low is not None else x
+        mixed = is_frame(o) and o.low is not None and not are_coordinates(o.basis)
+        seen = o.low if mixed else x
         return jnp.all(jnp.isfinite(seen))
 
     flags = jax.tree.leaves(jax.tree.map(finite, updates, out))

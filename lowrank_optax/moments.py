@@ -104,7 +104,7 @@ def rotate_moments(
             plain=jnp.ones_like,
         )
         _, unit = inner.update(ones, inner.init(ones), ones)
-        return _rotate(state, unit, Rotation(frames))
+        return rotate_state(state, unit, Rotation(frames))
 
     def init(params: Any) -> Any:
         state = stage.init(params)
@@ -181,6 +181,52 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+class _FirstMoments(Rotation):
+    """Turns nothing, and keeps what `first` was given."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def first(self, moment: Any) -> Any:
+        self.found.append(moment)
+        return moment
+
+    def second(self, nu: Any, mu: Any, nu_weight: Any, mu_weight: Any) -> Any:
+        return nu
+
+
+def first_moments(state: Any) -> list[Any]:
+    """The trees of first moments in the stages' states, that `Rotation.first` turns."""
+    seen = _FirstMoments()
+
+    def visit(state: Any) -> None:
+        if type(state) in _ROTATIONS:
+            _ROTATIONS[type(state)](state, state, seen)
+        elif isinstance(state, dict):
+            visit(tuple(state.values()))
+        elif isinstance(state, (tuple, list)):
+            for part in state:
+                visit(part)
+
+    visit(state)
+    return seen.found
+
+
+def with_momentum(frames: Any, state: Any) -> Any:
+    """The Frames with the first moment that the stages' states hold for them."""
+    for moments in first_moments(state):
+
+        def attach(frame: Frame, m: Any) -> Frame:
+            # A basis may have an optimizer of its own, with moments of its shape.
+            known = frame.momentum is not None
+            if known or getattr(m, "shape", None) != frame.low_shape:
+                return frame
+            return frame.replace(momentum=m)
+
+        frames = map_frames(attach, frames, moments, plain=lambda x, _: x)
+    return frames
+
+
 Rotate = Callable[[Any, Any, Rotation], Any]
 
 _ROTATIONS: dict[type, Rotate] = {}
@@ -245,17 +291,17 @@ def _lion(state: Any, unit: Any, rotation: Rotation) -> Any:
     return state._replace(mu=rotation.first(state.mu))
 
 
-def _rotate(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> Any:
+def rotate_state(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> Any:
     """Rotates the registered states in a nest of tuples, lists and dicts."""
     kind = type(state)
     if kind in _ROTATIONS:
         return _ROTATIONS[kind](state, unit, rotation)
     if isinstance(state, dict):
-        return kind((k, _rotate(v, unit[k], rotation, owner)) for k, v in state.items())
+        return kind((k, rotate_state(v, unit[k], rotation, owner)) for k, v in state.items())
     if isinstance(state, (tuple, list)):
         owner = kind.__name__ if hasattr(state, "_fields") else owner
         parts = [
-            _rotate(s, u, rotation, owner) for s, u in zip(state, unit, strict=True)
+            rotate_state(s, u, rotation, owner) for s, u in zip(state, unit, strict=True)
         ]
         return kind(*parts) if hasattr(state, "_fields") else kind(parts)
     arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
