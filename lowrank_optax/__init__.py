@@ -8,56 +8,148 @@ low_rank(optax.chain(
 ), rank=128, refresh_every=200)
 """
 
-from lowrank_optax.assemble import static_args
-from lowrank_optax.basis import BasisState, basis_rule, replay
-from lowrank_optax.fira import fira
-from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
-from lowrank_optax.galore import galore
-from lowrank_optax.grass import grass_jump, grass_walk
-from lowrank_optax.grassmann import grassmann_jump, grassmann_walk
-from lowrank_optax.layout import STACKED, TRANSFORMER_MATRICES
-from lowrank_optax.low_rank import LowRankState, low_rank
-from lowrank_optax.moments import (
-    Rotation,
-    in_subspace,
-    register_rotation,
-    rotate_moments,
+from lowrank_optax.adam_mini import (
+    AdamMiniState,
+    adam_mini_blocks,
+    check_heads,
+    scale_by_adam_mini,
 )
+from lowrank_optax.basis import BasisState, basis_rule, replay
+from lowrank_optax.coordinates import coordinates, sample_rows
+from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
+from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
+from lowrank_optax.gaussian import GaussianState, gaussian
+from lowrank_optax.grassmann import (
+    grassmann_jump,
+    grassmann_track,
+    grassmann_walk,
+    random_after,
+)
+from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
+from lowrank_optax.low_rank import LowRankState, low_rank
+from lowrank_optax.moments import Rotation, register_rotation, rotate_moments
+from lowrank_optax.momentum_bases import correlation_aware, power_iterate
+from lowrank_optax.online_pca import OnlinePCAState, online_pca
+from lowrank_optax.optimizers.apollo import apollo, apollo_mini
+from lowrank_optax.optimizers.assemble import static_args
+from lowrank_optax.optimizers.coap import coap
+from lowrank_optax.optimizers.fira import fira
+from lowrank_optax.optimizers.flora import flora
+from lowrank_optax.optimizers.frugal import frugal
+from lowrank_optax.optimizers.galore import galore
+from lowrank_optax.optimizers.galore_steps import (
+    galore_adafactor,
+    galore_adam8bit,
+    galore_adam_mini,
+    scale_by_adafactor,
+)
+from lowrank_optax.optimizers.golore import golore
+from lowrank_optax.optimizers.grass import grass_jump, grass_walk
+from lowrank_optax.optimizers.grass_sparse import grass_sparse
+from lowrank_optax.optimizers.ldadam import ldadam
+from lowrank_optax.optimizers.msgd import msgd
+from lowrank_optax.optimizers.online import online_subspace_descent
+from lowrank_optax.optimizers.q_galore import q_galore
+from lowrank_optax.optimizers.subtrack import subtrack
 from lowrank_optax.project import project, project_back
+from lowrank_optax.quantize import (
+    QuantizedArray,
+    QuantizedBasisState,
+    QuantizedState,
+    quantize_basis,
+    quantize_moments,
+)
+from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
-from lowrank_optax.residual import RecoverState, recover_residual
+from lowrank_optax.residual import RecoverState, recover_residual, sign_residual
+from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.singular import dominant_svd, sara_sample
+from lowrank_optax.step import (
+    PerMatrixState,
+    ResetState,
+    in_full_space,
+    in_subspace,
+    reset_moments,
+)
 
 __all__ = [
+    "LAYERS",
     "STACKED",
     "TRANSFORMER_MATRICES",
+    "AdamMiniState",
     "BasisState",
     "Clock",
+    "ErrorFeedbackState",
     "Frame",
+    "GaussianState",
+    "LazyRefreshState",
     "LowRankState",
     "MemoryReport",
     "MemoryRow",
+    "OnlinePCAState",
+    "PerMatrixState",
+    "QuantizedArray",
+    "QuantizedBasisState",
+    "QuantizedState",
     "RecoverState",
+    "ResetState",
     "Rotation",
+    "adam_mini_blocks",
+    "apollo",
+    "apollo_mini",
     "basis_rule",
+    "check_heads",
+    "coap",
+    "coordinates",
+    "correlation_aware",
     "dominant_svd",
+    "error_feedback",
     "fira",
+    "flora",
+    "frozen",
+    "frugal",
     "galore",
+    "galore_adafactor",
+    "galore_adam8bit",
+    "galore_adam_mini",
+    "gaussian",
+    "golore",
     "grass_jump",
+    "grass_sparse",
     "grass_walk",
     "grassmann_jump",
+    "grassmann_track",
     "grassmann_walk",
+    "in_full_space",
     "in_subspace",
+    "lazy_refresh",
+    "ldadam",
     "low_rank",
     "map_frames",
     "memory_report",
+    "msgd",
+    "online_pca",
+    "online_subspace_descent",
+    "power_iterate",
     "project",
     "project_back",
+    "q_galore",
+    "quantize_basis",
+    "quantize_moments",
+    "random_after",
     "recover_residual",
     "register_rotation",
     "replay",
+    "reset_moments",
     "rotate_moments",
+    "sample_rows",
     "sara_sample",
+    "scale_by_adafactor",
+    "scale_by_adam_mini",
+    "scale_channels",
+    "scale_tensor",
+    "sign_residual",
     "static_args",
+    "subtrack",
     "update_frames",
 ]

@@ -1,5 +1,6 @@
 """Where: what all basis rules share, and the rule that replays given bases."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,17 +60,40 @@ def turn_between(new: jax.Array, old: jax.Array, dtype: Any) -> jax.Array:
     return jnp.matmul(transpose(new), old, precision="highest")
 
 
+def sample_indices(
+    frame: Frame, keys: jax.Array | None, scores: jax.Array
+) -> jax.Array:
+    """r of the indices, drawn by score without replacement and sorted.
+
+    The first is drawn with probabilities scores / sum(scores), each next one with those
+    of the indices that are left; zero scores come last, the first in order.
+
+    Args:
+      frame: gives the batch and r.
+      keys: one key per matrix, of shape `frame.batch`.
+      scores: (*batch, m), not negative; all zeros count as equal.
+
+    Returns:
+      (*batch, r) int32.
+    """
+    if keys is None:
+        raise ValueError("this basis rule draws at random: give it a key")
+    m, count = scores.shape[-1], math.prod(frame.batch)
+    total = jnp.sum(scores, axis=-1, keepdims=True)
+    weights = jnp.where(total > 0, scores / jnp.where(total > 0, total, 1), 1 / m)
+
+    def sample(key: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sort(jax.random.choice(key, m, (frame.rank,), replace=False, p=w))
+
+    index = jax.vmap(sample)(keys.reshape(count), weights.reshape(count, m))
+    return index.reshape(*frame.batch, frame.rank)
+
+
 def with_basis(
     frame: Frame, basis: jax.Array, turn: jax.Array | None, orthonormal: bool = True
 ) -> Frame:
     """The Frame with S_t and S_t^T S_{t-1} set."""
-    reason = "" if orthonormal else "the basis is not orthonormal"
-    return frame.replace(
-        basis=basis,
-        turn=turn,
-        orthonormal=orthonormal,
-        no_residual=frame.no_residual or reason,
-    )
+    return frame.replace(basis=basis, turn=turn, orthonormal=orthonormal)
 
 
 def basis_rule(
@@ -139,7 +163,9 @@ def basis_rule(
             # The same bits on every sharding: factorise whole matrices.
             seen = map_frames(
                 lambda f, s: f.replace(
-                    gradient=replicated(f.gradient), basis=replicated(s)
+                    gradient=replicated(f.gradient),
+                    momentum=None if f.momentum is None else replicated(f.momentum),
+                    basis=replicated(s),
                 ),
                 frames,
                 old,
@@ -162,11 +188,7 @@ def basis_rule(
             return key, new, turn
 
         def keep(key: jax.Array | None, old: Any) -> tuple[Any, Any, Any]:
-            def still(frame: Frame) -> jax.Array:
-                eye = jnp.eye(frame.rank, dtype=frame.gradient.dtype)
-                return jnp.broadcast_to(eye, (*frame.batch, frame.rank, frame.rank))
-
-            turn = map_frames(still, frames, plain=lambda _: optax.MaskedNode())
+            turn = map_frames(Frame.still, frames, plain=lambda _: optax.MaskedNode())
             return key, old, turn
 
         if not frames_of(frames):

@@ -50,8 +50,9 @@ class Frame:
       columns: which of the weight's axes the n columns are, "input" or "output".
       precision: of the products with S, as `jax.lax.dot_general` takes it.
       orthonormal: whether S's columns are orthonormal.
-      no_residual: why what the projection lost cannot be given back, a sentence; ""
-        where it can.
+      fed_back: whether `error_feedback` gives back what the projection lost.
+      no_residual: why what the projection lost cannot be given back, though the basis
+        be orthonormal, a sentence; "" where it can.
     """
 
     gradient: jax.Array
@@ -66,6 +67,7 @@ class Frame:
     precision: jax.lax.PrecisionLike = dataclasses.field(metadata={"static": True})
     columns: str = dataclasses.field(default="output", metadata={"static": True})
     orthonormal: bool = dataclasses.field(default=True, metadata={"static": True})
+    fed_back: bool = dataclasses.field(default=False, metadata={"static": True})
     no_residual: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
@@ -106,19 +108,36 @@ class Frame:
         """S y: (*batch, r, k) to (*batch, m, k)."""
         basis = self.need("basis", "a basis rule such as dominant_svd()")
         if are_coordinates(basis):
-            x = jnp.zeros((*y.shape[:-2], self.gradient.shape[-2], y.shape[-1]), y.dtype)
-            return jnp.put_along_axis(x, basis[..., None], y, axis=-2, inplace=False)
+            scatter = self._scatter
+            for _ in self.batch:
+                scatter = jax.vmap(scatter)
+            return scatter(basis, y)
         return jnp.einsum(
             "...mr,...rk->...mk", basis, y, precision=self.precision
         ).astype(y.dtype)
 
-    def check_residual(self, stage: str) -> None:
-        """ValueError where `stage` cannot give back what the projection lost."""
-        if self.no_residual:
+    def _scatter(self, rows: jax.Array, y: jax.Array) -> jax.Array:
+        x = jnp.zeros((self.gradient.shape[-2], y.shape[-1]), y.dtype)
+        return x.at[rows].set(y, unique_indices=True)
+
+    def check_residual(self, stage: str, *, orthonormal: bool = True) -> None:
+        """ValueError where `stage` cannot give back what the projection lost.
+
+        `orthonormal` says whether it needs an orthonormal basis.
+        """
+        reason = self.no_residual
+        if orthonormal and not self.orthonormal:
+            reason = "the basis is not orthonormal, and S S^T G is not G's part in it"
+        if reason:
             raise ValueError(
-                f"{self.path}: {stage} gives back G - S S^T G, which does not work "
-                f"here: {self.no_residual}; take project_back() instead"
+                f"{self.path}: {stage} does not work here: {reason}; "
+                "take project_back() instead"
             )
+
+    def still(self) -> jax.Array:
+        """The `turn` of a basis that stands still, I: (*batch, r, r)."""
+        eye = jnp.eye(self.rank, dtype=self.gradient.dtype)
+        return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
 
     def keys(self, key: jax.Array) -> jax.Array:
         """One key per matrix of the batch, shape `batch`.

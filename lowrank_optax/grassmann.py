@@ -1,4 +1,4 @@
-"""Where: random walks and jumps on the Grassmannian (GrassWalk, GrassJump)."""
+"""Where: walks, jumps and tracking on the Grassmannian."""
 
 import math
 
@@ -75,6 +75,11 @@ def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
     return fence(linalg.replicated(x.reshape(frame.basis_shape)))
 
 
+def random_basis(frame: Frame, keys: jax.Array | None) -> jax.Array:
+    """Q of a Gaussian X = Q R: (*batch, m, r), uniform on the Grassmannian."""
+    return linalg.orthonormalize(_gaussian(frame, keys))
+
+
 def grassmann_walk(
     key: jax.Array | int,
     step_size: float | jax.Array = 0.3,
@@ -108,7 +113,7 @@ def grassmann_walk(
       ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
       >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
-    _check_start(decomposition)
+    check_start(decomposition)
 
     def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
         return jax.lax.cond(
@@ -147,19 +152,132 @@ def grassmann_jump(
       ...     rank=4, refresh_every=100)
       >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
-    _check_start(decomposition)
+    check_start(decomposition)
 
     def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
         return jax.lax.cond(
             clock.step == 0,
             lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
-            lambda: linalg.orthonormalize(_gaussian(frame, keys)),
+            lambda: random_basis(frame, keys),
         )
 
     return basis_rule(choose, key)
 
 
-def _check_start(decomposition: Decomposition | None) -> None:
+def random_after(
+    switch_step: int | jax.Array,
+    key: jax.Array | int,
+    *,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Leading singular vectors first, random orthonormal bases in the end (GoLore).
+
+    S_t = U[:, :r] of G_t at a refresh before `switch_step`, and Q of a Gaussian
+    X = Q R (m, r), uniform on the Grassmannian, from it on (He et al. 2024,
+    "Subspace Optimization for Large Language Models with Convergence Guarantees").
+    Late in training, when noise fills the gradient's leading directions, they carry
+    no signal; a random subspace catches r / m of it whatever the noise.
+
+    Args:
+      switch_step: the first step of random bases; 0 for none but those.
+      key: a seed or a typed key.
+      decomposition: of the gradients, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or a key that is neither an int nor typed.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.random_after(8000, key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
+      ...     lro.project_back(0.25))
+    """
+    check_start(decomposition)
+
+    def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
+        return jax.lax.cond(
+            clock.step < switch_step,
+            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
+            lambda: random_basis(frame, keys),
+        )
+
+    return basis_rule(choose, key)
+
+
+def grassmann_track(
+    step_size: float | jax.Array | None = 10.0,
+    *,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A step down the estimation error along a rank-one geodesic (SubTrack++).
+
+    S_0 = U[:, :r] of G_0; then at each refresh, with A = argmin ||S A - G|| = S^T G,
+
+        D = 2 (G - S A) A^T                     minus the gradient of ||S A - G||_F^2
+        sigma u v^T ~ D                         its leading singular triple
+        S <- (S v cos(eta sigma) + u sin(eta sigma)) v^T + S (I - v v^T)
+
+    (SubTrack++, the tracking that the GrassWalk paper compares with in section 5). One
+    Newton-Schulz step keeps rounding from adding up.
+
+    Deviations: the released code tracks nothing where rows >= columns, which is most
+    of a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side);
+    here every matrix is tracked, in its canonical orientation.
+
+    Args:
+      step_size: eta, in radians per squared gradient: the angle grows with the
+        gradient's scale, and 10 is what the released scripts take for the mean loss
+        of a language model. None turns by the angle that makes ||S^T G|| largest in
+        the plane of S v and u, whatever the scale (ours).
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_track(None), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
+      ...     rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    check_start(decomposition)
+
+    def choose(frame: Frame, _: jax.Array | None, clock: Clock) -> jax.Array:
+        return jax.lax.cond(
+            clock.step == 0,
+            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
+            lambda: _track(frame.need("basis", "low_rank"), frame.gradient, step_size),
+        )
+
+    return basis_rule(choose)
+
+
+def _track(
+    s: jax.Array, g: jax.Array, step_size: float | jax.Array | None
+) -> jax.Array:
+    a = linalg.matmul(linalg.transpose(s), g)
+    residual = fence(g - linalg.matmul(s, a))
+    d = _tangent(s, linalg.matmul(residual, linalg.transpose(a)))
+    _, vectors = linalg.eigh(linalg.gram(_unit(d)))
+    v = vectors[..., -1:]
+    u = linalg.matmul(d, v)
+    sigma = jnp.linalg.norm(u, axis=-2, keepdims=True)
+    u = fence(u / jnp.where(sigma > 0, sigma, 1))
+    along = linalg.matmul(s, v)
+    if step_size is None:
+        inside = jnp.sum(jnp.square(linalg.matmul(linalg.transpose(along), g)), -1)
+        outside = jnp.sum(jnp.square(linalg.matmul(linalg.transpose(u), g)), -1)
+        # The product of the two rows of G is sigma: (S v)^T G G^T u = v^T A R^T u.
+        angle = 0.5 * jnp.arctan2(2 * sigma[..., 0], inside - outside)[..., None]
+    else:
+        angle = step_size * 2 * sigma
+    angle = fence(jnp.where(sigma > 0, angle, 0))
+    moved = fence(along * (jnp.cos(angle) - 1)) + fence(u * jnp.sin(angle))
+    return linalg.polish(fence(s + linalg.matmul(moved, linalg.transpose(v))))
+
+
+def check_start(decomposition: Decomposition | None) -> None:
     if decomposition not in (None, "svd", "gram"):
         raise ValueError(
             f'decomposition={decomposition!r} of the first gradient: choose "svd", '

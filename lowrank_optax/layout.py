@@ -18,6 +18,10 @@ Rank = int | float | Rules
 STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 """The last two axes are the matrix; any axes before them are layers."""
 
+LAYERS = MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+"""Each layer of a stacked kernel (layers, in, out) is one row of one matrix: with
+`coordinates`, whole layers are chosen."""
+
 TRANSFORMER_MATRICES: Rules = (
     (r"(?i)bias|scale|norm|(^|/)ln_", None),
     (r"(?i)embed|(^|/)w[tp]e(/|$)|(^|/)(lm_)?head(/|$)|logits", None),

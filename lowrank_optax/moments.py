@@ -1,7 +1,7 @@
-"""Step: any optax transformation in the subspace, its moments turned with the basis."""
+"""Step: moments that turn with the basis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,59 +9,13 @@ import optax
 
 from lowrank_optax.basis import clock_of
 from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
-
-
-def in_subspace(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
-
-    `inner` is any optax transformation; it sees a tree in which every Frame is replaced
-    by its (*batch, r, n) array, leaves of full rank stay as they are, and `params`, if
-    they were given, are S^T W (dead code under jit unless `inner` reads them). Its
-    state is that of the (r, n) arrays. At a refresh the moments stay as they are, now
-    in other coordinates: this is what GaLore and Fira do. `rotate_moments` turns them.
-
-    Args:
-      inner: the transformation, `optax.scale_by_adam()` for example.
-
-    Raises:
-      ValueError: when `project` does not stand before it.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params: Any) -> Any:
-        zeros = map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), params)
-        return inner.init(zeros)
-
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        frames = updates
-        if params is not None:
-            params = map_frames(
-                lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
-            )
-        low = map_frames(lambda f: f.need("low", "project()"), frames)
-        steps, state = inner.update(low, state, params, **extra_args)
-        frames = map_frames(
-            lambda f, step: f.replace(low_step=step),
-            frames,
-            steps,
-            plain=lambda _, step: step,
-        )
-        return frames, state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+from lowrank_optax.step import in_subspace
 
 
 def rotate_moments(
     inner: optax.GradientTransformation,
+    *,
+    moments: Literal["both", "first"] = "both",
 ) -> optax.GradientTransformationExtraArgs:
     """`in_subspace`, with `inner`'s moments turned into the new basis at a refresh.
 
@@ -85,16 +39,20 @@ def rotate_moments(
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
+      moments: "first" turns M alone and leaves V as it is (GoLore).
 
     Raises:
       ValueError: at init, when `inner` keeps arrays in a state that has no rotation;
-        at update, when `project` does not stand before it.
+        at update, when `project` does not stand before it, or for a second moment in
+        bases that are not orthonormal, for which eq. 8 does not hold.
 
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
     """
+    if moments not in ("both", "first"):
+        raise ValueError(f'moments={moments!r}: choose "both" or "first"')
     stage = in_subspace(inner)
 
     def rotate(frames: Any, state: Any) -> Any:
@@ -104,7 +62,7 @@ def rotate_moments(
             plain=jnp.ones_like,
         )
         _, unit = inner.update(ones, inner.init(ones), ones)
-        return rotate_state(state, unit, Rotation(frames))
+        return rotate_state(state, unit, Rotation(frames, moments))
 
     def init(params: Any) -> Any:
         state = stage.init(params)
@@ -141,8 +99,9 @@ def rotate_moments(
 class Rotation:
     """Turns moment trees by the Frames' `turn`; leaves of full rank stay."""
 
-    def __init__(self, frames: Any):
+    def __init__(self, frames: Any, moments: Literal["both", "first"] = "both"):
         self._frames = frames
+        self._moments = moments
 
     def first(self, moment: Any) -> Any:
         """M <- C M at every (*batch, r, n) leaf (eq. 7)."""
@@ -158,6 +117,15 @@ class Rotation:
             like `nu`.
           mu_weight: w_M = 1 - beta1^{t-1}, likewise.
         """
+        if self._moments == "first":
+            return nu
+        for frame in frames_of(self._frames):
+            if not frame.orthonormal:
+                raise ValueError(
+                    f"{frame.path}: a second moment turns with orthonormal bases only "
+                    '(eq. 8); take rotate_moments(inner, moments="first") or '
+                    "in_subspace(inner)"
+                )
 
         def turned(c: Any, v: Any, m: Any, w_v: Any, w_m: Any) -> jax.Array:
             m_hat = m.astype(v.dtype) / w_m
@@ -171,6 +139,11 @@ class Rotation:
         def one(frame: Frame, m: Any, *others: Any) -> Any:
             if isinstance(m, optax.MaskedNode):
                 return m
+            if frame.turn is None and frame.basis is not None:
+                raise ValueError(
+                    f"{frame.path}: this basis rule does not say how its basis turns; "
+                    "take in_subspace(inner), which leaves the moments as they are"
+                )
             turn = frame.need("turn", "a basis rule such as dominant_svd()")
             return f(turn, m, *others).astype(m.dtype)
 
@@ -297,11 +270,14 @@ def rotate_state(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> 
     if kind in _ROTATIONS:
         return _ROTATIONS[kind](state, unit, rotation)
     if isinstance(state, dict):
-        return kind((k, rotate_state(v, unit[k], rotation, owner)) for k, v in state.items())
+        return kind(
+            (k, rotate_state(v, unit[k], rotation, owner)) for k, v in state.items()
+        )
     if isinstance(state, (tuple, list)):
         owner = kind.__name__ if hasattr(state, "_fields") else owner
         parts = [
-            rotate_state(s, u, rotation, owner) for s, u in zip(state, unit, strict=True)
+            rotate_state(s, u, rotation, owner)
+            for s, u in zip(state, unit, strict=True)
         ]
         return kind(*parts) if hasattr(state, "_fields") else kind(parts)
     arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]

@@ -1,13 +1,11 @@
 """Where: bases of left singular vectors, the top r or a sample of them."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule
+from lowrank_optax.basis import basis_rule, sample_indices
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import Decomposition
 
@@ -93,18 +91,7 @@ def sara_sample(
 
     def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
         u, s = linalg.left_singular(frame.gradient, decomposition)
-        m, count = s.shape[-1], math.prod(frame.batch)
-        total = jnp.sum(s, axis=-1, keepdims=True)
-        weights = jnp.where(total > 0, s / jnp.where(total > 0, total, 1), 1 / m)
-
-        def sample(key: jax.Array, w: jax.Array) -> jax.Array:
-            chosen = jax.random.choice(key, m, (frame.rank,), replace=False, p=w)
-            return jnp.sort(chosen)
-
-        if keys is None:
-            raise ValueError("sara_sample draws at random: give a key")
-        index = jax.vmap(sample)(keys.reshape(count), weights.reshape(count, m))
-        index = index.reshape(*frame.batch, 1, frame.rank)
-        return jnp.take_along_axis(u, index, axis=-1)
+        index = sample_indices(frame, keys, s)
+        return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
     return basis_rule(choose, key)

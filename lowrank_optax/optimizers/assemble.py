@@ -11,11 +11,12 @@ import optax
 
 from lowrank_optax.layout import DimensionNumbers, Rank
 from lowrank_optax.low_rank import LowRankState, low_rank
-from lowrank_optax.published import (
+from lowrank_optax.optimizers.published import (
     decay_stepped_weights,
     scale_by_bias_correction,
     scale_by_uncorrected_adam,
 )
+from lowrank_optax.step import in_subspace
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -24,6 +25,15 @@ _STATIC = {
     "refresh_every",
     "key",
     "basis",
+    "step",
+    "optimizer_of_basis",
+    "recompute_every",
+    "feedback",
+    "residual",
+    "heads",
+    "block_size",
+    "min_size",
+    "bits",
     "mask",
     "dimension_numbers",
     "precision",
@@ -35,7 +45,7 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a named optimizer that are no numbers to be scheduled.
 
     Args:
-      factory: `galore`, `fira`, `grass_walk` or `grass_jump`.
+      factory: `galore` or any other of the named optimizers.
 
     Returns:
       Their names, for `optax.inject_hyperparams`.
@@ -51,6 +61,19 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(n for n in inspect.signature(factory).parameters if n in _STATIC)
 
 
+def one_of(
+    key: jax.Array | int | None,
+    basis: optax.GradientTransformation | None,
+    rule: Callable[[Any], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """The basis rule: `rule(key)`, or `basis` in its place."""
+    if (key is None) == (basis is None):
+        raise ValueError(
+            "give either key, a seed for the random bases, or basis, another basis rule"
+        )
+    return rule(key) if basis is None else basis
+
+
 def adam(
     b1: float | jax.Array,
     b2: float | jax.Array,
@@ -63,6 +86,20 @@ def adam(
     if variant != "paper":
         raise ValueError(f'variant={variant!r}: choose "paper" or "published"')
     return optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
+
+
+def adam_or(
+    step: optax.GradientTransformation | None,
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array | None,
+    variant: str,
+) -> optax.GradientTransformation:
+    """`step`, or Adam in the subspace with its moments left as they are."""
+    inner = adam(b1, b2, eps, variant)
+    if step is not None and variant == "published":
+        raise ValueError('variant="published" has a step of its own: leave out step')
+    return in_subspace(inner) if step is None else step
 
 
 def optimizer(

@@ -1,15 +1,12 @@
 """GrassWalk and GrassJump."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 
-from lowrank_optax.assemble import Mask, optimizer
 from lowrank_optax.grassmann import grassmann_jump, grassmann_walk
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
+from lowrank_optax.optimizers.assemble import Mask, one_of, optimizer
 from lowrank_optax.project import project
 from lowrank_optax.residual import recover_residual
 
@@ -61,7 +58,7 @@ def grass_walk(
       >>> tx = lro.grass_walk(0.002, rank=4, refresh_every=100, key=0)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    rule = _one_of(key, basis, lambda key: grassmann_walk(key, step_size))
+    rule = one_of(key, basis, lambda key: grassmann_walk(key, step_size))
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
     back = recover_residual(limit, scale=scale)
     return optimizer(
@@ -119,7 +116,7 @@ def grass_jump(
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
     back = recover_residual(limit, scale=scale)
     return optimizer(
-        optax.chain(_one_of(key, basis, grassmann_jump), project(), step, back),
+        optax.chain(one_of(key, basis, grassmann_jump), project(), step, back),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
@@ -128,15 +125,3 @@ def grass_jump(
         weight_decay=weight_decay,
         mask=mask,
     )
-
-
-def _one_of(
-    key: Any,
-    basis: optax.GradientTransformation | None,
-    rule: Callable[[Any], optax.GradientTransformation],
-) -> optax.GradientTransformation:
-    if (key is None) == (basis is None):
-        raise ValueError(
-            "give either key, a seed for the random bases, or basis, another basis rule"
-        )
-    return rule(key) if basis is None else basis

@@ -3,9 +3,8 @@
 import jax
 import optax
 
-from lowrank_optax.assemble import Mask, adam, optimizer
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.moments import in_subspace
+from lowrank_optax.optimizers.assemble import Mask, adam_or, optimizer
 from lowrank_optax.project import project
 from lowrank_optax.residual import Variant, recover_residual
 from lowrank_optax.singular import dominant_svd
@@ -17,6 +16,7 @@ def fira(
     rank: Rank,
     refresh_every: int,
     basis: optax.GradientTransformation | None = None,
+    step: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 0.25,
     limit: float | jax.Array = 1.01,
     b1: float | jax.Array = 0.9,
@@ -45,8 +45,8 @@ def fira(
 
     Args:
       limit: zeta, the residual's largest growth from step to step.
-      learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision, variant: as in `galore`.
+      learning_rate, rank, refresh_every, basis, step, scale, b1, b2, eps, weight_decay,
+        mask, dimension_numbers, precision, variant: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does, and for an unknown variant.
@@ -57,7 +57,7 @@ def fira(
       >>> tx = lro.fira(0.003, rank=4, refresh_every=200)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    step = in_subspace(adam(b1, b2, eps, variant))
+    step = adam_or(step, b1, b2, eps, variant)
     back = recover_residual(limit, scale=scale, variant=variant)
     return optimizer(
         optax.chain(basis or dominant_svd(), project(), step, back),

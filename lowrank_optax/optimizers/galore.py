@@ -3,9 +3,8 @@
 import jax
 import optax
 
-from lowrank_optax.assemble import Mask, adam, optimizer
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.moments import in_subspace
+from lowrank_optax.optimizers.assemble import Mask, adam_or, optimizer
 from lowrank_optax.project import project, project_back
 from lowrank_optax.residual import Variant
 from lowrank_optax.singular import dominant_svd
@@ -17,6 +16,7 @@ def galore(
     rank: Rank,
     refresh_every: int,
     basis: optax.GradientTransformation | None = None,
+    step: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
@@ -47,6 +47,8 @@ def galore(
       rank: r: an int, a fraction of the smaller side, or rules by path (`low_rank`).
       refresh_every: T, steps between two bases.
       basis: the basis rule; `dominant_svd()` by default.
+      step: another step than Adam, a stage such as `in_subspace(inner)`; b1, b2 and
+        eps are then its own affair.
       scale: alpha, on the matrices' step alone.
       b1: decay rate of M.
       b2: decay rate of V.
@@ -58,7 +60,8 @@ def galore(
       variant: "paper" or "published".
 
     Raises:
-      ValueError: as `low_rank` does, and for an unknown variant.
+      ValueError: as `low_rank` does, for an unknown variant, and for the published one
+        with a step.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -66,7 +69,7 @@ def galore(
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200, basis=lro.sara_sample(key=0))
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    step = in_subspace(adam(b1, b2, eps, variant))
+    step = adam_or(step, b1, b2, eps, variant)
     return optimizer(
         optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
         learning_rate,

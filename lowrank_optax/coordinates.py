@@ -1,0 +1,92 @@
+"""Where: rows of the gradient as they are, with no arithmetic (FRUGAL, Grass)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.basis import basis_rule, sample_indices
+from lowrank_optax.frame import Clock, Frame
+
+Order = Literal["random", "ascending", "descending"]
+
+
+def coordinates(
+    key: jax.Array | int | None = None, *, order: Order = "random"
+) -> optax.GradientTransformationExtraArgs:
+    """r of the m rows of the gradient, others at each refresh (FRUGAL).
+
+    S = I[:, I_t]: G~ is a gather and S G~ a scatter; the state is r integers. With
+    order "random", I_t is a uniform sample without replacement; "ascending" and
+    "descending" take blocks of r neighbours in turn, from the first row on or from the
+    last, and begin again when they are through (Zmushko et al. 2025, "FRUGAL").
+
+    The rows are those of the canonical orientation, so they lie along the weight's
+    smaller side. FRUGAL's "columns" are the input side of torch's (out, in) weights,
+    which is the smaller one for a wide (up) projection's and a square one's.
+
+    For whole matrices in turn, FRUGAL's block-wise mode, take the layers of a stacked
+    kernel (layers, in, out) as the rows, by the dimension numbers `LAYERS`: a rank of
+    0.25 then trains every fourth layer with the stateful step.
+
+    Args:
+      key: a seed or a typed key, for order "random" alone.
+      order: "random", "ascending" or "descending".
+
+    Raises:
+      ValueError: "random" without a key, another order with one, or an unknown order.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> stages = optax.chain(lro.coordinates(order="descending"), lro.project(),
+      ...     lro.in_subspace(optax.identity()), lro.project_back())
+      >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
+      >>> g = {"w": jnp.ones((5, 6))}
+      >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
+      [0.0, 0.0, 0.0, 1.0, 1.0]
+    """
+    if order not in ("random", "ascending", "descending"):
+        raise ValueError(
+            f'order={order!r}: choose "random", "ascending" or "descending"'
+        )
+    if (order == "random") != (key is not None):
+        raise ValueError('coordinates() takes a key for order "random", and only then')
+
+    def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
+        if keys is not None:
+            return sample_indices(frame, keys, jnp.ones(frame.basis_shape[:-1]))
+        m, r = frame.basis_shape[-2:]
+        # Blocks end with the last row: the last of a round overlaps the one before.
+        block = jnp.minimum(clock.cycle % -(-m // r) * r, m - r)
+        start = block if order == "ascending" else m - r - block
+        return jnp.broadcast_to(start + jnp.arange(r), (*frame.batch, r))
+
+    return basis_rule(choose, key, coordinates=True)
+
+
+def sample_rows(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
+    """r rows of the gradient, sampled by their norm without replacement (Grass).
+
+    q_i = ||G_i|| / sum_j ||G_j||, I_t = sort(sample r of m by q without replacement),
+    S_t = I[:, I_t] (Muhamed et al. 2024, "Grass", section 3: row-sparse projections,
+    sampling by the multinomial of the norms without replacement, unscaled). The
+    state is r integers. If fewer than r rows are nonzero, all of those are taken and
+    the first zero rows fill up.
+
+    Args:
+      key: a seed or a typed key.
+
+    Raises:
+      ValueError: a key that is neither an int nor typed.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.sample_rows(key=0), lro.project(),
+      ...     lro.reset_moments(optax.scale_by_adam()), lro.project_back())
+    """
+
+    def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
+        return sample_indices(frame, keys, jnp.linalg.norm(frame.gradient, axis=-1))
+
+    return basis_rule(choose, key, coordinates=True)

@@ -1,0 +1,112 @@
+"""Where and back at once: what the projection loses enters the next gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.basis import BasisState
+from lowrank_optax.frame import Frame, map_frames
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`.
+
+    Attributes:
+      error: E, (*batch, m, n), the size of the gradient; `optax.MaskedNode` at leaves
+        of full rank.
+      inner_state: of the basis rule and the projection.
+    """
+
+    error: Any
+    inner_state: Any
+
+
+def error_feedback(
+    stages: optax.GradientTransformation, *, b1: float | jax.Array = 0.908
+) -> optax.GradientTransformationExtraArgs:
+    """Adds to each gradient what the last step's projection lost (LDAdam).
+
+    Around a basis rule and `project`, with C = S_t^T S_{t-1}:
+
+        G_t <- G_t + E_{t-1}
+        S_t, G~_t from the stages
+        E_t = G_t - S_t G~_t + b1 / (1 - b1) (S_{t-1} M_{t-1} - S_t C M_{t-1})
+
+    The last term is what the first moment lost when it was turned (Robert et al. 2025,
+    "LDAdam", section 3). E has the gradient's size: this saves no memory against a
+    momentum of full rank, which `memory_report` shows.
+
+    Args:
+      stages: a basis rule, then `project()`, chained.
+      b1: the decay rate of M.
+
+    Raises:
+      ValueError: at init, for stages without a basis rule that keeps its basis in a
+        `BasisState`. Stages that give the residual back refuse it, and so does a step
+        that accumulates gradients.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(
+      ...     lro.error_feedback(optax.chain(lro.power_iterate(), lro.project())),
+      ...     lro.rotate_moments(optax.scale_by_adam(0.908, 0.99)), lro.project_back())
+    """
+    stages = optax.with_extra_args_support(stages)
+
+    def init(params: Any) -> Any:
+        def zero(frame: Frame) -> jax.Array:
+            return jnp.zeros(frame.gradient.shape, frame.gradient.dtype)
+
+        state = stages.init(params)
+        _basis_in(state)
+        return ErrorFeedbackState(map_frames(zero, params, plain=_nothing), state)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        frames = map_frames(
+            lambda f, e: f.replace(gradient=f.gradient + e), updates, state.error
+        )
+        frames, inner_state = stages.update(
+            frames, state.inner_state, params, **extra_args
+        )
+        frames = map_frames(
+            lambda f: f.replace(
+                fed_back=True,
+                no_residual="error_feedback() gives the residual back already",
+            ),
+            frames,
+        )
+
+        def error(frame: Frame, old: jax.Array) -> jax.Array:
+            inside, outside = frame.need("low", "project()"), frame.gradient
+            if frame.momentum is not None:
+                kept = (b1 / (1 - b1)) * frame.momentum
+                turn = frame.need("turn", "a basis rule such as power_iterate()")
+                inside = inside + jnp.matmul(turn, kept, precision="highest")
+                outside = outside + frame.replace(basis=old).up(kept)
+            return outside - frame.up(inside)
+
+        errors = map_frames(error, frames, _basis_in(state.inner_state), plain=_nothing)
+        return frames, ErrorFeedbackState(errors, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _basis_in(state: Any) -> Any:
+    def is_basis(x: Any) -> bool:
+        return isinstance(x, BasisState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "error_feedback() goes around one basis rule that keeps its basis, and "
+            "project(): error_feedback(optax.chain(power_iterate(), project()))"
+        )
+    return found[0].basis
+
+
+def _nothing(*_: Any) -> optax.MaskedNode:
+    return optax.MaskedNode()

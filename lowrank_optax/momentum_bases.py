@@ -1,0 +1,160 @@
+"""Where: bases that follow the first moment as well as the gradient (LDAdam, COAP)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+from lowrank_optax.basis import basis_rule
+from lowrank_optax.frame import Clock, Frame
+from lowrank_optax.grassmann import check_start
+from lowrank_optax.linalg import Decomposition, transpose
+
+
+def power_iterate(
+    rho: float | jax.Array = 0.908,
+    *,
+    b1: float | jax.Array = 0.908,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """One block power step towards momentum and gradient (LDAdam).
+
+    S_0 = U[:, :r] of G_0; then at each refresh, with the bias-corrected first moment
+    M^ = M_{t-1} / (1 - b1^t) in the coordinates of S_{t-1},
+
+        B = rho S_{t-1} M^ + (1 - rho) G_t
+        S_t = Q of B B^T S_{t-1} = Q R
+
+    (Robert et al. 2025, "LDAdam", section 3). LDAdam does it at every step:
+    `refresh_every=1`.
+
+    Args:
+      rho: the weight of the momentum; 0.908 in the source.
+      b1: the decay rate of M, for the bias correction. M is that of the step in the
+        same `low_rank`.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition; at update, when the step keeps no first
+        moment.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.low_rank(optax.chain(lro.power_iterate(b1=0.9), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam(0.9)), lro.project_back()),
+      ...     rank=4, refresh_every=1)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    check_start(decomposition)
+
+    def choose(frame: Frame, _: jax.Array | None, clock: Clock) -> jax.Array:
+        s, m = frame.need("basis", "low_rank"), _momentum(frame, "power_iterate")
+
+        def iterate() -> jax.Array:
+            weight = -jnp.expm1(clock.step * jnp.log1p(jnp.asarray(b1, m.dtype) - 1))
+            m_hat = rho * m / weight
+            b = linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient
+            return linalg.orthonormalize(
+                linalg.matmul(b, linalg.matmul(transpose(b), s))
+            )
+
+        return jax.lax.cond(
+            clock.step == 0,
+            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
+            iterate,
+        )
+
+    return basis_rule(choose)
+
+
+def correlation_aware(
+    step_size: float | jax.Array = 0.1,
+    *,
+    recompute_every: int = 5,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Steps that correlate the momentum with the gradient, and now and then a sketch.
+
+    S_0 = U[:, :r] of G_0; then at each refresh one gradient step (norm clipped at 1) on
+
+        mean((S S^T G - G)^2) (1 - mean_i cos((S M)_:,i, G_:,i)),
+
+    M being the step's first moment, and at every `recompute_every`-th instead the left
+    singular vectors of G Q, Q an orthonormal basis of G^T S (Xiao et al. 2025, "COAP",
+    section 3). The loss is in squared units of the gradient, and with it the step.
+
+    Deviations: the released code draws its first basis from a sketch with a fixed
+    seed, and takes the cosines along the input axis of torch's (out, in) weights;
+    here they are one per column of the canonical orientation, which is the same for
+    weights with more outputs than inputs. S is orthonormal after a recomputation
+    only; stages that need it so refuse this rule.
+
+    Args:
+      step_size: of the gradient step, 0.1 in the released code.
+      recompute_every: refreshes from one recomputation to the next, at least 1.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or recompute_every below 1; at update, when
+        the step keeps no first moment.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.correlation_aware(), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
+    """
+    check_start(decomposition)
+    if not isinstance(recompute_every, int) or recompute_every < 1:
+        raise ValueError(
+            f"recompute_every must be an int of at least 1, not {recompute_every!r}"
+        )
+
+    def choose(frame: Frame, _: jax.Array | None, clock: Clock) -> jax.Array:
+        g, s = frame.gradient, frame.need("basis", "low_rank")
+        m = _momentum(frame, "correlation_aware")
+
+        def loss(s: jax.Array) -> jax.Array:
+            lost = linalg.matmul(s, linalg.matmul(transpose(s), g)) - g
+            cosine = optax.losses.cosine_similarity(
+                transpose(linalg.matmul(s, m)), transpose(g), epsilon=1e-8
+            )
+            each = jnp.mean(jnp.square(lost), (-2, -1)) * (1 - jnp.mean(cosine, -1))
+            return jnp.sum(each)
+
+        def step() -> jax.Array:
+            grad = jax.grad(loss)(s)
+            norm = jnp.linalg.norm(grad, axis=(-2, -1), keepdims=True)
+            return s - step_size * grad / jnp.maximum(norm, 1)
+
+        def recompute() -> jax.Array:
+            sketch = linalg.matmul(
+                g, linalg.orthonormalize(linalg.matmul(transpose(g), s))
+            )
+            q = linalg.orthonormalize(sketch)
+            inner, _ = linalg.left_singular(
+                linalg.matmul(transpose(q), sketch), decomposition
+            )
+            return linalg.fix_signs(linalg.matmul(q, inner))
+
+        first = clock.step == 0
+        due = clock.cycle % recompute_every == 0
+        return jax.lax.switch(
+            jnp.where(first, 0, jnp.where(due, 1, 2)),
+            [
+                lambda: linalg.leading(g, frame.rank, decomposition),
+                recompute,
+                step,
+            ],
+        )
+
+    return basis_rule(choose, orthonormal=False)
+
+
+def _momentum(frame: Frame, rule: str) -> jax.Array:
+    if frame.momentum is None:
+        raise ValueError(
+            f"{frame.path}: {rule}() follows the first moment of the step, and the "
+            "step keeps none that rotate_moments could turn; take "
+            "optax.scale_by_adam() or optax.trace(decay) as the step"
+        )
+    return frame.momentum

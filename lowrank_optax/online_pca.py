@@ -1,0 +1,146 @@
+"""Where: a basis trained by an optimizer of its own, every step (online PCA)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+from lowrank_optax.basis import clock_of, with_basis
+from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
+from lowrank_optax.grassmann import check_start
+from lowrank_optax.linalg import Decomposition
+
+
+class OnlinePCAState(NamedTuple):
+    """State of `online_pca`; trees with `optax.MaskedNode` at leaves of full rank.
+
+    Attributes:
+      basis: P, (*batch, m, r), for the next step.
+      inner_state: the state of the optimizer of P.
+      loss: (*batch,), ||P P^T G^ - G^||_F^2 of the last step, in [0, 1] for an
+        orthonormal P.
+      drift: (*batch,), max |P^T P - I| of the last step's P.
+    """
+
+    basis: Any
+    inner_state: Any
+    loss: Any
+    drift: Any
+
+
+def online_pca(
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    penalty: float | jax.Array = 0.0,
+    decomposition: Decomposition | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """P takes an optimizer's step on the reconstruction loss at every step.
+
+    P_0 = U[:, :r] of G_0; then with G^ = G / ||G||_F, after P_t has been used,
+
+        L(P) = ||P P^T G^ - G^||_F^2 + penalty ||P^T P - I||_F^2
+        P_{t+1} = P_t + optimizer(grad L(P_t))
+
+    (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent",
+    section 4). With A = P^T G^ the gradient of the first term is 2 (P A A^T + G^ A^T
+    P^T P - 2 G^ A^T), one large product more than the projection. At step 0, where P_0
+    is already the minimum, P stands still.
+
+    Nothing but L keeps P orthonormal: the state reports `drift`, and `loss`, and stages
+    that need an orthonormal basis refuse it. The released code has no penalty. P moves
+    at every step, so moments are left as they are (as in the source).
+
+    Args:
+      optimizer: any optax optimizer, learning rate and sign included; by default
+        `optax.adamw(1 / 200, weight_decay=0.01)`, as the released code.
+      penalty: lambda.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition; at update, outside `low_rank`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.online_pca(optax.adam(1e-3)), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
+    """
+    check_start(decomposition)
+    if optimizer is None:
+        optimizer = optax.adamw(1 / 200, weight_decay=0.01)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params: Any) -> Any:
+        def first(frame: Frame) -> jax.Array:
+            eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
+            return jnp.broadcast_to(eye, frame.basis_shape)
+
+        def zero(frame: Frame) -> jax.Array:
+            return jnp.zeros(frame.batch, frame.gradient.dtype)
+
+        basis = map_frames(first, params, plain=_nothing)
+        zeros = map_frames(zero, params, plain=_nothing)
+        return OnlinePCAState(basis, optimizer.init(basis), zeros, zeros)
+
+    def learn(frame: Frame, p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """grad L, L without its penalty, and the drift, of each matrix."""
+        norm = jnp.linalg.norm(frame.gradient, axis=(-2, -1), keepdims=True)
+        g = frame.gradient / jnp.where(norm > 0, norm, 1)
+        a = frame.replace(basis=p).down(g)
+        b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
+        aa = linalg.gram(linalg.transpose(a))
+        pp = linalg.gram(p)
+        excess = pp - jnp.eye(frame.rank, dtype=p.dtype)
+        grad = 2 * (linalg.matmul(p, aa) + linalg.matmul(b, excess) - b)
+        grad = grad + 4 * penalty * linalg.matmul(p, excess)
+        traces = jnp.sum(pp * aa, axis=(-2, -1)) - 2 * jnp.trace(aa, axis1=-2, axis2=-1)
+        loss = jnp.sum(jnp.square(g), axis=(-2, -1)) + traces
+        return grad, loss, jnp.max(jnp.abs(excess), axis=(-2, -1))
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        clock: Clock | None = None,
+        **_: Any,
+    ) -> tuple[Any, Any]:
+        del params
+        frames, now = updates, clock_of(clock)
+        if not frames_of(frames):
+            return frames, state
+        start = now.step == 0
+
+        def current(frame: Frame, p: jax.Array) -> jax.Array:
+            return jax.lax.cond(
+                start,
+                lambda: linalg.leading(
+                    linalg.replicated(frame.gradient), frame.rank, decomposition
+                ),
+                lambda: p,
+            )
+
+        basis = map_frames(current, frames, state.basis, plain=_nothing)
+        learned = map_frames(learn, frames, basis, plain=_nothing)
+        grad, loss, drift = (
+            map_frames(lambda _, x, i=i: x[i], frames, learned, plain=_nothing)
+            for i in range(3)
+        )
+        steps, inner_state = optimizer.update(grad, state.inner_state, basis)
+        steps, inner_state = jax.tree.map(
+            lambda new, old: jnp.where(start, old, new),
+            (steps, inner_state),
+            (jax.tree.map(jnp.zeros_like, steps), state.inner_state),
+        )
+        frames = map_frames(
+            lambda f, p: with_basis(f, p, None, orthonormal=False), frames, basis
+        )
+        new = optax.apply_updates(basis, steps)
+        return frames, OnlinePCAState(new, inner_state, loss, drift)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nothing(*_: Any) -> optax.MaskedNode:
+    return optax.MaskedNode()

@@ -1,0 +1,226 @@
+"""GaLore with other steps than Adam; with `basis=sara_sample(key)`, SARA's."""
+
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from lowrank_optax.adam_mini import adam_mini_blocks, check_heads, scale_by_adam_mini
+from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.optimizers.assemble import Mask, optimizer
+from lowrank_optax.project import project, project_back
+from lowrank_optax.quantize import quantize_moments
+from lowrank_optax.singular import dominant_svd
+from lowrank_optax.step import in_subspace
+
+
+def scale_by_adafactor(
+    b1: float | jax.Array | None = 0.9,
+    *,
+    decay_rate: float = 0.8,
+    clip: float | jax.Array = 1.0,
+) -> optax.GradientTransformation:
+    """Adafactor's step, for `in_subspace(scale_by_adafactor(), per_matrix=True)`.
+
+    V = R C / mean(R), R and C running means of G^2 over columns and rows with decay
+    1 - t^-decay_rate; U = G / sqrt(V), divided by max(1, rms(U) / clip); then
+    M <- b1 M + (1 - b1) U if b1 is given (Shazeer and Stern 2018, "Adafactor";
+    `optax.scale_by_factored_rms`, every matrix factored, whatever its size).
+
+    Args:
+      b1: decay rate of M; None for no momentum.
+      decay_rate: of the second moment's schedule.
+      clip: the largest root mean square of a matrix's U.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.fira(0.003, rank=4, refresh_every=200,
+      ...     step=lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True))
+    """
+    stages = [
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(clip),
+    ]
+    if b1 is not None:
+        stages.append(optax.ema(b1, debias=False))
+    return optax.chain(*stages)
+
+
+def galore_adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    basis: optax.GradientTransformation | None = None,
+    scale: float | jax.Array = 0.25,
+    b1: float | jax.Array | None = 0.9,
+    decay_rate: float = 0.8,
+    clip: float | jax.Array = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore-Adafactor: Adafactor on the gradient's projection.
+
+    `galore` with `scale_by_adafactor` in the subspace, one matrix at a time (Zhao et
+    al. 2024, "GaLore"; SARA paper, section 4, with b1 = 0.9). With b1 = None this is
+    galore-torch 1.0's GaLoreAdafactor step for step. State of a matrix: mr + n + r
+    numbers, and nr with b1; two products a step.
+
+    When to choose it: the smallest state of the GaLore family. When not: where Adam's
+    two moments fit; it is a little better (SARA paper, Table 1, at 130M and 350M).
+
+    Deviation: the released code averages after the learning rate, here before it; a
+    constant rate makes no difference.
+
+    Args:
+      b1: decay rate of M; None for no momentum.
+      decay_rate: of the second moment's schedule, 1 - t^-decay_rate.
+      clip: the largest root mean square of a matrix's low-rank step.
+      learning_rate, rank, refresh_every, basis, scale, weight_decay, mask,
+        dimension_numbers, precision: as in `galore`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.galore_adafactor(0.01, rank=4, refresh_every=200)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    inner = scale_by_adafactor(b1, decay_rate=decay_rate, clip=clip)
+    step = in_subspace(inner, per_matrix=True)
+    return optimizer(
+        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def galore_adam_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    basis: optax.GradientTransformation | None = None,
+    heads: Sequence[tuple[str, int]] = (),
+    scale: float | jax.Array = 0.25,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore-Adam-mini: Adam with one second moment per block of the projection.
+
+    `galore` with `scale_by_adam_mini` in the subspace (Zhang et al. 2024, "Adam-mini";
+    SARA paper, section 4, with b2 = 0.95). A projected matrix (r, n) has one second
+    moment for each of its n columns, the axis that survives the projection, or for
+    each head of a query or key projection that `heads` names; `adam_mini_blocks` has
+    the other leaves' blocks. State of a matrix: mr + nr + n numbers; two products a
+    step.
+
+    When to choose it: nearly half of Adam's state in the subspace is saved. When not:
+    where it must not cost loss (SARA paper, Table 1: behind GaLore-Adam).
+
+    No code of this combination is published, and the SARA paper does not say which
+    blocks it takes.
+
+    Args:
+      heads: pairs (regular expression, size of a head) for projections whose output
+        axis survives, which is the larger side.
+      learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
+        dimension_numbers, precision: as in `galore`.
+
+    Raises:
+      ValueError: heads that are projected away or do not fit; and as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.galore_adam_mini(0.01, rank=4, refresh_every=200)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    inner = scale_by_adam_mini(b1, b2, eps, blocks=adam_mini_blocks(heads))
+    step = optax.chain(check_heads(heads), in_subspace(inner))
+    return optimizer(
+        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def galore_adam8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    basis: optax.GradientTransformation | None = None,
+    block_size: int = 256,
+    min_size: int = 4096,
+    scale: float | jax.Array = 0.25,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore-Adam 8-bit: the projection's moments stored in one byte each.
+
+    `galore` with `quantize_moments(optax.scale_by_adam())` (Dettmers et al. 2022,
+    "8-bit Optimizers via Block-wise Quantization"; SARA paper, section 4). Full-rank
+    leaves' moments are stored so too. State of a matrix: 4mr + 2nr (1 + 4 /
+    block_size) bytes; two products a step.
+
+    When to choose it: most of what is left of the moments is saved, at little cost.
+    When not: while you compare methods: it rounds.
+
+    Deviation: the released code rounds the low-rank update to the weight's dtype, and
+    stores moments by bitsandbytes' kernels.
+
+    Args:
+      block_size: numbers that share a scale.
+      min_size: arrays with fewer numbers stay as they are.
+      learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
+        dimension_numbers, precision: as in `galore`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> tx = lro.galore_adam8bit(0.01, rank=4, refresh_every=200)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    inner = quantize_moments(
+        optax.scale_by_adam(b1, b2, eps), block_size=block_size, min_size=min_size
+    )
+    return optimizer(
+        optax.chain(
+            basis or dominant_svd(), project(), in_subspace(inner), project_back(scale)
+        ),
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
