@@ -30,22 +30,25 @@ def _means(bits: int) -> np.ndarray:
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """The 256 codes' values, ascending: of both signs, and not negative."""
+    """The 256 codes' values, ascending: not negative, and of either sign."""
     signed, unsigned = _means(6), _means(7)
     return (
+        np.concatenate([[0.0], unsigned, [1.0]]),
         # The lowest is -1, not -0.993, so that no block's largest entry is rounded.
         np.concatenate([[-1.0], -signed[-2::-1], [0.0], signed, [1.0]]),
-        np.concatenate([[0.0], unsigned, [1.0]]),
     )
 
 
-_SIGNED, _UNSIGNED = (table.astype(np.float32) for table in _tables())
-_CODES = np.concatenate([_UNSIGNED, _SIGNED])
-_SIGNED_MIDDLES, _UNSIGNED_MIDDLES = (
-    (table[1:].astype(np.float64) + table[:-1]) / 2 for table in (_SIGNED, _UNSIGNED)
-)
+def _middles(table: np.ndarray) -> np.ndarray:
+    return np.append((table[1:].astype(np.float64) + table[:-1]) / 2, np.inf)
+
+
+_UNSIGNED, _SIGNED = (table.astype(np.float32) for table in _tables())
+# Both maps in one table each, the signed one from 256 on.
+_VALUES = np.concatenate([_UNSIGNED, _SIGNED])
+_MIDDLES = np.concatenate([_middles(_UNSIGNED), _middles(_SIGNED)])
 # At or under this part of a block's largest entry, a number rounds to a negative code.
-_NEGATIVE = _SIGNED_MIDDLES[_SIGNED_MIDDLES < 0][-1]
+_NEGATIVE = _MIDDLES[_MIDDLES < 0][-1]
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +73,7 @@ class QuantizedArray:
         """The array: each code's value times its block's scale."""
         scales = self.scales[..., None]
         codes = _blocks(self.codes, self.block_size).astype(jnp.int32)
-        table = jnp.asarray(_CODES, scales.dtype)
+        table = jnp.asarray(_VALUES, scales.dtype)
         values = jnp.take(table, codes + 256 * (scales < 0), mode="clip")
         return _flat(values * jnp.abs(scales), self.codes).astype(self.dtype)
 
@@ -112,20 +115,18 @@ def quantize_array(x: jax.Array, block_size: int) -> QuantizedArray:
     """x (..., n) in the nearest codes, the lower one of two equally near."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     blocks = _blocks(wide, block_size)
-    largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-    # Division by a subnormal number, which XLA may flush to zero, is not to be trusted.
-    scales = jnp.where(largest < jnp.finfo(wide.dtype).tiny, 0, largest)
+    scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     blocks = blocks / jnp.where(scales == 0, 1, scales)
     # By what is left after rounding, so that to quantise twice is to do it once.
     signed = jnp.min(blocks, axis=-1, keepdims=True) <= _NEGATIVE.astype(wide.dtype)
 
-    def nearest(middles: np.ndarray) -> jax.Array:
-        middle = jnp.asarray(middles, wide.dtype)
-        return jnp.searchsorted(middle, blocks, method="scan_unrolled")
-
-    codes = jnp.where(signed, nearest(_SIGNED_MIDDLES), nearest(_UNSIGNED_MIDDLES))
+    middles = jnp.asarray(_MIDDLES, wide.dtype)
+    codes = start = 256 * signed.astype(jnp.int32)
+    for bit in (128, 64, 32, 16, 8, 4, 2, 1):  # how many middles lie below
+        middle = jnp.take(middles, codes + (bit - 1), mode="clip")
+        codes = codes + bit * (blocks > middle)
     return QuantizedArray(
-        codes=_flat(codes, x).astype(jnp.uint8),
+        codes=_flat(codes - start, x).astype(jnp.uint8),
         scales=jnp.where(signed, -scales, scales)[..., 0],
         dtype=x.dtype,
         block_size=block_size,
@@ -207,7 +208,7 @@ def quantize_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` with its state in 8 bits a number, block by block.
 
-    state <- Q(inner(G, D(Q(state)))): D before every step, Q after it, so that the step
+    state <- Q(inner(G, D(state))): D before every step, Q after it, so that the step
     itself is taken in full precision (Dettmers et al. 2022, "8-bit Optimizers via
     Block-wise Quantization", section 2). A block of x is its largest magnitude a and,
     for each number, the code q of the nearest value c_q to x / a in a map of 256:
@@ -256,7 +257,7 @@ def quantize_moments(
         if not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         scales = x.size // x.shape[-1] * -(-x.shape[-1] // block_size) if x.size else 0
-        smaller = x.size + max(4, x.dtype.itemsize) * scales < x.nbytes
+        smaller = x.size + max(4, x.dtype.itemsize) * scales < x.size * x.dtype.itemsize
         return quantize_array(x, block_size) if x.size >= min_size and smaller else x
 
     def init(params: Any) -> Any:

@@ -111,7 +111,7 @@ def lazy_refresh(
             rule_state=map_frames(rule.init, params, plain=_nothing),
             interval=each(jnp.ones([], jnp.int32)),
             wait=each(jnp.zeros([], jnp.int32)),
-            similarities=each(jnp.full((window,), -1.0)),
+            similarities=each(jnp.full((window,), -1.0, jnp.float32)),
         )
 
     def one(

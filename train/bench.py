@@ -9,7 +9,6 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import optax
 
 import lowrank_optax as lro
 from models import SIZES, init_params
-from train.config import Size, parse
-from train.optimizer import MATRICES
+from train.compare import named
+from train.config import OptimizerConfig, Size, parse
+from train.optimizer import make_low_rank
 
 NEVER = 2**30
 
@@ -56,19 +56,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name in self.optimizers:
-            if name not in BUILDERS:
-                raise ValueError(f"{name}: choose from {', '.join(BUILDERS)}")
-
-
-BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "galore": lro.galore,
-    "galore+sara": lambda *args, **kw: lro.galore(
-        *args, basis=lro.sara_sample(key=0), **kw
-    ),
-    "fira": lro.fira,
-    "grass_walk": lambda *args, **kw: lro.grass_walk(*args, key=0, **kw),
-    "grass_jump": lambda *args, **kw: lro.grass_jump(*args, key=0, **kw),
-}
+            named(name, OptimizerConfig())
 
 
 def timed_steps(
@@ -109,11 +97,15 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     for name in config.optimizers:
 
         def build(refresh_every: int, name: str = name) -> Any:
-            return BUILDERS[name](
+            optimizer = named(name, OptimizerConfig())
+            return make_low_rank(
+                optimizer.name,
                 1e-3,
+                key=0,
+                basis=optimizer.basis,
                 rank=config.rank,
                 refresh_every=refresh_every,
-                dimension_numbers=MATRICES,
+                switch_step=0,
                 precision=precision,
             )
 

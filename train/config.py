@@ -12,8 +12,34 @@ import tyro
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
 
-OptimizerName = Literal["adamw", "galore", "fira", "grass_walk", "grass_jump"]
-Basis = Literal["default", "svd", "sara", "walk", "jump"]
+OptimizerName = Literal[
+    "adamw",
+    "galore",
+    "galore_adafactor",
+    "galore_adam_mini",
+    "galore_adam8bit",
+    "q_galore",
+    "golore",
+    "msgd",
+    "fira",
+    "fira_adafactor",
+    "fira_adam_mini",
+    "fira_adam8bit",
+    "grass_walk",
+    "grass_jump",
+    "subtrack",
+    "ldadam",
+    "apollo",
+    "apollo_mini",
+    "frugal",
+    "grass_sparse",
+    "flora",
+    "coap",
+    "online_subspace_descent",
+]
+Basis = Literal[
+    "default", "svd", "sara", "walk", "jump", "track", "frozen", "coordinates"
+]
 Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b"]
 
 
@@ -50,17 +76,22 @@ class OptimizerConfig:
         other weights then get full-rank AdamW.
       basis: how the subspace is chosen at a refresh. svd: the dominant singular
         vectors; sara: a sample of them; walk: a step of a random walk; jump: a fresh
-        random subspace; default: the optimizer's own rule.
+        random subspace; track: SubTrack++'s step along the estimation error; frozen:
+        the first gradient's, for good; coordinates: rows chosen at random; default:
+        the optimizer's own rule.
       rank: dimension of the subspace. Default: a quarter of the model's hidden size.
-      refresh_every: steps between two choices of the subspace.
+        apollo_mini's is 1 whatever this says.
+      refresh_every: steps between two choices of the subspace. ldadam and
+        online_subspace_descent move theirs at every step whatever this says.
       learning_rate: the peak. Default: by optimizer.
       warmup: part of the steps with a linearly rising learning rate.
       final: learning rate of the last step, as a part of the peak; cosine in between.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      scale: factor on the step inside the subspace. Default: 0.25 for galore and fira,
-        1 for the others.
+      b1: decay of the first moment. Default: by optimizer, 0.9 for most.
+      b2: decay of the second moment. Default: by optimizer, 0.999 for most.
+      scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
+        those that follow galore or fira.
       step_size: angle, in radians, of a step of the walk.
+      switch: part of the steps after which golore's subspace is random.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
       max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
@@ -74,10 +105,11 @@ class OptimizerConfig:
     learning_rate: float | None = None
     warmup: float = 0.1
     final: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.999
+    b1: float | None = None
+    b2: float | None = None
     scale: float | None = None
     step_size: float = 0.3
+    switch: float = 0.5
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     max_skipped: int = 20
@@ -178,13 +210,32 @@ class Config:
             )
 
 
-# Peak learning rate, and factor on the step inside the subspace.
-DEFAULTS: dict[OptimizerName, tuple[float, float]] = {
-    "adamw": (2e-3, 1.0),
-    "galore": (1e-2, 0.25),
-    "fira": (3e-3, 0.25),
-    "grass_walk": (2e-3, 1.0),
-    "grass_jump": (2e-3, 1.0),
+# Peak learning rates: the sources' where their settings ran well on the 60M work, else
+# the best of those that were tried there.
+LEARNING_RATES: dict[OptimizerName, float] = {
+    "adamw": 2e-3,
+    "galore": 1e-2,
+    "galore_adafactor": 1e-2,
+    "galore_adam_mini": 1e-2,
+    "galore_adam8bit": 1e-2,
+    "q_galore": 1e-2,
+    "golore": 1e-2,
+    "msgd": 1e-1,
+    "fira": 3e-3,
+    "fira_adafactor": 3e-3,
+    "fira_adam_mini": 3e-3,
+    "fira_adam8bit": 3e-3,
+    "grass_walk": 2e-3,
+    "grass_jump": 2e-3,
+    "subtrack": 2e-3,
+    "ldadam": 2e-3,
+    "apollo": 1e-2,
+    "apollo_mini": 1e-2,
+    "frugal": 1e-3,
+    "grass_sparse": 1e-2,
+    "flora": 1e-2,
+    "coap": 1e-2,
+    "online_subspace_descent": 1e-2,
 }
 
 
@@ -202,10 +253,11 @@ def resolve(config: Config) -> Config:
         model = dataclasses.replace(model, compute_dtype=dtype)
     if model.remat == "auto":
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
-    rate, scale = DEFAULTS[optimizer.name]
     model = _filled(model, vocab_size=size.vocab_size)
     optimizer = _filled(
-        optimizer, rank=size.hidden_size // 4, learning_rate=rate, scale=scale
+        optimizer,
+        rank=size.hidden_size // 4,
+        learning_rate=LEARNING_RATES[optimizer.name],
     )
     return _filled(
         dataclasses.replace(config, model=model, optimizer=optimizer),

@@ -1,6 +1,9 @@
 """The optimizer of a run: gradient clipping, the method, its schedule."""
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,12 +21,45 @@ MATRICES = (
     (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
 )
 
-METHODS = {
-    "galore": (lro.galore, "svd"),
-    "fira": (lro.fira, "svd"),
-    "grass_walk": (lro.grass_walk, "walk"),
-    "grass_jump": (lro.grass_jump, "jump"),
+Method = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def _fira_with(step: Callable[[], optax.GradientTransformation]) -> Method:
+    return functools.wraps(lro.fira)(
+        lambda *args, **kw: lro.fira(*args, step=step(), **kw)
+    )
+
+
+METHODS: dict[str, Method] = {
+    "galore": lro.galore,
+    "galore_adafactor": lro.galore_adafactor,
+    "galore_adam_mini": lro.galore_adam_mini,
+    "galore_adam8bit": lro.galore_adam8bit,
+    "q_galore": lro.q_galore,
+    "golore": lro.golore,
+    "msgd": lro.msgd,
+    "fira": lro.fira,
+    "fira_adafactor": _fira_with(
+        lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True)
+    ),
+    "fira_adam_mini": _fira_with(lro.in_subspace(lro.scale_by_adam_mini())),
+    "fira_adam8bit": _fira_with(
+        lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))
+    ),
+    "grass_walk": lro.grass_walk,
+    "grass_jump": lro.grass_jump,
+    "subtrack": lro.subtrack,
+    "ldadam": lro.ldadam,
+    "apollo": lro.apollo,
+    "apollo_mini": lro.apollo_mini,
+    "frugal": lro.frugal,
+    "grass_sparse": lro.grass_sparse,
+    "flora": lro.flora,
+    "coap": lro.coap,
+    "online_subspace_descent": lro.online_subspace_descent,
 }
+# What these methods decide for themselves.
+OWN = {"ldadam": {"refresh_every"}, "apollo_mini": {"rank"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,26 +139,62 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         "mask": decayed,
     }
     if config.name == "adamw":
+        known = {k: v for k, v in adam.items() if v is not None}
         # The loop stops after max_skipped; this wrapper itself must never give in.
         never = np.iinfo(np.int32).max
-        adamw = optax.chain(clip, optax.adamw(schedule, **adam))
+        adamw = optax.chain(clip, optax.adamw(schedule, **known))
         return Optimizer(optax.apply_if_finite(adamw, never), schedule, None)
-    method, own_basis = METHODS[config.name]
-    basis = own_basis if config.basis == "default" else config.basis
-    low_rank = method(
+    low_rank = make_low_rank(
+        config.name,
         schedule,
+        key,
+        basis=config.basis,
+        step_size=config.step_size,
         rank=resolved(config, "rank"),
         refresh_every=config.refresh_every,
-        basis=make_basis(basis, config.step_size, key),
-        scale=resolved(config, "scale"),
-        dimension_numbers=MATRICES,
+        scale=config.scale,
+        switch_step=round(config.switch * steps),
         **adam,
     )
-    return Optimizer(optax.chain(clip, low_rank), schedule, config.refresh_every)
+    every_step = config.name in ("ldadam", "online_subspace_descent")
+    refresh_every = 1 if every_step else config.refresh_every
+    return Optimizer(optax.chain(clip, low_rank), schedule, refresh_every)
+
+
+def make_low_rank(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    key: jax.Array | int,
+    *,
+    basis: str = "default",
+    step_size: float = 0.3,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """A method by its name, with those of the options that it takes and are not None.
+
+    Raises:
+      ValueError: a basis for a method whose basis is its own.
+    """
+    method = METHODS[name]
+    taken = inspect.signature(method).parameters
+    if basis == "default" and name == "grass_walk":
+        basis = "walk"
+    if basis != "default":
+        if "basis" not in taken:
+            raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
+        options["basis"] = make_basis(basis, step_size, key)
+    elif "key" in taken:
+        options["key"] = key
+    chosen = {
+        k: v
+        for k, v in options.items()
+        if v is not None and k in taken and k not in OWN.get(name, ())
+    }
+    return method(learning_rate, dimension_numbers=MATRICES, **chosen)
 
 
 def make_basis(
-    name: str, step_size: float, key: jax.Array
+    name: str, step_size: float, key: jax.Array | int
 ) -> optax.GradientTransformation:
     """A basis rule by its name on the command line."""
     rules = {
@@ -130,6 +202,9 @@ def make_basis(
         "sara": lambda: lro.sara_sample(key),
         "walk": lambda: lro.grassmann_walk(key, step_size),
         "jump": lambda: lro.grassmann_jump(key),
+        "track": lro.grassmann_track,
+        "frozen": lambda: lro.frozen(lro.dominant_svd()),
+        "coordinates": lambda: lro.coordinates(key),
     }
     return rules[name]()
 
