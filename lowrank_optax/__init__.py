@@ -9,6 +9,7 @@ low_rank(optax.chain(
 """
 
 from lowrank_optax.adam_mini import (
+    ADAM_MINI_RULES,
     AdamMiniState,
     adam_mini_blocks,
     check_heads,
@@ -52,12 +53,11 @@ from lowrank_optax.optimizers.online import online_subspace_descent
 from lowrank_optax.optimizers.q_galore import q_galore
 from lowrank_optax.optimizers.subtrack import subtrack
 from lowrank_optax.project import project, project_back
-from lowrank_optax.quantize import (
-    QuantizedArray,
+from lowrank_optax.quantize import QuantizedArray, QuantizedState, quantize_moments
+from lowrank_optax.quantize_basis import (
+    QuantizedBasis,
     QuantizedBasisState,
-    QuantizedState,
     quantize_basis,
-    quantize_moments,
 )
 from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
@@ -73,6 +73,7 @@ from lowrank_optax.step import (
 )
 
 __all__ = [
+    "ADAM_MINI_RULES",
     "LAYERS",
     "STACKED",
     "TRANSFORMER_MATRICES",
@@ -89,6 +90,7 @@ __all__ = [
     "OnlinePCAState",
     "PerMatrixState",
     "QuantizedArray",
+    "QuantizedBasis",
     "QuantizedBasisState",
     "QuantizedState",
     "RecoverState",

@@ -72,8 +72,7 @@ def scale_by_adam_mini(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from lowrank_optax.adam_mini import scale_by_adam_mini
-      >>> state = scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
+      >>> state = lro.scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
       >>> optax.tree.get(state, "nu")["kernel"].shape
       (3, 1, 16)
     """
@@ -178,8 +177,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
       ValueError: for a value that is none of these.
 
     Example:
-      >>> from lowrank_optax.adam_mini import adam_mini_blocks
-      >>> blocks = adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
+      >>> blocks = lro.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
       >>> blocks("layers/attn/q/kernel", (12, 128, 768))
       (1, 128, 64)
       >>> blocks("layers/mlp/up/kernel", (12, 128, 2048))
@@ -227,9 +225,9 @@ def check_heads(heads: Heads) -> optax.GradientTransformation:
       >>> from lowrank_optax.adam_mini import (
       ...     adam_mini_blocks, check_heads, scale_by_adam_mini)
       >>> heads = [("attn/[qk]", 4)]
-      >>> step = scale_by_adam_mini(blocks=adam_mini_blocks(heads))
+      >>> step = lro.scale_by_adam_mini(blocks=lro.adam_mini_blocks(heads))
       >>> tx = lro.low_rank(optax.chain(lro.dominant_svd(), lro.project(),
-      ...     check_heads(heads), lro.in_subspace(step), lro.project_back()),
+      ...     lro.check_heads(heads), lro.in_subspace(step), lro.project_back()),
       ...     rank=2, refresh_every=200)
       >>> state = tx.init({"attn": {"q": jnp.ones((8, 8))}})
       >>> optax.tree.get(state, "nu")["attn"]["q"].shape

@@ -209,8 +209,10 @@ def _all_finite(updates: Any, out: Any) -> jax.Array:
     """
 
     def finite(x: jax.Array, o: Any) -> jax.Array:
-        mixed = is_frame(o) and o.low is not None and not are_coordinates(o.basis)
-        seen = o.low if mixed else x
+        seen = x
+        if is_frame(o) and o.low is not None:
+            basis = o.need("basis", "a basis rule such as dominant_svd()")
+            seen = x if are_coordinates(basis) else o.low
         return jnp.all(jnp.isfinite(seen))
 
     flags = jax.tree.leaves(jax.tree.map(finite, updates, out))

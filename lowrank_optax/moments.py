@@ -236,7 +236,9 @@ def _adam(state: Any, unit: Any, rotation: Rotation) -> Any:
     def weight(gain: jax.Array) -> jax.Array:
         # 1 - beta^t with gain = 1 - beta, which beta^t in float32 would round away.
         gain = gain.astype(jnp.promote_types(gain.dtype, jnp.float32))
-        return -jnp.expm1(state.count * jnp.log1p(-gain))
+        count = state.count  # one per matrix inside in_subspace(..., per_matrix=True)
+        count = count.reshape(count.shape + (1,) * (gain.ndim - count.ndim))
+        return -jnp.expm1(count * jnp.log1p(-gain))
 
     return state._replace(
         mu=rotation.first(state.mu),

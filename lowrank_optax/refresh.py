@@ -101,7 +101,7 @@ def lazy_refresh(
     for name, value in (("window", window), ("factor", factor)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
-    rule = optax.with_extra_args_support(rule)
+    ask: Any = optax.with_extra_args_support(rule).update
 
     def init(params: Any) -> Any:
         def each(value: Any) -> Any:
@@ -119,7 +119,7 @@ def lazy_refresh(
     ) -> tuple[Frame, LazyRefreshState]:
         rule_state, interval, wait, similarities = state
         due = now.refresh & (wait == 0)
-        frame, rule_state = rule.update(
+        frame, rule_state = ask(
             frame, rule_state, clock=now._replace(refresh=due), **extra_args
         )
         turn = frame.need("turn", "a basis rule such as dominant_svd()")

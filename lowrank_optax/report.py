@@ -4,11 +4,15 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lowrank_optax.basis import BasisState
 from lowrank_optax.layout import path_of
+from lowrank_optax.moments import first_moments
+from lowrank_optax.online_pca import OnlinePCAState
+from lowrank_optax.quantize_basis import QuantizedBasis
 
 SHARED = "(shared)"
 
@@ -110,7 +114,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     state = jax.eval_shape(tx.init, params)
     ours = _bytes_by_parameter(state, shapes)
     adamw = _bytes_by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), shapes)
-    ranks = _ranks(state)
+    ranks = _ranks(state, shapes)
     return MemoryReport(
         tuple(
             MemoryRow(path, shape, ranks.get(path), ours[path], adamw[path])
@@ -120,21 +124,40 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
 
 
 def _bytes_by_parameter(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
-    """State bytes by the parameter whose path ends the state leaf's path."""
+    """State bytes by the parameter whose path is in the state leaf's path."""
     total = dict.fromkeys([*shapes, SHARED], 0)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
-        tails = (path_of(keys[i:]) for i in range(len(keys)))
-        owner = next((t for t in tails if t in shapes), SHARED)
+        owner = _owner(keys, shapes) or SHARED
         total[owner] += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
     return total
 
 
-def _ranks(state: Any) -> dict[str, int]:
-    """r of each matrix, from the bases in the state."""
-    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, BasisState))
-    return {
-        path_of(keys): s.shape[-1]
-        for state in states
-        if isinstance(state, BasisState)
-        for keys, s in jax.tree_util.tree_leaves_with_path(state.basis)
-    }
+def _owner(keys: Any, shapes: dict[str, Any]) -> str | None:
+    """The longest stretch of a path that is a parameter's path."""
+    ends = range(len(keys), 0, -1)
+    stretches = (path_of(keys[i:j]) for j in ends for i in range(j))
+    return max((p for p in stretches if p in shapes), key=len, default=None)
+
+
+def _ranks(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
+    """r of each matrix: from its basis, or its first moment where that is a key."""
+    ranks: dict[str, int] = {}
+
+    def learn(tree: Any, prefix: Any, axis: int) -> None:
+        for keys, x in jax.tree_util.tree_leaves_with_path(tree):
+            owner = _owner((*prefix, *keys), shapes)
+            if owner is not None and x.shape != shapes[owner]:
+                ranks.setdefault(owner, x.shape[axis])
+
+    kinds = (BasisState, OnlinePCAState, QuantizedBasis)
+    states = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, kinds)
+    )
+    for keys, part in states:
+        if isinstance(part, QuantizedBasis):
+            learn(jax.ShapeDtypeStruct(part.shape, jnp.float32), keys, -1)
+        elif isinstance(part, (BasisState, OnlinePCAState)):
+            learn(part.basis, keys, -1)
+    for moments in jax.eval_shape(first_moments, state):
+        learn(moments, (), -2)
+    return ranks

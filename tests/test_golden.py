@@ -1,8 +1,9 @@
 """Step-for-step parity with the released PyTorch packages, on recorded trajectories.
 
 Each file holds one weight matrix trained by galore-torch 1.0, fira 1.0.2, apollo-torch
-1.0.3, FRUGAL's or LDAdam's code on a fixed stream of gradients. Torch stores a linear layer's weight as (out, in), so its input
-side, which the packages project when the matrix is square, is axis 1.
+1.0.3, FRUGAL's or LDAdam's code on a fixed stream of gradients. Torch stores a linear
+layer's weight as (out, in), so its input side, which the packages project when the
+matrix is square, is axis 1.
 """
 
 import inspect
@@ -219,7 +220,9 @@ def test_only_epsilon_parts_the_variants_of_galore_without_decay() -> None:
     """Bias correction on the step size or on the moments is the same without eps."""
     case = load("galore_adamw_square_refresh")
     published, paper = (
-        trajectory(build("galore_adamw", case.config, variant=variant, eps=0.0), case)[0]
+        trajectory(build("galore_adamw", case.config, variant=variant, eps=0.0), case)[
+            0
+        ]
         for variant in ("published", "paper")
     )
     # 1 - 0.999^t rounds by 6e-8 / 1e-3 at t = 1 in optax's float32, half of that in

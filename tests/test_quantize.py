@@ -16,12 +16,11 @@ import lowrank_optax as lro
 from lowrank_optax.moments import first_moments
 from lowrank_optax.quantize import (
     QuantizedArray,
-    QuantizedBasis,
     QuantizedState,
     quantize_array,
-    quantize_basis,
     quantize_moments,
 )
+from lowrank_optax.quantize_basis import QuantizedBasis, quantize_basis
 from lowrank_optax.refresh import lazy_refresh
 from tests import numpy_reference as reference
 

@@ -24,10 +24,8 @@ MATRICES = (
 Method = Callable[..., optax.GradientTransformationExtraArgs]
 
 
-def _fira_with(step: Callable[[], optax.GradientTransformation]) -> Method:
-    return functools.wraps(lro.fira)(
-        lambda *args, **kw: lro.fira(*args, step=step(), **kw)
-    )
+def _fira_with(step: optax.GradientTransformation) -> Method:
+    return functools.partial(lro.fira, step=step)
 
 
 METHODS: dict[str, Method] = {

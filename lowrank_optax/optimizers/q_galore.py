@@ -6,7 +6,8 @@ import optax
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.optimizers.assemble import Mask, optimizer
 from lowrank_optax.project import project, project_back
-from lowrank_optax.quantize import quantize_basis, quantize_moments
+from lowrank_optax.quantize import quantize_moments
+from lowrank_optax.quantize_basis import quantize_basis
 from lowrank_optax.refresh import lazy_refresh
 from lowrank_optax.singular import dominant_svd
 from lowrank_optax.step import in_subspace
