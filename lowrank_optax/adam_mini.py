@@ -71,7 +71,7 @@ def scale_by_adam_mini(
       ValueError: at init, blocks that do not divide an array.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> state = lro.scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
       >>> optax.tree.get(state, "nu")["kernel"].shape
       (3, 1, 16)
@@ -177,6 +177,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
       ValueError: for a value that is none of these.
 
     Example:
+      >>> import lowrank_optax as lro
       >>> blocks = lro.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
       >>> blocks("layers/attn/q/kernel", (12, 128, 768))
       (1, 128, 64)
@@ -222,8 +223,6 @@ def check_heads(heads: Heads) -> optax.GradientTransformation:
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> from lowrank_optax.adam_mini import (
-      ...     adam_mini_blocks, check_heads, scale_by_adam_mini)
       >>> heads = [("attn/[qk]", 4)]
       >>> step = lro.scale_by_adam_mini(blocks=lro.adam_mini_blocks(heads))
       >>> tx = lro.low_rank(optax.chain(lro.dominant_svd(), lro.project(),

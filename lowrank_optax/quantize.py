@@ -180,7 +180,7 @@ def quantize_moments(
       ValueError: a block_size or min_size below 1.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.quantize_moments(optax.scale_by_adam())
       >>> state = tx.init({"w": jnp.ones((64, 512)), "b": jnp.ones(512)})
       >>> mu = optax.tree.get(state, "mu")
