@@ -197,7 +197,11 @@ def basis_rule(
             now.refresh, refresh, keep, state.rng_key, state.basis
         )
         frames = map_frames(
-            lambda f, s, c: with_basis(f, s, c, orthonormal), frames, basis, turn
+            lambda f, s, c, old: with_basis(f, s, c, orthonormal).replace(previous=old),
+            frames,
+            basis,
+            turn,
+            state.basis,
         )
         return frames, BasisState(rng_key, basis)
 

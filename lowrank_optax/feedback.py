@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import BasisState
 from lowrank_optax.frame import Frame, map_frames
 
 
@@ -43,9 +42,9 @@ def error_feedback(
       b1: the decay rate of M.
 
     Raises:
-      ValueError: at init, for stages without a basis rule that keeps its basis in a
-        `BasisState`. Stages that give the residual back refuse it, and so does a step
-        that accumulates gradients.
+      ValueError: for a basis that is not orthonormal, or stages without a basis rule
+        and `project`. Stages that give the residual back refuse it, and so does a
+        step that accumulates gradients.
 
     Example:
       >>> import lowrank_optax as lro
@@ -59,9 +58,8 @@ def error_feedback(
         def zero(frame: Frame) -> jax.Array:
             return jnp.zeros(frame.gradient.shape, frame.gradient.dtype)
 
-        state = stages.init(params)
-        _basis_in(state)
-        return ErrorFeedbackState(map_frames(zero, params, plain=_nothing), state)
+        errors = map_frames(zero, params, plain=_nothing)
+        return ErrorFeedbackState(errors, stages.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -72,6 +70,19 @@ def error_feedback(
         frames, inner_state = stages.update(
             frames, state.inner_state, params, **extra_args
         )
+
+        def error(frame: Frame) -> jax.Array:
+            frame.check_residual("error_feedback()")
+            inside, outside = frame.need("low", "project()"), frame.gradient
+            if frame.momentum is not None:
+                kept = (b1 / (1 - b1)) * frame.momentum
+                turn = frame.need("turn", "a basis rule such as power_iterate()")
+                inside = inside + jnp.matmul(turn, kept, precision="highest")
+                old = frame.need("previous", "a basis rule such as power_iterate()")
+                outside = outside + frame.replace(basis=old).up(kept)
+            return outside - frame.up(inside)
+
+        errors = map_frames(error, frames, plain=_nothing)
         frames = map_frames(
             lambda f: f.replace(
                 fed_back=True,
@@ -79,33 +90,9 @@ def error_feedback(
             ),
             frames,
         )
-
-        def error(frame: Frame, old: jax.Array) -> jax.Array:
-            inside, outside = frame.need("low", "project()"), frame.gradient
-            if frame.momentum is not None:
-                kept = (b1 / (1 - b1)) * frame.momentum
-                turn = frame.need("turn", "a basis rule such as power_iterate()")
-                inside = inside + jnp.matmul(turn, kept, precision="highest")
-                outside = outside + frame.replace(basis=old).up(kept)
-            return outside - frame.up(inside)
-
-        errors = map_frames(error, frames, _basis_in(state.inner_state), plain=_nothing)
         return frames, ErrorFeedbackState(errors, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _basis_in(state: Any) -> Any:
-    def is_basis(x: Any) -> bool:
-        return isinstance(x, BasisState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(x)]
-    if len(found) != 1:
-        raise ValueError(
-            "error_feedback() goes around one basis rule that keeps its basis, and "
-            "project(): error_feedback(optax.chain(power_iterate(), project()))"
-        )
-    return found[0].basis
 
 
 def _nothing(*_: Any) -> optax.MaskedNode:

@@ -41,6 +41,7 @@ class Frame:
         of S_{t-1}; None for a step that keeps none.
       basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
         columns. S_{t-1} until a basis rule has set S_t.
+      previous: S_{t-1}, as `basis`.
       turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
@@ -58,6 +59,7 @@ class Frame:
     gradient: jax.Array
     momentum: jax.Array | None = None
     basis: jax.Array | None = None
+    previous: jax.Array | None = None
     turn: jax.Array | None = None
     low: jax.Array | None = None
     low_step: jax.Array | None = None
@@ -131,7 +133,7 @@ class Frame:
         if reason:
             raise ValueError(
                 f"{self.path}: {stage} does not work here: {reason}; "
-                "take project_back() instead"
+                "take project_back() alone"
             )
 
     def still(self) -> jax.Array:
