@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -124,6 +125,69 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
         ]
         adams = optax.tree.get(theirs, moment)
         assert any(jax.tree.all(jax.tree.map(jnp.array_equal, x, adams)) for x in ours)
+
+
+# Numbers of four bytes in one matrix's state, as the docstrings and the README say.
+# optax keeps one unused number for each factored second moment.
+FORMULAS: dict[str, tuple[Any, Any]] = {
+    "galore_adafactor": (
+        lro.galore_adafactor,
+        lambda m, n, r: m * r + n * r + n + r + 1,
+    ),
+    "galore_adam_mini": (lro.galore_adam_mini, lambda m, n, r: m * r + n * r + n),
+    "galore_adam8bit": (
+        lro.galore_adam8bit,
+        lambda m, n, r: m * r + 2 * n * r / 4 * (1 + 4 / 256),
+    ),
+    "golore": (
+        partial(lro.golore, switch_step=5, key=0),
+        lambda m, n, r: m * r + 2 * n * r,
+    ),
+    "msgd": (partial(lro.msgd, key=0), lambda m, n, r: m * r + n * r),
+    "subtrack": (lro.subtrack, lambda m, n, r: m * r + 2 * n * r + 1),
+    "ldadam": (lro.ldadam, lambda m, n, r: m * r + 2 * n * r + m * n),
+    "ldadam_no_feedback": (
+        partial(lro.ldadam, feedback=False),
+        lambda m, n, r: m * r + 2 * n * r,
+    ),
+    "apollo": (partial(lro.apollo, key=0), lambda m, n, r: 2 * n * r + 1),
+    "apollo_stored": (
+        partial(lro.apollo, basis=lro.gaussian(0, stored=True)),
+        lambda m, n, r: m * r + 2 * n * r + 1,
+    ),
+    "apollo_mini": (partial(lro.apollo_mini, key=0), lambda m, n, r: 2 * n * r + 1),
+    "frugal": (lro.frugal, lambda m, n, r: m * r + 2 * n * r),
+    "frugal_coordinates": (
+        partial(lro.frugal, basis=lro.coordinates(0)),
+        lambda m, n, r: 2 * n * r + r,
+    ),
+    "grass_sparse": (partial(lro.grass_sparse, key=0), lambda m, n, r: 2 * n * r + r),
+    "flora": (partial(lro.flora, key=0), lambda m, n, r: n * r + m + n + 1),
+    "coap": (lro.coap, lambda m, n, r: m * r + 2 * n * r),
+    "online_subspace_descent": (
+        lambda lr, refresh_every, **kw: lro.online_subspace_descent(lr, **kw),
+        lambda m, n, r: 3 * m * r + 2 * n * r + 2,
+    ),
+    "q_galore": (
+        lro.q_galore,
+        # Four bits a number and five bytes a group; seven numbers a leaf for laziness.
+        lambda m, n, r: (
+            m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 256) + 7 / 3
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_state_of_a_matrix_is_what_the_formula_says(name: str) -> None:
+    make, numbers = FORMULAS[name]
+    layers, m, n, r = 3, 64, 256, 16
+    params = {"layers": abstract((layers, n, m)), "norm": abstract((m,))}
+    tx = make(0.01, rank=r, refresh_every=10, dimension_numbers=[("", lro.STACKED)])
+    rows = {row.path: row for row in lro.memory_report(tx, params).rows}
+    assert rows["layers"].state_bytes == 4 * layers * numbers(m, n, r)
+    assert rows["layers"].rank == r
+    assert rows["norm"].rank is None
 
 
 def test_rows_follow_mixed_ranks() -> None:
