@@ -45,6 +45,8 @@ _UNSIGNED, _SIGNED = (table.astype(np.float32) for table in _tables())
 # Both maps in one table each, the signed one from 256 on.
 _VALUES = np.concatenate([_UNSIGNED, _SIGNED])
 _MIDDLES = np.concatenate([_middles(_UNSIGNED), _middles(_SIGNED)])
+# A positive second moment must not become zero: it divides the step.
+_MIDDLES[0] = 0.0
 # At or under this part of a block's largest entry, a number rounds to a negative code.
 _NEGATIVE = _MIDDLES[_MIDDLES < 0][-1]
 
@@ -166,9 +168,11 @@ def quantize_moments(
     moment's sign; blocks lie along the last axis, so that the state keeps the array's
     shape and paths; and -1 is a value, where theirs ends at -0.993.
 
-    As there, a V under 1.6e-7 of its block's largest is stored as 0: what divides that
-    number's next step is eps and its new gradient alone. Memory is saved between steps;
-    during one, XLA holds what it works on in full precision.
+    A positive number in a block without negative ones is never stored as 0, but as the
+    smallest value at least, a 3.25e-7. Rounded to 0, as theirs, a small V beside a large
+    one (rare tokens in an output head) leaves eps alone to divide the step: a LLaMA of
+    60M parameters diverged so. Memory is saved between steps; during one, XLA holds
+    what it works on in full precision.
 
     Args:
       inner: any optax transformation, `optax.scale_by_adam()` for example.

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from train.compare import Comparison, expand, named, table, title
 from train.config import (
-    DEFAULTS,
+    LEARNING_RATES,
     Config,
     OptimizerConfig,
+    OptimizerName,
     model_config,
     parse,
     resolve,
@@ -65,7 +67,9 @@ def test_short_flags_reach_their_groups():
         ("--warmup 1.5", "warmup=1.5"),
         ("--seq-len 1", "seq_len=1"),
         ("--log-every 0", "log_every=0"),
+        ("--scale 0", "scale=0.0 must be above 0"),
         ("--optimizer sgd", "invalid choice"),
+        ("--optimizer galore --basis pca", "invalid choice"),
         ("--stepps 3", "--stepps"),
     ],
 )
@@ -77,11 +81,17 @@ def test_a_bad_flag_is_a_clear_error(argv, message, capsys):
     assert message in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_optimizer_has_a_learning_rate():
+    assert [*LEARNING_RATES] == [*get_args(OptimizerName)]
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
 def test_defaults_go_by_optimizer(name):
     config = resolve(config_of("--optimizer", name))
-    rate, scale = DEFAULTS[name]
-    assert (config.optimizer.learning_rate, config.optimizer.scale) == (rate, scale)
+    assert config.optimizer.learning_rate == LEARNING_RATES[name]
+    # None: the optimizer's own, which its signature knows.
+    own = (config.optimizer.scale, config.optimizer.b1, config.optimizer.b2)
+    assert own == (None, None, None)
     assert config.optimizer.rank == 32  # a quarter of tiny's 128
     assert config.model.compute_dtype == "float32"  # the tests run on a CPU
     assert config.out == Path(f"runs/tiny-{name}")
@@ -102,7 +112,8 @@ def test_json_holds_every_field():
     config = resolve(config_of("--optimizer", "fira"))
     stored = json.loads(to_json(config))
     assert stored["out"] == "runs/tiny-fira"
-    assert stored["optimizer"]["scale"] == 0.25
+    assert stored["optimizer"] == dataclasses.asdict(config.optimizer)
+    assert stored["optimizer"]["learning_rate"] == 3e-3
     assert stored["data"] == dataclasses.asdict(config.data)
 
 

@@ -1,6 +1,7 @@
 """From a config to an optimizer: schedule, methods and bases, weight decay."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,14 @@ import pytest
 
 import lowrank_optax as lro
 from models import LlamaConfig, init_params
-from train.config import Config, OptimizerConfig, resolve
-from train.optimizer import decayed, make_optimizer, make_schedule
+from train.config import Basis, Config, OptimizerConfig, OptimizerName, resolve
+from train.optimizer import (
+    METHODS,
+    Optimizer,
+    decayed,
+    make_optimizer,
+    make_schedule,
+)
 
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 
@@ -41,40 +48,93 @@ def test_a_schedule_without_warm_up_falls_from_near_the_peak():
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
 
-LOW_RANK = ("galore", "fira", "grass_walk", "grass_jump")
-BASES = ("default", "svd", "sara", "walk", "jump")
+SHAPES = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+MATRICES = {
+    *(f"layers/attention/{x}/kernel" for x in "qkvo"),
+    *(f"layers/mlp/{x}/kernel" for x in ("gate", "up", "down")),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "basis"),
-    [("adamw", "default"), *((n, b) for n in LOW_RANK for b in BASES)],
-)
-def test_every_optimizer_takes_every_basis(name, basis):
-    config = resolved_optimizer(name=name, basis=basis, rank=4)
-    optimizer = make_optimizer(config, 10, jax.random.key(0))
-    params = init_params(MODEL, jax.random.key(0))
-    state = jax.eval_shape(optimizer.tx.init, params)
-    updates, after = jax.eval_shape(optimizer.tx.update, params, state, params)
-    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    ranks = {row.path: row.rank for row in lro.memory_report(optimizer.tx, params).rows}
-    matrices = {
-        *(f"layers/attention/{x}/kernel" for x in "qkvo"),
-        *(f"layers/mlp/{x}/kernel" for x in ("gate", "up", "down")),
-    }
-    low = {path for path, rank in ranks.items() if rank == 4}
-    assert low == (set() if name == "adamw" else matrices)
+def ranks_after_a_step(optimizer: Optimizer) -> dict[str, int]:
+    """The rank of every parameter of low rank; by shapes alone."""
+    state = jax.eval_shape(optimizer.tx.init, SHAPES)
+    updates, after = jax.eval_shape(optimizer.tx.update, SHAPES, state, SHAPES)
+    assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, SHAPES)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    for read in (optimizer.skipped, optimizer.refreshes, optimizer.learning_rate):
+        assert jax.eval_shape(read, after).shape == ()
+    rows = lro.memory_report(optimizer.tx, SHAPES).rows
+    return {row.path: row.rank for row in rows if row.rank is not None}
+
+
+def made(**fields) -> Optimizer:
+    config = resolved_optimizer(**{"rank": 4, **fields})
+    return make_optimizer(config, 10, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_every_optimizer_steps_at_the_rank_asked_for(name):
+    ranks = ranks_after_a_step(made(name=name))
+    rank = {"apollo_mini": 1}.get(name, 4)
+    assert ranks == ({} if name == "adamw" else dict.fromkeys(MATRICES, rank))
+
+
+# One for each place of the basis in a signature: alone, quantised, beside a key.
+@pytest.mark.parametrize("name", ["frugal", "q_galore", "grass_walk"])
+@pytest.mark.parametrize("basis", get_args(Basis))
+def test_methods_take_every_basis(name, basis):
+    optimizer = made(name=name, basis=basis)
+    if (name, basis) == ("q_galore", "coordinates"):
+        with pytest.raises(ValueError, match="take the rule without it"):
+            jax.eval_shape(optimizer.tx.init, SHAPES)
+        return
+    assert ranks_after_a_step(optimizer) == dict.fromkeys(MATRICES, 4)
+
+
+HAVE_THEIR_OWN = {
+    "golore",
+    "subtrack",
+    "ldadam",
+    "grass_sparse",
+    "flora",
+    "coap",
+    "online_subspace_descent",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_whose_basis_is_its_own_refuses_another(name):
+    if name not in HAVE_THEIR_OWN:
+        made(name=name, basis="svd")
+        return
+    error = f"{name} has its own basis: leave out basis='svd'"
+    with pytest.raises(ValueError, match=error):
+        made(name=name, basis="svd")
+
+
+def test_the_methods_are_those_of_the_command_line():
+    assert {"adamw", *METHODS} == {*get_args(OptimizerName)}
+
+
+def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
+    every = {name: made(name=name, refresh_every=7).refresh_every for name in METHODS}
+    moving = {name for name, steps in every.items() if steps == 1}
+    assert moving == {"ldadam", "online_subspace_descent"}
+    assert {every[name] for name in {*METHODS} - moving} == {7}
 
 
 def updates_of(seed: int = 0, **fields) -> list[np.ndarray]:
     """Two updates of one stack of matrices, with a basis of its own for each."""
     config = resolved_optimizer(rank=4, refresh_every=1, **fields)
     tx = make_optimizer(config, 10, jax.random.key(seed)).tx
-    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 16)))
-    params = {"layers": {"mlp": {"up": {"kernel": kernel}}}}
+    kernels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 8, 16)))
+    params, *grads = (
+        {"layers": {"mlp": {"up": {"kernel": kernel}}}}
+        for kernel in (kernels[0], *kernels)
+    )
     state, update, found = tx.init(params), jax.jit(tx.update), []
-    for _ in range(2):
-        updates, state = update(params, state, params)
+    for grad in grads:
+        updates, state = update(grad, state, params)
         found.append(np.asarray(updates["layers"]["mlp"]["up"]["kernel"]))
     return found
 
@@ -95,6 +155,24 @@ def test_the_key_decides_a_random_basis():
     jumps = updates_of(name="grass_jump")
     np.testing.assert_array_equal(jumps, updates_of(name="grass_jump"))
     assert far_apart(jumps[1], updates_of(seed=1, name="grass_jump")[1])
+
+
+def test_a_number_that_is_not_given_is_the_optimizer_s_own():
+    own = updates_of(name="galore")
+    given = updates_of(name="galore", scale=0.25, b1=0.9, b2=0.999)
+    np.testing.assert_array_equal(own, given)
+    doubled = updates_of(name="galore", scale=0.5)
+    np.testing.assert_array_equal(np.multiply(own, 2), doubled)
+    for change in ({"b1": 0.5}, {"b2": 0.5}):
+        assert far_apart(own[1], updates_of(name="galore", **change)[1])
+
+
+def test_golore_switches_after_its_part_of_the_steps():
+    def second(switch: float) -> np.ndarray:
+        return updates_of(name="golore", switch=switch)[1]  # of 10 steps, number 1
+
+    np.testing.assert_array_equal(second(0.2), second(1.0))
+    assert far_apart(second(0.1), second(0.2))
 
 
 def test_matrices_and_embedding_decay_and_norm_scales_do_not():
