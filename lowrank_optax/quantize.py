@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.linalg import fence
 from lowrank_optax.moments import (
     Rotation,
     first_moments,
@@ -169,10 +170,10 @@ def quantize_moments(
     shape and paths; and -1 is a value, where theirs ends at -0.993.
 
     A positive number in a block without negative ones is never stored as 0, but as the
-    smallest value at least, a 3.25e-7. Rounded to 0, as theirs, a small V beside a large
-    one (rare tokens in an output head) leaves eps alone to divide the step: a LLaMA of
-    60M parameters diverged so. Memory is saved between steps; during one, XLA holds
-    what it works on in full precision.
+    smallest value at least, a 3.25e-7. Rounded to 0, as theirs, a small V beside a
+    large one (rare tokens in an output head) leaves eps alone to divide the step: a
+    LLaMA of 60M parameters diverged so. Memory is saved between steps; during one, XLA
+    holds what it works on in full precision.
 
     Args:
       inner: any optax transformation, `optax.scale_by_adam()` for example.
@@ -201,7 +202,10 @@ def quantize_moments(
             return x
         scales = x.size // x.shape[-1] * -(-x.shape[-1] // block_size) if x.size else 0
         smaller = x.size + max(4, x.dtype.itemsize) * scales < x.size * x.dtype.itemsize
-        return quantize_array(x, block_size) if x.size >= min_size and smaller else x
+        if x.size < min_size or not smaller:
+            return x
+        # Fenced, or XLA spends seconds on folding the zeros of a large state.
+        return quantize_array(fence(x), block_size)
 
     def init(params: Any) -> Any:
         return QuantizedState(jax.tree.map(store, inner.init(params)))

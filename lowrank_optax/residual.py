@@ -96,10 +96,10 @@ def sign_residual(
         step = S G~^O + scale sign(G - S G~)        or  scale (G - S G~), "sgd"
 
     (Zmushko et al. 2025, "FRUGAL", section 3: a stateful optimizer in the subspace, a
-    state-free one on the rest.) A residual of exactly zero moves nothing; in coordinates
-    the rows inside the subspace are exact zeros. With other bases what is left of a
-    gradient that lies wholly inside is rounding, and the sign of that moves weights, as
-    in the released code.
+    state-free one on the rest.) A residual of exactly zero moves nothing; in
+    coordinates the rows inside the subspace are exact zeros. With other bases what is
+    left of a gradient that lies wholly inside is rounding, and the sign of that moves
+    weights, as in the released code.
 
     Args:
       scale: the rest's learning rate, as a part of the matrices'.
