@@ -33,7 +33,7 @@ def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Ar
       (*batch, m, r), orthonormal.
     """
     # Twice, for what is left of a direction along S is rounding, which is not tangent.
-    x = _unit(_tangent(s, _unit(_tangent(s, x))))
+    x = linalg.unit(_tangent(s, linalg.unit(_tangent(s, x))))
     squares, v = linalg.eigh(linalg.gram(x))
     sigma = fence(jnp.sqrt(jnp.maximum(squares, 0)))
     largest = jnp.max(sigma, axis=-1, keepdims=True)
@@ -58,12 +58,6 @@ def geodesic(s: jax.Array, x: jax.Array, step_size: float | jax.Array) -> jax.Ar
 def _tangent(s: jax.Array, x: jax.Array) -> jax.Array:
     """(I - S S^T) X."""
     return fence(x - linalg.matmul(s, linalg.matmul(linalg.transpose(s), x)))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """X with a largest entry of one, so that small and large ones round alike."""
-    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    return fence(x / jnp.where(scale > 0, scale, 1))
 
 
 def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
@@ -256,10 +250,13 @@ def grassmann_track(
 def _track(
     s: jax.Array, g: jax.Array, step_size: float | jax.Array | None
 ) -> jax.Array:
+    # With G of unit size nothing here, which is of fourth order in G, leaves float32.
+    scale = linalg.largest(g)
+    g = linalg.unit(g)
     a = linalg.matmul(linalg.transpose(s), g)
     residual = fence(g - linalg.matmul(s, a))
     d = _tangent(s, linalg.matmul(residual, linalg.transpose(a)))
-    _, vectors = linalg.eigh(linalg.gram(_unit(d)))
+    _, vectors = linalg.eigh(linalg.gram(linalg.unit(d)))
     v = vectors[..., -1:]
     u = linalg.matmul(d, v)
     sigma = jnp.linalg.norm(u, axis=-2, keepdims=True)
@@ -271,10 +268,15 @@ def _track(
         # The product of the two rows of G is sigma: (S v)^T G G^T u = v^T A R^T u.
         angle = 0.5 * jnp.arctan2(2 * sigma[..., 0], inside - outside)[..., None]
     else:
-        angle = step_size * 2 * sigma
+        angle = _capped(step_size * 2 * sigma * scale * scale)
     angle = fence(jnp.where(sigma > 0, angle, 0))
     moved = fence(along * (jnp.cos(angle) - 1)) + fence(u * jnp.sin(angle))
     return linalg.polish(fence(s + linalg.matmul(moved, linalg.transpose(v))))
+
+
+def _capped(angle: jax.Array) -> jax.Array:
+    """An angle that sine and cosine take, even of a gradient that overflows squared."""
+    return jnp.nan_to_num(angle, nan=0.0, posinf=jnp.finfo(angle.dtype).max)
 
 
 def check_start(decomposition: Decomposition | None) -> None:

@@ -43,6 +43,17 @@ def transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """max |x| of each matrix, (*batch, 1, 1), and 1 for a zero one."""
+    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return jnp.where(scale > 0, scale, 1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x with a largest entry of one, so that small and large ones round alike."""
+    return fence(x / largest(x))
+
+
 def gram(x: jax.Array) -> jax.Array:
     """x^T x: (*batch, m, r) to (*batch, r, r)."""
     return matmul(transpose(x), x)
@@ -62,8 +73,7 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     about 1 / sqrt(eps). The whole batch then goes through a Householder QR, which
     gives an orthonormal basis of any input, rank-deficient and zero ones too.
     """
-    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(scale > 0, scale, 1)
+    x = x / largest(x)
 
     def cholesky_qr(x: jax.Array) -> jax.Array:
         lower = jnp.linalg.cholesky(gram(x))

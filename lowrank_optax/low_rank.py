@@ -174,7 +174,7 @@ def low_rank(
             None if params is None else _map_leaves(turn, leaves, params),
             **{**extra_args, "clock": clock},
         )
-        finite = _all_finite(updates, out)
+        finite = _all_finite(updates, frames, out)
         steps = _map_leaves(close, leaves, updates, out)
         return (
             jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), steps),
@@ -200,20 +200,21 @@ def _at_least_f32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _all_finite(updates: Any, out: Any) -> jax.Array:
+def _all_finite(updates: Any, frames: Any, out: Any) -> jax.Array:
     """Whether every gradient is finite, read off G~ where there is one.
 
     Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
     survives any product, even with zero. So the r rows of G~ tell as much as the m
-    rows of G, for a fraction of the reads. Where S is coordinates, they do not.
+    rows of G, for a fraction of the reads. Not where S is coordinates, and not where a
+    stage put another gradient in G's place.
     """
 
-    def finite(x: jax.Array, o: Any) -> jax.Array:
+    def finite(x: jax.Array, f: Any, o: Any) -> jax.Array:
         seen = x
-        if is_frame(o) and o.low is not None:
+        if is_frame(o) and o.low is not None and o.gradient is f.gradient:
             basis = o.need("basis", "a basis rule such as dominant_svd()")
             seen = x if are_coordinates(basis) else o.low
         return jnp.all(jnp.isfinite(seen))
 
-    flags = jax.tree.leaves(jax.tree.map(finite, updates, out))
+    flags = jax.tree.leaves(jax.tree.map(finite, updates, frames, out))
     return functools.reduce(operator.and_, flags, jnp.array(True))

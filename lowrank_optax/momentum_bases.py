@@ -53,7 +53,8 @@ def power_iterate(
         def iterate() -> jax.Array:
             weight = -jnp.expm1(clock.step * jnp.log1p(jnp.asarray(b1, m.dtype) - 1))
             m_hat = rho * m / weight
-            b = linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient
+            # Of unit size: the span is the same, and no product over- or underflows.
+            b = linalg.unit(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
             return linalg.orthonormalize(
                 linalg.matmul(b, linalg.matmul(transpose(b), s))
             )
@@ -124,7 +125,9 @@ def correlation_aware(
         def step() -> jax.Array:
             grad = jax.grad(loss)(s)
             norm = jnp.linalg.norm(grad, axis=(-2, -1), keepdims=True)
-            return s - step_size * grad / jnp.maximum(norm, 1)
+            moved = s - step_size * grad / jnp.maximum(norm, 1)
+            # The loss is of second order in G, and overflows before G does.
+            return jnp.where(jnp.isfinite(norm), moved, s)
 
         def recompute() -> jax.Array:
             sketch = linalg.matmul(

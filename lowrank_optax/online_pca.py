@@ -85,8 +85,9 @@ def online_pca(
 
     def learn(frame: Frame, p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """grad L, L without its penalty, and the drift, of each matrix."""
-        norm = jnp.linalg.norm(frame.gradient, axis=(-2, -1), keepdims=True)
-        g = frame.gradient / jnp.where(norm > 0, norm, 1)
+        g = linalg.unit(frame.gradient)
+        norm = jnp.linalg.norm(g, axis=(-2, -1), keepdims=True)
+        g = g / jnp.where(norm > 0, norm, 1)
         a = frame.replace(basis=p).down(g)
         b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
         aa = linalg.gram(linalg.transpose(a))

@@ -8,6 +8,7 @@ import optax
 
 from lowrank_optax.basis import clock_of
 from lowrank_optax.frame import Clock, Frame, is_frame, map_frames
+from lowrank_optax.online_pca import OnlinePCAState
 
 
 def frozen(
@@ -51,6 +52,7 @@ class LazyRefreshState(NamedTuple):
 
     Attributes:
       rule_state: the rule's state for this leaf alone.
+      cycle: () int32, refreshes that were done.
       interval: () int32, refreshes that were due per refresh that is done.
       wait: () int32, refreshes still to be passed over.
       similarities: (window,) float32, of the last bases to the ones before them, the
@@ -58,6 +60,7 @@ class LazyRefreshState(NamedTuple):
     """
 
     rule_state: Any
+    cycle: Any
     interval: Any
     wait: Any
     similarities: Any
@@ -91,7 +94,8 @@ def lazy_refresh(
       factor: by which the interval grows, at least 1.
 
     Raises:
-      ValueError: a window or a factor below 1; at update, outside `low_rank`.
+      ValueError: a window or a factor below 1; at init, `online_pca`; at update,
+        outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -104,11 +108,21 @@ def lazy_refresh(
     ask: Any = optax.with_extra_args_support(rule).update
 
     def init(params: Any) -> Any:
+        def first(frame: Any) -> Any:
+            state = rule.init(frame)
+            if isinstance(state, OnlinePCAState):
+                raise ValueError(
+                    f"{frame.path}: online_pca() moves its basis at every step; "
+                    "there is no refresh that lazy_refresh() could put off"
+                )
+            return state
+
         def each(value: Any) -> Any:
             return map_frames(lambda _: value, params, plain=_nothing)
 
         return LazyRefreshState(
-            rule_state=map_frames(rule.init, params, plain=_nothing),
+            rule_state=map_frames(first, params, plain=_nothing),
+            cycle=each(jnp.zeros([], jnp.int32)),
             interval=each(jnp.ones([], jnp.int32)),
             wait=each(jnp.zeros([], jnp.int32)),
             similarities=each(jnp.full((window,), -1.0, jnp.float32)),
@@ -117,10 +131,13 @@ def lazy_refresh(
     def one(
         frame: Frame, now: Clock, state: Any, extra_args: Any
     ) -> tuple[Frame, LazyRefreshState]:
-        rule_state, interval, wait, similarities = state
+        rule_state, cycle, interval, wait, similarities = state
         due = now.refresh & (wait == 0)
         frame, rule_state = ask(
-            frame, rule_state, clock=now._replace(refresh=due), **extra_args
+            frame,
+            rule_state,
+            clock=now._replace(refresh=due, cycle=cycle),
+            **extra_args,
         )
         turn = frame.need("turn", "a basis rule such as dominant_svd()")
         overlap = jnp.mean(jnp.sum(jnp.square(turn), axis=(-2, -1))) / frame.rank
@@ -131,7 +148,9 @@ def lazy_refresh(
         grow = compared & full & (jnp.mean(similarities) >= threshold)
         interval = jnp.where(grow, factor * interval, interval)
         wait = jnp.where(due, interval - 1, wait - now.refresh)
-        return frame, LazyRefreshState(rule_state, interval, wait, similarities)
+        return frame, LazyRefreshState(
+            rule_state, cycle + due, interval, wait, similarities
+        )
 
     def update(
         updates: Any,

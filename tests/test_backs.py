@@ -79,7 +79,7 @@ def test_nothing_moves_without_a_gradient_and_rows_are_whole() -> None:
 
 def test_which_steps_there_are() -> None:
     step: Any = "adam"
-    with pytest.raises(ValueError, match="step='adam': choose \"sign\" or \"sgd\""):
+    with pytest.raises(ValueError, match='step=\'adam\': choose "sign" or "sgd"'):
         lro.sign_residual(step=step)
 
 
@@ -97,11 +97,10 @@ def norm_of(state: Any) -> Any:
 @each
 def test_the_identity_gives_the_gradient_itself(name: str) -> None:
     # phi = 1 wherever S^T G is not zero, for any basis, Gaussian ones too.
-    for rule in (lro.gaussian(0), None):
-        tx = bracket(SCALED[name](scale=4.0), optax.identity(), rule)
-        found, _ = run(tx, GRADIENT[None])
-        # The root of the scale; a rounding of two norms of the same numbers.
-        np.testing.assert_allclose(found[0], 2 * GRADIENT, rtol=1e-6)
+    tx = bracket(SCALED[name](scale=4.0), optax.identity(), lro.gaussian(0))
+    found, _ = run(tx, GRADIENT[None])
+    # The root of the scale; a rounding of two norms of the same numbers.
+    np.testing.assert_allclose(found[0], 2 * GRADIENT, rtol=1e-6)
 
 
 @each
@@ -130,9 +129,11 @@ def test_the_step_never_grows_faster_than_its_limit(
 ) -> None:
     g = np.random.default_rng(seed).normal(size=(10, M, N))
     g *= np.reshape(sizes, (10, 1, 1))
-    found, norms = _limited(g.astype(np.float32), limit)["tensor channels".split()[channels]]
+    found, norms = _limited(g.astype(np.float32), limit)[
+        "channels" if channels else "tensor"
+    ]
     last = None
-    for size, update, stored in zip(sizes, np.float64(found), norms, strict=True):
+    for size, x, update, stored in zip(sizes, g, np.float64(found), norms, strict=True):
         assert np.isfinite(update).all()
         norm = np.linalg.norm(update)
         if size == 0:  # no step, and the limit of the next one is still the last step's
@@ -141,11 +142,9 @@ def test_the_step_never_grows_faster_than_its_limit(
             continue
         # The number kept is the norm of what came out: float32 sums of 96 squares.
         np.testing.assert_allclose(norm, stored, rtol=1e-5)
-        free = np.linalg.norm(g[0] * 0 + 1) and size
-        assert free > 0
         if last is None:
             # No limit at first: with the identity, the gradient itself.
-            np.testing.assert_allclose(norm, np.linalg.norm(g[sizes.index(size)]), rtol=1e-5)
+            np.testing.assert_allclose(norm, np.linalg.norm(x), rtol=1e-5)
         else:
             assert stored <= limit * last * (1 + 1e-6)  # float32 rounding
         last = stored
@@ -242,7 +241,7 @@ def test_they_need_their_stages(name: str) -> None:
     ):
         tx = lro.low_rank(optax.chain(*stages), rank=R, refresh_every=1)
         with pytest.raises(ValueError, match=message):
-            tx.update(g, tx.init(g))
+            jax.eval_shape(tx.update, g, tx.init(g))
     variant: Any = "torch"
     with pytest.raises(ValueError, match="variant='torch': choose"):
         SCALED[name](variant=variant)
@@ -261,21 +260,25 @@ def fed_back(rule: Any, step: Any, b1: float = 0.0, back: Any = None) -> Any:
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2**31), log_sizes=st.lists(st.floats(-3, 3), min_size=6))
+@given(
+    seed=st.integers(0, 2**31),
+    log_sizes=st.lists(st.floats(-3, 3), min_size=6, max_size=6),
+)
 def test_what_is_lost_is_kept(seed: int, log_sizes: list[float]) -> None:
     """sum of S_t G~_t up to T, and E_T, are the sum of all gradients, at every T."""
     random = np.random.default_rng(seed)
     bases = np.linalg.qr(random.normal(size=(6, M, R)))[0]
-    sizes = 10.0 ** np.reshape(log_sizes[:6], (6, 1, 1))
+    sizes = 10.0 ** np.reshape(log_sizes, (6, 1, 1))
     gradients = sizes * random.normal(size=(6, M, N))
     with jax.enable_x64(True):
-        updates, errors = _conserved(bases, gradients)
+        updates, errors = jax.device_get(_conserved(bases, gradients))
     given_in = np.cumsum(gradients, axis=0)
     came_out = np.cumsum(updates, axis=0) + errors
-    # Float64 rounding of sums of six.
-    np.testing.assert_allclose(came_out, given_in, rtol=0, atol=1e-13 * sizes.max() * 10)
+    # Float64 rounding of sums of six times M products of numbers of a few.
+    rounding = 1e-12 * sizes.max()
+    np.testing.assert_allclose(came_out, given_in, rtol=0, atol=rounding)
     for s, e in zip(bases, errors, strict=True):  # and E has no part in the last basis
-        assert np.abs(s.T @ e).max() < 1e-13 * sizes.max() * 10
+        assert np.abs(s.T @ e).max() < rounding
 
 
 @jax.jit
@@ -312,11 +315,11 @@ def test_what_the_moment_loses_by_turning_is_fed_back() -> None:
     with jax.enable_x64(True):
         step = lro.rotate_moments(optax.ema(b1, debias=False))
         tx = fed_back(lro.replay({"w": bases}), step, b1=b1)
-        updates, state = run(tx, gradients)
-        errors = optax.tree.get(state, "error")["w"]
-        moments = np.asarray(optax.tree.get(state, "ema")["w"])
+        updates, state = jax.device_get(run(tx, gradients))
+    errors = optax.tree.get(state, "error")["w"]
+    moments = optax.tree.get(state, "ema")["w"]
     to_come = b1 / (1 - b1) * bases @ moments
-    total = np.cumsum(updates, axis=0) + to_come + np.asarray(errors)
+    total = np.cumsum(updates, axis=0) + to_come + errors
     # Float64 rounding of sums of six.
     np.testing.assert_allclose(total, np.cumsum(gradients, axis=0), atol=1e-13)
 
@@ -415,4 +418,7 @@ def test_rules_it_goes_around(rule: Any) -> None:
     updates, state = jax.eval_shape(tx.update, g, tx.init(g))
     assert updates["w"].shape == (M, N)
     # A carry of scan: the state keeps its structure, shapes and dtypes.
-    assert jax.tree.map(lambda x, y: x.shape == y.shape, state, tx.init(g))
+    before = jax.eval_shape(tx.init, g)
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)

@@ -150,8 +150,8 @@ KINDS = [
     normal(M, 2) @ normal(2, N, seed=1),  # rank two
     (normal(M, M) * 10.0 ** -np.arange(M)).astype(np.float32) @ normal(M, N),
     np.eye(M, N, dtype=np.float32) * (np.arange(M) == 2)[:, None],  # one entry
-    np.float32(1e-8) * normal(M, N),
-    np.float32(1e8) * normal(M, N),
+    np.float32(1e-30) * normal(M, N),
+    np.float32(1e30) * normal(M, N),
 ]
 # Refreshes at every step, each kind first and each after the others, one order per
 # layer; then at every third.
@@ -307,7 +307,10 @@ def test_entries_are_normal_with_variance_one_over_r(rank: int) -> None:
 
 def test_layers_leaves_and_refreshes_draw_apart() -> None:
     rule = lro.gaussian(3)
-    frames = {"w": frame_of(np.zeros((2, M, N))), "v": frame_of(np.zeros((M, N)), R, "v")}
+    frames = {
+        "w": frame_of(np.zeros((2, M, N))),
+        "v": frame_of(np.zeros((M, N)), R, "v"),
+    }
 
     def step(state: Any, now: Any) -> Any:
         clock = Clock(step=now, refresh=now >= 0, cycle=now)
@@ -537,7 +540,7 @@ def test_a_zero_gradient_leaves_the_basis_where_it_is() -> None:
 
 
 @few
-@given(seed=st.integers(0, 2**31), log_scale=st.floats(-6, 6))
+@given(seed=st.integers(0, 2**31), log_scale=st.floats(-12, 12))
 def test_the_line_search_finds_the_best_angle(seed: int, log_scale: float) -> None:
     """Whatever the scale: no rotation in the same plane keeps more of the gradient."""
     first, g = normal(2, M, N, seed=seed)
@@ -720,7 +723,7 @@ def test_they_need_a_first_moment(name: str, inner: Any) -> None:
     with pytest.raises(
         ValueError, match=rf"mlp/kernel: {name}\(\) follows the first moment"
     ) as caught:
-        tx.update(tree, tx.init(tree), tree)
+        jax.eval_shape(tx.update, tree, tx.init(tree), tree)
     assert "take optax.scale_by_adam()" in str(caught.value)
 
 
@@ -837,18 +840,18 @@ def test_a_leaf_that_stands_still_is_asked_less_and_less_and_another_is_not() ->
 def model(
     overlaps: Any, window: int, threshold: float
 ) -> tuple[list[int], int]:  # Q-GaLore, section 3.2, as lazy_refresh writes it
-    """When a leaf is asked, and its last interval."""
-    interval, wait, seen, asked, last = 1, 0, [], [], None
+    """When a leaf is asked, and its last interval; it gets row k at refresh k done."""
+    interval, wait, seen, asked = 1, 0, [], []
     for t in range(len(overlaps)):
         if wait:
             wait -= 1
             continue
         asked.append(t)
-        if last is not None:
-            seen.append(overlaps[last][t])
+        if t:
+            seen.append(overlaps[len(asked) - 2][len(asked) - 1])
             if len(seen) >= window and np.mean(seen[-window:]) >= threshold:
                 interval *= 2
-        last, wait = t, interval - 1
+        wait = interval - 1
     return asked, interval
 
 
@@ -870,8 +873,8 @@ def test_lazy_refreshes_are_those_of_its_model(rows: Any, ninths: int) -> None:
     assert np.flatnonzero(np.diff(counts, prepend=0)).tolist() == asked
     assert intervals[-1] == interval
     for t in range(len(rows)):
-        last = max(k for k in asked if k <= t)
-        assert same_bits(bases[t], chosen(rows[last]))
+        done = sum(k <= t for k in asked)
+        assert same_bits(bases[t], chosen(rows[done - 1]))
 
 
 @jax.jit

@@ -39,3 +39,49 @@ def test_on_a_tpu(rule):
 def test_accelerators_factorise_the_gram_matrix_and_a_cpu_the_gradient(rule):
     assert calls(rule, "cuda") == {"cusolver_syevd_ffi"}
     assert calls(rule, "cpu") == {"lapack_sgesdd_ffi"}
+
+
+# --- the named optimizers ---
+
+COMMON = {"rank": 4, "refresh_every": 2, "dimension_numbers": lro.STACKED}
+OPTIMIZERS = {
+    "apollo": lambda: lro.apollo(0.01, key=0, **COMMON),
+    "apollo_mini": lambda: lro.apollo_mini(0.01, key=0, **{**COMMON, "rank": 1}),
+    "flora": lambda: lro.flora(0.01, key=0, **COMMON),
+    "frugal rows": lambda: lro.frugal(0.01, basis=lro.coordinates(0), **COMMON),
+    "grass_sparse": lambda: lro.grass_sparse(0.01, key=0, **COMMON),
+    "frugal": lambda: lro.frugal(0.01, **COMMON),
+    "q_galore": lambda: lro.q_galore(0.01, **COMMON),
+    "galore_adafactor": lambda: lro.galore_adafactor(0.01, **COMMON),
+    "galore_adam8bit": lambda: lro.galore_adam8bit(0.01, **COMMON),
+    "online": lambda: lro.online_subspace_descent(
+        0.01, rank=4, dimension_numbers=lro.STACKED
+    ),
+    "subtrack": lambda: lro.subtrack(0.01, **COMMON),
+    "golore": lambda: lro.golore(0.01, key=0, switch_step=3, **COMMON),
+    "ldadam": lambda: lro.ldadam(0.01, rank=4, dimension_numbers=lro.STACKED),
+    "coap": lambda: lro.coap(0.01, **COMMON),
+    "msgd": lambda: lro.msgd(0.01, key=0, **COMMON),
+}
+NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse"}
+WITH_QR = {"golore", "ldadam", "coap"}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_update_of_an_optimizer_on_a_tpu_and_a_gpu(name: str) -> None:
+    """Nothing but Jacobi on r x r or m x m, and a thin QR: no SVD, no default eigh."""
+    tx = OPTIMIZERS[name]()
+    g = {"w": jnp.ones((3, 16, 24)), "b": jnp.ones(5)}
+    traced = jax.jit(tx.update).trace(g, tx.init(g), g)
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("tpu", "cuda")
+    }
+    found = {p: set(re.findall(r"custom_call @(\w+)", t)) for p, t in texts.items()}
+    # Random bits, sorting, top-k and sharding are no factorisations.
+    others = {"Sharding", "TopK", "cu_threefry2x32_ffi", "mhlo"}
+    expected = set() if name in NONE else {"Eigh"}
+    if name in WITH_QR:
+        expected = TPU
+    assert found["tpu"] - others == expected
+    assert not any("svd" in call or "gesv" in call for call in found["cuda"])

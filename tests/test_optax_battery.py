@@ -349,7 +349,9 @@ def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
     """Clipping, apply_if_finite, partition (so masked), MultiSteps, a schedule, extra
     arguments, cond and scan; one wrapper at a time below."""
     scheduled = build(name, learning_rate=lambda count: RATE / (1.0 + count))
-    low = optax.MultiSteps(scheduled, 2).gradient_transformation()
+    many = optax.MultiSteps(scheduled, 2)
+    # Its own gradient_transformation() takes no extra arguments.
+    low = optax.GradientTransformationExtraArgs(many.init, many.update)
     labels = {"matrix": "low", "vector": "low", "frozen": None, "other": "sgd"}
     parts = optax.partition({"low": low, "sgd": optax.sgd(1.0)}, labels)
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.apply_if_finite(parts, 3))
@@ -394,6 +396,23 @@ def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
         for t, u in enumerate(plain(name, mean))
     ]
     close(out[1::2], scaled)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
+    """Without any wrapper: at a refresh, between two, in a matrix and in a vector."""
+    grads = gradients(EVERY + 1)
+    for leaf, at, value in (
+        ("matrix", (0, 5), jnp.nan),
+        ("matrix", (3, 0), -jnp.inf),
+        ("vector", (1,), jnp.inf),
+    ):
+        bad = {**grads[0], leaf: grads[0][leaf].at[at].set(value)}
+        steps = [bad, *grads[:2], bad, grads[2], bad, *grads[3:]]
+        out, state = _run(*compiled(name), steps)
+        zeros([out[i] for i in (0, 3, 5)])
+        close([out[i] for i in (1, 2, 4, 6)], plain(name, grads), atol=0)
+        assert int(optax.tree.get(state, "skipped")) == 3
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -6,7 +6,7 @@ sums over n or m numbers that a mesh may add up in another order, agree to round
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,3 +186,80 @@ def test_the_step_stays_sharded(dtype):
     for tree in (g, updates, moments):
         whole = [name for name in LEAVES if tree[name].sharding.is_fully_replicated]
         assert not whole
+
+
+# --- the other rules ---
+
+
+class _Seen(NamedTuple):
+    seen: Any
+
+
+def watch():
+    """Keeps S of the last step, dense: S I, which is exact."""
+
+    def init(params):
+        zeros = lro.map_frames(
+            lambda f: jnp.zeros(f.basis_shape, f.gradient.dtype), params
+        )
+        return _Seen(zeros)
+
+    def update(updates, state, params=None):
+        return updates, _Seen(lro.map_frames(lambda f: f.up(f.still()), updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+OTHER_RULES = {
+    "coordinates": lro.coordinates(3),
+    "gaussian": lro.gaussian(3),
+    "track": lro.grassmann_track(None),
+    "4 bits": lro.quantize_basis(lro.sara_sample(3)),
+}
+# Their bases come from sums of every step, which a mesh adds up in another order: the
+# first moment, or the gradient of a loss.
+TO_ROUNDING = {
+    "power_iterate": lro.power_iterate(b1=0.9),
+    "correlation_aware": lro.correlation_aware(recompute_every=2),
+    "online_pca": lro.online_pca(optax.sgd(0.05)),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER_RULES, *TO_ROUNDING])
+def test_the_other_rules_over_a_mesh(name):
+    stages = optax.chain(
+        (OTHER_RULES | TO_ROUNDING)[name],
+        watch(),
+        lro.project(),
+        lro.in_subspace(optax.scale_by_adam()),
+        lro.project_back(),
+    )
+    tx = lro.low_rank(stages, rank=R, refresh_every=2, dimension_numbers=lro.STACKED)
+
+    def walk(place=lambda g: g):
+        state, seen = jax.jit(tx.init)(place(at(0))), []
+        update = jax.jit(tx.update)
+        for t in range(STEPS):
+            updates, state = update(place(at(t)), state)
+            bases = optax.tree.get(state, "seen")
+            # The vector, of full rank, passes the watch as a gradient.
+            matrices = {k: s for k, s in bases.items() if k != "vector"}
+            seen.append(jax.device_get((matrices, updates)))
+        return jax.tree.map(lambda *xs: np.stack(xs), *seen)
+
+    true_bases, true_updates = walk()
+    mesh = mesh_of(8)
+    layout = {k: NamedSharding(mesh, s) for k, s in SHARDED.items()}
+    with jax.set_mesh(mesh):
+        bases, updates = walk(functools.partial(jax.device_put, device=layout))
+    for leaf, basis in true_bases.items():
+        np.testing.assert_array_equal(bases[leaf][:2], basis[:2], err_msg=leaf)
+        if name in OTHER_RULES:
+            np.testing.assert_array_equal(bases[leaf], basis, err_msg=leaf)
+        else:
+            np.testing.assert_allclose(bases[leaf], basis, **ROUNDING, err_msg=leaf)
+        for t in (2, 4):
+            assert np.any(basis[t] != basis[t - 1])
+    for leaf, update in true_updates.items():
+        # G~ of a Gaussian basis is larger, and an update S G~^O up to about 5.
+        np.testing.assert_allclose(updates[leaf], update, rtol=0, atol=1e-4)

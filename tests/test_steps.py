@@ -48,7 +48,9 @@ BASES = {
 }
 
 
-def bracket(step: Any, rule: Any = None, *, back: Any = None, before: Any = None) -> Any:
+def bracket(
+    step: Any, rule: Any = None, *, back: Any = None, before: Any = None
+) -> Any:
     stages = optax.chain(
         before or optax.identity(),
         rule or lro.replay(BASES | each_alone(BASES)),
@@ -191,12 +193,9 @@ def test_params_in_the_subspace_are_projected_weights() -> None:
     assert np.array_equal(updates["vector"], params["vector"])
     # One matrix at a time.
     matrices = {
-        k: v
-        for x in seen
-        for k, v in x.items()
-        if not isinstance(v, optax.MaskedNode)
+        k: v for x in seen for k, v in x.items() if not isinstance(v, optax.MaskedNode)
     }
-    assert matrices == {k: (R, N) for k in MATRICES} | {"vector": (7,), "scalar": ()}
+    assert matrices == dict.fromkeys(MATRICES, (R, N)) | {"vector": (7,), "scalar": ()}
 
 
 # ------------------------------------------------------------------ reset_moments
@@ -251,7 +250,7 @@ def test_each_needs_its_stages() -> None:
         chain = optax.chain(lro.dominant_svd(), stage, lro.project_back())
         tx = lro.low_rank(chain, rank=R, refresh_every=1)
         with pytest.raises(ValueError, match=r"mlp/kernel: .*put project\(\) before"):
-            tx.update(params, tx.init(params))
+            jax.eval_shape(tx.update, params, tx.init(params))
     stage = lro.reset_moments(optax.scale_by_adam())
     with pytest.raises(ValueError, match=r"inside low_rank\(\)"):
         stage.update(params, stage.init(params))
@@ -363,7 +362,7 @@ def test_a_second_moment_does_not_turn_with_a_basis_that_is_not_orthonormal(
     g = {"w": np.ones((M, N), np.float32)}
     tx = bracket(lro.rotate_moments(optax.scale_by_adam()), LOOSE[rule])
     with pytest.raises(ValueError, match=r"w: a second moment turns with orthonormal"):
-        tx.update(g, tx.init(g))
+        jax.eval_shape(tx.update, g, tx.init(g))
     # The advice is good, and a step without a second moment needs none.
     for step in (
         lro.rotate_moments(optax.scale_by_adam(), moments="first"),
@@ -380,7 +379,7 @@ def test_a_basis_that_says_no_turn_turns_nothing() -> None:
         step = lro.rotate_moments(optax.scale_by_adam(), moments=moments)
         tx = bracket(step, lro.online_pca())
         with pytest.raises(ValueError, match="does not say how its basis turns"):
-            tx.update(g, tx.init(g))
+            jax.eval_shape(tx.update, g, tx.init(g))
 
 
 def test_which_moments_there_are() -> None:
@@ -400,7 +399,7 @@ ACCUMULATING = {
     "in_subspace": lambda: lro.in_subspace(multi_steps()),
     "per_matrix": lambda: lro.in_subspace(multi_steps(), per_matrix=True),
     "nested": lambda: lro.in_subspace(
-        optax.chain(optax.scale(1.0), optax.masked(multi_steps(), {"w": True}))
+        optax.chain(optax.scale(1.0), optax.masked(multi_steps(), {"one": True}))
     ),
     "reset_moments": lambda: lro.reset_moments(multi_steps()),
 }
@@ -414,12 +413,12 @@ REFUSING = {
 
 @pytest.mark.parametrize("step", ACCUMULATING)
 def test_an_accumulating_step_gives_no_residual_back(step: str) -> None:
-    g = {"w": np.ones((M, N), np.float32)}
+    g = {"one": np.ones((M, N), np.float32)}
     sentence = "the step accumulates gradients, and is zero at most steps; accumulate "
     for name, back in REFUSING.items():
         tx = bracket(ACCUMULATING[step](), back=back())
         with pytest.raises(
-            ValueError, match=rf"w: {name}\(\) does not work here: {sentence}"
+            ValueError, match=rf"one: {name}\(\) does not work here: {sentence}"
         ):
             jax.eval_shape(tx.update, g, tx.init(g))
     fed_back = lro.error_feedback(optax.chain(lro.dominant_svd(), lro.project()))
@@ -429,7 +428,7 @@ def test_an_accumulating_step_gives_no_residual_back(step: str) -> None:
         refresh_every=1,
     )
     with pytest.raises(
-        ValueError, match=rf"w: error_feedback\(\) does not work: {sentence}"
+        ValueError, match=rf"one: error_feedback\(\) does not work: {sentence}"
     ):
         jax.eval_shape(tx.update, g, tx.init(g))
 
