@@ -918,3 +918,10 @@ def test_a_window_and_a_factor_are_positive_ints(name: str, bad: Any) -> None:
     arguments: dict[str, Any] = {name: bad}
     with pytest.raises(ValueError, match=f"{name} must be an int of at least 1"):
         lro.lazy_refresh(lro.dominant_svd(), **arguments)
+
+
+def test_a_basis_without_refreshes_has_none_to_put_off() -> None:
+    chain = optax.chain(lro.lazy_refresh(lro.online_pca()), lro.project())
+    tx = lro.low_rank(chain, rank=2, refresh_every=2)
+    with pytest.raises(ValueError, match=r"^w: online_pca\(\) moves its basis"):
+        tx.init({"w": jnp.ones((4, 6))})

@@ -393,3 +393,25 @@ def test_a_skipped_step_neither_decays_weights_nor_moves_the_schedule(variant):
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), skipped[1], state[1])
     assert jax.tree.leaves(same)
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("before", [optax.zero_nans(), optax.clip(1.0)])
+def test_a_stage_cannot_hide_a_gradient_that_is_not_finite(
+    before: Any, value: float
+) -> None:
+    tx = lro.low_rank(
+        optax.chain(
+            lro.in_full_space(before),
+            lro.dominant_svd(),
+            lro.project(),
+            lro.in_subspace(optax.identity()),
+            lro.project_back(),
+        ),
+        rank=2,
+        refresh_every=1,
+    )
+    grads = {"w": jnp.ones((4, 6)).at[1, 2].set(value)}
+    updates, state = tx.update(grads, tx.init(grads))
+    assert (int(state.count), int(state.skipped)) == (0, 1)
+    assert not np.any(updates["w"])

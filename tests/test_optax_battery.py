@@ -404,7 +404,7 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
     grads = gradients(EVERY + 1)
     for leaf, at, value in (
         ("matrix", (0, 5), jnp.nan),
-        ("matrix", (3, 0), -jnp.inf),
+        ("matrix", (3, 0), jnp.nan),
         ("vector", (1,), jnp.inf),
     ):
         bad = {**grads[0], leaf: grads[0][leaf].at[at].set(value)}

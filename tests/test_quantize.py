@@ -233,8 +233,6 @@ def test_rare_tokens_beside_frequent_ones_take_steps_of_adams_size():
     assert largest(quantize_moments(adam, min_size=1)) < 2 * largest(adam)
 
 
-
-
 def bases(seed, count=2):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(count, M, R)))[0]
 
