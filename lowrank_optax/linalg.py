@@ -129,6 +129,8 @@ def left_singular(
     """
 
     def svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # LAPACK's SVD never returns from an Inf, and does from a NaN.
+        g = jnp.where(jnp.isfinite(g), g, jnp.nan)
         u, s, _ = jnp.linalg.svd(g, full_matrices=False)
         return u, s
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
-from lowrank_optax.step import in_subspace
+from lowrank_optax.frame import Clock, Frame, frames_of, is_frame, map_frames
+from lowrank_optax.step import PerMatrixState, in_subspace
 
 
 def rotate_moments(
@@ -169,12 +169,17 @@ class _FirstMoments(Rotation):
 
 
 def first_moments(state: Any) -> list[Any]:
-    """The trees of first moments in the stages' states, that `Rotation.first` turns."""
+    """The trees of first moments in the stages' states, that `Rotation.first` turns.
+
+    A `PerMatrixState`, which has one for each leaf, is returned as it is.
+    """
     seen = _FirstMoments()
 
     def visit(state: Any) -> None:
         if type(state) in _ROTATIONS:
             _ROTATIONS[type(state)](state, state, seen)
+        elif isinstance(state, PerMatrixState):
+            seen.found.append(state)
         elif isinstance(state, dict):
             visit(tuple(state.values()))
         elif isinstance(state, (tuple, list)):
@@ -187,17 +192,22 @@ def first_moments(state: Any) -> list[Any]:
 
 def with_momentum(frames: Any, state: Any) -> Any:
     """The Frames with the first moment that the stages' states hold for them."""
-    for moments in first_moments(state):
-
-        def attach(frame: Frame, m: Any) -> Frame:
+    leaves, structure = jax.tree.flatten(frames, is_leaf=is_frame)
+    for found in first_moments(state):
+        if isinstance(found, PerMatrixState):
+            states = structure.flatten_up_to(found.states)
+            moments = [next(iter(first_moments(s)), None) for s in states]
+        else:
+            moments = structure.flatten_up_to(found)
+        for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
             # A basis may have an optimizer of its own, with moments of its shape.
-            known = frame.momentum is not None
-            if known or getattr(m, "shape", None) != frame.low_shape:
-                return frame
-            return frame.replace(momentum=m)
-
-        frames = map_frames(attach, frames, moments, plain=lambda x, _: x)
-    return frames
+            if (
+                is_frame(leaf)
+                and leaf.momentum is None
+                and getattr(m, "shape", None) == leaf.low_shape
+            ):
+                leaves[i] = leaf.replace(momentum=m)
+    return structure.unflatten(leaves)
 
 
 Rotate = Callable[[Any, Any, Rotation], Any]

@@ -13,6 +13,7 @@ from lowrank_optax.layout import path_of
 from lowrank_optax.moments import first_moments
 from lowrank_optax.online_pca import OnlinePCAState
 from lowrank_optax.quantize_basis import QuantizedBasis
+from lowrank_optax.step import PerMatrixState
 
 SHARED = "(shared)"
 
@@ -159,5 +160,6 @@ def _ranks(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
         elif isinstance(part, (BasisState, OnlinePCAState)):
             learn(part.basis, keys, -1)
     for moments in jax.eval_shape(first_moments, state):
-        learn(moments, (), -2)
+        if not isinstance(moments, PerMatrixState):
+            learn(moments, (), -2)
     return ranks

@@ -15,12 +15,11 @@ class PerMatrixState(NamedTuple):
     """State of `in_subspace(inner, per_matrix=True)`.
 
     Attributes:
-      groups: `inner`'s states, one for the leaves of each batch shape, in ascending
-        order; its arrays have the batch axes in front. Leaves of other shapes are
-        `optax.MaskedNode`.
+      states: `inner`'s state for each leaf by itself; for a matrix leaf its arrays,
+        the step count too, have the batch axes in front.
     """
 
-    groups: tuple[Any, ...]
+    states: Any
 
 
 def in_subspace(
@@ -37,10 +36,11 @@ def in_subspace(
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
-      per_matrix: run `inner` under `jax.vmap` over the batch axes, so that it sees one
-        matrix of a stacked kernel at a time. For an `inner` that works entry by entry
-        (Adam, Lion, momentum) that changes nothing; one that takes means or norms over
-        a leaf (Adafactor, clipping by block, trust ratios) needs it.
+      per_matrix: run `inner` on each leaf by itself, and under `jax.vmap` over the
+        batch axes, so that it sees one matrix of a stacked kernel at a time. For an
+        `inner` that works entry by entry (Adam, Lion, momentum) that changes nothing;
+        one that takes means or norms over a leaf (Adafactor, clipping by block, trust
+        ratios) needs it.
 
     Raises:
       ValueError: when `project` does not stand before it; when `inner` accumulates
@@ -226,38 +226,37 @@ class _PerMatrix(NamedTuple):
 
 
 def _per_matrix(inner: optax.GradientTransformationExtraArgs) -> _PerMatrix:
-    """`inner` under vmap over the batch axes, for the leaves of each batch shape."""
+    """`inner` on each leaf by itself, under vmap over its batch axes."""
 
     def init(zeros: Any, frames: Any) -> PerMatrixState:
         return PerMatrixState(
-            tuple(
-                _vmapped(inner.init, batch)(_select(zeros, frames, batch))
-                for batch in _batches(frames)
+            map_frames(
+                lambda f, x: _vmapped(inner.init, f.batch)(x),
+                frames,
+                zeros,
+                plain=lambda _, x: inner.init(x),
             )
         )
 
     def update(
         updates: Any, state: Any, params: Any, frames: Any, extra_args: Any
     ) -> tuple[Any, PerMatrixState]:
-        groups = []
-        for batch, group in zip(_batches(frames), state.groups, strict=True):
+        leaves, structure = jax.tree.flatten(frames, is_leaf=is_frame)
 
-            def one(state: Any, updates: Any, params: Any = None) -> tuple[Any, Any]:
-                return inner.update(updates, state, params, **extra_args)
+        def one(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
+            return inner.update(update, state, param, **extra_args)
 
-            args = [
-                _select(x, frames, batch) for x in (updates, params) if x is not None
-            ]
-            out, group = _vmapped(one, batch)(group, *args)
-            groups.append(group)
-            updates = map_frames(
-                lambda f, u, o, batch=batch: o if f.batch == batch else u,
-                frames,
-                updates,
-                out,
-                plain=lambda _, u, o, batch=batch: u if batch else o,
+        trees = [state.states, updates, *([] if params is None else [params])]
+        pairs = [
+            _vmapped(one, leaf.batch if is_frame(leaf) else ())(*args)
+            for leaf, *args in zip(
+                leaves, *map(structure.flatten_up_to, trees), strict=True
             )
-        return updates, PerMatrixState(tuple(groups))
+        ]
+        return (
+            structure.unflatten([u for u, _ in pairs]),
+            PerMatrixState(structure.unflatten([s for _, s in pairs])),
+        )
 
     return _PerMatrix(init, update)
 
@@ -267,23 +266,6 @@ def _accumulates(state: Any) -> bool:
         return isinstance(x, optax.MultiStepsState)
 
     return any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates)))
-
-
-def _batches(frames: Any) -> list[tuple[int, ...]]:
-    """The batch shapes of a tree's leaves, each once; () for leaves of full rank."""
-    leaves = jax.tree.leaves(frames, is_leaf=is_frame)
-    return sorted({x.batch if is_frame(x) else () for x in leaves})
-
-
-def _select(tree: Any, frames: Any, batch: tuple[int, ...]) -> Any:
-    """`tree` with `optax.MaskedNode` at leaves of another batch shape."""
-
-    def select(own: tuple[int, ...], x: Any) -> Any:
-        return x if own == batch else optax.MaskedNode()
-
-    return map_frames(
-        lambda f, x: select(f.batch, x), frames, tree, plain=lambda _, x: select((), x)
-    )
 
 
 def _vmapped(f: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:

@@ -148,24 +148,18 @@ def test_entry_by_entry_it_makes_no_difference() -> None:
     check_close(with_it, without)
 
 
-def test_its_state_has_a_group_for_each_batch_shape() -> None:
-    params = tree(1)
+def test_its_state_is_one_for_each_leaf() -> None:
     tx = bracket(lro.in_subspace(optax.scale_by_adam(), per_matrix=True))
-    state = tx.init(params)
-    groups = state.inner_state[3].groups
-    assert [g.count.shape for g in groups] == [(), (2, 3), (3,)]
-    # Each matrix in one of them, moments in the subspace.
-    shapes = {}
-    for group in groups:
-        for path, x in jax.tree_util.tree_leaves_with_path(group.mu):
-            shapes[path[0].key] = x.shape
+    states = tx.init(tree(1)).inner_state[3].states
+    # Moments in the subspace, and a count for each matrix of a leaf.
+    shapes = {name: (s.mu.shape, s.count.shape) for name, s in states.items()}
     assert shapes == {
-        "one": (R, N),
-        "tall": (R, N),
-        "layers": (3, R, N),
-        "experts": (2, 3, R, N),
-        "vector": (7,),
-        "scalar": (),
+        "one": ((R, N), ()),
+        "tall": ((R, N), ()),
+        "layers": ((3, R, N), (3,)),
+        "experts": ((2, 3, R, N), (2, 3)),
+        "vector": ((7,), ()),
+        "scalar": ((), ()),
     }
 
 

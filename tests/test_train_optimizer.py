@@ -112,6 +112,15 @@ def test_a_method_whose_basis_is_its_own_refuses_another(name):
         made(name=name, basis="svd")
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("frugal", "scale"), ("msgd", "b2"), ("galore_adafactor", "b2")],
+)
+def test_an_option_that_a_method_does_not_have_is_refused(name, option):
+    with pytest.raises(ValueError, match=f"{name} has no {option}: leave it out"):
+        made(name=name, **{option: 0.5})
+
+
 def test_the_methods_are_those_of_the_command_line():
     assert {"adamw", *METHODS} == {*get_args(OptimizerName)}
 

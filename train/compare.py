@@ -25,6 +25,7 @@ from train.loop import train
 from train.main import join_processes, open_text, usage_errors
 from train.mesh import make_mesh
 from train.metrics import read_metrics
+from train.optimizer import check_optimizer
 from train.picture import draw_runs
 from train.report import summarize
 
@@ -170,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         configs = expand(comparison, folder)
         for config in configs:
             check_folder(config)
+            check_optimizer(config)
         mesh = make_mesh(configs[0])
         data = open_text(configs[0])
     results: list[Result] = []

@@ -12,6 +12,7 @@ from train.config import Config, ProcessConfig, parse, resolve, resolved
 from train.data import Data, open_data
 from train.loop import train
 from train.mesh import make_mesh
+from train.optimizer import check_optimizer
 from train.report import finish
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = resolve(config)
     with usage_errors():
         check_folder(config)
+        check_optimizer(config)
         mesh = make_mesh(config)
         data = open_text(config)
     trained = train(config, data, mesh)

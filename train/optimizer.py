@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import lowrank_optax as lro
-from train.config import OptimizerConfig, resolved
+from train.config import Config, OptimizerConfig, resolved
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
@@ -159,6 +159,11 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
     return Optimizer(optax.chain(clip, low_rank), schedule, refresh_every)
 
 
+def check_optimizer(config: Config) -> None:
+    """ValueError for a resolved config whose optimizer cannot be built."""
+    make_optimizer(config.optimizer, config.steps, jax.random.key(0))
+
+
 def make_low_rank(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
@@ -171,10 +176,14 @@ def make_low_rank(
     """A method by its name, with those of the options that it takes and are not None.
 
     Raises:
-      ValueError: a basis for a method whose basis is its own.
+      ValueError: a basis for a method whose basis is its own, or a scale, b1 or b2 for
+        one that has none.
     """
     method = METHODS[name]
     taken = inspect.signature(method).parameters
+    for option in ("scale", "b1", "b2"):
+        if options.get(option) is not None and option not in taken:
+            raise ValueError(f"{name} has no {option}: leave it out")
     if basis == "default" and name == "grass_walk":
         basis = "walk"
     if basis != "default":

@@ -21,6 +21,7 @@ def q_galore(
     basis: optax.GradientTransformation | None = None,
     bits: int = 4,
     threshold: float | jax.Array = 0.4,
+    min_size: int = 4096,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
@@ -46,6 +47,7 @@ def q_galore(
     Args:
       basis: a basis rule to store in few bits; `dominant_svd()` by default.
       bits: 4 or 8.
+      min_size: moments with fewer numbers stay as they are.
       threshold: the mean similarity from which on a leaf's interval doubles.
       learning_rate, rank, refresh_every, scale, b1, b2, eps, weight_decay, mask,
         dimension_numbers, precision: as in `galore`.
@@ -61,7 +63,8 @@ def q_galore(
     """
     rule = quantize_basis(basis or dominant_svd(), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)
-    step = in_subspace(quantize_moments(optax.scale_by_adam(b1, b2, eps)))
+    adam = optax.scale_by_adam(b1, b2, eps)
+    step = in_subspace(quantize_moments(adam, min_size=min_size))
     return optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
