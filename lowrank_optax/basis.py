@@ -14,6 +14,7 @@ from lowrank_optax.frame import (
     are_coordinates,
     frames_of,
     map_frames,
+    nothing,
 )
 from lowrank_optax.layout import path_of
 from lowrank_optax.linalg import replicated, transpose
@@ -36,15 +37,24 @@ class BasisState(NamedTuple):
 Choose = Callable[[Frame, jax.Array | None, Clock], jax.Array]
 
 
-def canonical_key(key: jax.Array | int) -> jax.Array:
-    """A typed key from a seed or a typed key; ValueError for anything else."""
+def check_key(key: Any) -> Any:
+    """`key`; ValueError unless it is a seed or a typed key. Creates no array."""
     dtype = getattr(key, "dtype", type(key))
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if jnp.ndim(key) or not (typed or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"key must be an int or a typed key from jax.random.key, not {key!r}"
         )
-    return key if typed and isinstance(key, jax.Array) else jax.random.key(key)
+    return key
+
+
+def canonical_key(key: jax.Array | int) -> jax.Array:
+    """A typed key of its own from a seed or a typed key, so that it can be donated."""
+    check_key(key)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    return jax.random.clone(key) if typed else jax.random.key(key)
 
 
 def clock_of(clock: Clock | None) -> Clock:
@@ -60,9 +70,7 @@ def turn_between(new: jax.Array, old: jax.Array, dtype: Any) -> jax.Array:
     return jnp.matmul(transpose(new), old, precision="highest")
 
 
-def sample_indices(
-    frame: Frame, keys: jax.Array | None, scores: jax.Array
-) -> jax.Array:
+def sample_indices(frame: Frame, keys: Any, scores: jax.Array) -> jax.Array:
     """r of the indices, drawn by score without replacement and sorted.
 
     The first is drawn with probabilities scores / sum(scores), each next one with those
@@ -74,10 +82,8 @@ def sample_indices(
       scores: (*batch, m), not negative; all zeros count as equal.
 
     Returns:
-      (*batch, r) int32.
+      (*batch, r) integers.
     """
-    if keys is None:
-        raise ValueError("this basis rule draws at random: give it a key")
     m, count = scores.shape[-1], math.prod(frame.batch)
     total = jnp.sum(scores, axis=-1, keepdims=True)
     weights = jnp.where(total > 0, scores / jnp.where(total > 0, total, 1), 1 / m)
@@ -146,7 +152,7 @@ def basis_rule(
 
         return BasisState(
             rng_key=None if key is None else canonical_key(key),
-            basis=map_frames(first, params, plain=lambda _: optax.MaskedNode()),
+            basis=map_frames(first, params, plain=nothing),
         )
 
     def update(
@@ -176,19 +182,19 @@ def basis_rule(
             new = map_frames(
                 lambda f: choose(f, None if sub is None else f.keys(sub), now),
                 seen,
-                plain=lambda _: optax.MaskedNode(),
+                plain=nothing,
             )
             turn = map_frames(
                 lambda f, s, s_old: turn_between(s, s_old, f.gradient.dtype),
                 frames,
                 new,
                 old,
-                plain=lambda *_: optax.MaskedNode(),
+                plain=nothing,
             )
             return key, new, turn
 
         def keep(key: jax.Array | None, old: Any) -> tuple[Any, Any, Any]:
-            turn = map_frames(Frame.still, frames, plain=lambda _: optax.MaskedNode())
+            turn = map_frames(Frame.still, frames, plain=nothing)
             return key, old, turn
 
         if not frames_of(frames):

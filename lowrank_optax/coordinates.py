@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import basis_rule, sample_indices
+from lowrank_optax import linalg
+from lowrank_optax.basis import basis_rule, check_key, sample_indices
 from lowrank_optax.frame import Clock, Frame
 
 Order = Literal["random", "ascending", "descending"]
@@ -23,12 +24,13 @@ def coordinates(
     last, and begin again when they are through (Zmushko et al. 2025, "FRUGAL").
 
     The rows are those of the canonical orientation, so they lie along the weight's
-    smaller side. FRUGAL's "columns" are the input side of torch's (out, in) weights,
-    which is the smaller one for a wide (up) projection's and a square one's.
+    smaller side. FRUGAL's "columns" are the input side of torch's (out, in) weights;
+    that is the same side for square matrices and for those with more outputs.
 
     For whole matrices in turn, FRUGAL's block-wise mode, take the layers of a stacked
     kernel (layers, in, out) as the rows, by the dimension numbers `LAYERS`: a rank of
-    0.25 then trains every fourth layer with the stateful step.
+    0.25 then trains a quarter of the layers with the stateful step, others after each
+    refresh.
 
     Args:
       key: a seed or a typed key, for order "random" alone.
@@ -62,7 +64,7 @@ def coordinates(
         start = block if order == "ascending" else m - r - block
         return jnp.broadcast_to(start + jnp.arange(r), (*frame.batch, r))
 
-    return basis_rule(choose, key, coordinates=True)
+    return basis_rule(choose, None if key is None else check_key(key), coordinates=True)
 
 
 def sample_rows(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
@@ -87,6 +89,7 @@ def sample_rows(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
     """
 
     def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
-        return sample_indices(frame, keys, jnp.linalg.norm(frame.gradient, axis=-1))
+        rows = linalg.unit(frame.gradient)
+        return sample_indices(frame, keys, jnp.linalg.norm(rows, axis=-1))
 
-    return basis_rule(choose, key, coordinates=True)
+    return basis_rule(choose, check_key(key), coordinates=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames
+from lowrank_optax.frame import Frame, map_frames, nothing
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -34,8 +34,10 @@ def error_feedback(
         E_t = G_t - S_t G~_t + b1 / (1 - b1) (S_{t-1} M_{t-1} - S_t C M_{t-1})
 
     The last term is what the first moment lost when it was turned (Robert et al. 2025,
-    "LDAdam", section 3). E has the gradient's size: this saves no memory against a
-    momentum of full rank, which `memory_report` shows.
+    "LDAdam", section 3). It supposes a step that turns it, and an average such as
+    Adam's: `rotate_moments(optax.scale_by_adam())`; with others E is off by that term.
+    E has the gradient's size: this saves no memory against a momentum of full rank,
+    which `memory_report` shows.
 
     Args:
       stages: a basis rule, then `project()`, chained.
@@ -58,7 +60,7 @@ def error_feedback(
         def zero(frame: Frame) -> jax.Array:
             return jnp.zeros(frame.gradient.shape, frame.gradient.dtype)
 
-        errors = map_frames(zero, params, plain=_nothing)
+        errors = map_frames(zero, params, plain=nothing)
         return ErrorFeedbackState(errors, stages.init(params))
 
     def update(
@@ -82,7 +84,7 @@ def error_feedback(
                 outside = outside + frame.replace(basis=old).up(kept)
             return outside - frame.up(inside)
 
-        errors = map_frames(error, frames, plain=_nothing)
+        errors = map_frames(error, frames, plain=nothing)
         frames = map_frames(
             lambda f: f.replace(
                 fed_back=True,
@@ -93,7 +95,3 @@ def error_feedback(
         return frames, ErrorFeedbackState(errors, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _nothing(*_: Any) -> optax.MaskedNode:
-    return optax.MaskedNode()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 class Clock(NamedTuple):
@@ -181,6 +182,11 @@ def map_frames(
         *rest,
         is_leaf=is_frame,
     )
+
+
+def nothing(*_: Any) -> optax.MaskedNode:
+    """What a stage's state has at a leaf of full rank."""
+    return optax.MaskedNode()
 
 
 def frames_of(tree: Any) -> list[Frame]:

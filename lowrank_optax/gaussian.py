@@ -9,6 +9,7 @@ import optax
 from lowrank_optax.basis import (
     basis_rule,
     canonical_key,
+    check_key,
     clock_of,
     turn_between,
     with_basis,
@@ -54,6 +55,8 @@ def gaussian(
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
     """
 
+    check_key(key)
+
     def draw(frame: Frame, keys: jax.Array) -> jax.Array:
         shape, dtype = frame.basis_shape[-2:], frame.gradient.dtype
         normal = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))
@@ -62,17 +65,15 @@ def gaussian(
 
     if stored:
 
-        def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
-            if keys is None:
-                raise ValueError("gaussian() draws at random: give a key")
+        def choose(frame: Frame, keys: Any, _: Clock) -> jax.Array:
             return draw(frame, keys)
 
-        return basis_rule(choose, key, orthonormal=False)
+        return basis_rule(choose, check_key(key), orthonormal=False)
 
     def init(params: Any) -> Any:
         del params
         start = canonical_key(key)
-        return GaussianState(start, start)
+        return GaussianState(start, jax.random.clone(start))
 
     def update(
         updates: Any,

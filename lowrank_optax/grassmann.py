@@ -1,13 +1,14 @@
 """Where: walks, jumps and tracking on the Grassmannian."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule
+from lowrank_optax.basis import basis_rule, check_key
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import Decomposition, fence
 
@@ -60,16 +61,14 @@ def _tangent(s: jax.Array, x: jax.Array) -> jax.Array:
     return fence(x - linalg.matmul(s, linalg.matmul(linalg.transpose(s), x)))
 
 
-def _gaussian(frame: Frame, keys: jax.Array | None) -> jax.Array:
-    if keys is None:
-        raise ValueError("a walk or a jump is random: give a key")
+def _gaussian(frame: Frame, keys: Any) -> jax.Array:
     flat = keys.reshape(math.prod(frame.batch))
     shape, dtype = frame.basis_shape[-2:], frame.gradient.dtype
     x = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(flat)
     return fence(linalg.replicated(x.reshape(frame.basis_shape)))
 
 
-def random_basis(frame: Frame, keys: jax.Array | None) -> jax.Array:
+def random_basis(frame: Frame, keys: Any) -> jax.Array:
     """Q of a Gaussian X = Q R: (*batch, m, r), uniform on the Grassmannian."""
     return linalg.orthonormalize(_gaussian(frame, keys))
 
@@ -118,7 +117,7 @@ def grassmann_walk(
             ),
         )
 
-    return basis_rule(choose, key)
+    return basis_rule(choose, check_key(key))
 
 
 def grassmann_jump(
@@ -155,7 +154,7 @@ def grassmann_jump(
             lambda: random_basis(frame, keys),
         )
 
-    return basis_rule(choose, key)
+    return basis_rule(choose, check_key(key))
 
 
 def random_after(
@@ -167,7 +166,7 @@ def random_after(
     """Leading singular vectors first, random orthonormal bases in the end (GoLore).
 
     S_t = U[:, :r] of G_t at a refresh before `switch_step`, and Q of a Gaussian
-    X = Q R (m, r), uniform on the Grassmannian, from it on (He et al. 2024,
+    X = Q R (m, r), uniform on the Grassmannian, from it on (He et al. 2025,
     "Subspace Optimization for Large Language Models with Convergence Guarantees").
     Late in training, when noise fills the gradient's leading directions, they carry
     no signal; a random subspace catches r / m of it whatever the noise.
@@ -195,7 +194,7 @@ def random_after(
             lambda: random_basis(frame, keys),
         )
 
-    return basis_rule(choose, key)
+    return basis_rule(choose, check_key(key))
 
 
 def grassmann_track(

@@ -155,8 +155,9 @@ def low_rank(
 
     def init(params: Any) -> Any:
         frames = _map_leaves(open_frame, decide(params), params)
-        zero = jnp.zeros([], jnp.int32)
-        return LowRankState(zero, zero, inner.init(frames))
+        # Two arrays: one in two places could not be donated.
+        count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return LowRankState(count, skipped, inner.init(frames))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -204,17 +205,20 @@ def _all_finite(updates: Any, frames: Any, out: Any) -> jax.Array:
     """Whether every gradient is finite, read off G~ where there is one.
 
     Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
-    survives any product, even with zero. So the r rows of G~ tell as much as the m
-    rows of G, for a fraction of the reads. Not where S is coordinates, and not where a
-    stage put another gradient in G's place.
+    survives any product, even with zero. So the r rows of G~ tell as much as the m rows
+    of G, for a fraction of the reads. Not where S is coordinates; and where a stage put
+    another gradient in G's place, both are looked at.
     """
 
     def finite(x: jax.Array, f: Any, o: Any) -> jax.Array:
-        seen = x
-        if is_frame(o) and o.low is not None and o.gradient is f.gradient:
+        seen = [x]
+        if is_frame(o) and o.gradient is not f.gradient:
+            seen = [x, o.gradient]
+        elif is_frame(o) and o.low is not None:
             basis = o.need("basis", "a basis rule such as dominant_svd()")
-            seen = x if are_coordinates(basis) else o.low
-        return jnp.all(jnp.isfinite(seen))
+            seen = [x if are_coordinates(basis) else o.low]
+        flags = [jnp.all(jnp.isfinite(x)) for x in seen]
+        return functools.reduce(operator.and_, flags)
 
     flags = jax.tree.leaves(jax.tree.map(finite, updates, frames, out))
     return functools.reduce(operator.and_, flags, jnp.array(True))

@@ -97,7 +97,13 @@ def rotate_moments(
 
 
 class Rotation:
-    """Turns moment trees by the Frames' `turn`; leaves of full rank stay."""
+    """Turns moment trees by the Frames' `turn`; leaves of full rank stay.
+
+    Attributes:
+      looks_only: whether nothing is turned, and the moments are only looked for.
+    """
+
+    looks_only = False
 
     def __init__(self, frames: Any, moments: Literal["both", "first"] = "both"):
         self._frames = frames
@@ -157,6 +163,8 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 class _FirstMoments(Rotation):
     """Turns nothing, and keeps what `first` was given."""
 
+    looks_only = True
+
     def __init__(self) -> None:
         self.found: list[Any] = []
 
@@ -198,7 +206,10 @@ def with_momentum(frames: Any, state: Any) -> Any:
             states = structure.flatten_up_to(found.states)
             moments = [next(iter(first_moments(s)), None) for s in states]
         else:
-            moments = structure.flatten_up_to(found)
+            try:
+                moments = structure.flatten_up_to(found)
+            except ValueError:  # no moment per leaf, as under optax.flatten
+                continue
         for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
             # A basis may have an optimizer of its own, with moments of its shape.
             if (

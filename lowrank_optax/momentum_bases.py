@@ -84,11 +84,11 @@ def correlation_aware(
     singular vectors of G Q, Q an orthonormal basis of G^T S (Xiao et al. 2025, "COAP",
     section 3). The loss is in squared units of the gradient, and with it the step.
 
-    Deviations: the released code draws its first basis from a sketch with a fixed
-    seed, and takes the cosines along the input axis of torch's (out, in) weights;
-    here they are one per column of the canonical orientation, which is the same for
-    weights with more outputs than inputs. S is orthonormal after a recomputation
-    only; stages that need it so refuse this rule.
+    Deviations: the released code draws its first basis from a sketch with a fixed seed,
+    and takes the cosines along the input axis of torch's (out, in) weights; here they
+    are one per column of the canonical orientation, which is the same for weights with
+    more outputs than inputs. S is orthonormal at first and after a recomputation, not
+    after a gradient step; stages that need it so refuse this rule.
 
     Args:
       step_size: of the gradient step, 0.1 in the released code.
@@ -158,6 +158,6 @@ def _momentum(frame: Frame, rule: str) -> jax.Array:
         raise ValueError(
             f"{frame.path}: {rule}() follows the first moment of the step, and the "
             "step keeps none that rotate_moments could turn; take "
-            "optax.scale_by_adam() or optax.trace(decay) as the step"
+            "optax.scale_by_adam() or optax.ema(decay) as the step"
         )
     return frame.momentum

@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.basis import clock_of, with_basis
-from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
+from lowrank_optax.frame import Clock, Frame, frames_of, map_frames, nothing
 from lowrank_optax.grassmann import check_start
 from lowrank_optax.linalg import Decomposition
 
@@ -45,8 +45,8 @@ def online_pca(
 
     (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent",
     section 4). With A = P^T G^ the gradient of the first term is 2 (P A A^T + G^ A^T
-    P^T P - 2 G^ A^T), one large product more than the projection. At step 0, where P_0
-    is already the minimum, P stands still.
+    P^T P - 2 G^ A^T), two large products more than the projection and the way back. At
+    step 0, where P_0 is already the minimum, P stands still.
 
     Nothing but L keeps P orthonormal: the state reports `drift`, and `loss`, and stages
     that need an orthonormal basis refuse it. The released code has no penalty. P moves
@@ -54,7 +54,8 @@ def online_pca(
 
     Args:
       optimizer: any optax optimizer, learning rate and sign included; by default
-        `optax.adamw(1 / 200, weight_decay=0.01)`, as the released code.
+        `optax.adamw(1 / 200, weight_decay=0.01)`, the released code's at T = 200, whose
+        rate also follows the weights' schedule.
       penalty: lambda.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
@@ -79,9 +80,9 @@ def online_pca(
         def zero(frame: Frame) -> jax.Array:
             return jnp.zeros(frame.batch, frame.gradient.dtype)
 
-        basis = map_frames(first, params, plain=_nothing)
-        zeros = map_frames(zero, params, plain=_nothing)
-        return OnlinePCAState(basis, optimizer.init(basis), zeros, zeros)
+        basis = map_frames(first, params, plain=nothing)
+        loss, drift = (map_frames(zero, params, plain=nothing) for _ in range(2))
+        return OnlinePCAState(basis, optimizer.init(basis), loss, drift)
 
     def learn(frame: Frame, p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """grad L, L without its penalty, and the drift, of each matrix."""
@@ -122,10 +123,10 @@ def online_pca(
                 lambda: p,
             )
 
-        basis = map_frames(current, frames, state.basis, plain=_nothing)
-        learned = map_frames(learn, frames, basis, plain=_nothing)
+        basis = map_frames(current, frames, state.basis, plain=nothing)
+        learned = map_frames(learn, frames, basis, plain=nothing)
         grad, loss, drift = (
-            map_frames(lambda _, x, i=i: x[i], frames, learned, plain=_nothing)
+            map_frames(lambda _, x, i=i: x[i], frames, learned, plain=nothing)
             for i in range(3)
         )
         steps, inner_state = optimizer.update(grad, state.inner_state, basis)
@@ -141,7 +142,3 @@ def online_pca(
         return frames, OnlinePCAState(new, inner_state, loss, drift)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _nothing(*_: Any) -> optax.MaskedNode:
-    return optax.MaskedNode()

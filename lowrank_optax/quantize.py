@@ -223,8 +223,7 @@ def quantize_moments(
 @register_rotation(QuantizedState)
 def _quantized(state: Any, unit: Any, rotation: Rotation) -> Any:
     inner = _dequantized(state.inner_state)
-    if unit is state:
-        # Asked by `first_moments`, which looks only: `inner` need not have a rotation.
+    if rotation.looks_only:  # `inner` need not have a rotation
         for moment in first_moments(inner):
             rotation.first(moment)
         return state

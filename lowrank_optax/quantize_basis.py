@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import BasisState, clock_of, turn_between, with_basis
-from lowrank_optax.frame import Clock, Frame, are_coordinates, map_frames
+from lowrank_optax.frame import Clock, Frame, are_coordinates, map_frames, nothing
 from lowrank_optax.quantize import from_blocks, in_blocks
 
 
@@ -130,8 +130,9 @@ def quantize_basis(
         state: Any = rule.init(params)
         if not isinstance(state, BasisState):
             raise ValueError(
-                "quantize_basis() needs a basis rule, with a BasisState; "
-                f"the state here is {type(state).__name__}"
+                "quantize_basis() goes around a rule that keeps its basis in a "
+                f"BasisState, not a {type(state).__name__}; put lazy_refresh() around "
+                "quantize_basis(), and leave out gaussian(), which keeps none"
             )
 
         def pack(frame: Frame, s: jax.Array) -> QuantizedBasis:
@@ -142,7 +143,7 @@ def quantize_basis(
                 )
             return pack_basis(s, bits, group_size)
 
-        packed = map_frames(pack, params, state.basis, plain=_nothing)
+        packed = map_frames(pack, params, state.basis, plain=nothing)
         return QuantizedBasisState(_without_basis(state), packed)
 
     def update(
@@ -173,7 +174,7 @@ def quantize_basis(
         packed = jax.lax.cond(
             now.refresh,
             lambda new: map_frames(
-                repack, frames, state.basis, old, new, plain=_nothing
+                repack, frames, state.basis, old, new, plain=nothing
             ),
             lambda _: state.basis,
             bases.basis,
@@ -186,9 +187,9 @@ def quantize_basis(
                 frames,
                 new,
                 old,
-                plain=_nothing,
+                plain=nothing,
             ),
-            lambda: map_frames(Frame.still, frames, plain=_nothing),
+            lambda: map_frames(Frame.still, frames, plain=nothing),
         )
         frames = map_frames(
             lambda f, s, c: with_basis(f, s, c, orthonormal=False), frames, new, turn
@@ -207,7 +208,3 @@ def _unpacked(tree: Any) -> Any:
 def _without_basis(state: Any) -> Any:
     basis = jax.tree.map(lambda _: optax.MaskedNode(), state.basis)
     return state._replace(basis=basis)
-
-
-def _nothing(*_: Any) -> optax.MaskedNode:
-    return optax.MaskedNode()

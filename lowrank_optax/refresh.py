@@ -1,5 +1,6 @@
 """When: basis rules that are asked less often than every T steps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, is_frame, map_frames
+from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, nothing
 from lowrank_optax.online_pca import OnlinePCAState
 
 
@@ -23,7 +24,7 @@ def frozen(
       rule: a basis rule.
 
     Raises:
-      ValueError: at update, outside `low_rank`.
+      ValueError: at init, `online_pca`; at update, outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -31,6 +32,9 @@ def frozen(
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
     rule = optax.with_extra_args_support(rule)
+
+    def init(params: Any) -> Any:
+        return _with_refreshes(rule.init(params), "frozen()")
 
     def update(
         updates: Any,
@@ -44,7 +48,7 @@ def frozen(
         still = now._replace(refresh=now.refresh & (now.step == 0))
         return rule.update(updates, state, params, clock=still, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(rule.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class LazyRefreshState(NamedTuple):
@@ -109,23 +113,20 @@ def lazy_refresh(
 
     def init(params: Any) -> Any:
         def first(frame: Any) -> Any:
-            state = rule.init(frame)
-            if isinstance(state, OnlinePCAState):
-                raise ValueError(
-                    f"{frame.path}: online_pca() moves its basis at every step; "
-                    "there is no refresh that lazy_refresh() could put off"
-                )
-            return state
+            return _with_refreshes(rule.init(frame), "lazy_refresh()")
 
-        def each(value: Any) -> Any:
-            return map_frames(lambda _: value, params, plain=_nothing)
+        def each(make: Callable[[], jax.Array]) -> Any:
+            return map_frames(lambda _: make(), params, plain=nothing)
+
+        def zero() -> jax.Array:
+            return jnp.zeros([], jnp.int32)
 
         return LazyRefreshState(
-            rule_state=map_frames(first, params, plain=_nothing),
-            cycle=each(jnp.zeros([], jnp.int32)),
-            interval=each(jnp.ones([], jnp.int32)),
-            wait=each(jnp.zeros([], jnp.int32)),
-            similarities=each(jnp.full((window,), -1.0, jnp.float32)),
+            rule_state=map_frames(first, params, plain=nothing),
+            cycle=each(zero),
+            interval=each(lambda: jnp.ones([], jnp.int32)),
+            wait=each(zero),
+            similarities=each(lambda: jnp.full((window,), -1.0, jnp.float32)),
         )
 
     def one(
@@ -176,5 +177,10 @@ def lazy_refresh(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _nothing(_: Any) -> optax.MaskedNode:
-    return optax.MaskedNode()
+def _with_refreshes(state: Any, wrapper: str) -> Any:
+    if isinstance(state, OnlinePCAState):
+        raise ValueError(
+            f"{wrapper}: online_pca() moves its basis at every step, whatever the "
+            f"clock says; take {wrapper} around another rule, such as dominant_svd()"
+        )
+    return state

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames, update_frames
+from lowrank_optax.frame import Frame, map_frames, nothing, update_frames
 
 Variant = Literal["paper", "published"]
 
@@ -137,9 +137,7 @@ def with_last_norm(
         def before(frame: Frame) -> jax.Array:
             return jnp.full(frame.batch, -1.0, frame.gradient.dtype)
 
-        return RecoverState(
-            map_frames(before, params, plain=lambda _: optax.MaskedNode())
-        )
+        return RecoverState(map_frames(before, params, plain=nothing))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule, sample_indices
+from lowrank_optax.basis import basis_rule, check_key, sample_indices
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import Decomposition
 
@@ -94,4 +94,4 @@ def sara_sample(
         index = sample_indices(frame, keys, s)
         return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
-    return basis_rule(choose, key)
+    return basis_rule(choose, check_key(key))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, is_frame, map_frames
+from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, nothing
 
 
 class PerMatrixState(NamedTuple):
@@ -126,9 +126,7 @@ def reset_moments(
     stage = in_subspace(inner)
 
     def low_of(tree: Any, frames: Any) -> Any:
-        return map_frames(
-            lambda _, x: x, frames, tree, plain=lambda *_: optax.MaskedNode()
-        )
+        return map_frames(lambda _, x: x, frames, tree, plain=nothing)
 
     def full_of(tree: Any, frames: Any) -> Any:
         return map_frames(

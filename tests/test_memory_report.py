@@ -128,11 +128,11 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
 
 
 # Numbers of four bytes in one matrix's state, as the docstrings and the README say.
-# optax keeps one unused number for each factored second moment.
+# optax keeps one unused number for each factored second moment, and a count.
 FORMULAS: dict[str, tuple[Any, Any]] = {
     "galore_adafactor": (
         lro.galore_adafactor,
-        lambda m, n, r: m * r + n * r + n + r + 1,
+        lambda m, n, r: m * r + n * r + n + r + 3,
     ),
     "galore_adam_mini": (lro.galore_adam_mini, lambda m, n, r: m * r + n * r + n),
     "galore_adam8bit": (
@@ -162,7 +162,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
         lambda m, n, r: 2 * n * r + r,
     ),
     "grass_sparse": (partial(lro.grass_sparse, key=0), lambda m, n, r: 2 * n * r + r),
-    "flora": (partial(lro.flora, key=0), lambda m, n, r: n * r + m + n + 1),
+    "flora": (partial(lro.flora, key=0), lambda m, n, r: n * r + m + n + 2),
     "coap": (lro.coap, lambda m, n, r: m * r + 2 * n * r),
     "online_subspace_descent": (
         lambda lr, refresh_every, **kw: lro.online_subspace_descent(lr, **kw),
@@ -170,9 +170,9 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     ),
     "q_galore": (
         lro.q_galore,
-        # Four bits a number and five bytes a group; seven numbers a leaf for laziness.
+        # Four bits a number and five bytes a group; eight numbers a leaf for laziness.
         lambda m, n, r: (
-            m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 256) + 7 / 3
+            m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 256) + 8 / 3
         ),
     ),
 }

@@ -805,7 +805,7 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="mlp/w: the basis is r coordinates"):
         packed_bracket(rows).init(g)
-    with pytest.raises(ValueError, match="BasisState; the state here is tuple"):
+    with pytest.raises(ValueError, match="BasisState, not a tuple; put lazy_refresh"):
         packed_bracket(optax.chain(lro.dominant_svd())).init(g)
     with pytest.raises(ValueError, match="bits=2: choose 4 or 8"):
         quantize_basis(lro.dominant_svd(), bits=2)

@@ -141,7 +141,7 @@ def test_momentum_is_what_lemma_a3_starts_from() -> None:
             np.testing.assert_allclose(-update, momentum, rtol=0, atol=1e-14)
 
 
-# Where the top singular vectors are noise: the counterexample of He et al. 2024,
+# Where the top singular vectors are noise: the counterexample of He et al. 2025,
 # "Subspace Optimization for Large Language Models with Convergence Guarantees".
 
 STALL_STEPS = 8000

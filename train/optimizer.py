@@ -1,9 +1,6 @@
 """The optimizer of a run: gradient clipping, the method, its schedule."""
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +10,7 @@ import optax
 
 import lowrank_optax as lro
 from train.config import Config, OptimizerConfig, resolved
+from train.methods import METHODS, OWN, options_of
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
@@ -20,44 +18,6 @@ MATRICES = (
     (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
     (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
 )
-
-Method = Callable[..., optax.GradientTransformationExtraArgs]
-
-
-def _fira_with(step: optax.GradientTransformation) -> Method:
-    return functools.partial(lro.fira, step=step)
-
-
-METHODS: dict[str, Method] = {
-    "galore": lro.galore,
-    "galore_adafactor": lro.galore_adafactor,
-    "galore_adam_mini": lro.galore_adam_mini,
-    "galore_adam8bit": lro.galore_adam8bit,
-    "q_galore": lro.q_galore,
-    "golore": lro.golore,
-    "msgd": lro.msgd,
-    "fira": lro.fira,
-    "fira_adafactor": _fira_with(
-        lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True)
-    ),
-    "fira_adam_mini": _fira_with(lro.in_subspace(lro.scale_by_adam_mini())),
-    "fira_adam8bit": _fira_with(
-        lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))
-    ),
-    "grass_walk": lro.grass_walk,
-    "grass_jump": lro.grass_jump,
-    "subtrack": lro.subtrack,
-    "ldadam": lro.ldadam,
-    "apollo": lro.apollo,
-    "apollo_mini": lro.apollo_mini,
-    "frugal": lro.frugal,
-    "grass_sparse": lro.grass_sparse,
-    "flora": lro.flora,
-    "coap": lro.coap,
-    "online_subspace_descent": lro.online_subspace_descent,
-}
-# What these methods decide for themselves.
-OWN = {"ldadam": {"refresh_every"}, "apollo_mini": {"rank"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +41,7 @@ class Optimizer:
         return _only(lro.LowRankState, opt_state).skipped
 
     def refreshes(self, opt_state: Any) -> jax.Array:
-        """() int32: how often the bases have been chosen so far."""
+        """() int32: how often new bases were due so far; q_galore may take fewer."""
         if self.refresh_every is None:
             return jnp.zeros([], jnp.int32)
         return -(-_only(lro.LowRankState, opt_state).count // self.refresh_every)
@@ -180,7 +140,7 @@ def make_low_rank(
         one that has none.
     """
     method = METHODS[name]
-    taken = inspect.signature(method).parameters
+    taken = options_of(name)
     for option in ("scale", "b1", "b2"):
         if options.get(option) is not None and option not in taken:
             raise ValueError(f"{name} has no {option}: leave it out")

@@ -37,7 +37,7 @@ def apollo(
     "APOLLO"; equations in `scale_channels`). State of a matrix: 2nr + 1 numbers, for S
     is drawn from its key at every step; one product a step.
 
-    When to choose it: the smallest state, no factorisation, one product. When not:
+    When to choose it: no basis in the state, no factorisation, one product. When not:
     where the gradient's directions themselves should be preconditioned: the step is
     the raw gradient's, column by column; then `grass_jump`.
 

@@ -34,6 +34,9 @@ def coap(
     equations and deviations in `correlation_aware`). The moments are left as they are,
     the released default. State of a matrix: mr + 2nr numbers; two products a step.
 
+    Deviation: Adam's moments are corrected for bias before eps is added; the released
+    code corrects the step size.
+
     When to choose it: a cheap refresh without an SVD. When not: with very small
     gradients, whose squares scale its steps (the mean loss of a language model is such
     a case; then only the recomputations move it).

@@ -42,9 +42,9 @@ def frugal(
     `coordinates(order="descending")` with the dimension numbers `LAYERS` for stacked
     kernels. A rank of 0.25 is the source's density.
 
-    When to choose it: with `coordinates`, the cheapest update and refresh of all. When
-    not: at the high learning rates of GaLore, since every weight moves by lr at
-    every step.
+    When to choose it: with `coordinates`, an update without products and a refresh
+    without a factorisation. When not: at the high learning rates of GaLore, since every
+    weight moves by lr at every step.
 
     Args:
       basis: the basis rule; `dominant_svd()` by default.

@@ -68,8 +68,9 @@ def galore_adafactor(
     galore-torch 1.0's GaLoreAdafactor step for step. State of a matrix: mr + n + r
     numbers, and nr with b1; two products a step.
 
-    When to choose it: the smallest state of the GaLore family. When not: where Adam's
-    two moments fit; it is a little better (SARA paper, Table 1, at 130M and 350M).
+    When to choose it: half of Adam's moments, or with b1 = None next to none, at full
+    precision. When not: where Adam's two moments fit; it is a little better (SARA
+    paper, Table 1, at 130M and 350M).
 
     Deviation: the released code averages after the learning rate, here before it; a
     constant rate makes no difference.

@@ -30,7 +30,7 @@ def golore(
 
     At a refresh the basis is the gradient's leading singular vectors before
     `switch_step` and uniformly random from it on; the first moment turns with it, M <-
-    S_t^T S_{t-1} M, the second stays (He et al. 2024, "Subspace Optimization for Large
+    S_t^T S_{t-1} M, the second stays (He et al. 2025, "Subspace Optimization for Large
     Language Models with Convergence Guarantees"; equations in `random_after`). State
     of a matrix: mr + 2nr numbers; two products a step.
 

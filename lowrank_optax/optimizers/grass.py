@@ -95,8 +95,9 @@ def grass_jump(
     As `grass_walk`, with a uniformly random orthonormal S every T steps (GrassWalk
     paper, section 4, Algorithm 1). State of a matrix: mr + 2nr + 1 numbers.
 
-    When to choose it: the cheapest refresh, and the subspace explores fastest. When
-    not: without the residual (a random subspace alone misses most of the gradient).
+    When to choose it: a refresh that costs one small QR, and the subspace explores
+    fastest. When not: without the residual (a random subspace alone misses most of the
+    gradient).
 
     Args:
       key: a seed or a typed key for the jumps; required unless `basis` is given.

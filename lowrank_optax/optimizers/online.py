@@ -31,15 +31,16 @@ def online_subspace_descent(
     ||P P^T G^ - G^||_F^2 at every step; nothing is ever factorised after step 0
     (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent";
     equations in `online_pca`, whose state reports loss and orthonormality drift).
-    State of a matrix: 3mr + 2nr numbers (P with Adam's moments); three products a step.
+    State of a matrix: 3mr + 2nr + 2 numbers (P with Adam's moments; loss and drift);
+    four products a step.
 
-    When to choose it: where no factorisation can be afforded, not even a rare one. When
+    When to choose it: where no factorisation after the first step can be afforded. When
     not: for stability (the SARA paper, Table 1, finds it below GaLore); P drifts from
     orthonormal without a penalty.
 
     Args:
       optimizer_of_basis: any optax optimizer for P, learning rate and sign included;
-        `optax.adamw(1 / 200, weight_decay=0.01)` by default, as the released code.
+        by default `optax.adamw(1 / 200, weight_decay=0.01)` (see `online_pca`).
       penalty: lambda on ||P^T P - I||_F^2; 0 in the released code.
       learning_rate, rank, scale, b1, b2, eps, weight_decay, mask, dimension_numbers,
         precision: as in `galore`.

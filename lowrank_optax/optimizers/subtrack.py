@@ -38,9 +38,11 @@ def subtrack(
     When to choose it: where the gradient's subspace turns slowly and is worth following
     with a cheap refresh. When not: for a basis that explores; then `grass_walk`.
 
-    Deviations: every matrix is tracked (the released code tracks only those with
-    fewer rows than columns); the moments turn by eqs. 7 and 8 at the refresh itself
-    (the released code shrinks V by 1 - b2 at every interval).
+    Deviations: every matrix is tracked (the released code tracks only those with fewer
+    rows than columns); the moments turn by eqs. 7 and 8 at the refresh itself (the
+    released code multiplies V by 1 - b2 at every interval, and M by S_t^T S_0); bias
+    correction, eps and the residual are the paper's (released: as `fira`'s published
+    variant).
 
     Args:
       step_size: eta of `grassmann_track`; None chooses the angle by a line search.
