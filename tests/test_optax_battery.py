@@ -568,3 +568,18 @@ def test_clipping_before_it_and_unknown_extra_arguments(name: str) -> None:
         jax.tree.map(lambda x, g=g: x * 0.5 / optax.tree.norm(g), g) for g in grads
     ]
     close(out, plain(name, clipped))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_can_be_donated(name: str) -> None:
+    """No array stands in two places, and none is the caller's own."""
+    state = build(name).init(full_tree())
+    arrays = [id(x) for x in jax.tree.leaves(state)]
+    assert len(set(arrays)) == len(arrays)
+
+
+def test_a_callers_key_is_not_the_states() -> None:
+    key = jax.random.key(3)
+    for rule in (lro.sara_sample(key), lro.gaussian(key), lro.grassmann_jump(key)):
+        tx = lro.low_rank(optax.chain(rule, lro.project()), rank=2, refresh_every=1)
+        assert not any(x is key for x in jax.tree.leaves(tx.init(tree_of())))
