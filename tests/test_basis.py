@@ -423,11 +423,10 @@ def test_bad_decompositions(rule, arguments, message):
 def test_bad_keys(rule, key):
     if isinstance(key, str):
         key = jax.random.PRNGKey(0)
-    tx = bracket(rule(key))
     with pytest.raises(
         ValueError, match=r"an int or a typed key from jax\.random\.key"
     ):
-        tx.init({"w": jnp.ones((M, N))})
+        bracket(rule(key)).init({"w": jnp.ones((M, N))})
 
 
 @each_rule

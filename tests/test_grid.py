@@ -4,6 +4,7 @@ And the GrassWalk paper's ablation (section 5): every cell of {track, walk, jump
 frozen} x {rotation} x {recovery} trains, and differs where it should.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -187,66 +188,56 @@ TRAINING = 120
 NEITHER = ("jump", False, False)
 
 
-def losses() -> dict[tuple[str, bool, bool], np.ndarray]:
-    """|A (W - W*)|^2 before each step, for every cell, in one program."""
+@functools.cache
+def losses(basis: str, rotation: bool, recovery: bool) -> np.ndarray:
+    """|A (W - W*)|^2 before each step of a cell's training."""
     random = np.random.default_rng(3)
     target = jnp.asarray(random.normal(size=(4, 6)), jnp.float32)
     mix = jnp.asarray(np.eye(4) + 0.3 * random.normal(size=(4, 4)), jnp.float32)
     noise = jnp.asarray(random.normal(size=(TRAINING, 4, 6)), jnp.float32)
-    rate = optax.linear_schedule(0.2, 0.0, TRAINING)
+    tx = optax.chain(
+        lro.low_rank(
+            optax.chain(
+                ABLATED[basis],
+                lro.project(),
+                (lro.rotate_moments if rotation else lro.in_subspace)(ADAM),
+                lro.recover_residual() if recovery else lro.project_back(),
+            ),
+            rank=2,
+            refresh_every=5,
+        ),
+        optax.scale_by_learning_rate(optax.linear_schedule(0.2, 0.0, TRAINING)),
+    )
 
     def loss(w: jax.Array) -> jax.Array:
         return jnp.mean((mix @ (w - target)) ** 2)
 
-    def train(basis: str, rotation: bool, recovery: bool) -> jax.Array:
-        tx = optax.chain(
-            lro.low_rank(
-                optax.chain(
-                    ABLATED[basis],
-                    lro.project(),
-                    (lro.rotate_moments if rotation else lro.in_subspace)(ADAM),
-                    lro.recover_residual() if recovery else lro.project_back(),
-                ),
-                rank=2,
-                refresh_every=5,
-            ),
-            optax.scale_by_learning_rate(rate),
-        )
+    def body(carry: Any, shake: jax.Array) -> Any:
+        w, state = carry
+        value, grad = jax.value_and_grad(loss)(w)
+        updates, state = tx.update(grad + 0.1 * shake, state, w)
+        return (optax.apply_updates(w, updates), state), value
 
-        def body(carry: Any, shake: jax.Array) -> Any:
-            w, state = carry
-            value, grad = jax.value_and_grad(loss)(w)
-            updates, state = tx.update(grad + 0.1 * shake, state, w)
-            return (optax.apply_updates(w, updates), state), value
-
-        start = jnp.zeros_like(target)
+    def train(start: jax.Array) -> jax.Array:
         return jax.lax.scan(body, (start, tx.init(start)), noise)[1]
 
-    return {
-        cell: np.asarray(jax.jit(train, static_argnums=(0, 1, 2))(*cell))
-        for cell in CELLS
-    }
-
-
-@pytest.fixture(scope="module")
-def curves() -> dict[tuple[str, bool, bool], np.ndarray]:
-    return losses()
+    return np.asarray(jax.jit(train)(jnp.zeros_like(target)))
 
 
 @pytest.mark.parametrize(("basis", "rotation", "recovery"), CELLS)
 def test_every_cell_of_the_ablation_trains(
-    curves: Any, basis: str, rotation: bool, recovery: bool
+    basis: str, rotation: bool, recovery: bool
 ) -> None:
-    curve = curves[basis, rotation, recovery]
+    curve = losses(basis, rotation, recovery)
     left = curve[-5:].mean() / curve[0]
     # Seen: 0.009 to 0.034, and 0.125 for the jump with neither, whose moments then
     # belong to subspaces long left.
     assert left < (0.2 if (basis, rotation, recovery) == NEITHER else 0.05), left
 
 
-def test_each_component_helps_where_it_must(curves: Any) -> None:
+def test_each_component_helps_where_it_must() -> None:
     def left(*cell: Any) -> float:
-        return float(curves[cell][-5:].mean())
+        return float(losses(*cell)[-5:].mean())
 
     # Without rotation a jump's moments are those of another subspace: seen 5 times.
     assert left("jump", False, False) > 3 * left("jump", True, False)
@@ -255,16 +246,15 @@ def test_each_component_helps_where_it_must(curves: Any) -> None:
 
 
 @pytest.mark.parametrize("basis", ABLATED)
-def test_cells_differ_where_they_should(curves: Any, basis: str) -> None:
+def test_cells_differ_where_they_should(basis: str) -> None:
     def same(a: tuple[bool, bool], b: tuple[bool, bool]) -> bool:
         # A few ulps: two programs may round in another order.
-        return np.allclose(curves[basis, *a], curves[basis, *b], rtol=1e-4, atol=0)
+        return np.allclose(losses(basis, *a), losses(basis, *b), rtol=1e-4, atol=0)
 
     for recovery in (False, True):
         # A basis that stands still turns nothing.
         assert same((False, recovery), (True, recovery)) == (basis == "frozen")
     for rotation in (False, True):
         assert not same((rotation, False), (rotation, True))
-    others = [b for b in ABLATED if b != basis]
-    for other in others:
-        assert not np.allclose(curves[basis, True, True], curves[other, True, True])
+    for other in {*ABLATED} - {basis}:
+        assert not np.allclose(losses(basis, True, True), losses(other, True, True))

@@ -208,7 +208,7 @@ def numpy_steps(
     s, out, memory, error = None, [], {}, 0.0
     for t, g in enumerate(grads):
         g, turn, old = before(g) + error, None, s
-        m = step.m if hasattr(step, "m") and np.ndim(step.m) else 0.0  # type: ignore
+        m = getattr(step, "m", 0.0)
         if t % every == 0:
             s = choose(t, g, s, m) if callable(choose) else choose[t]
             turn = np.eye(RANK) if old is None else s.T @ old
