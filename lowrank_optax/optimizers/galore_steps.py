@@ -69,8 +69,8 @@ def galore_adafactor(
     numbers, and nr with b1; two products a step.
 
     When to choose it: half of Adam's moments, or with b1 = None next to none, at full
-    precision. When not: where Adam's two moments fit; it is a little better (SARA
-    paper, Table 1, at 130M and 350M).
+    precision; better than GaLore-Adam in the SARA paper's Table 1. When not: on work
+    like the README's 60M runs, where Adam's two moments were a little better.
 
     Deviation: the released code averages after the learning rate, here before it; a
     constant rate makes no difference.
