@@ -370,7 +370,7 @@ def refused(stages: Any, g: Any) -> str:
         lro.project_back(),
     )
     tx = lro.low_rank(chain, rank=R, refresh_every=1)
-    with pytest.raises(ValueError, match="^w: ") as caught:
+    with pytest.raises(ValueError, match=r"^w: ") as caught:
         jax.eval_shape(tx.update, g, tx.init(g))
     return str(caught.value)
 

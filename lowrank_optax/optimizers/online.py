@@ -35,8 +35,8 @@ def online_subspace_descent(
     four products a step.
 
     When to choose it: where no factorisation after the first step can be afforded. When
-    not: for stability (the SARA paper, Table 1, finds it below GaLore); P drifts from
-    orthonormal without a penalty.
+    not: for stability (the SARA paper, Table 3, finds it unstable and below GoLore); P
+    drifts from orthonormal without a penalty.
 
     Args:
       optimizer_of_basis: any optax optimizer for P, learning rate and sign included;
