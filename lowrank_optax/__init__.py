@@ -8,6 +8,7 @@ low_rank(optax.chain(
 ), rank=128, refresh_every=200)
 """
 
+from lowrank_optax import linalg
 from lowrank_optax.adam_mini import (
     ADAM_MINI_RULES,
     AdamMiniState,
@@ -15,24 +16,24 @@ from lowrank_optax.adam_mini import (
     check_heads,
     scale_by_adam_mini,
 )
-from lowrank_optax.basis import BasisState, basis_rule, replay
-from lowrank_optax.coordinates import coordinates, sample_rows
+from lowrank_optax.basis import (
+    BasisRule,
+    BasisState,
+    basis_rule,
+    replay,
+    sample_indices,
+)
+from lowrank_optax.bracket import LowRankState, low_rank
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
-from lowrank_optax.gaussian import GaussianState, gaussian
-from lowrank_optax.grassmann import (
-    grassmann_jump,
-    grassmann_track,
-    grassmann_walk,
-    random_after,
-)
+from lowrank_optax.grassmann import grassmann_track, grassmann_walk
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
-from lowrank_optax.low_rank import LowRankState, low_rank
-from lowrank_optax.moments import Rotation, register_rotation, rotate_moments
+from lowrank_optax.limiter import LimiterState
+from lowrank_optax.linalg import left_singular
+from lowrank_optax.moments import register_moments, rotate_moments
 from lowrank_optax.momentum_bases import correlation_aware, power_iterate
-from lowrank_optax.online_pca import OnlinePCAState, online_pca
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
-from lowrank_optax.optimizers.assemble import static_args
+from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
 from lowrank_optax.optimizers.coap import coap
 from lowrank_optax.optimizers.fira import fira
 from lowrank_optax.optimizers.flora import flora
@@ -52,25 +53,20 @@ from lowrank_optax.optimizers.msgd import msgd
 from lowrank_optax.optimizers.online import online_subspace_descent
 from lowrank_optax.optimizers.q_galore import q_galore
 from lowrank_optax.optimizers.subtrack import subtrack
-from lowrank_optax.project import project, project_back
+from lowrank_optax.pca import OnlinePCAState, online_pca
+from lowrank_optax.projection import project, project_back
 from lowrank_optax.quantize import QuantizedArray, QuantizedState, quantize_moments
-from lowrank_optax.quantize_basis import (
-    QuantizedBasis,
-    QuantizedBasisState,
-    quantize_basis,
-)
+from lowrank_optax.random_bases import gaussian, grassmann_jump, random_after
 from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
-from lowrank_optax.residual import RecoverState, recover_residual, sign_residual
+from lowrank_optax.residual import recover_residual, sign_residual
+from lowrank_optax.rows import coordinates, sample_rows
 from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.singular import dominant_svd, sara_sample
-from lowrank_optax.step import (
-    PerMatrixState,
-    ResetState,
-    in_full_space,
-    in_subspace,
-    reset_moments,
-)
+from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
+from lowrank_optax.storage import QuantizedBasis, quantize_basis
+
+__version__ = "0.2.0"
 
 __all__ = [
     "ADAM_MINI_RULES",
@@ -78,24 +74,20 @@ __all__ = [
     "STACKED",
     "TRANSFORMER_MATRICES",
     "AdamMiniState",
+    "BasisRule",
     "BasisState",
     "Clock",
     "ErrorFeedbackState",
     "Frame",
-    "GaussianState",
     "LazyRefreshState",
+    "LimiterState",
     "LowRankState",
     "MemoryReport",
     "MemoryRow",
     "OnlinePCAState",
-    "PerMatrixState",
     "QuantizedArray",
     "QuantizedBasis",
-    "QuantizedBasisState",
     "QuantizedState",
-    "RecoverState",
-    "ResetState",
-    "Rotation",
     "adam_mini_blocks",
     "apollo",
     "apollo_mini",
@@ -126,12 +118,16 @@ __all__ = [
     "in_subspace",
     "lazy_refresh",
     "ldadam",
+    "left_singular",
+    "linalg",
     "low_rank",
+    "low_rank_optimizer",
     "map_frames",
     "memory_report",
     "msgd",
     "online_pca",
     "online_subspace_descent",
+    "per_matrix",
     "power_iterate",
     "project",
     "project_back",
@@ -140,10 +136,11 @@ __all__ = [
     "quantize_moments",
     "random_after",
     "recover_residual",
-    "register_rotation",
+    "register_moments",
     "replay",
     "reset_moments",
     "rotate_moments",
+    "sample_indices",
     "sample_rows",
     "sara_sample",
     "scale_by_adafactor",

@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.frame import frames_of
 from lowrank_optax.layout import Rules, match, path_of
-from lowrank_optax.moments import Rotation, register_rotation
+from lowrank_optax.moments import register_moments
 
 Blocks = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 Heads = Rules  # (regular expression, head_dim) pairs
@@ -133,10 +133,8 @@ def _within(v: jax.Array) -> tuple[int, ...]:
     return tuple(range(1, 2 * v.ndim, 2))
 
 
-@register_rotation(AdamMiniState)
-def _adam_mini(state: Any, unit: Any, rotation: Rotation) -> Any:
-    # v over a whole column is |S^T g|^2 / r: the same in every basis of the subspace.
-    return state._replace(mu=rotation.first(state.mu))
+# v over a whole column is |S^T g|^2 / r: the same in every basis of the subspace.
+register_moments(AdamMiniState, first="mu")
 
 
 def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Blocks:

@@ -6,15 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames, nothing
+from lowrank_optax.frame import (
+    BASIS_RULE,
+    Frame,
+    map_frames,
+    nothing,
+    stage,
+    update_frames,
+)
 
 
 class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
     Attributes:
-      error: E, (*batch, m, n), the size of the gradient; `optax.MaskedNode` at leaves
-        of full rank.
+      error: E, (*batch, m, n), the size of the gradient; False at leaves of full rank.
       inner_state: of the basis rule and the projection.
     """
 
@@ -56,42 +62,48 @@ def error_feedback(
     """
     stages = optax.with_extra_args_support(stages)
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> ErrorFeedbackState:
         def zero(frame: Frame) -> jax.Array:
-            return jnp.zeros(frame.gradient.shape, frame.gradient.dtype)
+            return nothing() if frame.whole else jnp.zeros_like(frame.gradient)
 
         errors = map_frames(zero, params, plain=nothing)
         return ErrorFeedbackState(errors, stages.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        frames = map_frames(
-            lambda f, e: f.replace(gradient=f.gradient + e), updates, state.error
-        )
+        updates: optax.Updates,
+        state: ErrorFeedbackState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ErrorFeedbackState]:
+        def add(frame: Frame, e: jax.Array) -> Frame:
+            return frame if frame.whole else frame.replace(gradient=frame.gradient + e)
+
+        def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
+            if not frame.whole:
+                e = _lost(frame, b1)
+            reason = "error_feedback() gives the residual back already"
+            return frame.replace(no_residual=reason), e
+
         frames, inner_state = stages.update(
-            frames, state.inner_state, params, **extra_args
+            map_frames(add, updates, state.error),
+            state.inner_state,
+            params,
+            **extra_args,
         )
-
-        def error(frame: Frame) -> jax.Array:
-            frame.check_residual("error_feedback()")
-            inside, outside = frame.need("low", "project()"), frame.gradient
-            if frame.momentum is not None:
-                kept = (b1 / (1 - b1)) * frame.momentum
-                turn = frame.need("turn", "a basis rule such as power_iterate()")
-                inside = inside + jnp.matmul(turn, kept, precision="highest")
-                old = frame.need("previous", "a basis rule such as power_iterate()")
-                outside = outside + frame.replace(basis=old).up(kept)
-            return outside - frame.up(inside)
-
-        errors = map_frames(error, frames, plain=nothing)
-        frames = map_frames(
-            lambda f: f.replace(
-                fed_back=True,
-                no_residual="error_feedback() gives the residual back already",
-            ),
-            frames,
-        )
+        frames, errors = update_frames(lost, frames, state.error)
         return frames, ErrorFeedbackState(errors, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
+
+
+def _lost(frame: Frame, b1: float | jax.Array) -> jax.Array:
+    """E_t, of the gradient with the last error in it."""
+    frame.check_residual("error_feedback()")
+    inside, outside = frame.need("low", "project()"), frame.gradient
+    if frame.momentum is not None:
+        kept = (b1 / (1 - b1)) * frame.momentum
+        turn = frame.need("turn", BASIS_RULE)
+        inside = inside + jnp.matmul(turn, kept, precision="highest")
+        old = frame.replace(basis=frame.need("previous", BASIS_RULE))
+        outside = outside + old.up(kept)
+    return outside - frame.up(inside)

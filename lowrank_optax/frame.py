@@ -4,11 +4,13 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
+
+BASIS_RULE = "a basis rule such as dominant_svd()"
 
 
 class Clock(NamedTuple):
@@ -26,56 +28,67 @@ class Clock(NamedTuple):
     cycle: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Frame:
     """Stands where a matrix leaf stood, in the papers' orientation m <= n.
 
     Each stage reads the fields of the stages before it and fills in its own:
-    a basis rule `basis` and `turn`, `project` `low`, `in_subspace` or
+    a basis rule `basis`, `turn` and `moved`, `project` `low`, `in_subspace` or
     `rotate_moments` `low_step`, `project_back` or `recover_residual` `step`.
     All arrays share the leading batch axes (the layers of a stacked kernel).
 
+    A Frame is no pytree: to `jax.tree` it is a leaf, and arithmetic on it is a
+    TypeError, so that a stock optax transformation between two stages fails instead of
+    scaling a basis.
+
+    At rank r = m the subspace is the whole space: S is the identity, is not stored or
+    chosen, and `basis` and `turn` stay None.
+
     Attributes:
       gradient: (*batch, m, n), G.
+      rank: r <= m.
+      path: the leaf's path in the tree, "layers/mlp/up/kernel".
+      columns: which of the weight's axes the n columns are, "input" or "output".
+      precision: of the products with S, as `jax.lax.dot_general` takes it.
       momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
         of S_{t-1}; None for a step that keeps none.
       basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
         columns. S_{t-1} until a basis rule has set S_t.
       previous: S_{t-1}, as `basis`.
       turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
+      moved: (*batch,) bool, whether S_t was chosen at this step.
+      orthonormal: whether S's columns are orthonormal.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
-      rank: r < m.
-      path: the leaf's path in the tree, "layers/mlp/up/kernel".
-      columns: which of the weight's axes the n columns are, "input" or "output".
-      precision: of the products with S, as `jax.lax.dot_general` takes it.
-      orthonormal: whether S's columns are orthonormal.
-      fed_back: whether `error_feedback` gives back what the projection lost.
       no_residual: why what the projection lost cannot be given back, though the basis
         be orthonormal, a sentence; "" where it can.
     """
 
     gradient: jax.Array
+    rank: int
+    path: str
+    columns: str = "output"
+    precision: jax.lax.PrecisionLike = None
     momentum: jax.Array | None = None
     basis: jax.Array | None = None
     previous: jax.Array | None = None
     turn: jax.Array | None = None
+    moved: jax.Array | None = None
+    orthonormal: bool = True
     low: jax.Array | None = None
     low_step: jax.Array | None = None
     step: jax.Array | None = None
-    rank: int = dataclasses.field(metadata={"static": True})
-    path: str = dataclasses.field(metadata={"static": True})
-    precision: jax.lax.PrecisionLike = dataclasses.field(metadata={"static": True})
-    columns: str = dataclasses.field(default="output", metadata={"static": True})
-    orthonormal: bool = dataclasses.field(default=True, metadata={"static": True})
-    fed_back: bool = dataclasses.field(default=False, metadata={"static": True})
-    no_residual: str = dataclasses.field(default="", metadata={"static": True})
+    no_residual: str = ""
 
     @property
     def batch(self) -> tuple[int, ...]:
         return self.gradient.shape[:-2]
+
+    @property
+    def whole(self) -> bool:
+        """Whether r = m: the subspace is the whole space, and S the identity."""
+        return self.rank == self.gradient.shape[-2]
 
     @property
     def basis_shape(self) -> tuple[int, ...]:
@@ -100,7 +113,9 @@ class Frame:
 
     def down(self, x: jax.Array) -> jax.Array:
         """S^T x: (*batch, m, k) to (*batch, r, k)."""
-        basis = self.need("basis", "a basis rule such as dominant_svd()")
+        if self.whole:
+            return x
+        basis = self.need("basis", BASIS_RULE)
         if are_coordinates(basis):
             return jnp.take_along_axis(x, basis[..., None], axis=-2)
         return jnp.einsum(
@@ -109,7 +124,9 @@ class Frame:
 
     def up(self, y: jax.Array) -> jax.Array:
         """S y: (*batch, r, k) to (*batch, m, k)."""
-        basis = self.need("basis", "a basis rule such as dominant_svd()")
+        if self.whole:
+            return y
+        basis = self.need("basis", BASIS_RULE)
         if are_coordinates(basis):
             scatter = self._scatter
             for _ in self.batch:
@@ -143,15 +160,28 @@ class Frame:
         return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
 
     def keys(self, key: jax.Array) -> jax.Array:
-        """One key per matrix of the batch, shape `batch`.
+        """One key for each matrix of the batch, shape (L,), L = prod(batch).
 
         Derived from the leaf's path, so that they depend neither on the other
         leaves of the tree nor on the host or the sharding.
         """
         key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
         if not self.batch:
-            return key
-        return jax.random.split(key, math.prod(self.batch)).reshape(self.batch)
+            return key[None]
+        return jax.random.split(key, math.prod(self.batch))
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(
+            f"{self.path}: inside low_rank() a Frame stands for this matrix, which "
+            "optax's transformations do not know; write in_subspace(inner) or "
+            "rotate_moments(inner) around one that takes the step, "
+            "in_full_space(inner) around one that changes the gradient, or chain it "
+            "outside low_rank()"
+        )
+
+    __jax_array__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
+    __neg__ = __abs__ = __matmul__ = __rmatmul__ = _refuse
 
 
 def are_coordinates(basis: jax.Array) -> bool:
@@ -159,14 +189,14 @@ def are_coordinates(basis: jax.Array) -> bool:
     return jnp.issubdtype(basis.dtype, jnp.integer)
 
 
-def is_frame(x: Any) -> bool:
+def is_frame(x: object) -> TypeGuard[Frame]:
     return isinstance(x, Frame)
 
 
 def map_frames(
     f: Callable[..., Any],
-    tree: Any,
-    *rest: Any,
+    tree: optax.Updates,
+    *rest: optax.OptState,
     plain: Callable[..., Any] = lambda leaf, *_: leaf,
 ) -> Any:
     """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
@@ -177,41 +207,71 @@ def map_frames(
       ...     lambda frame: frame.replace(low_step=-frame.low_step), frames))
     """
     return jax.tree.map(
-        lambda x, *xs: f(x, *xs) if is_frame(x) else plain(x, *xs),
-        tree,
-        *rest,
-        is_leaf=is_frame,
+        lambda x, *xs: f(x, *xs) if is_frame(x) else plain(x, *xs), tree, *rest
     )
 
 
-def nothing(*_: Any) -> optax.MaskedNode:
-    """What a stage's state has at a leaf of full rank."""
-    return optax.MaskedNode()
+def nothing(*_: Any) -> jax.Array:
+    """What a stage's state has where it keeps nothing: () bool, False.
+
+    An array, and no `optax.MaskedNode`, so that a tree in the state has one array for
+    each parameter: `optax.tree_map_params` with further trees needs it, and
+    `flax.nnx.Optimizer`.
+    """
+    return jnp.zeros([], jnp.bool_)
 
 
-def frames_of(tree: Any) -> list[Frame]:
+def frames_of(tree: optax.Updates) -> list[Frame]:
     """The Frames of a tree, in its order."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_frame) if is_frame(x)]
+    return [x for x in jax.tree.leaves(tree) if is_frame(x)]
 
 
-def update_frames(f: Callable[..., Any], tree: Any, state: Any) -> tuple[Any, Any]:
-    """`f(frame, its state) -> (frame, state)` on every Frame; two trees come back.
+def update_frames(
+    f: Callable[..., tuple[Any, ...]], tree: optax.Updates, *states: optax.OptState
+) -> tuple[Any, ...]:
+    """`f(frame, its states...) -> (frame, states...)` on every Frame.
 
-    Other leaves and their states stay.
+    As many trees come back as went in. Other leaves and their states stay.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> def shrink(frame, factor):  # the body of a stage's update, with its state
       ...     return frame.replace(low_step=factor * frame.low_step), factor / 2
-      >>> lro.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": None})[1]
-      {'bias': None}
+      >>> lro.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": False})[1]
+      {'bias': False}
     """
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_frame)
-    states = structure.flatten_up_to(state)
-    pairs = [
-        f(x, s) if is_frame(x) else (x, s) for x, s in zip(leaves, states, strict=True)
-    ]
-    return (
-        structure.unflatten([x for x, _ in pairs]),
-        structure.unflatten([s for _, s in pairs]),
+    leaves, structure = jax.tree.flatten(tree)
+    columns = leaves, *map(structure.flatten_up_to, states)
+    rows = [f(*row) if is_frame(row[0]) else row for row in zip(*columns, strict=True)]
+    return tuple(
+        structure.unflatten([row[i] for row in rows]) for i in range(len(columns))
     )
+
+
+def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
+    """One tree of structure `inside` whose leaves are trees of structure `structure`,
+    from a list of `inside`-trees, one for each leaf of `structure`.
+    """
+    rows = [inside.flatten_up_to(part) for part in parts]
+    return inside.unflatten(
+        structure.unflatten([row[i] for row in rows]) for i in range(inside.num_leaves)
+    )
+
+
+def each_apart(structure: Any, inside: Any, tree: Any) -> list[Any]:
+    """Undoes `in_turn`: the `inside`-tree of each leaf of `structure`."""
+    columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
+    rows = zip(*columns, strict=True) if inside.num_leaves else ()
+    return [inside.unflatten(row) for row in rows] or [
+        inside.unflatten([]) for _ in range(structure.num_leaves)
+    ]
+
+
+def stage(
+    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation of two functions that name the state they work on.
+
+    optax's protocols take any state, and a checker refuses functions of one.
+    """
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -2,18 +2,28 @@
 
 import dataclasses
 import math
+import numbers
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from optax.contrib import MuonDimensionNumbers
 
 Rules = Sequence[tuple[str, Any]]
 # MuonDimensionNumbers, "matrix" or None; rules or a tree of these; a function to one.
-DimensionNumbers = MuonDimensionNumbers | Rules | Callable[[Any], Any] | Any
+DimensionNumbers = (
+    MuonDimensionNumbers
+    | Rules
+    | Mapping[str, Any]
+    | Callable[[optax.Params], Any]
+    | None
+)
 Rank = int | float | Rules
+Side = Literal["input", "output"]
 
 STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 """The last two axes are the matrix; any axes before them are layers."""
@@ -23,12 +33,17 @@ LAYERS = MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
 `coordinates`, whole layers are chosen."""
 
 TRANSFORMER_MATRICES: Rules = (
-    (r"(?i)bias|scale|norm|(^|/)ln_", None),
-    (r"(?i)embed|(^|/)w[tp]e(/|$)|(^|/)(lm_)?head(/|$)|logits", None),
+    # Whole parts of a path, so that neither "PreNorm_0/attention/q/kernel" nor
+    # "ScaledDotProductAttention/kernel" passes for a norm or a scale.
+    (r"(?i)(^|/)(bias|scale|offset|gamma|beta)$", None),
+    (r"(?i)(^|/)(ln_\w+|\w*norm(_?\d+)?)(/(scale|weight|bias|w|b|g))?$", None),
+    (r"(?i)(^|/)(\w+_)?embed(ding|dings|der|s)?(_?\d+|_\w+)?(/|$)", None),
+    (r"(?i)(^|/)w[tp]e(/|$)|(^|/)(lm_)?(head|logits)(/(kernel|weight|w))?$", None),
     (r"(?i)attn|attention|mlp|ffn|feed_?forward", "matrix"),
 )
 """Low rank for the two-dimensional kernels of attention and MLP; full rank for
-embeddings, output head, norms and biases; anything else is an error."""
+embeddings, output head, norms and biases, each by a whole part of its path; any other
+matrix is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +56,7 @@ class Layout:
       batch: the shape of the batch axes.
       m: the smaller side.
       n: the larger side.
-      columns: which of the weight's axes the larger side is, "input" or "output".
+      columns: which of the weight's axes the n columns are.
     """
 
     axes: tuple[int, ...]
@@ -49,7 +64,7 @@ class Layout:
     batch: tuple[int, ...]
     m: int
     n: int
-    columns: str
+    columns: Side
 
     def to_matrix(self, x: jax.Array) -> jax.Array:
         return x.transpose(self.axes).reshape(*self.batch, self.m, self.n)
@@ -59,8 +74,16 @@ class Layout:
         return y.reshape(self.shape).transpose(inverse)
 
 
-def layout_of(path: str, shape: tuple[int, ...], spec: MuonDimensionNumbers) -> Layout:
-    """The layout of a leaf; ValueError when the spec does not fit its shape."""
+def layout_of(
+    path: str,
+    shape: tuple[int, ...],
+    spec: MuonDimensionNumbers,
+    square: Side = "input",
+) -> Layout:
+    """The layout of a leaf; ValueError when the spec does not fit its shape.
+
+    `square` is the side of a square matrix that becomes its m rows.
+    """
 
     def normal(axes: Sequence[int] | int) -> tuple[int, ...]:
         axes = (axes,) if isinstance(axes, int) else tuple(axes)
@@ -73,9 +96,8 @@ def layout_of(path: str, shape: tuple[int, ...], spec: MuonDimensionNumbers) -> 
     if len({*rows, *cols}) != len(rows) + len(cols):
         raise ValueError(f"{path}: {spec} names an axis of {shape} twice")
     size = {axes: math.prod(shape[a] for a in axes) for axes in (rows, cols)}
-    # A square matrix keeps its input (reduction) side, which is also the side that
-    # galore-torch projects for nn.Linear: its weight is (out, in), projected right.
-    short, long = (rows, cols) if size[rows] <= size[cols] else (cols, rows)
+    wide = size[rows] < size[cols] or (size[rows] == size[cols] and square == "input")
+    short, long = (rows, cols) if wide else (cols, rows)
     batch = tuple(a for a in range(len(shape)) if a not in (*rows, *cols))
     axes = (*batch, *short, *long)
     return Layout(
@@ -88,7 +110,7 @@ def layout_of(path: str, shape: tuple[int, ...], spec: MuonDimensionNumbers) -> 
     )
 
 
-def path_of(keys: Any) -> str:
+def path_of(keys: jax.tree_util.KeyPath) -> str:
     """A leaf's path as rules see it: "layers/mlp/up/kernel"."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
@@ -96,7 +118,13 @@ def path_of(keys: Any) -> str:
 def match(rules: Rules, path: str, what: str) -> Any:
     """The value of the first rule whose regular expression is found in the path."""
     for pattern, value in rules:
-        if re.search(pattern, path):
+        try:
+            found = re.search(pattern, path)
+        except re.error as error:
+            raise ValueError(
+                f"{path}: the {what} rule {pattern!r} is no regular expression: {error}"
+            ) from error
+        if found:
             return value
     raise ValueError(
         f"{path}: no {what} rule covers this parameter; add a pair (regular "
@@ -105,7 +133,7 @@ def match(rules: Rules, path: str, what: str) -> Any:
     )
 
 
-def _is_rules(x: Any) -> TypeGuard[Rules]:
+def _is_rules(x: object) -> TypeGuard[Rules]:
     return (
         isinstance(x, Sequence)
         and not isinstance(x, (str, MuonDimensionNumbers))
@@ -116,7 +144,7 @@ def _is_rules(x: Any) -> TypeGuard[Rules]:
 
 
 def specs_of(
-    dimension_numbers: DimensionNumbers, tree: Any
+    dimension_numbers: DimensionNumbers, tree: optax.Params
 ) -> dict[str, MuonDimensionNumbers | None]:
     """The spec of each leaf by path: which axes are rows and columns, or full rank.
 
@@ -131,7 +159,11 @@ def specs_of(
         spec = "matrix" if dimension_numbers is None else dimension_numbers
         specs = dict.fromkeys(leaves, spec)
     elif _is_rules(dimension_numbers):
-        specs = {p: match(dimension_numbers, p, "dimension_numbers") for p in leaves}
+        specs = {
+            # Vectors have full rank whatever the rules say; none need cover them.
+            p: match(dimension_numbers, p, "dimension_numbers") if x.ndim > 1 else None
+            for p, x in leaves.items()
+        }
     else:
         given = jax.tree_util.tree_leaves_with_path(
             dimension_numbers,
@@ -145,10 +177,10 @@ def specs_of(
 
 
 def _checked(
-    path: str, shape: tuple[int, ...], spec: Any
+    path: str, shape: tuple[int, ...], spec: object
 ) -> MuonDimensionNumbers | None:
-    """Full rank for scalars and vectors; `"matrix"` only where there are two axes."""
-    if spec is None or len(shape) < 2:
+    """Full rank for scalars, vectors and what is empty; "matrix" for two axes only."""
+    if spec is None or len(shape) < 2 or not math.prod(shape):
         return None
     if isinstance(spec, MuonDimensionNumbers):
         return spec
@@ -167,29 +199,40 @@ def _checked(
 
 
 def rank_of(rank: Rank, path: str, layout: Layout) -> int | None:
-    """r for a matrix, or None for full rank (by rule, or because r >= m)."""
+    """r <= m for a matrix, or None for a rule that says full rank."""
     value: Any = match(rank, path, "rank") if _is_rules(rank) else rank
     if value is None:
         return None
     check_rank(value, path)
-    r = value if isinstance(value, int) else max(1, round(float(value) * layout.m))
-    return r if r < layout.m else None
+    if isinstance(value, numbers.Integral):
+        return min(int(value), layout.m)
+    return max(1, round(float(value) * layout.m))
 
 
-def check_rank(rank: Any, path: str = "low_rank") -> None:
+def check_rank(rank: object, path: str = "low_rank") -> None:
     """ValueError unless rank is an int >= 1, a fraction in (0, 1], or rules."""
     if _is_rules(rank):
         for _, value in rank:
             if value is not None:
                 check_rank(value, path)
-        return
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+    elif isinstance(rank, bool) or not isinstance(rank, numbers.Real):
         raise ValueError(
-            f"{path}: rank must be a Python int, a float fraction of the smaller side "
-            f"or (regular expression, rank) pairs, not {rank!r}; under "
+            f"{path}: rank must be an int, a float fraction of the smaller side or "
+            f"(regular expression, rank) pairs, not {rank!r}; under "
             "optax.inject_hyperparams pass static_args=lowrank_optax.static_args(...)"
         )
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"{path}: rank must be at least 1, not {rank}")
-    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+    elif isinstance(rank, numbers.Integral):
+        if rank < 1:
+            raise ValueError(f"{path}: rank must be at least 1, not {rank}")
+    elif not 0.0 < rank <= 1.0:
         raise ValueError(f"{path}: a fractional rank lies in (0, 1], not {rank}")
+
+
+def check_matrix(path: str, x: jax.Array) -> None:
+    """ValueError for a matrix that is not of real floating-point numbers."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{path}: a {x.dtype} matrix of shape {x.shape} has no real singular "
+            "vectors; give it full rank (None in dimension_numbers or rank), or keep "
+            "it out of the optimizer with optax.masked"
+        )

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.lax.linalg import EighImplementation
+from jax.typing import DTypeLike
 
 Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def largest(x: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit_largest(x: jax.Array) -> jax.Array:
     """x with a largest entry of one, so that small and large ones round alike."""
     return fence(x / largest(x))
 
@@ -141,19 +142,13 @@ def left_singular(
         s = scale * jnp.sqrt(jnp.maximum(values, 0))
         return vectors[:, ::-1], s[::-1]
 
+    check_full(decomposition)
+
     def one(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        match decomposition:
-            case None:
-                u, s = jax.lax.platform_dependent(g, cpu=svd, default=by_gram)
-            case "svd":
-                u, s = svd(g)
-            case "gram":
-                u, s = by_gram(g)
-            case _:
-                raise ValueError(
-                    f"decomposition={decomposition!r} gives no full set of singular "
-                    'vectors; choose "svd", "gram" or None'
-                )
+        if decomposition is None:
+            u, s = jax.lax.platform_dependent(g, cpu=svd, default=by_gram)
+        else:
+            u, s = svd(g) if decomposition == "svd" else by_gram(g)
         return fix_signs(u), s
 
     return per_matrix(one, g)
@@ -190,6 +185,28 @@ def leading(
         return fix_signs(matmul(q, inner[:, :rank]))
 
     return per_matrix(one, g, keys)
+
+
+def check_full(decomposition: Decomposition | None) -> None:
+    """ValueError for a decomposition that does not give all singular vectors."""
+    if decomposition not in (None, "svd", "gram"):
+        raise ValueError(
+            f"decomposition={decomposition!r} gives no full set of singular vectors; "
+            'choose "svd", "gram" or None'
+        )
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """A standard normal array of `shape` for each of the keys (L,): (L, *shape)."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def average_weight(gain: jax.Array, count: jax.Array) -> jax.Array:
+    """1 - beta^t, the sum of a running average's weights, with gain = 1 - beta.
+
+    Not as it is written, for float32 would round beta^t away.
+    """
+    return -jnp.expm1(count * jnp.log1p(-gain))
 
 
 def fix_signs(u: jax.Array) -> jax.Array:

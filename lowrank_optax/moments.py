@@ -1,15 +1,76 @@
-"""Step: moments that turn with the basis."""
+"""Step: moments, which fields of a state they are, and how they turn with the basis."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, frames_of, is_frame, map_frames
-from lowrank_optax.step import PerMatrixState, in_subspace
+from lowrank_optax.frame import BASIS_RULE, Clock, Frame, frames_of, map_frames, stage
+from lowrank_optax.linalg import average_weight
+from lowrank_optax.step import in_subspace
+
+
+class Moments(NamedTuple):
+    """Which fields of a state are moments; see `register_moments`."""
+
+    first: str
+    second: str | None
+    count: str
+
+
+_MOMENTS: dict[type, Moments] = {}
+# Wrappers' states that hold another state in another form: unpack, and pack again.
+_STORED: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
+
+
+def register_moments(
+    state_type: type, *, first: str, second: str | None = None, count: str = "count"
+) -> None:
+    """Says which fields of an optimizer's state are moments.
+
+    `rotate_moments` turns them with the basis, and the basis rules that follow the
+    first moment (`power_iterate`, `correlation_aware`) find it by this. Known are
+    Adam's, `optax.trace`'s, `optax.ema`'s, Lion's and `scale_by_adam_mini`'s.
+
+    Args:
+      state_type: the NamedTuple class of the state.
+      first: the field of M, a linear function of past gradients.
+      second: the field of V, a running average of squared gradients from zero, if
+        there is one that turns.
+      count: the field of the steps done, by which both are corrected for bias; asked
+        for only with `second`.
+
+    Raises:
+      ValueError: a class without these fields.
+
+    Example:
+      >>> import typing, lowrank_optax as lro
+      >>> class HeavyBallState(typing.NamedTuple):
+      ...     velocity: typing.Any
+      >>> lro.register_moments(HeavyBallState, first="velocity")
+    """
+    wanted = {first} if second is None else {first, second, count}
+    if missing := sorted(wanted - {*getattr(state_type, "_fields", ())}):
+        raise ValueError(f"{state_type.__name__} has no fields {missing}")
+    _MOMENTS[state_type] = Moments(first, second, count)
+
+
+register_moments(optax.ScaleByAdamState, first="mu", second="nu")
+register_moments(optax.TraceState, first="trace")
+register_moments(optax.EmaState, first="ema")
+register_moments(optax.ScaleByLionState, first="mu")
+
+
+def register_storage(
+    state_type: type,
+    unpack: Callable[[Any], optax.OptState],
+    pack: Callable[[Any, optax.OptState], Any],
+) -> None:
+    """Says how a wrapper's state holds another's: unpack(state), pack(state, new)."""
+    _STORED[state_type] = unpack, pack
 
 
 def rotate_moments(
@@ -33,18 +94,21 @@ def rotate_moments(
 
     Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
     `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
-    `masked`, `partition`, `inject_hyperparams`. `register_rotation` adds others. The
-    decay rates are read off one step of `inner` from zero, so they need not be
-    given twice.
+    `masked`, `partition`, `inject_hyperparams`. `register_moments` adds others. The
+    decay rates are read off one step of `inner` from zero moments, with the state's
+    own hyperparameters, so they need not be given twice; where they change, eq. 8 goes,
+    as Adam's bias correction does, by those of now.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
       moments: "first" turns M alone and leaves V as it is (GoLore).
 
     Raises:
-      ValueError: at init, when `inner` keeps arrays in a state that has no rotation;
-        at update, when `project` does not stand before it, or for a second moment in
-        bases that are not orthonormal, for which eq. 8 does not hold.
+      ValueError: at init, when `inner` keeps arrays in a state whose moments are not
+        registered, or a second moment that is no running average of squares from zero
+        (Adamax, Yogi, ADOPT); at update, when `project` does not stand before it, or
+        for a second moment in bases that are not orthonormal, for which eq. 8 does not
+        hold.
 
     Example:
       >>> import lowrank_optax as lro
@@ -53,262 +117,250 @@ def rotate_moments(
     """
     if moments not in ("both", "first"):
         raise ValueError(f'moments={moments!r}: choose "both" or "first"')
-    stage = in_subspace(inner)
+    inside = in_subspace(inner)
 
-    def rotate(frames: Any, state: Any) -> Any:
+    def rotate(frames: optax.Updates, state: optax.OptState) -> optax.OptState:
         ones = map_frames(
             lambda f: jnp.ones(f.low_shape, f.gradient.dtype),
             frames,
             plain=jnp.ones_like,
         )
-        _, unit = inner.update(ones, inner.init(ones), ones)
-        return rotate_state(state, unit, Rotation(frames, moments))
+        _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
+        turn = Turn(frames, with_second=moments == "both")
+        return _map_moments(turn.moments, state, unit)
 
-    def init(params: Any) -> Any:
-        state = stage.init(params)
+    def init(params: optax.Params) -> optax.OptState:
+        state = inside.init(params)
         if frames_of(params):
-            # Finds a state without a rotation now, not at the first refresh.
-            def with_turn(f: Frame) -> Frame:
-                shape = (*f.batch, f.rank, f.rank)
-                return f.replace(turn=jnp.zeros(shape, f.gradient.dtype))
-
-            jax.eval_shape(lambda s: rotate(map_frames(with_turn, params), s), state)
+            # Raises for a state whose moments are unknown.
+            jax.eval_shape(lambda s: _map_moments(lambda _, known: known, s), state)
+            if moments == "both":
+                check_second_moments(inner, params)
         return state
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
         *,
         clock: Clock | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
-        if frames_of(frames):
+        if any(not frame.whole for frame in frames_of(frames)):
             state = jax.lax.cond(
                 now.refresh & (now.step > 0),
                 lambda s: rotate(frames, s),
                 lambda s: s,
                 state,
             )
-        return stage.update(frames, state, params, clock=now, **extra_args)
+        return inside.update(frames, state, params, clock=now, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
 
 
-class Rotation:
-    """Turns moment trees by the Frames' `turn`; leaves of full rank stay.
+class Turn:
+    """Turns the moments of a tree of Frames by their `turn`; other leaves stay."""
 
-    Attributes:
-      looks_only: whether nothing is turned, and the moments are only looked for.
-    """
-
-    looks_only = False
-
-    def __init__(self, frames: Any, moments: Literal["both", "first"] = "both"):
+    def __init__(self, frames: optax.Updates, *, with_second: bool = True):
         self._frames = frames
-        self._moments = moments
+        self._with_second = with_second
 
-    def first(self, moment: Any) -> Any:
-        """M <- C M at every (*batch, r, n) leaf (eq. 7)."""
-        return self._map(lambda c, m: _matmul(c, m), moment)
-
-    def second(self, nu: Any, mu: Any, nu_weight: Any, mu_weight: Any) -> Any:
-        """V <- w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8).
+    def moments(self, kind: Moments, state: Any, unit: Any) -> Any:
+        """The state with its moments turned.
 
         Args:
-          nu: V, raw.
-          mu: M, raw, of the same step.
-          nu_weight: w_V = 1 - beta2^{t-1}, the sum of the average's weights, in a tree
-            like `nu`.
-          mu_weight: w_M = 1 - beta1^{t-1}, likewise.
+          kind: which fields they are.
+          state: the state.
+          unit: the same after one step from zero moments on a gradient of ones, from
+            which decay rates can be read.
         """
-        if self._moments == "first":
-            return nu
-        for frame in frames_of(self._frames):
-            if not frame.orthonormal:
-                raise ValueError(
-                    f"{frame.path}: a second moment turns with orthonormal bases only "
-                    '(eq. 8); take rotate_moments(inner, moments="first") or '
-                    "in_subspace(inner)"
-                )
+        mu = getattr(state, kind.first)
+        turned = {kind.first: self._map(self._first, mu)}
+        if kind.second is not None and self._with_second:
+            nu, count = getattr(state, kind.second), getattr(state, kind.count)
+            counts = count
+            if jax.tree.structure(count) != jax.tree.structure(nu):
+                counts = jax.tree.map(lambda _: count, nu)  # one for all
+            weights = (
+                jax.tree.map(_weight, getattr(unit, field), counts)
+                for field in (kind.second, kind.first)
+            )
+            turned[kind.second] = self._map(self._second, nu, mu, *weights)
+        return state._replace(**turned)
 
-        def turned(c: Any, v: Any, m: Any, w_v: Any, w_m: Any) -> jax.Array:
-            m_hat = m.astype(v.dtype) / w_m
-            variance = v / w_v - jnp.square(m_hat)
-            mean = _matmul(c, m_hat)
-            return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
+    def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
+        """C M (eq. 7)."""
+        return _matmul(_turn_of(frame), m)
 
-        return self._map(turned, nu, mu, nu_weight, mu_weight)
+    def _second(
+        self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
+    ) -> jax.Array:
+        """w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8)."""
+        if not frame.orthonormal:
+            raise ValueError(
+                f"{frame.path}: a second moment turns with orthonormal bases only "
+                '(eq. 8); take rotate_moments(inner, moments="first") or '
+                "in_subspace(inner)"
+            )
+        c, m_hat = _turn_of(frame), m.astype(v.dtype) / w_m
+        variance = v / w_v - jnp.square(m_hat)
+        mean = _matmul(c, m_hat)
+        return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
 
     def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
         def one(frame: Frame, m: Any, *others: Any) -> Any:
-            if isinstance(m, optax.MaskedNode):
+            if frame.whole or isinstance(m, optax.MaskedNode):
                 return m
-            if frame.turn is None and frame.basis is not None:
-                raise ValueError(
-                    f"{frame.path}: this basis rule does not say how its basis turns; "
-                    "take in_subspace(inner), which leaves the moments as they are"
-                )
-            turn = frame.need("turn", "a basis rule such as dominant_svd()")
-            return f(turn, m, *others).astype(m.dtype)
+            return f(frame, m, *others).astype(m.dtype)
 
         return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
+
+
+def _turn_of(frame: Frame) -> jax.Array:
+    if frame.turn is None and frame.basis is not None:
+        raise ValueError(
+            f"{frame.path}: this basis rule does not say how its basis turns; "
+            "take in_subspace(inner), which leaves the moments as they are"
+        )
+    return frame.need("turn", BASIS_RULE)
+
+
+def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:
+    """1 - beta^t with gain = 1 - beta; one count for each matrix, or one for all."""
+    gain = gain.astype(jnp.promote_types(gain.dtype, jnp.float32))
+    return average_weight(
+        gain, count.reshape(count.shape + (1,) * (gain.ndim - count.ndim))
+    )
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-class _FirstMoments(Rotation):
-    """Turns nothing, and keeps what `first` was given."""
-
-    looks_only = True
-
-    def __init__(self) -> None:
-        self.found: list[Any] = []
-
-    def first(self, moment: Any) -> Any:
-        self.found.append(moment)
-        return moment
-
-    def second(self, nu: Any, mu: Any, nu_weight: Any, mu_weight: Any) -> Any:
-        return nu
+def _zeroed(kind: Moments, state: Any) -> Any:
+    fields = [kind.first] if kind.second is None else [kind.first, kind.second]
+    return state._replace(
+        **{field: optax.tree.zeros_like(getattr(state, field)) for field in fields}
+    )
 
 
-def first_moments(state: Any) -> list[Any]:
-    """The trees of first moments in the stages' states, that `Rotation.first` turns.
+def _map_moments(
+    f: Callable[..., Any], state: Any, *others: Any, owner: str = ""
+) -> Any:
+    """f(its fields, state, ...) on each registered state of a nest of them."""
+    kind = type(state)
+    if kind in _STORED:
+        unpack, pack = _STORED[kind]
+        return pack(state, _map_moments(f, *map(unpack, (state, *others))))
+    if kind in _MOMENTS:
+        return f(_MOMENTS[kind], state, *others)
+    if isinstance(state, dict):
+        owner = owner or kind.__name__
+        return kind(
+            (k, _map_moments(f, v, *(o[k] for o in others), owner=owner))
+            for k, v in state.items()
+        )
+    if isinstance(state, (tuple, list)):
+        named = hasattr(state, "_fields")
+        owner = kind.__name__ if named else owner
+        rows = zip(state, *others, strict=True)
+        parts = [_map_moments(f, *row, owner=owner) for row in rows]
+        return kind(*parts) if named else kind(parts)
+    arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+    if arrays:
+        raise ValueError(
+            f"rotate_moments does not know how {owner or kind.__name__} turns with the "
+            f"basis (it holds an array of shape {arrays[0].shape}); name its moments "
+            "with lowrank_optax.register_moments, or take in_subspace(inner), which "
+            "leaves them as they are"
+        )
+    return state
 
-    A `PerMatrixState`, which has one for each leaf, is returned as it is.
+
+def check_second_moments(
+    inner: optax.GradientTransformation, params: optax.Params
+) -> None:
+    """ValueError for a V that is no running average of squares from zero.
+
+    Such a one is V <- beta V + (1 - beta) g^2. Seen on one row of each leaf, from V_0
+    and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
+    step as later. Not looked at where decay rates are traced.
     """
-    seen = _FirstMoments()
 
-    def visit(state: Any) -> None:
-        if type(state) in _ROTATIONS:
-            _ROTATIONS[type(state)](state, state, seen)
-        elif isinstance(state, PerMatrixState):
-            seen.found.append(state)
-        elif isinstance(state, dict):
-            visit(tuple(state.values()))
-        elif isinstance(state, (tuple, list)):
-            for part in state:
-                visit(part)
+    def rows_of(g: float) -> optax.Updates:
+        def row(x: Frame | jax.Array) -> jax.Array:
+            shape = x.low_shape if isinstance(x, Frame) else x.shape
+            return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
 
-    visit(state)
-    return seen.found
+        return jax.tree.map(row, params)
+
+    def after(v: float, g: float, count: int) -> list[jax.Array]:
+        def start(kind: Moments, state: Any) -> Any:
+            values = {kind.first: 0}
+            if kind.second is not None:
+                values |= {kind.second: v, kind.count: count}
+            full = {
+                k: optax.tree.full_like(getattr(state, k), x) for k, x in values.items()
+            }
+            return state._replace(**full)
+
+        rows = rows_of(g)
+        state = _map_moments(start, inner.init(rows))
+        seconds: list[jax.Array] = []
+
+        def see(kind: Moments, state: Any) -> Any:
+            if kind.second is not None:
+                seconds.extend(jax.tree.leaves(getattr(state, kind.second)))
+            return state
+
+        _map_moments(see, inner.update(rows, state, rows)[1])
+        return seconds
+
+    with jax.ensure_compile_time_eval():
+        cases = [(0.0, 1.0, 0), (0.0, 1.0, 5), (0.0, 2.0, 5), (1.0, 0.0, 5)]
+        for first, one, two, rest in zip(
+            *(after(*case) for case in cases), strict=True
+        ):
+            # Rounding is 1e-7; 1 - beta, by which Yogi's is off, is 1e-3.
+            parts = [first - one, two - 4 * one, one + rest - 1]
+            errors = [jnp.max(jnp.abs(x), initial=0.0) for x in parts]
+            traced = any(isinstance(x, jax.core.Tracer) for x in errors)
+            if not traced and max(map(float, errors)) > 1e-5:
+                raise ValueError(
+                    "rotate_moments: the second moment of this transformation is no "
+                    "running average of squared gradients, and eq. 8 does not hold for "
+                    'it; take rotate_moments(inner, moments="first"), or '
+                    "in_subspace(inner), which leaves all moments as they are"
+                )
 
 
-def with_momentum(frames: Any, state: Any) -> Any:
+def first_moments(state: Any) -> Iterator[Any]:
+    """The trees of first moments in the stages' states."""
+    kind = type(state)
+    if kind in _MOMENTS:
+        yield getattr(state, _MOMENTS[kind].first)
+    elif kind in _STORED:
+        yield from first_moments(_STORED[kind][0](state))
+    elif isinstance(state, (dict, tuple, list)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from first_moments(part)
+
+
+def with_momentum(frames: optax.Updates, state: optax.OptState) -> optax.Updates:
     """The Frames with the first moment that the stages' states hold for them."""
-    leaves, structure = jax.tree.flatten(frames, is_leaf=is_frame)
+    leaves, structure = jax.tree.flatten(frames)
     for found in first_moments(state):
-        if isinstance(found, PerMatrixState):
-            states = structure.flatten_up_to(found.states)
-            moments = [next(iter(first_moments(s)), None) for s in states]
-        else:
-            try:
-                moments = structure.flatten_up_to(found)
-            except ValueError:  # no moment per leaf, as under optax.flatten
-                continue
+        try:
+            moments = structure.flatten_up_to(found)
+        except ValueError:  # no moment per leaf, as under optax.flatten
+            continue
         for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
             # A basis may have an optimizer of its own, with moments of its shape.
             if (
-                is_frame(leaf)
+                isinstance(leaf, Frame)
                 and leaf.momentum is None
                 and getattr(m, "shape", None) == leaf.low_shape
             ):
                 leaves[i] = leaf.replace(momentum=m)
     return structure.unflatten(leaves)
-
-
-Rotate = Callable[[Any, Any, Rotation], Any]
-
-_ROTATIONS: dict[type, Rotate] = {}
-
-
-def register_rotation(state_type: type) -> Callable[[Rotate], Rotate]:
-    """Tells `rotate_moments` how a state's moments turn with the basis.
-
-    Args:
-      state_type: the NamedTuple class of the state.
-
-    Returns:
-      A decorator for a function (state, unit, rotation) to the turned state, of the
-      same structure, shapes and dtypes. `unit` is the same state after one step from
-      zero on a gradient of ones, from which decay rates can be read; `rotation` is
-      the `Rotation`.
-
-    Example:
-      >>> import optax, lowrank_optax as lro
-      >>> @lro.register_rotation(optax.TraceState)
-      ... def _(state, unit, rotation):
-      ...     return state._replace(trace=rotation.first(state.trace))
-    """
-
-    def register(rotate: Rotate) -> Rotate:
-        _ROTATIONS[state_type] = rotate
-        return rotate
-
-    return register
-
-
-@register_rotation(optax.ScaleByAdamState)
-def _adam(state: Any, unit: Any, rotation: Rotation) -> Any:
-    def weight(gain: jax.Array) -> jax.Array:
-        # 1 - beta^t with gain = 1 - beta, which beta^t in float32 would round away.
-        gain = gain.astype(jnp.promote_types(gain.dtype, jnp.float32))
-        count = state.count  # one per matrix inside in_subspace(..., per_matrix=True)
-        count = count.reshape(count.shape + (1,) * (gain.ndim - count.ndim))
-        return -jnp.expm1(count * jnp.log1p(-gain))
-
-    return state._replace(
-        mu=rotation.first(state.mu),
-        nu=rotation.second(
-            state.nu,
-            state.mu,
-            jax.tree.map(weight, unit.nu),
-            jax.tree.map(weight, unit.mu),
-        ),
-    )
-
-
-@register_rotation(optax.TraceState)
-def _trace(state: Any, unit: Any, rotation: Rotation) -> Any:
-    return state._replace(trace=rotation.first(state.trace))
-
-
-@register_rotation(optax.EmaState)
-def _ema(state: Any, unit: Any, rotation: Rotation) -> Any:
-    return state._replace(ema=rotation.first(state.ema))
-
-
-@register_rotation(optax.ScaleByLionState)
-def _lion(state: Any, unit: Any, rotation: Rotation) -> Any:
-    return state._replace(mu=rotation.first(state.mu))
-
-
-def rotate_state(state: Any, unit: Any, rotation: Rotation, owner: str = "") -> Any:
-    """Rotates the registered states in a nest of tuples, lists and dicts."""
-    kind = type(state)
-    if kind in _ROTATIONS:
-        return _ROTATIONS[kind](state, unit, rotation)
-    if isinstance(state, dict):
-        return kind(
-            (k, rotate_state(v, unit[k], rotation, owner)) for k, v in state.items()
-        )
-    if isinstance(state, (tuple, list)):
-        owner = kind.__name__ if hasattr(state, "_fields") else owner
-        parts = [
-            rotate_state(s, u, rotation, owner)
-            for s, u in zip(state, unit, strict=True)
-        ]
-        return kind(*parts) if hasattr(state, "_fields") else kind(parts)
-    arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
-    if arrays:
-        raise ValueError(
-            f"rotate_moments does not know how {owner or kind.__name__} turns with the "
-            f"basis (it holds an array of shape {arrays[0].shape}); add a rule with "
-            "lowrank_optax.register_rotation, or take in_subspace(inner), which "
-            "leaves the moments as they are"
-        )
-    return state

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule
-from lowrank_optax.frame import Clock, Frame
-from lowrank_optax.grassmann import check_start
-from lowrank_optax.linalg import Decomposition, transpose
+from lowrank_optax.basis import BasisRule, basis_rule
+from lowrank_optax.frame import BASIS_RULE, Clock, Frame
+from lowrank_optax.linalg import Decomposition, average_weight, transpose
 
 
 def power_iterate(
@@ -16,7 +15,7 @@ def power_iterate(
     *,
     b1: float | jax.Array = 0.908,
     decomposition: Decomposition | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> BasisRule:
     """One block power step towards momentum and gradient (LDAdam).
 
     S_0 = U[:, :r] of G_0; then at each refresh, with the bias-corrected first moment
@@ -45,27 +44,15 @@ def power_iterate(
       ...     rank=4, refresh_every=1)
       >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
-    check_start(decomposition)
 
-    def choose(frame: Frame, _: jax.Array | None, clock: Clock) -> jax.Array:
-        s, m = frame.need("basis", "low_rank"), _momentum(frame, "power_iterate")
+    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
+        s, m = frame.need("basis", BASIS_RULE), _momentum(frame, "power_iterate")
+        m_hat = rho * m / average_weight(1 - jnp.asarray(b1, m.dtype), clock.step)
+        # Of unit size: the span is the same, and no product over- or underflows.
+        b = linalg.unit_largest(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
+        return linalg.orthonormalize(linalg.matmul(b, linalg.matmul(transpose(b), s)))
 
-        def iterate() -> jax.Array:
-            weight = -jnp.expm1(clock.step * jnp.log1p(jnp.asarray(b1, m.dtype) - 1))
-            m_hat = rho * m / weight
-            # Of unit size: the span is the same, and no product over- or underflows.
-            b = linalg.unit(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
-            return linalg.orthonormalize(
-                linalg.matmul(b, linalg.matmul(transpose(b), s))
-            )
-
-        return jax.lax.cond(
-            clock.step == 0,
-            lambda: linalg.leading(frame.gradient, frame.rank, decomposition),
-            iterate,
-        )
-
-    return basis_rule(choose)
+    return basis_rule(choose, svd_until=1, decomposition=decomposition)
 
 
 def correlation_aware(
@@ -73,7 +60,7 @@ def correlation_aware(
     *,
     recompute_every: int = 5,
     decomposition: Decomposition | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> BasisRule:
     """Steps that correlate the momentum with the gradient, and now and then a sketch.
 
     S_0 = U[:, :r] of G_0; then at each refresh one gradient step (norm clipped at 1) on
@@ -104,53 +91,53 @@ def correlation_aware(
       >>> stages = optax.chain(lro.correlation_aware(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
-    check_start(decomposition)
     if not isinstance(recompute_every, int) or recompute_every < 1:
         raise ValueError(
             f"recompute_every must be an int of at least 1, not {recompute_every!r}"
         )
 
-    def choose(frame: Frame, _: jax.Array | None, clock: Clock) -> jax.Array:
-        g, s = frame.gradient, frame.need("basis", "low_rank")
+    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
+        g, s = frame.gradient, frame.need("basis", BASIS_RULE)
         m = _momentum(frame, "correlation_aware")
-
-        def loss(s: jax.Array) -> jax.Array:
-            lost = linalg.matmul(s, linalg.matmul(transpose(s), g)) - g
-            cosine = optax.losses.cosine_similarity(
-                transpose(linalg.matmul(s, m)), transpose(g), epsilon=1e-8
-            )
-            each = jnp.mean(jnp.square(lost), (-2, -1)) * (1 - jnp.mean(cosine, -1))
-            return jnp.sum(each)
-
-        def step() -> jax.Array:
-            grad = jax.grad(loss)(s)
-            norm = jnp.linalg.norm(grad, axis=(-2, -1), keepdims=True)
-            moved = s - step_size * grad / jnp.maximum(norm, 1)
-            # The loss is of second order in G, and overflows before G does.
-            return jnp.where(jnp.isfinite(norm), moved, s)
-
-        def recompute() -> jax.Array:
-            sketch = linalg.matmul(
-                g, linalg.orthonormalize(linalg.matmul(transpose(g), s))
-            )
-            q = linalg.orthonormalize(sketch)
-            inner, _ = linalg.left_singular(
-                linalg.matmul(transpose(q), sketch), decomposition
-            )
-            return linalg.fix_signs(linalg.matmul(q, inner))
-
-        first = clock.step == 0
-        due = clock.cycle % recompute_every == 0
-        return jax.lax.switch(
-            jnp.where(first, 0, jnp.where(due, 1, 2)),
-            [
-                lambda: linalg.leading(g, frame.rank, decomposition),
-                recompute,
-                step,
-            ],
+        return jax.lax.cond(
+            clock.cycle % recompute_every == 0,
+            lambda: _sketched(s, g, decomposition),
+            lambda: _correlated(s, g, m, step_size),
         )
 
-    return basis_rule(choose, orthonormal=False)
+    return basis_rule(
+        choose, orthonormal=False, svd_until=1, decomposition=decomposition
+    )
+
+
+def _correlated(
+    s: jax.Array, g: jax.Array, m: jax.Array, step_size: float | jax.Array
+) -> jax.Array:
+    """S after one gradient step, its norm clipped at 1, on COAP's loss."""
+
+    def loss(s: jax.Array) -> jax.Array:
+        lost = linalg.matmul(s, linalg.matmul(transpose(s), g)) - g
+        cosine = optax.losses.cosine_similarity(
+            transpose(linalg.matmul(s, m)), transpose(g), epsilon=1e-8
+        )
+        each = jnp.mean(jnp.square(lost), (-2, -1)) * (1 - jnp.mean(cosine, -1))
+        return jnp.sum(each)
+
+    grad = jax.grad(loss)(s)
+    norm = jnp.linalg.norm(grad, axis=(-2, -1), keepdims=True)
+    moved = s - step_size * grad / jnp.maximum(norm, 1)
+    # The loss is of second order in G, and overflows before G does.
+    return jnp.where(jnp.isfinite(norm), moved, s)
+
+
+def _sketched(
+    s: jax.Array, g: jax.Array, decomposition: Decomposition | None
+) -> jax.Array:
+    """The left singular vectors of G Q, Q an orthonormal basis of G^T S."""
+    sketch = linalg.matmul(g, linalg.orthonormalize(linalg.matmul(transpose(g), s)))
+    q = linalg.orthonormalize(sketch)
+    inner, _ = linalg.left_singular(linalg.matmul(transpose(q), sketch), decomposition)
+    return linalg.fix_signs(linalg.matmul(q, inner))
 
 
 def _momentum(frame: Frame, rule: str) -> jax.Array:

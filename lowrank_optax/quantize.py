@@ -1,6 +1,6 @@
 """Step: moments stored in 8 bits a number."""
 
-import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.frame import nothing, stage
 from lowrank_optax.linalg import fence
-from lowrank_optax.moments import (
-    Rotation,
-    first_moments,
-    register_rotation,
-    rotate_state,
-)
+from lowrank_optax.moments import register_storage
 
 _DECADES = 7
 
 
-def _means(bits: int) -> np.ndarray:
+def _code_values(bits: int) -> np.ndarray:
     """The middles of 2^(bits - k) equal parts of (10^-(k+1), 10^-k], ascending."""
     parts = [
         10.0**-k * (0.1 + 0.9 * (np.arange(2 ** (bits - k)) + 0.5) / 2 ** (bits - k))
@@ -30,7 +26,7 @@ def _means(bits: int) -> np.ndarray:
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """The 256 codes' values, ascending: not negative, and of either sign."""
-    signed, unsigned = _means(6), _means(7)
+    signed, unsigned = _code_values(6), _code_values(7)
     return (
         np.concatenate([[0.0], unsigned, [1.0]]),
         # The lowest is -1, not -0.993, so that no block's largest entry is rounded.
@@ -52,98 +48,103 @@ _MIDDLES[0] = 0.0
 _NEGATIVE = _MIDDLES[_MIDDLES < 0][-1]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizedArray:
-    """An array in 8 bits a number, in blocks along its last axis.
+class QuantizedArray(NamedTuple):
+    """An array in 8 bits a number, in equal blocks along its last axis.
 
     Attributes:
       codes: uint8, the array's shape; places in a map of 256 values in [-1, 1].
       scales: (..., blocks), the largest magnitude of each block, with a minus where the
-        block's map is the signed one; float32, or float64 for a float64 array.
-      dtype: of the array.
-      block_size: numbers in a block; the last one of a row may hold fewer.
+        block's map is the signed one; float32, or float64 for a float64 array. A block
+        has ceil(n / blocks) of the n numbers, the last one what is left.
     """
 
     codes: jax.Array
     scales: jax.Array
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    block_size: int = dataclasses.field(metadata={"static": True})
 
     def dequantize(self) -> jax.Array:
         """The array: each code's value times its block's scale."""
         scales = self.scales[..., None]
-        codes = in_blocks(self.codes, self.block_size).astype(jnp.int32)
+        codes = _in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.int32)
         table = jnp.asarray(_VALUES, scales.dtype)
         values = jnp.take(table, codes + 256 * (scales < 0), mode="clip")
-        return from_blocks(values * jnp.abs(scales), self.codes).astype(self.dtype)
+        return _from_blocks(values * jnp.abs(scales), self.codes)
 
 
-def quantize_array(x: jax.Array, block_size: int) -> QuantizedArray:
+def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
     """x (..., n) in the nearest codes, the lower one of two equally near."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    blocks = in_blocks(wide, block_size)
-    scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-    blocks = blocks / jnp.where(scales == 0, 1, scales)
+    parts = _in_blocks(wide, blocks)
+    scales = jnp.max(jnp.abs(parts), axis=-1, keepdims=True)
+    parts = parts / jnp.where(scales == 0, 1, scales)
     # By what is left after rounding, so that to quantise twice is to do it once.
-    signed = jnp.min(blocks, axis=-1, keepdims=True) <= _NEGATIVE.astype(wide.dtype)
+    signed = jnp.min(parts, axis=-1, keepdims=True) <= _NEGATIVE.astype(wide.dtype)
 
     middles = jnp.asarray(_MIDDLES, wide.dtype)
     codes = start = 256 * signed.astype(jnp.int32)
     for bit in (128, 64, 32, 16, 8, 4, 2, 1):  # how many middles lie below
         middle = jnp.take(middles, codes + (bit - 1), mode="clip")
-        codes = codes + bit * (blocks > middle)
+        codes = codes + bit * (parts > middle)
     return QuantizedArray(
-        codes=from_blocks(codes - start, x).astype(jnp.uint8),
+        codes=_from_blocks(codes - start, x).astype(jnp.uint8),
         scales=jnp.where(signed, -scales, scales)[..., 0],
-        dtype=x.dtype,
-        block_size=block_size,
     )
 
 
-def in_blocks(x: jax.Array, size: int) -> jax.Array:
-    """(..., n) to (..., ceil(n / size), size), the end filled up with zeros."""
+def _in_blocks(x: jax.Array, blocks: int) -> jax.Array:
+    """(..., n) to (..., blocks, ceil(n / blocks)), the end filled up with zeros."""
     n = x.shape[-1]
-    size = min(size, n)
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % size)])
-    return x.reshape(*x.shape[:-1], -1, size)
+    size = math.ceil(n / blocks)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * size - n)])
+    return x.reshape(*x.shape[:-1], blocks, size)
 
 
-def from_blocks(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `in_blocks`."""
-    return blocks.reshape(*blocks.shape[:-2], -1)[..., : like.shape[-1]]
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray)
-
-
-def _dequantized(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: x.dequantize() if _is_quantized(x) else x, tree, is_leaf=_is_quantized
-    )
-
-
-def _quantized_like(old: Any, new: Any) -> Any:
-    """`new` with its arrays quantised where `old` has them so."""
-
-    def leaf(q: Any, x: Any) -> Any:
-        if not _is_quantized(q):
-            return x
-        return quantize_array(x.astype(q.dtype), q.block_size)
-
-    return jax.tree.map(leaf, old, new, is_leaf=_is_quantized)
+def _from_blocks(parts: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `_in_blocks`."""
+    return parts.reshape(*parts.shape[:-2], -1)[..., : like.shape[-1]]
 
 
 class QuantizedState(NamedTuple):
     """State of `quantize_moments`.
 
     Attributes:
-      inner_state: the inner transformation's, with a `QuantizedArray` in place of every
-        large array of real numbers.
+      inner_state: the inner transformation's, with the codes of a `QuantizedArray` in
+        place of every large array of real numbers that belongs to a parameter.
+      scales: the scales in the same order, in a tree for each tree in the inner state
+        that is like the parameters; False for an array that is stored as it is.
     """
 
     inner_state: Any
+    scales: tuple[Any, ...]
+
+
+def _dequantized(state: QuantizedState) -> optax.OptState:
+    """The inner state, in full precision."""
+    codes, structure = jax.tree.flatten(state.inner_state)
+    scales = jax.tree.leaves(state.scales)
+    return structure.unflatten(
+        QuantizedArray(c, s).dequantize() if s.ndim else c
+        for c, s in zip(codes, scales, strict=True)
+    )
+
+
+def _quantized_like(
+    state: QuantizedState, inner_state: optax.OptState
+) -> QuantizedState:
+    """`inner_state` with its arrays quantised where `state` has them so."""
+    leaves, structure = jax.tree.flatten(inner_state)
+    # Fenced, or XLA spends seconds on folding the zeros of a large first state.
+    scales, inside = jax.tree.flatten(state.scales)
+    pairs = [
+        quantize_array(fence(x), s.shape[-1]) if s.ndim else (x, s)
+        for x, s in zip(leaves, scales, strict=True)
+    ]
+    return QuantizedState(
+        structure.unflatten([x for x, _ in pairs]),
+        inside.unflatten([s for _, s in pairs]),
+    )
+
+
+register_storage(QuantizedState, unpack=_dequantized, pack=_quantized_like)
 
 
 def quantize_moments(
@@ -177,9 +178,10 @@ def quantize_moments(
 
     Args:
       inner: any optax transformation, `optax.scale_by_adam()` for example.
-      block_size: numbers along the last axis that share a scale.
-      min_size: arrays of fewer numbers stay as they are; so do scalars, integers, keys
-        and arrays that would not get smaller. Shapes alone decide, at init.
+      block_size: how many numbers along the last axis share a scale at most.
+      min_size: arrays of fewer numbers stay as they are; so do scalars, integers, keys,
+        arrays that would not get smaller, and those that belong to no parameter. Shapes
+        alone decide, at init.
 
     Raises:
       ValueError: a block_size or min_size below 1.
@@ -189,43 +191,54 @@ def quantize_moments(
       >>> tx = lro.quantize_moments(optax.scale_by_adam())
       >>> state = tx.init({"w": jnp.ones((64, 512)), "b": jnp.ones(512)})
       >>> mu = optax.tree.get(state, "mu")
-      >>> mu["w"].codes.shape, mu["w"].scales.shape, mu["b"].dtype.name
-      ((64, 512), (64, 2), 'float32')
+      >>> mu["w"].dtype.name, mu["b"].dtype.name
+      ('uint8', 'float32')
     """
     for name, value in (("block_size", block_size), ("min_size", min_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
     inner = optax.with_extra_args_support(inner)
 
-    def store(x: Any) -> Any:
-        if not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        scales = x.size // x.shape[-1] * -(-x.shape[-1] // block_size) if x.size else 0
-        smaller = x.size + max(4, x.dtype.itemsize) * scales < x.size * x.dtype.itemsize
+    def scales_of(x: jax.Array) -> jax.Array:
+        """Zeros where the array is to be quantised."""
+        if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+            return nothing()
+        blocks = math.ceil(x.shape[-1] / block_size)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scales = x.size // max(x.shape[-1], 1) * blocks
+        smaller = x.size + wide.itemsize * scales < x.size * x.dtype.itemsize
         if x.size < min_size or not smaller:
-            return x
-        # Fenced, or XLA spends seconds on folding the zeros of a large state.
-        return quantize_array(fence(x), block_size)
+            return nothing()
+        return jnp.zeros((*x.shape[:-1], blocks), wide)
 
-    def init(params: Any) -> Any:
-        return QuantizedState(jax.tree.map(store, inner.init(params)))
+    def init(params: optax.Params) -> QuantizedState:
+        state = inner.init(params)
+        trees = inner.init(_PLACEHOLDER)
+        parts = jax.tree.structure(trees, is_leaf=_is_placeholder).flatten_up_to(state)
+        scales = jax.tree.map(scales_of, tuple(parts))
+        return _quantized_like(QuantizedState(state, scales), state)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        old = state.inner_state
-        updates, new = inner.update(updates, _dequantized(old), params, **extra_args)
-        return updates, QuantizedState(_quantized_like(old, new))
+        updates: optax.Updates,
+        state: QuantizedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QuantizedState]:
+        updates, new = inner.update(updates, _dequantized(state), params, **extra_args)
+        return updates, _quantized_like(state, new)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
 
 
-@register_rotation(QuantizedState)
-def _quantized(state: Any, unit: Any, rotation: Rotation) -> Any:
-    inner = _dequantized(state.inner_state)
-    if rotation.looks_only:  # `inner` need not have a rotation
-        for moment in first_moments(inner):
-            rotation.first(moment)
-        return state
-    turned = rotate_state(inner, _dequantized(unit.inner_state), rotation)
-    return QuantizedState(_quantized_like(state.inner_state, turned))
+def _placeholder() -> Any:
+    """What optax puts in the parameters' place to find the trees like them."""
+    seen = []
+    optax.tree_map_params(lambda tree: seen.append(tree) or tree, lambda x: x, {})
+    return seen[0]
+
+
+_PLACEHOLDER = _placeholder()
+
+
+def _is_placeholder(x: object) -> bool:
+    return isinstance(x, type(_PLACEHOLDER))

@@ -1,61 +1,51 @@
 """When: basis rules that are asked less often than every T steps."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, nothing
-from lowrank_optax.online_pca import OnlinePCAState
+from lowrank_optax.basis import (
+    BasisRule,
+    BasisState,
+    Chosen,
+    Leaves,
+    choose_anew,
+    clock_of,
+    follow,
+    rule_of,
+    starts,
+)
+from lowrank_optax.frame import Clock, Frame, each_apart, in_turn, stage
 
 
-def frozen(
-    rule: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def frozen(rule: optax.GradientTransformation) -> BasisRule:
     """`rule`'s basis of step 0, for the whole run.
 
-    The ablation of the GrassWalk paper (section 5): S_0 from the first gradient, and
-    what the projection lost given back.
+    The ablation of the GrassWalk paper (section 5): S_0 from a matrix's first gradient
+    that is not zero, and what the projection lost given back.
 
     Args:
       rule: a basis rule.
 
     Raises:
-      ValueError: at init, `online_pca`; at update, outside `low_rank`.
+      ValueError: a stage that is no basis rule; at update, outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.frozen(lro.dominant_svd()), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
-    rule = optax.with_extra_args_support(rule)
-
-    def init(params: Any) -> Any:
-        return _with_refreshes(rule.init(params), "frozen()")
-
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        clock: Clock | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
-        now = clock_of(clock)
-        still = now._replace(refresh=now.refresh & (now.step == 0))
-        return rule.update(updates, state, params, clock=still, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return follow(dataclasses.replace(rule_of(rule, "frozen()"), once=True))
 
 
 class LazyRefreshState(NamedTuple):
-    """State of `lazy_refresh`: for each matrix leaf, by path.
+    """State of `lazy_refresh`; but for the rule's, trees like the parameters.
 
     Attributes:
-      rule_state: the rule's state for this leaf alone.
+      rule_state: the rule's, its key split whenever a refresh is due.
       cycle: () int32, refreshes that were done.
       interval: () int32, refreshes that were due per refresh that is done.
       wait: () int32, refreshes still to be passed over.
@@ -63,11 +53,20 @@ class LazyRefreshState(NamedTuple):
         newest last; -1 where there was none.
     """
 
-    rule_state: Any
+    rule_state: BasisState
     cycle: Any
     interval: Any
     wait: Any
     similarities: Any
+
+
+class _Pace(NamedTuple):
+    """The last four fields of one leaf."""
+
+    cycle: jax.Array
+    interval: jax.Array
+    wait: jax.Array
+    similarities: jax.Array
 
 
 def lazy_refresh(
@@ -92,14 +91,14 @@ def lazy_refresh(
     with its sign, which the SVD leaves open. The paper's threshold is kept.
 
     Args:
-      rule: a basis rule with orthonormal bases.
+      rule: a basis rule that keeps its bases.
       threshold: of the mean similarity, in [0, 1].
       window: how many similarities are averaged, at least 1.
       factor: by which the interval grows, at least 1.
 
     Raises:
-      ValueError: a window or a factor below 1; at init, `online_pca`; at update,
-        outside `low_rank`.
+      ValueError: a window or a factor below 1; a stage that is no basis rule,
+        `gaussian`, or `frozen`; at update, outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -109,78 +108,75 @@ def lazy_refresh(
     for name, value in (("window", window), ("factor", factor)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
-    ask: Any = optax.with_extra_args_support(rule).update
-
-    def init(params: Any) -> Any:
-        def first(frame: Any) -> Any:
-            return _with_refreshes(rule.init(frame), "lazy_refresh()")
-
-        def each(make: Callable[[], jax.Array]) -> Any:
-            return map_frames(lambda _: make(), params, plain=nothing)
-
-        def zero() -> jax.Array:
-            return jnp.zeros([], jnp.int32)
-
-        return LazyRefreshState(
-            rule_state=map_frames(first, params, plain=nothing),
-            cycle=each(zero),
-            interval=each(lambda: jnp.ones([], jnp.int32)),
-            wait=each(zero),
-            similarities=each(lambda: jnp.full((window,), -1.0, jnp.float32)),
+    inside = rule_of(rule, "lazy_refresh()")
+    if inside.storage.shared or inside.once:
+        raise ValueError(
+            "lazy_refresh() compares a basis with the last one; it has nothing to do "
+            "around gaussian(), which keeps none, or frozen(), which is never asked"
         )
+    a_pace = jax.tree.structure(_Pace(0, 0, 0, 0))
+
+    def init(params: optax.Params) -> LazyRefreshState:
+        def start(_: Any) -> _Pace:
+            zero, one, zero_too = (jnp.full([], x, jnp.int32) for x in (0, 1, 0))
+            return _Pace(zero, one, zero_too, jnp.full((window,), -1.0, jnp.float32))
+
+        leaves, structure = jax.tree.flatten(params)
+        paces = in_turn(structure, a_pace, [start(x) for x in leaves])
+        return LazyRefreshState(cast(BasisState, rule.init(params)), *paces)
 
     def one(
-        frame: Frame, now: Clock, state: Any, extra_args: Any
-    ) -> tuple[Frame, LazyRefreshState]:
-        rule_state, cycle, interval, wait, similarities = state
-        due = now.refresh & (wait == 0)
-        frame, rule_state = ask(
-            frame,
-            rule_state,
-            clock=now._replace(refresh=due, cycle=cycle),
-            **extra_args,
+        frame: Frame, last: Chosen, pace: _Pace, key: jax.Array | None, now: Clock
+    ) -> tuple[Chosen, _Pace]:
+        due = now.refresh & (pace.wait == 0)
+        chosen = jax.lax.cond(
+            due | starts(inside, [frame], [last]),
+            lambda: choose_anew(
+                inside, frame, last, key, now._replace(cycle=pace.cycle), due
+            ),
+            lambda: last,
         )
-        turn = frame.need("turn", "a basis rule such as dominant_svd()")
-        overlap = jnp.mean(jnp.sum(jnp.square(turn), axis=(-2, -1))) / frame.rank
+        overlap = jnp.mean(jnp.sum(jnp.square(chosen.turn), axis=(-2, -1))) / frame.rank
         compared = due & (now.step > 0)
-        shifted = jnp.append(similarities[1:], overlap.astype(similarities.dtype))
-        similarities = jnp.where(compared, shifted, similarities)
+        shifted = jnp.append(pace.similarities[1:], overlap.astype(jnp.float32))
+        similarities = jnp.where(compared, shifted, pace.similarities)
         full = jnp.all(similarities >= 0)
         grow = compared & full & (jnp.mean(similarities) >= threshold)
-        interval = jnp.where(grow, factor * interval, interval)
-        wait = jnp.where(due, interval - 1, wait - now.refresh)
-        return frame, LazyRefreshState(
-            rule_state, cycle + due, interval, wait, similarities
-        )
+        interval = jnp.where(grow, factor * pace.interval, pace.interval)
+        wait = jnp.where(due, interval - 1, pace.wait - now.refresh)
+        return chosen, _Pace(pace.cycle + due, interval, wait, similarities)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: optax.Updates,
+        state: LazyRefreshState,
+        params: optax.Params | None = None,
         *,
         clock: Clock | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
+        **_: Any,
+    ) -> tuple[optax.Updates, LazyRefreshState]:
         del params
-        now = clock_of(clock)
-        leaves, structure = jax.tree.flatten(updates, is_leaf=is_frame)
-        parts = [structure.flatten_up_to(part) for part in state]
-        for i, leaf in enumerate(leaves):
-            if is_frame(leaf):
-                leaves[i], new = one(leaf, now, [p[i] for p in parts], extra_args)
-                for part, x in zip(parts, new, strict=True):
-                    part[i] = x
-        return structure.unflatten(leaves), LazyRefreshState(
-            *[structure.unflatten(part) for part in parts]
-        )
+        now, leaves = clock_of(clock), Leaves(inside, updates, state.rule_state)
+        key, sub = _split_if(now.refresh, state.rule_state.rng_key)
+        paces = each_apart(leaves.structure, a_pace, _Pace(*state[1:]))
+        new = []
+        rows = zip(leaves.places, leaves.frames, leaves.last, strict=True)
+        for i, frame, last in rows:
+            chosen, paces[i] = one(frame, last, paces[i], sub, now)
+            new.append(chosen)
+        frames, rule_state = leaves.with_bases(key, new)
+        paces = in_turn(leaves.structure, a_pace, paces)
+        return frames, LazyRefreshState(rule_state, *paces)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
 
 
-def _with_refreshes(state: Any, wrapper: str) -> Any:
-    if isinstance(state, OnlinePCAState):
-        raise ValueError(
-            f"{wrapper}: online_pca() moves its basis at every step, whatever the "
-            f"clock says; take {wrapper} around another rule, such as dominant_svd()"
-        )
-    return state
+def _split_if(
+    due: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The key to keep and the key to draw from, if one is due."""
+    if key is None:
+        return None, None
+    kept, drawn = jax.lax.cond(
+        due, lambda k: tuple(jax.random.split(k)), lambda k: (k, k), key
+    )
+    return kept, drawn

@@ -1,19 +1,13 @@
 """How many bytes an optimizer's state takes, leaf by leaf, beside AdamW's."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax.basis import BasisState
+from lowrank_optax.bracket import decisions
 from lowrank_optax.layout import path_of
-from lowrank_optax.moments import first_moments
-from lowrank_optax.online_pca import OnlinePCAState
-from lowrank_optax.quantize_basis import QuantizedBasis
-from lowrank_optax.step import PerMatrixState
 
 SHARED = "(shared)"
 
@@ -25,7 +19,9 @@ class MemoryRow:
     Attributes:
       path: "layers/mlp/up/kernel"; "(shared)" for counts, keys and the like.
       shape: the parameter's.
-      rank: of its subspace, or None where the state has full rank.
+      rank: of its subspace, m where that is the whole space; None where the state has
+        full rank by a rule, the parameter's shape, or an optimizer without subspaces.
+      whole: whether the rank is m.
       state_bytes: of the optimizer state that belongs to it.
       adamw_bytes: of AdamW's, in the parameter's dtype.
     """
@@ -35,6 +31,7 @@ class MemoryRow:
     rank: int | None
     state_bytes: int
     adamw_bytes: int
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,8 @@ class MemoryReport:
 
     def __str__(self) -> str:
         def line(row: MemoryRow) -> tuple[str, ...]:
-            rank = "full" if row.rank is None else str(row.rank)
+            rank = "full" if row.rank is None else f"{row.rank}"
+            rank += " (all)" if row.whole else ""
             sizes = f"{row.state_bytes:,}", f"{row.adamw_bytes:,}"
             if row.path == SHARED:
                 return row.path, "", "", *sizes
@@ -78,14 +76,16 @@ class MemoryReport:
         )
 
 
-def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport:
+def memory_report(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> MemoryReport:
     """Bytes of `tx`'s state for each parameter and in all, beside AdamW's.
 
     Nothing is allocated: both states are traced by `jax.eval_shape`. An (m, n) matrix
     at rank r takes mr numbers of basis and 2nr of moments with Adam inside, in float32
     unless the weights are wider. Its gradient is not in the count: no optimizer here
-    makes that smaller. A matrix whose rank would be min(m, n) or more is listed as
-    "full".
+    makes that smaller. A matrix whose rank would be min(m, n) or more is listed with
+    "(all)" behind its rank, and one that a rule keeps at full rank as "full".
 
     Args:
       tx: any optax transformation.
@@ -112,19 +112,23 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
         path_of(k): tuple(x.shape)
         for k, x in jax.tree_util.tree_leaves_with_path(params)
     }
-    state = jax.eval_shape(tx.init, params)
+    with decisions() as decided:
+        state = jax.eval_shape(tx.init, params)
     ours = _bytes_by_parameter(state, shapes)
     adamw = _bytes_by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), shapes)
-    ranks = _ranks(state, shapes)
-    return MemoryReport(
-        tuple(
-            MemoryRow(path, shape, ranks.get(path), ours[path], adamw[path])
-            for path, shape in {**shapes, SHARED: ()}.items()
-        )
-    )
+    leaves = {leaf.path: leaf for leaf in decided if leaf.layout is not None}
+
+    def row(path: str, shape: tuple[int, ...]) -> MemoryRow:
+        leaf = leaves.get(path)
+        rank, whole = (None, False) if leaf is None else (leaf.rank, leaf.whole)
+        return MemoryRow(path, shape, rank, ours[path], adamw[path], whole)
+
+    return MemoryReport(tuple(row(*item) for item in {**shapes, SHARED: ()}.items()))
 
 
-def _bytes_by_parameter(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
+def _bytes_by_parameter(
+    state: optax.OptState, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, int]:
     """State bytes by the parameter whose path is in the state leaf's path."""
     total = dict.fromkeys([*shapes, SHARED], 0)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -133,33 +137,10 @@ def _bytes_by_parameter(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
     return total
 
 
-def _owner(keys: Any, shapes: dict[str, Any]) -> str | None:
+def _owner(
+    keys: jax.tree_util.KeyPath, shapes: dict[str, tuple[int, ...]]
+) -> str | None:
     """The longest stretch of a path that is a parameter's path."""
     ends = range(len(keys), 0, -1)
     stretches = (path_of(keys[i:j]) for j in ends for i in range(j))
     return max((p for p in stretches if p in shapes), key=len, default=None)
-
-
-def _ranks(state: Any, shapes: dict[str, Any]) -> dict[str, int]:
-    """r of each matrix: from its basis, or its first moment where that is a key."""
-    ranks: dict[str, int] = {}
-
-    def learn(tree: Any, prefix: Any, axis: int) -> None:
-        for keys, x in jax.tree_util.tree_leaves_with_path(tree):
-            owner = _owner((*prefix, *keys), shapes)
-            if owner is not None and x.shape != shapes[owner]:
-                ranks.setdefault(owner, x.shape[axis])
-
-    kinds = (BasisState, OnlinePCAState, QuantizedBasis)
-    states = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda x: isinstance(x, kinds)
-    )
-    for keys, part in states:
-        if isinstance(part, QuantizedBasis):
-            learn(jax.ShapeDtypeStruct(part.shape, jnp.float32), keys, -1)
-        elif isinstance(part, (BasisState, OnlinePCAState)):
-            learn(part.basis, keys, -1)
-    for moments in jax.eval_shape(first_moments, state):
-        if not isinstance(moments, PerMatrixState):
-            learn(moments, (), -2)
-    return ranks

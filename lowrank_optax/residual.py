@@ -1,26 +1,23 @@
 """Back: the step, and with it the part of the gradient that the projection lost."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames, nothing, update_frames
+from lowrank_optax.frame import Frame, map_frames
+from lowrank_optax.limiter import (
+    column_norms_squared,
+    limit_growth,
+    limited_stage,
+    ratio,
+)
+from lowrank_optax.published import Variant, arithmetic_of
 
-Variant = Literal["paper", "published"]
-
-
-class RecoverState(NamedTuple):
-    """State of `recover_residual`.
-
-    Attributes:
-      norm: ||Lambda_{t-1}||_F per matrix, (*batch,); negative before the first step;
-        `optax.MaskedNode` at leaves of full rank.
-    """
-
-    norm: Any
+LOW_RESOLUTION = 0.02
+"""Of `resolution`, where products round to TF32 or bfloat16."""
 
 
 def recover_residual(
@@ -28,7 +25,7 @@ def recover_residual(
     *,
     scale: float | jax.Array = 1.0,
     variant: Variant = "paper",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The step back in full space plus the rescaled residual (Fira; GrassWalk's RS).
 
     With G~ = S^T G, the optimizer's output G~^O and zeta = `limit`:
@@ -49,6 +46,11 @@ def recover_residual(
     norm that the next one is limited against, so that the residual comes back. A
     residual whose squared norm overflows is left out of that step.
 
+    The difference of squares resolves a residual down to about 1e-3 of G in float32
+    products, and 2e-2 in TF32 or bfloat16 ones (`resolution`). A smaller one is given
+    back like any other, but its norm, which is rounding, bounds no later one: a first
+    gradient of rank r does not hold the residual back for the steps after it.
+
     `variant="published"` is what fira 1.0.2 computes: the residual is G - scale S G~;
     1e-8 is added to ||G~_i|| and to ||Lambda_{t-1}||; and a zero Lambda is stored like
     any other, after which the residual grows back from 1e-8 by zeta a step.
@@ -67,25 +69,49 @@ def recover_residual(
       >>> stages = optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01))
     """
-    published = check_variant(variant)
-    inside = scale if published else 1.0
-    eps = 1e-8 if published else 0.0
+    arithmetic = arithmetic_of(variant)
+    inside = scale if arithmetic.scaled_residual else 1.0
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
         frame.check_residual("recover_residual()")
         G = frame.gradient
         low = frame.need("low", "project()")
         low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
-        squared = column_norms_squared(low)
-        phi = ratio(jnp.sqrt(column_norms_squared(low_step)), jnp.sqrt(squared), eps)
-        lost = column_norms_squared(G) - inside * (2 - inside) * squared
+        inner, outer = column_norms_squared(low), column_norms_squared(G)
+        phi = ratio(
+            jnp.sqrt(column_norms_squared(low_step)),
+            jnp.sqrt(inner),
+            arithmetic.norm_eps,
+        )
+        lost = outer - inside * (2 - inside) * inner
         norm = jnp.sqrt(jnp.sum(phi**2 * jnp.maximum(lost, 0), axis=-1))
-        factor, norm = limit_growth(norm, last, limit, published=published)
-        phi = limited(phi, factor)
-        inner = jnp.multiply(scale, low_step) - inside * low * phi[..., None, :]
-        return frame.replace(step=frame.up(inner) + G * phi[..., None, :]), norm
+        floor = resolution(frame) * jnp.sqrt(jnp.sum(phi**2 * outer, axis=-1))
+        phi, norm = limit_growth(phi, norm, last, limit, arithmetic, floor)
+        kept = jnp.multiply(scale, low_step) - inside * low * phi[..., None, :]
+        return frame.replace(step=frame.up(kept) + G * phi[..., None, :]), norm
 
-    return with_last_norm(one)
+    return limited_stage(one)
+
+
+def resolution(frame: Frame) -> float | jax.Array:
+    """The part of ||Lambda|| without a projection under which it is rounding.
+
+    The difference of two squared norms that agree to a part eps has no digit left; the
+    products with S round too, on accelerators to TF32 or bfloat16 unless their
+    precision says otherwise. (Measured: README.md, "Limits".)
+    """
+    full = math.sqrt(8 * float(jnp.finfo(frame.gradient.dtype).eps))
+    if frame.gradient.dtype == jnp.float64:
+        return full
+    precision = frame.precision or jax.config.jax_default_matmul_precision
+    name = str(precision).upper()
+    if "HIGHEST" in name or name in ("FLOAT32", "F32_F32_F32"):
+        return full
+    if precision is not None:
+        return LOW_RESOLUTION
+    return jax.lax.platform_dependent(
+        cpu=lambda: jnp.asarray(full), default=lambda: jnp.asarray(LOW_RESOLUTION)
+    )
 
 
 def sign_residual(
@@ -126,62 +152,3 @@ def sign_residual(
         return frame.replace(step=frame.up(low_step) + jnp.multiply(scale, rest))
 
     return optax.stateless(lambda frames, _: map_frames(one, frames))
-
-
-def with_last_norm(
-    one: Callable[[Frame, jax.Array], tuple[Frame, jax.Array]],
-) -> optax.GradientTransformation:
-    """A stage from `one(frame, last norm) -> (frame, norm)`, with a `RecoverState`."""
-
-    def init(params: Any) -> Any:
-        def before(frame: Frame) -> jax.Array:
-            return jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-
-        return RecoverState(map_frames(before, params, plain=nothing))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        frames, norm = update_frames(one, updates, state.norm)
-        return frames, RecoverState(norm)
-
-    return optax.GradientTransformation(init, update)
-
-
-def limit_growth(
-    norm: jax.Array, last: jax.Array, limit: float | jax.Array, *, published: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Fira's norm-growth limiter: the factor on Lambda_t, and the norm to store.
-
-    Factor zeta ||Lambda_{t-1}|| / ||Lambda_t|| where that is below 1; 0 where
-    ||Lambda_t|| overflowed. A negative `last` is no norm yet.
-    """
-    bound = limit * (last + (1e-8 if published else 0.0))
-    grown = (last >= 0) & (norm > bound)
-    factor = jnp.where(grown, bound / jnp.where(grown, norm, 1), 1)
-    usable = jnp.isfinite(norm)
-    factor = jnp.where(usable, factor, 0)
-    after = jnp.where(usable, norm * factor, last)
-    return factor, after if published else jnp.where(after > 0, after, last)
-
-
-def limited(phi: jax.Array, factor: jax.Array) -> jax.Array:
-    """phi times its matrix's factor; 0 where that is 0, even if phi overflowed."""
-    factor = factor[..., None]
-    return jnp.where(factor > 0, phi * factor, 0)
-
-
-def check_variant(variant: str) -> bool:
-    """Whether it is "published"; ValueError for neither that nor "paper"."""
-    if variant not in ("paper", "published"):
-        raise ValueError(f'variant={variant!r}: choose "paper" or "published"')
-    return variant == "published"
-
-
-def column_norms_squared(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x), axis=-2)
-
-
-def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:
-    """a / (b + eps), and 0 where that denominator is 0."""
-    b = b + eps
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

@@ -5,15 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.frame import Frame
-from lowrank_optax.residual import (
-    Variant,
-    check_variant,
+from lowrank_optax.limiter import (
     column_norms_squared,
     limit_growth,
-    limited,
+    limited_stage,
     ratio,
-    with_last_norm,
 )
+from lowrank_optax.published import Variant, arithmetic_of
 
 
 def scale_channels(
@@ -21,7 +19,7 @@ def scale_channels(
     *,
     scale: float | jax.Array = 1.0,
     variant: Variant = "paper",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The gradient, each column scaled as the subspace's step scaled it (APOLLO).
 
     With G~ = S^T G, the optimizer's output G~^O and zeta = `limit`:
@@ -58,7 +56,7 @@ def scale_tensor(
     *,
     scale: float | jax.Array = 128.0,
     variant: Variant = "paper",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`scale_channels` with one factor for the whole matrix (APOLLO-Mini).
 
     phi = ||G~^O||_F / ||G~||_F, which a subspace of rank 1 is enough for; a scale of
@@ -87,9 +85,8 @@ def _scaled(
     limit: float | jax.Array,
     scale: float | jax.Array,
     variant: Variant,
-) -> optax.GradientTransformation:
-    published = check_variant(variant)
-    eps = 1e-8 if published else 0.0
+) -> optax.GradientTransformationExtraArgs:
+    arithmetic = arithmetic_of(variant)
 
     def norms(x: jax.Array) -> jax.Array:
         """(*batch, n) of the columns, or (*batch, 1) of the matrix."""
@@ -102,11 +99,11 @@ def _scaled(
         frame.check_residual(stage, orthonormal=False)
         low = frame.need("low", "project()")
         low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
-        phi = ratio(norms(low_step), norms(low), eps)
+        phi = ratio(norms(low_step), norms(low), arithmetic.norm_eps)
         squared = column_norms_squared(frame.gradient)
         norm = jnp.sqrt(jnp.sum(phi**2 * squared, axis=-1))
-        factor, norm = limit_growth(norm, last, limit, published=published)
-        phi = jnp.sqrt(scale) * limited(phi, factor)
+        phi, norm = limit_growth(phi, norm, last, limit, arithmetic)
+        phi = jnp.sqrt(scale) * phi
         return frame.replace(step=frame.gradient * phi[..., None, :]), norm
 
-    return with_last_norm(one)
+    return limited_stage(one)

@@ -2,17 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule, check_key, sample_indices
+from lowrank_optax.basis import BasisRule, basis_rule, check_key, sample_indices
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import Decomposition
 
 
 def dominant_svd(
     *, decomposition: Decomposition | None = None, key: jax.Array | int | None = None
-) -> optax.GradientTransformationExtraArgs:
+) -> BasisRule:
     """The r leading left singular vectors of the gradient (GaLore).
 
     G_t = U diag(s) V^T, S_t = U[:, :r]    (GrassWalk paper, section 2, eq. 2)
@@ -48,7 +47,7 @@ def dominant_svd(
     if decomposition == "randomized" and key is None:
         raise ValueError('decomposition="randomized" draws a sketch: give a key')
 
-    def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
         return linalg.leading(frame.gradient, frame.rank, decomposition, keys)
 
     return basis_rule(choose, key if decomposition == "randomized" else None)
@@ -56,7 +55,7 @@ def dominant_svd(
 
 def sara_sample(
     key: jax.Array | int, *, decomposition: Decomposition | None = None
-) -> optax.GradientTransformationExtraArgs:
+) -> BasisRule:
     """r left singular vectors, sampled by singular value without replacement (SARA).
 
     G_t = U diag(s) V^T, w_i = s_i / sum_j s_j, I = sort(sample r of m by w without
@@ -89,9 +88,9 @@ def sara_sample(
             'must be "svd", "gram" or None'
         )
 
-    def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
         u, s = linalg.left_singular(frame.gradient, decomposition)
-        index = sample_indices(frame, keys, s)
+        index = sample_indices(keys, s, frame.rank)
         return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
     return basis_rule(choose, check_key(key))

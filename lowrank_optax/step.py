@@ -1,29 +1,87 @@
 """Step: any optax transformation, in the subspace or before it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, nothing
+from lowrank_optax.basis import select
+from lowrank_optax.frame import (
+    BASIS_RULE,
+    Frame,
+    each_apart,
+    in_turn,
+    is_frame,
+    map_frames,
+    stage,
+)
 
 
-class PerMatrixState(NamedTuple):
-    """State of `in_subspace(inner, per_matrix=True)`.
+def per_matrix(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on each matrix by itself: the last two axes of a leaf are the matrix.
 
-    Attributes:
-      states: `inner`'s state for each leaf by itself; for a matrix leaf its arrays,
-        the step count too, have the batch axes in front.
+    Every leaf is handed to `inner` alone, and under `jax.vmap` over the axes before its
+    last two. For an `inner` that works entry by entry (Adam, Lion, momentum) that
+    changes nothing; one that takes means or norms over a leaf (Adafactor, clipping by
+    block, trust ratios) would mix the layers of a stacked kernel without it.
+
+    The state is `inner`'s, with a tree like the parameters in place of every array, the
+    step count too; for a leaf of three or more axes with the batch axes in front.
+
+    Args:
+      inner: any transformation; with a state of the same structure for every leaf.
+
+    Raises:
+      ValueError: at init, when the state's structure depends on the leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
+      >>> tx.init({"w": jnp.ones((3, 4, 8))}).v_row["w"].shape
+      (3, 4)
     """
+    inner = optax.with_extra_args_support(inner)
+    one = jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
 
-    states: Any
+    def init(params: optax.Params) -> optax.OptState:
+        leaves, structure = jax.tree.flatten(params)
+        states = [_vmapped(inner.init, x)(x) for x in leaves]
+        if any(jax.tree.structure(state) != one for state in states):
+            raise ValueError(
+                "per_matrix(): the state's structure is not the same for every leaf; "
+                "take inner by itself, or optax.partition"
+            )
+        return in_turn(structure, one, states)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        leaves, structure = jax.tree.flatten(updates)
+
+        def step(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
+            return inner.update(update, state, param, **extra_args)
+
+        columns = [each_apart(structure, one, state), leaves]
+        if params is not None:
+            columns.append(structure.flatten_up_to(params))
+        pairs = [_vmapped(step, row[1])(*row) for row in zip(*columns, strict=True)]
+        return (
+            structure.unflatten([u for u, _ in pairs]),
+            in_turn(structure, one, [s for _, s in pairs]),
+        )
+
+    return stage(init, update)
 
 
 def in_subspace(
-    inner: optax.GradientTransformation, *, per_matrix: bool = False
+    inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
 
@@ -32,15 +90,11 @@ def in_subspace(
     they were given, are S^T W (dead code under jit unless `inner` reads them). Its
     state is that of the (r, n) arrays. At a refresh the moments stay as they are, now
     in other coordinates: this is what GaLore and Fira do. `rotate_moments` turns them,
-    `reset_moments` forgets them.
+    `reset_moments` forgets them. Around an `inner` that takes means or norms over a
+    leaf put `per_matrix`.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
-      per_matrix: run `inner` on each leaf by itself, and under `jax.vmap` over the
-        batch axes, so that it sees one matrix of a stacked kernel at a time. For an
-        `inner` that works entry by entry (Adam, Lion, momentum) that changes nothing;
-        one that takes means or norms over a leaf (Adafactor, clipping by block, trust
-        ratios) needs it.
 
     Raises:
       ValueError: when `project` does not stand before it; when `inner` accumulates
@@ -52,25 +106,25 @@ def in_subspace(
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
     inner = optax.with_extra_args_support(inner)
-    each = _per_matrix(inner) if per_matrix else None
 
-    def init(params: Any) -> Any:
-        zeros = map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), params)
-        return each.init(zeros, params) if each else inner.init(zeros)
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(
+            map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), params)
+        )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         frames = updates
         if params is not None:
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
             )
         low = map_frames(lambda f: f.need("low", "project()"), frames)
-        if each:
-            steps, state = each.update(low, state, params, frames, extra_args)
-        else:
-            steps, state = inner.update(low, state, params, **extra_args)
+        steps, state = inner.update(low, state, params, **extra_args)
         reason = ""
         if _accumulates(state):
             reason = (
@@ -78,102 +132,70 @@ def in_subspace(
                 "before low_rank()"
             )
 
-        def stepped(f: Frame, step: Any) -> Frame:
-            if reason and f.fed_back:
+        def stepped(f: Frame, step: jax.Array) -> Frame:
+            if reason and f.no_residual:  # said by error_feedback() alone before a step
                 raise ValueError(f"{f.path}: error_feedback() does not work: {reason}")
             return f.replace(low_step=step, no_residual=f.no_residual or reason)
 
         frames = map_frames(stepped, frames, steps, plain=lambda _, step: step)
         return frames, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class ResetState(NamedTuple):
-    """State of `reset_moments`.
-
-    Attributes:
-      low: `inner`'s state for the matrices, new at every refresh.
-      full: `inner`'s state for the leaves of full rank, which is never reset.
-    """
-
-    low: Any
-    full: Any
+    return stage(init, update)
 
 
 def reset_moments(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`in_subspace`, with `inner` started anew on the matrices at every refresh.
+    """`in_subspace`, with `inner` started anew on a matrix whenever its basis moves.
 
-    At steps 0, T, 2T, ... its state becomes inner.init(0): M = V = 0, and Adam's step
-    count, with the bias correction, begins again at 0 (Zmushko et al. 2025, "FRUGAL",
-    and Grass, Muhamed et al. 2024). Leaves of full rank have a state of their own,
-    which goes on.
+    Where a basis rule chooses S_t, so at steps 0, T, 2T, ... for most, the state
+    becomes inner.init(0): M = V = 0, and Adam's step count, with the bias correction,
+    begins again at 0 (Zmushko et al. 2025, "FRUGAL", and Grass, Muhamed et al. 2024).
+    Where a refresh is passed over (`lazy_refresh`, `frozen`) nothing is reset, and
+    leaves of full rank go on.
 
     Args:
-      inner: the transformation, `optax.scale_by_adam()` for example.
+      inner: the transformation, `optax.scale_by_adam()` for example; it runs
+        `per_matrix`, so that each matrix has its own step count.
 
     Raises:
-      ValueError: when `project` does not stand before it.
+      ValueError: when `project`, or a basis rule that says when its basis moves, does
+        not stand before it.
 
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """
-    inner = optax.with_extra_args_support(inner)
-    stage = in_subspace(inner)
-
-    def low_of(tree: Any, frames: Any) -> Any:
-        return map_frames(lambda _, x: x, frames, tree, plain=nothing)
-
-    def full_of(tree: Any, frames: Any) -> Any:
-        return map_frames(
-            lambda *_: optax.MaskedNode(), frames, tree, plain=lambda _, x: x
-        )
-
-    def init(params: Any) -> Any:
-        return ResetState(
-            stage.init(low_of(params, params)), inner.init(full_of(params, params))
-        )
+    each = per_matrix(inner)
+    inside = in_subspace(each)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        clock: Clock | None = None,
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
-        frames, now = updates, clock_of(clock)
-        extra_args["clock"] = now
+    ) -> tuple[optax.Updates, optax.OptState]:
+        leaves, structure = jax.tree.flatten(updates)
+        one = jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
+        states = each_apart(structure, one, state)
+        news = each_apart(structure, one, inside.init(updates))
+        for i, frame in enumerate(leaves):
+            if is_frame(frame) and not frame.whole:
+                moved = frame.need("moved", BASIS_RULE)
+                states[i] = jax.tree.map(
+                    lambda new, old, moved=moved: select(moved, new, old),
+                    news[i],
+                    states[i],
+                )
+        state = in_turn(structure, one, states)
+        return inside.update(updates, state, params, **extra_args)
 
-        def part(select: Any) -> tuple[Any, Any]:
-            return (
-                select(frames, frames),
-                None if params is None else select(params, frames),
-            )
-
-        low, low_params = part(low_of)
-        old = jax.tree.map(
-            lambda new, old: jnp.where(now.refresh, new, old),
-            stage.init(low),
-            state.low,
-        )
-        low, low_state = stage.update(low, old, low_params, **extra_args)
-        full, full_params = part(full_of)
-        full, full_state = inner.update(full, state.full, full_params, **extra_args)
-        out = map_frames(
-            lambda _, x, __: x, frames, low, full, plain=lambda _, __, x: x
-        )
-        return out, ResetState(low_state, full_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(inside.init, update)
 
 
 def in_full_space(
-    inner: optax.GradientTransformation, *, per_matrix: bool = False
+    inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the matrices' gradients before a basis is chosen: G <- inner(G).
 
@@ -182,7 +204,6 @@ def in_full_space(
 
     Args:
       inner: the transformation; it sees (*batch, m, n) arrays, m <= n.
-      per_matrix: as in `in_subspace`.
 
     Raises:
       ValueError: what `inner` raises.
@@ -190,83 +211,41 @@ def in_full_space(
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(
-      ...     lro.in_full_space(optax.scale_by_factored_rms(), per_matrix=True),
+      ...     lro.in_full_space(lro.per_matrix(optax.scale_by_factored_rms())),
       ...     lro.gaussian(key=0), lro.project(),
       ...     lro.rotate_moments(optax.ema(0.9)), lro.project_back())
     """
     inner = optax.with_extra_args_support(inner)
-    each = _per_matrix(inner) if per_matrix else None
 
-    def init(params: Any) -> Any:
-        zeros = map_frames(lambda f: jnp.zeros_like(f.gradient), params)
-        return each.init(zeros, params) if each else inner.init(zeros)
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(map_frames(lambda f: jnp.zeros_like(f.gradient), params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         frames = updates
         full = map_frames(lambda f: f.gradient, frames)
-        if each:
-            full, state = each.update(full, state, params, frames, extra_args)
-        else:
-            full, state = inner.update(full, state, params, **extra_args)
+        full, state = inner.update(full, state, params, **extra_args)
         frames = map_frames(
             lambda f, g: f.replace(gradient=g), frames, full, plain=lambda _, g: g
         )
         return frames, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
 
 
-class _PerMatrix(NamedTuple):
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-
-
-def _per_matrix(inner: optax.GradientTransformationExtraArgs) -> _PerMatrix:
-    """`inner` on each leaf by itself, under vmap over its batch axes."""
-
-    def init(zeros: Any, frames: Any) -> PerMatrixState:
-        return PerMatrixState(
-            map_frames(
-                lambda f, x: _vmapped(inner.init, f.batch)(x),
-                frames,
-                zeros,
-                plain=lambda _, x: inner.init(x),
-            )
-        )
-
-    def update(
-        updates: Any, state: Any, params: Any, frames: Any, extra_args: Any
-    ) -> tuple[Any, PerMatrixState]:
-        leaves, structure = jax.tree.flatten(frames, is_leaf=is_frame)
-
-        def one(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
-            return inner.update(update, state, param, **extra_args)
-
-        trees = [state.states, updates, *([] if params is None else [params])]
-        pairs = [
-            _vmapped(one, leaf.batch if is_frame(leaf) else ())(*args)
-            for leaf, *args in zip(
-                leaves, *map(structure.flatten_up_to, trees), strict=True
-            )
-        ]
-        return (
-            structure.unflatten([u for u, _ in pairs]),
-            PerMatrixState(structure.unflatten([s for _, s in pairs])),
-        )
-
-    return _PerMatrix(init, update)
-
-
-def _accumulates(state: Any) -> bool:
-    def accumulates(x: Any) -> bool:
+def _accumulates(state: optax.OptState) -> bool:
+    def accumulates(x: object) -> bool:
         return isinstance(x, optax.MultiStepsState)
 
     return any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates)))
 
 
-def _vmapped(f: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
-    for _ in batch:
+def _vmapped(f: Callable[..., Any], leaf: jax.Array) -> Callable[..., Any]:
+    """f under `jax.vmap` over all axes of the leaf but its last two."""
+    for _ in leaf.shape[:-2]:
         f = jax.vmap(f)
     return f

@@ -11,6 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowrank_optax.quantize_basis import QuantizedBasis, quantize_basis
 
 import lowrank_optax as lro
 from lowrank_optax.moments import first_moments
@@ -20,7 +21,6 @@ from lowrank_optax.quantize import (
     quantize_array,
     quantize_moments,
 )
-from lowrank_optax.quantize_basis import QuantizedBasis, quantize_basis
 from lowrank_optax.refresh import lazy_refresh
 from tests import numpy_reference as reference
 

@@ -3,11 +3,11 @@
 import jax
 import optax
 
-from lowrank_optax.gaussian import gaussian
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, adam, one_of, optimizer
-from lowrank_optax.project import project
-from lowrank_optax.residual import Variant
+from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
+from lowrank_optax.projection import project
+from lowrank_optax.published import Mask, Variant, arithmetic_of
+from lowrank_optax.random_bases import gaussian
 from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.step import in_subspace
 
@@ -64,18 +64,17 @@ def apollo(
       >>> tx = lro.apollo(0.01, rank=4, refresh_every=200, key=0)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    step = in_subspace(adam(b1, b2, eps, variant))
+    arithmetic = arithmetic_of(variant)
+    step = in_subspace(arithmetic.adam(b1, b2, eps))
     back = scale_channels(limit, scale=scale, variant=variant)
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(one_of(key, basis, gaussian), project(), step, back),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
         precision=precision,
-        weight_decay=weight_decay,
-        mask=mask,
-        published_decays=(b1, b2) if variant == "published" else None,
+        after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )
 
 
@@ -122,16 +121,15 @@ def apollo_mini(
       >>> tx = lro.apollo_mini(0.01, refresh_every=200, key=0)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    step = in_subspace(adam(b1, b2, eps, variant))
+    arithmetic = arithmetic_of(variant)
+    step = in_subspace(arithmetic.adam(b1, b2, eps))
     back = scale_tensor(limit, scale=scale, variant=variant)
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(one_of(key, basis, gaussian), project(), step, back),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
         precision=precision,
-        weight_decay=weight_decay,
-        mask=mask,
-        published_decays=(b1, b2) if variant == "published" else None,
+        after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.layout import DimensionNumbers, Rank
-from lowrank_optax.low_rank import LowRankState, low_rank
-from lowrank_optax.optimizers.published import (
-    decay_stepped_weights,
-    scale_by_bias_correction,
-    scale_by_uncorrected_adam,
+from lowrank_optax.bracket import LowRankState, low_rank
+from lowrank_optax.frame import stage
+from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank, Side
+from lowrank_optax.published import (
+    Mask,
+    Number,
+    Variant,
+    arithmetic_of,
+    decay_and_rate,
 )
 from lowrank_optax.step import in_subspace
-
-Mask = Any | Callable[[Any], Any] | None
 
 _STATIC = {
     "rank",
@@ -34,10 +35,14 @@ _STATIC = {
     "block_size",
     "min_size",
     "bits",
+    "walk_rank",
     "mask",
     "dimension_numbers",
+    "square",
     "precision",
     "variant",
+    "stages",
+    "after",
 }
 
 
@@ -71,72 +76,97 @@ def one_of(
         raise ValueError(
             "give either key, a seed for the random bases, or basis, another basis rule"
         )
-    return rule(key) if basis is None else basis
+    return (
+        rule(key) if basis is None else stage_of(basis, "basis", "sara_sample(key=0)")
+    )
 
 
-def adam(
-    b1: float | jax.Array,
-    b2: float | jax.Array,
-    eps: float | jax.Array | None,
-    variant: str,
+def stage_of(
+    given: optax.GradientTransformation, name: str, example: str
 ) -> optax.GradientTransformation:
-    """Adam as the papers write it, or as galore-torch and fira compute it."""
-    if variant == "published":
-        return scale_by_uncorrected_adam(b1, b2, 1e-6 if eps is None else eps)
-    if variant != "paper":
-        raise ValueError(f'variant={variant!r}: choose "paper" or "published"')
-    return optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
+    """`given`; ValueError for what is no transformation at all, as "sara" is not."""
+    if not isinstance(given, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} is a stage, such as lowrank_optax.{example}, not {given!r}"
+        )
+    return given
+
+
+def basis_or(
+    basis: optax.GradientTransformation | None,
+    rule: Callable[[], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """`basis`, or `rule()` where none is given."""
+    return rule() if basis is None else stage_of(basis, "basis", "sara_sample(key=0)")
 
 
 def adam_or(
     step: optax.GradientTransformation | None,
-    b1: float | jax.Array,
-    b2: float | jax.Array,
-    eps: float | jax.Array | None,
-    variant: str,
+    b1: Number,
+    b2: Number,
+    eps: Number | None,
+    variant: Variant,
 ) -> optax.GradientTransformation:
     """`step`, or Adam in the subspace with its moments left as they are."""
-    inner = adam(b1, b2, eps, variant)
-    if step is not None and variant == "published":
+    inner = arithmetic_of(variant).adam(b1, b2, eps)
+    if step is None:
+        return in_subspace(inner)
+    if variant == "published":
         raise ValueError('variant="published" has a step of its own: leave out step')
-    return in_subspace(inner) if step is None else step
+    return stage_of(step, "step", "in_subspace(optax.scale_by_adam())")
 
 
-def optimizer(
+def low_rank_optimizer(
     stages: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Rank,
     refresh_every: int,
-    dimension_numbers: DimensionNumbers,
-    precision: jax.lax.PrecisionLike,
-    weight_decay: float | jax.Array,
-    mask: Mask,
-    published_decays: tuple[Any, Any] | None = None,
+    weight_decay: Number = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Side = "input",
+    precision: jax.lax.PrecisionLike = None,
+    after: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The bracket around the stages, then weight decay and learning rate.
+    """A named optimizer from its stages: `low_rank`, weight decay, learning rate.
 
-    Leaves of full rank pass through the stages' Adam too, which makes it AdamW for
-    them. A step that the bracket skips changes nothing: no decay, no schedule. With
-    `published_decays` = (b1, b2) the rest is the released packages': bias correction on
-    the step size, and the decay last.
+    W <- W - lr (step + weight_decay W). Leaves of full rank pass through the stages'
+    step too, which makes Adam AdamW for them. A step that `low_rank` skips changes
+    nothing: no decay, no schedule, which a plain `optax.chain` would go on with.
+    Updates have the gradients' dtype.
+
+    Args:
+      stages: where, in, step and back, chained.
+      learning_rate: a number or a schedule.
+      rank, refresh_every, dimension_numbers, square, precision: as in `low_rank`.
+      weight_decay: decoupled, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
+      after: another transformation in place of decay and rate.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_lion()), lro.project_back())
+      >>> tx = lro.low_rank_optimizer(stages, 1e-4, rank=4, refresh_every=200,
+      ...     weight_decay=0.1)
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
+      >>> updates, state = tx.update(params, tx.init(params), params)
     """
     bracket = low_rank(
         stages,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
     )
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if published_decays is None:
-        decay = optax.add_decayed_weights(weight_decay, mask)
-        return _skip_together(bracket, optax.chain(decay, rate))
-    decay = decay_stepped_weights(learning_rate, weight_decay)
-    if mask is not None:
-        decay = optax.masked(decay, mask)
-    correction = scale_by_bias_correction(*published_decays)
-    return _skip_together(bracket, optax.chain(correction, rate, decay))
+    if after is None:
+        after = decay_and_rate(learning_rate, weight_decay, mask)
+    return _skip_together(bracket, after)
 
 
 def _skip_together(
@@ -145,19 +175,24 @@ def _skip_together(
     """`optax.chain(bracket, after)`, except that `after` skips what `bracket` skips."""
     after = optax.with_extra_args_support(after)
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
         return bracket.init(params), after.init(params)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        old, old_rest = state
-        updates, new = bracket.update(updates, old, params, **extra_args)
-        updates, new_rest = after.update(updates, old_rest, params, **extra_args)
+        updates: optax.Updates,
+        state: tuple[optax.OptState, optax.OptState],
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[optax.OptState, optax.OptState]]:
+        old, old_rest = cast(LowRankState, state[0]), state[1]
+        steps, new = bracket.update(updates, old, params, **extra_args)
+        steps, new_rest = after.update(steps, old_rest, params, **extra_args)
         accepted = cast(LowRankState, new).skipped == old.skipped
         return (
-            jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), updates),
+            jax.tree.map(
+                lambda u, g: jnp.where(accepted, u, 0).astype(g.dtype), steps, updates
+            ),
             (new, jax.tree.map(partial(jnp.where, accepted), new_rest, old_rest)),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)

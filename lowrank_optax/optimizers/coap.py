@@ -5,8 +5,9 @@ import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.momentum_bases import correlation_aware
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 from lowrank_optax.step import in_subspace
 
 
@@ -58,7 +59,7 @@ def coap(
     """
     rule = correlation_aware(step_size, recompute_every=recompute_every)
     step = in_subspace(optax.scale_by_adam(b1, b2, eps))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

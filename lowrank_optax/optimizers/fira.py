@@ -4,9 +4,10 @@ import jax
 import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, adam_or, optimizer
-from lowrank_optax.project import project
-from lowrank_optax.residual import Variant, recover_residual
+from lowrank_optax.optimizers.assemble import adam_or, basis_or, low_rank_optimizer
+from lowrank_optax.projection import project
+from lowrank_optax.published import Mask, Variant, arithmetic_of
+from lowrank_optax.residual import recover_residual
 from lowrank_optax.singular import dominant_svd
 
 
@@ -57,16 +58,15 @@ def fira(
       >>> tx = lro.fira(0.003, rank=4, refresh_every=200)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
+    arithmetic = arithmetic_of(variant)
     step = adam_or(step, b1, b2, eps, variant)
     back = recover_residual(limit, scale=scale, variant=variant)
-    return optimizer(
-        optax.chain(basis or dominant_svd(), project(), step, back),
+    return low_rank_optimizer(
+        optax.chain(basis_or(basis, dominant_svd), project(), step, back),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
         precision=precision,
-        weight_decay=weight_decay,
-        mask=mask,
-        published_decays=(b1, b2) if variant == "published" else None,
+        after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

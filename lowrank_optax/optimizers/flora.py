@@ -3,12 +3,13 @@
 import jax
 import optax
 
-from lowrank_optax.gaussian import gaussian
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
-from lowrank_optax.step import in_full_space
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
+from lowrank_optax.random_bases import gaussian
+from lowrank_optax.step import in_full_space, per_matrix
 
 
 def flora(
@@ -59,9 +60,9 @@ def flora(
     """
     # Any matrix is factored, as the paper has it; optax spares small ones.
     second = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
-    before = in_full_space(second, per_matrix=True)
+    before = in_full_space(per_matrix(second))
     step = rotate_moments(optax.ema(b1, debias=False))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(before, gaussian(key), project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

@@ -6,8 +6,9 @@ import jax
 import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project
+from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
+from lowrank_optax.projection import project
+from lowrank_optax.published import Mask
 from lowrank_optax.residual import sign_residual
 from lowrank_optax.singular import dominant_svd
 from lowrank_optax.step import reset_moments
@@ -64,8 +65,8 @@ def frugal(
     """
     step = reset_moments(optax.scale_by_adam(b1, b2, eps))
     back = sign_residual(residual_scale, step=residual)
-    return optimizer(
-        optax.chain(basis or dominant_svd(), project(), step, back),
+    return low_rank_optimizer(
+        optax.chain(basis_or(basis, dominant_svd), project(), step, back),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,

@@ -4,9 +4,9 @@ import jax
 import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, adam_or, optimizer
-from lowrank_optax.project import project, project_back
-from lowrank_optax.residual import Variant
+from lowrank_optax.optimizers.assemble import adam_or, basis_or, low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask, Variant, arithmetic_of
 from lowrank_optax.singular import dominant_svd
 
 
@@ -69,15 +69,15 @@ def galore(
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200, basis=lro.sara_sample(key=0))
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
+    arithmetic = arithmetic_of(variant)
     step = adam_or(step, b1, b2, eps, variant)
-    return optimizer(
-        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+    rule = basis_or(basis, dominant_svd)
+    return low_rank_optimizer(
+        optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
         precision=precision,
-        weight_decay=weight_decay,
-        mask=mask,
-        published_decays=(b1, b2) if variant == "published" else None,
+        after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

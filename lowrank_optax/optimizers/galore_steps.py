@@ -7,11 +7,12 @@ import optax
 
 from lowrank_optax.adam_mini import adam_mini_blocks, check_heads, scale_by_adam_mini
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 from lowrank_optax.quantize import quantize_moments
 from lowrank_optax.singular import dominant_svd
-from lowrank_optax.step import in_subspace
+from lowrank_optax.step import in_subspace, per_matrix
 
 
 def scale_by_adafactor(
@@ -20,7 +21,7 @@ def scale_by_adafactor(
     decay_rate: float = 0.8,
     clip: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
-    """Adafactor's step, for `in_subspace(scale_by_adafactor(), per_matrix=True)`.
+    """Adafactor's step, for `in_subspace(per_matrix(scale_by_adafactor()))`.
 
     V = R C / mean(R), R and C running means of G^2 over columns and rows with decay
     1 - t^-decay_rate; U = G / sqrt(V), divided by max(1, rms(U) / clip); then
@@ -35,7 +36,7 @@ def scale_by_adafactor(
     Example:
       >>> import lowrank_optax as lro
       >>> tx = lro.fira(0.003, rank=4, refresh_every=200,
-      ...     step=lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True))
+      ...     step=lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor())))
     """
     stages = [
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),
@@ -92,9 +93,10 @@ def galore_adafactor(
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     inner = scale_by_adafactor(b1, decay_rate=decay_rate, clip=clip)
-    step = in_subspace(inner, per_matrix=True)
-    return optimizer(
-        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+    step = in_subspace(per_matrix(inner))
+    rule = basis_or(basis, dominant_svd)
+    return low_rank_optimizer(
+        optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
@@ -153,8 +155,9 @@ def galore_adam_mini(
     """
     inner = scale_by_adam_mini(b1, b2, eps, blocks=adam_mini_blocks(heads))
     step = optax.chain(check_heads(heads), in_subspace(inner))
-    return optimizer(
-        optax.chain(basis or dominant_svd(), project(), step, project_back(scale)),
+    rule = basis_or(basis, dominant_svd)
+    return low_rank_optimizer(
+        optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
@@ -213,10 +216,9 @@ def galore_adam8bit(
     inner = quantize_moments(
         optax.scale_by_adam(b1, b2, eps), block_size=block_size, min_size=min_size
     )
-    return optimizer(
-        optax.chain(
-            basis or dominant_svd(), project(), in_subspace(inner), project_back(scale)
-        ),
+    rule = basis_or(basis, dominant_svd)
+    return low_rank_optimizer(
+        optax.chain(rule, project(), in_subspace(inner), project_back(scale)),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,

@@ -3,11 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.grassmann import random_after
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
+from lowrank_optax.random_bases import random_after
 
 
 def golore(
@@ -59,7 +60,7 @@ def golore(
     """
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps), moments="first")
     rule = random_after(switch_step, key)
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

@@ -3,10 +3,11 @@
 import jax
 import optax
 
-from lowrank_optax.coordinates import sample_rows
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
+from lowrank_optax.rows import sample_rows
 from lowrank_optax.step import reset_moments
 
 
@@ -54,7 +55,7 @@ def grass_sparse(
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     step = reset_moments(optax.scale_by_adam(b1, b2, eps))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(sample_rows(key), project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

@@ -7,8 +7,9 @@ from lowrank_optax.feedback import error_feedback
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.momentum_bases import power_iterate
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 
 
 def ldadam(
@@ -33,8 +34,9 @@ def ldadam(
     turn with it, and what the projection and the turn lost is added to the next
     gradient (Robert et al. 2025, "LDAdam"; equations in `power_iterate`,
     `rotate_moments`, `error_feedback`). This is what the released code computes step
-    for step. State of a matrix: mr + 2nr numbers, and mn for the error; about seven
-    products and one QR a step.
+    for step; of a square matrix it projects the output side, as that does. State of a
+    matrix: mr + 2nr numbers, and mn for the error; about seven products and one QR a
+    step.
 
     When to choose it: for the lowest loss where time and memory allow; small ranks.
     When not: to save memory, with feedback (its error is as large as the gradient;
@@ -61,7 +63,7 @@ def ldadam(
     if feedback:
         where = error_feedback(where, b1=b1)
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(where, step, project_back(scale)),
         learning_rate,
         rank=rank,
@@ -70,4 +72,5 @@ def ldadam(
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
+        square="output",
     )

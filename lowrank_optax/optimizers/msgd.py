@@ -5,8 +5,9 @@ import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
-from lowrank_optax.optimizers.assemble import Mask, one_of, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 from lowrank_optax.singular import sara_sample
 
 
@@ -54,7 +55,7 @@ def msgd(
     """
     rule = one_of(key, basis, sara_sample)
     step = rotate_moments(optax.ema(b1, debias=False))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

@@ -4,9 +4,10 @@ import jax
 import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.online_pca import online_pca
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.pca import online_pca
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 from lowrank_optax.step import in_subspace
 
 
@@ -56,7 +57,7 @@ def online_subspace_descent(
     """
     rule = online_pca(optimizer_of_basis, penalty=penalty)
     step = in_subspace(optax.scale_by_adam(b1, b2, eps))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

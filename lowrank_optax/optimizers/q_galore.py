@@ -4,13 +4,14 @@ import jax
 import optax
 
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project, project_back
+from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
+from lowrank_optax.projection import project, project_back
+from lowrank_optax.published import Mask
 from lowrank_optax.quantize import quantize_moments
-from lowrank_optax.quantize_basis import quantize_basis
 from lowrank_optax.refresh import lazy_refresh
 from lowrank_optax.singular import dominant_svd
 from lowrank_optax.step import in_subspace
+from lowrank_optax.storage import quantize_basis
 
 
 def q_galore(
@@ -61,11 +62,11 @@ def q_galore(
       >>> tx = lro.q_galore(0.01, rank=4, refresh_every=200)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    rule = quantize_basis(basis or dominant_svd(), bits=bits)
+    rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)
     adam = optax.scale_by_adam(b1, b2, eps)
     step = in_subspace(quantize_moments(adam, min_size=min_size))
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,

@@ -6,8 +6,9 @@ import optax
 from lowrank_optax.grassmann import grassmann_track
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
 from lowrank_optax.moments import rotate_moments
-from lowrank_optax.optimizers.assemble import Mask, optimizer
-from lowrank_optax.project import project
+from lowrank_optax.optimizers.assemble import low_rank_optimizer
+from lowrank_optax.projection import project
+from lowrank_optax.published import Mask
 from lowrank_optax.residual import recover_residual
 
 
@@ -60,7 +61,7 @@ def subtrack(
     """
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
     back = recover_residual(limit, scale=scale)
-    return optimizer(
+    return low_rank_optimizer(
         optax.chain(grassmann_track(step_size), project(), step, back),
         learning_rate,
         rank=rank,

@@ -4,10 +4,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import basis_rule, check_key, sample_indices
+from lowrank_optax.basis import BasisRule, basis_rule, check_key, sample_indices
 from lowrank_optax.frame import Clock, Frame
 
 Order = Literal["random", "ascending", "descending"]
@@ -15,7 +14,7 @@ Order = Literal["random", "ascending", "descending"]
 
 def coordinates(
     key: jax.Array | int | None = None, *, order: Order = "random"
-) -> optax.GradientTransformationExtraArgs:
+) -> BasisRule:
     """r of the m rows of the gradient, others at each refresh (FRUGAL).
 
     S = I[:, I_t]: G~ is a gather and S G~ a scatter; the state is r integers. With
@@ -56,18 +55,18 @@ def coordinates(
         raise ValueError('coordinates() takes a key for order "random", and only then')
 
     def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
-        if keys is not None:
-            return sample_indices(frame, keys, jnp.ones(frame.basis_shape[:-1]))
         m, r = frame.basis_shape[-2:]
+        if keys is not None:
+            return sample_indices(keys, jnp.ones(frame.basis_shape[:-1]), r)
         # Blocks end with the last row: the last of a round overlaps the one before.
         block = jnp.minimum(clock.cycle % -(-m // r) * r, m - r)
         start = block if order == "ascending" else m - r - block
         return jnp.broadcast_to(start + jnp.arange(r), (*frame.batch, r))
 
-    return basis_rule(choose, None if key is None else check_key(key), coordinates=True)
+    return basis_rule(choose, key, coordinates=True, from_gradient=False)
 
 
-def sample_rows(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
+def sample_rows(key: jax.Array | int) -> BasisRule:
     """r rows of the gradient, sampled by their norm without replacement (Grass).
 
     q_i = ||G_i|| / sum_j ||G_j||, I_t = sort(sample r of m by q without replacement),
@@ -88,8 +87,8 @@ def sample_rows(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
       ...     lro.reset_moments(optax.scale_by_adam()), lro.project_back())
     """
 
-    def choose(frame: Frame, keys: jax.Array | None, _: Clock) -> jax.Array:
-        rows = linalg.unit(frame.gradient)
-        return sample_indices(frame, keys, jnp.linalg.norm(rows, axis=-1))
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
+        rows = linalg.unit_largest(frame.gradient)
+        return sample_indices(keys, jnp.linalg.norm(rows, axis=-1), frame.rank)
 
     return basis_rule(choose, check_key(key), coordinates=True)

@@ -1,5 +1,6 @@
 """Where: a basis trained by an optimizer of its own, every step (online PCA)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,14 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import clock_of, with_basis
-from lowrank_optax.frame import Clock, Frame, frames_of, map_frames, nothing
-from lowrank_optax.grassmann import check_start
+from lowrank_optax.basis import clock_of, eye_basis
+from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, stage
 from lowrank_optax.linalg import Decomposition
 
 
 class OnlinePCAState(NamedTuple):
-    """State of `online_pca`; trees with `optax.MaskedNode` at leaves of full rank.
+    """State of `online_pca`; its trees have a scalar for a leaf of full rank.
 
     Attributes:
       basis: P, (*batch, m, r), for the next step.
@@ -67,78 +67,94 @@ def online_pca(
       >>> stages = optax.chain(lro.online_pca(optax.adam(1e-3)), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
-    check_start(decomposition)
+    linalg.check_full(decomposition)
     if optimizer is None:
         optimizer = optax.adamw(1 / 200, weight_decay=0.01)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def init(params: Any) -> Any:
-        def first(frame: Frame) -> jax.Array:
-            eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
-            return jnp.broadcast_to(eye, frame.basis_shape)
-
-        def zero(frame: Frame) -> jax.Array:
-            return jnp.zeros(frame.batch, frame.gradient.dtype)
-
-        basis = map_frames(first, params, plain=nothing)
-        loss, drift = (map_frames(zero, params, plain=nothing) for _ in range(2))
+    def init(params: optax.Params) -> OnlinePCAState:
+        basis = _on_subspaces(eye_basis, params)
+        loss, drift = (
+            _on_subspaces(lambda f: jnp.zeros(f.batch, f.gradient.dtype), params)
+            for _ in range(2)
+        )
         return OnlinePCAState(basis, optimizer.init(basis), loss, drift)
 
-    def learn(frame: Frame, p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """grad L, L without its penalty, and the drift, of each matrix."""
-        g = linalg.unit(frame.gradient)
-        norm = jnp.linalg.norm(g, axis=(-2, -1), keepdims=True)
-        g = g / jnp.where(norm > 0, norm, 1)
-        a = frame.replace(basis=p).down(g)
-        b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
-        aa = linalg.gram(linalg.transpose(a))
-        pp = linalg.gram(p)
-        excess = pp - jnp.eye(frame.rank, dtype=p.dtype)
-        grad = 2 * (linalg.matmul(p, aa) + linalg.matmul(b, excess) - b)
-        grad = grad + 4 * penalty * linalg.matmul(p, excess)
-        traces = jnp.sum(pp * aa, axis=(-2, -1)) - 2 * jnp.trace(aa, axis1=-2, axis2=-1)
-        loss = jnp.sum(jnp.square(g), axis=(-2, -1)) + traces
-        return grad, loss, jnp.max(jnp.abs(excess), axis=(-2, -1))
-
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: optax.Updates,
+        state: OnlinePCAState,
+        params: optax.Params | None = None,
         *,
         clock: Clock | None = None,
         **_: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[optax.Updates, OnlinePCAState]:
         del params
-        frames, now = updates, clock_of(clock)
-        if not frames_of(frames):
-            return frames, state
-        start = now.step == 0
-
-        def current(frame: Frame, p: jax.Array) -> jax.Array:
-            return jax.lax.cond(
-                start,
-                lambda: linalg.leading(
-                    linalg.replicated(frame.gradient), frame.rank, decomposition
-                ),
-                lambda: p,
-            )
-
-        basis = map_frames(current, frames, state.basis, plain=nothing)
-        learned = map_frames(learn, frames, basis, plain=nothing)
+        frames, start = updates, clock_of(clock).step == 0
+        basis = _on_subspaces(
+            lambda f, p: _started(f, p, start, decomposition), frames, state.basis
+        )
         grad, loss, drift = (
-            map_frames(lambda _, x, i=i: x[i], frames, learned, plain=nothing)
+            _on_subspaces(lambda f, p, i=i: learn(f, p, penalty)[i], frames, basis)
             for i in range(3)
         )
         steps, inner_state = optimizer.update(grad, state.inner_state, basis)
+        # At step 0 P is the minimum already.
         steps, inner_state = jax.tree.map(
             lambda new, old: jnp.where(start, old, new),
             (steps, inner_state),
-            (jax.tree.map(jnp.zeros_like, steps), state.inner_state),
+            (optax.tree.zeros_like(steps), state.inner_state),
         )
         frames = map_frames(
-            lambda f, p: with_basis(f, p, None, orthonormal=False), frames, basis
+            lambda f, p: f if f.whole else f.replace(basis=p, orthonormal=False),
+            frames,
+            basis,
         )
         new = optax.apply_updates(basis, steps)
         return frames, OnlinePCAState(new, inner_state, loss, drift)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stage(init, update)
+
+
+def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
+    """A tree of f(frame, ...) with scalar zeros, which an optimizer can take, where
+    there is no basis.
+    """
+
+    def one(x: Any, *xs: Any) -> jax.Array:
+        if is_frame(x) and not x.whole:
+            return f(x, *xs)
+        dtype = x.gradient.dtype if is_frame(x) else x.dtype
+        return jnp.zeros([], jnp.promote_types(dtype, jnp.float32))
+
+    return jax.tree.map(one, frames, *rest)
+
+
+def _started(
+    frame: Frame, p: jax.Array, start: jax.Array, decomposition: Decomposition | None
+) -> jax.Array:
+    """P_0 at the start, and P after it."""
+
+    def leading() -> jax.Array:
+        g = linalg.replicated(frame.gradient)
+        return linalg.leading(g, frame.rank, decomposition)
+
+    return jax.lax.cond(start, leading, lambda: p)
+
+
+def learn(
+    frame: Frame, p: jax.Array, penalty: float | jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """grad L, L without its penalty, and the drift, of each matrix."""
+    g = linalg.unit_largest(frame.gradient)
+    norm = jnp.linalg.norm(g, axis=(-2, -1), keepdims=True)
+    g = g / jnp.where(norm > 0, norm, 1)
+    a = frame.replace(basis=p).down(g)
+    b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
+    aa = linalg.gram(linalg.transpose(a))
+    pp = linalg.gram(p)
+    excess = pp - jnp.eye(frame.rank, dtype=p.dtype)
+    grad = 2 * (linalg.matmul(p, aa) + linalg.matmul(b, excess) - b)
+    grad = grad + 4 * penalty * linalg.matmul(p, excess)
+    traces = jnp.sum(pp * aa, axis=(-2, -1)) - 2 * jnp.trace(aa, axis1=-2, axis2=-1)
+    loss = jnp.sum(jnp.square(g), axis=(-2, -1)) + traces
+    return grad, loss, jnp.max(jnp.abs(excess), axis=(-2, -1))

@@ -1,0 +1,325 @@
+"""The bracket: opens a Frame for every matrix leaf, and closes it again."""
+
+import functools
+import numbers
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.frame import (
+    BASIS_RULE,
+    Clock,
+    Frame,
+    are_coordinates,
+    is_frame,
+    stage,
+)
+from lowrank_optax.layout import (
+    DimensionNumbers,
+    Layout,
+    Rank,
+    Side,
+    check_matrix,
+    check_rank,
+    layout_of,
+    path_of,
+    rank_of,
+    specs_of,
+)
+from lowrank_optax.moments import with_momentum
+
+
+class LowRankState(NamedTuple):
+    """State of `low_rank`.
+
+    Attributes:
+      count: () int32, optimizer steps accepted.
+      skipped: () int32, steps refused because a gradient was not finite.
+      inner_state: the stages' states.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    inner_state: Any
+
+
+class Leaf(NamedTuple):
+    """What the bracket decided for one leaf.
+
+    Attributes:
+      path: "layers/mlp/up/kernel".
+      shape: of the parameter.
+      layout: how it is a matrix; None for full rank, by its rule or its shape.
+      rank: r, or 0 without a layout.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+    rank: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether r = m, so that a matrix has full rank because of its rank."""
+        return self.layout is not None and self.rank == self.layout.m
+
+
+def low_rank(
+    inner: optax.GradientTransformation,
+    *,
+    rank: Rank,
+    refresh_every: int,
+    dimension_numbers: DimensionNumbers = None,
+    square: Side = "input",
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
+
+    A stage chain says where the subspace is, how the gradient goes in, which step is
+    taken there, and how it comes back:
+
+        optax.chain(sara_sample(key=0), project(),
+                    rotate_moments(optax.scale_by_adam()), recover_residual(1.01))
+
+    A stock optax transformation stands inside `in_subspace` or `rotate_moments`, or
+    outside the bracket: between stages it would take a Frame's basis for an update.
+
+    The bracket alone knows how a leaf is stored. It turns each matrix so that
+    m <= n ("without loss of generality", both papers), keeps further axes as batch
+    axes (stacked layers), and computes in float32 (float64 for float64 leaves),
+    whatever the leaf's dtype; updates come back in the gradient's shape and dtype.
+    Scalars, vectors, and leaves that a rule keeps at full rank pass as plain arrays:
+    the step inside `in_subspace` or `rotate_moments` is taken on them directly.
+
+    A rank of m or more is the whole space: S is the identity, nothing is stored for it
+    or chosen, and the step goes the method's own way back, with its scale, which is
+    what any S of rank m would do to a step that does not depend on coordinates. (The
+    papers' S would be the m left singular vectors, an m x m state, and Adam's step is
+    another in them.) A matrix is not so without a word: `init` warns once, with how
+    many of how many are projected, and `memory_report` lists all.
+
+    A basis is due at steps 0, T, 2T, ... (T = `refresh_every`), from that step's
+    gradient. A step is skipped whose gradient has a NaN or an Inf, or numbers so large
+    that their squares have no finite sum (from about 1e19 in float32), with which a
+    second moment would be lost: the updates are zero, no state changes, `skipped`
+    counts it, and a refresh that was due happens at the next finite step.
+    Transformations that you chain after the bracket (weight decay, schedules) see such
+    a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
+
+    Args:
+      inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
+        `update` the extra argument `clock` (a `Clock`). Its `params`, if given, are
+        the weights, turned like the gradients.
+      rank: r: an int, a float fraction of the smaller side, or pairs (regular
+        expression, rank or None for full rank), the first found in the path.
+      refresh_every: T, in accepted steps, from 1 to 2^31 - 1.
+      dimension_numbers: which axes are a matrix's rows and columns. None: leaves of
+        two axes. Else `optax.contrib.MuonDimensionNumbers` for all leaves, pairs
+        (regular expression, `MuonDimensionNumbers` | "matrix" | None), a tree of
+        them, or a function from the tree of parameters to one.
+      square: the side of a square matrix that is projected, its "input" (reduction)
+        or its "output" axis. Of torch's (out, in) weights galore-torch projects the
+        input side, LDAdam the output side.
+      precision: of the products with S, as `jax.lax.dot_general` takes it; None is
+        JAX's default for the backend. Factorisations always run at the highest.
+
+    Returns:
+      A transformation from full-shape gradients to full-shape updates, with a
+      `LowRankState`.
+
+    Raises:
+      ValueError: rank below 1, a leaf that no rule covers, a leaf of three or more
+        axes without dimension numbers, dimension numbers that do not fit, a matrix of
+        integers or complex numbers, or a stage chain with no way back.
+      TypeError: for a stock optax transformation between stages.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
+      >>> tx = lro.low_rank(stages, rank=2, refresh_every=200)
+      >>> params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["w"].shape, optax.tree.get(state, "mu")["w"].shape
+      ((8, 4), (2, 8))
+    """
+    check_rank(rank)
+    refresh_every = _check_interval(refresh_every)
+    if square not in ("input", "output"):
+        raise ValueError(f'square={square!r}: choose "input" or "output"')
+    inner = optax.with_extra_args_support(inner)
+
+    def decide(tree: optax.Params) -> optax.Params:
+        return _decide(tree, dimension_numbers, rank, square)
+
+    def open_frame(leaf: Leaf, x: jax.Array) -> Frame | jax.Array:
+        if leaf.layout is None:
+            return _at_least_f32(x)
+        check_matrix(leaf.path, x)
+        return Frame(
+            gradient=_at_least_f32(leaf.layout.to_matrix(x)),
+            rank=leaf.rank,
+            path=leaf.path,
+            columns=leaf.layout.columns,
+            precision=precision,
+        )
+
+    def init(params: optax.Params) -> LowRankState:
+        leaves = decide(params)
+        _tell(jax.tree.leaves(leaves, is_leaf=_is_leaf))
+        frames = _map_leaves(open_frame, leaves, params)
+        # Two arrays: one in two places could not be donated.
+        count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return LowRankState(count, skipped, inner.init(frames))
+
+    def update(
+        updates: optax.Updates,
+        state: LowRankState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LowRankState]:
+        leaves = decide(updates)
+        clock = Clock(
+            step=state.count,
+            refresh=state.count % refresh_every == 0,
+            cycle=state.count // refresh_every,
+        )
+        frames = _map_leaves(open_frame, leaves, updates)
+        out, inner_state = inner.update(
+            with_momentum(frames, state.inner_state),
+            state.inner_state,
+            None if params is None else _map_leaves(_oriented, leaves, params),
+            **{**extra_args, "clock": clock},
+        )
+        finite = _all_finite(updates, frames, out)
+        steps = _map_leaves(_close, leaves, updates, out)
+        return (
+            jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), steps),
+            LowRankState(
+                count=state.count + finite,
+                skipped=state.skipped + ~finite,
+                inner_state=jax.tree.map(
+                    functools.partial(jnp.where, finite), inner_state, state.inner_state
+                ),
+            ),
+        )
+
+    return stage(init, update)
+
+
+def _check_interval(refresh_every: int) -> int:
+    whole = isinstance(refresh_every, numbers.Integral)
+    if isinstance(refresh_every, bool) or not whole or not 1 <= refresh_every < 2**31:
+        raise ValueError(
+            f"refresh_every must be an int from 1 to 2**31 - 1, not {refresh_every!r}; "
+            "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
+        )
+    return int(refresh_every)
+
+
+def _decide(
+    tree: optax.Params, dimension_numbers: DimensionNumbers, rank: Rank, square: Side
+) -> optax.Params:
+    """The tree with a `Leaf` in place of each leaf."""
+    specs = specs_of(dimension_numbers, tree)
+
+    def leaf(keys: jax.tree_util.KeyPath, x: jax.Array) -> Leaf:
+        path = path_of(keys)
+        if (spec := specs[path]) is not None:
+            layout = layout_of(path, x.shape, spec, square)
+            if (r := rank_of(rank, path, layout)) is not None:
+                return Leaf(path, x.shape, layout, r)
+        return Leaf(path, x.shape, None, 0)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+_decided: ContextVar[list[Leaf] | None] = ContextVar("decided", default=None)
+
+
+@contextmanager
+def decisions() -> Iterator[list[Leaf]]:
+    """Collects what every `low_rank` initialised inside decides, without warnings."""
+    seen: list[Leaf] = []
+    token = _decided.set(seen)
+    try:
+        yield seen
+    finally:
+        _decided.reset(token)
+
+
+def _tell(leaves: list[Leaf]) -> None:
+    """A warning where a rank is no rank, or nothing is projected."""
+    if (seen := _decided.get()) is not None:
+        seen.extend(leaves)
+        return
+    matrices = [x for x in leaves if len(x.shape) > 1 and min(x.shape, default=0) > 1]
+    whole = [x for x in leaves if x.whole]
+    projected = sum(x.layout is not None and not x.whole for x in leaves)
+    if not matrices or (projected and not whole):
+        return
+    why = [f"{x.path} (rank {x.rank} is all of it)" for x in whole[:3]]
+    why += [f"{x.path} (by its rule)" for x in matrices if x.layout is None][:3]
+    warnings.warn(
+        f"low_rank projects {projected} of {len(matrices)} matrices; of full rank are "
+        f"{', '.join(why)}{', ...' if len(matrices) - projected > len(why) else ''}. "
+        "Lower rank, or change dimension_numbers; lowrank_optax.memory_report(tx, "
+        "params) lists every parameter",
+        stacklevel=3,
+    )
+
+
+def _is_leaf(x: object) -> bool:
+    return isinstance(x, Leaf)
+
+
+def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
+    return jax.tree.map(f, leaves, *trees, is_leaf=_is_leaf)
+
+
+def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:
+    return _at_least_f32(x if leaf.layout is None else leaf.layout.to_matrix(x))
+
+
+def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
+    if leaf.layout is not None and is_frame(out):
+        step = out.need("step", "project_back() or recover_residual() at the end,")
+        return leaf.layout.from_matrix(step).astype(x.dtype)
+    return jnp.asarray(out).astype(x.dtype)
+
+
+def _at_least_f32(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _all_finite(
+    updates: optax.Updates, frames: optax.Updates, out: optax.Updates
+) -> jax.Array:
+    """Whether every gradient is finite, and the sum of its squares, read off G~.
+
+    Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
+    survives any product, even with zero. So the r rows of G~ tell as much as the m rows
+    of G, for a fraction of the reads. Not where S is coordinates; and where a stage put
+    another gradient in G's place, both are looked at.
+    """
+
+    def finite(x: jax.Array, f: Frame | jax.Array, o: Frame | jax.Array) -> jax.Array:
+        seen = [x]
+        if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
+            seen = [x, o.gradient]
+        elif is_frame(o) and o.low is not None and not o.whole:
+            seen = [x if are_coordinates(o.need("basis", BASIS_RULE)) else o.low]
+        squares = (jnp.sum(jnp.square(_at_least_f32(x))) for x in seen)
+        return functools.reduce(operator.and_, map(jnp.isfinite, squares))
+
+    flags = jax.tree.leaves(jax.tree.map(finite, updates, frames, out))
+    return functools.reduce(operator.and_, flags, jnp.array(True))

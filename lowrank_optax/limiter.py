@@ -1,0 +1,90 @@
+"""Back: Fira's norm-growth limiter, which the residual and APOLLO share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.frame import Frame, map_frames, nothing, stage, update_frames
+from lowrank_optax.published import Arithmetic
+
+
+class LimiterState(NamedTuple):
+    """State of `recover_residual`, `scale_channels` and `scale_tensor`.
+
+    Attributes:
+      norm: ||Lambda_{t-1}||_F per matrix, (*batch,); negative before the first step;
+        False at leaves of full rank.
+    """
+
+    norm: Any
+
+
+def limited_stage(
+    one: Callable[[Frame, jax.Array], tuple[Frame, jax.Array]],
+) -> optax.GradientTransformationExtraArgs:
+    """A stage from `one(frame, last norm) -> (frame, norm)`, with a `LimiterState`."""
+
+    def init(params: optax.Params) -> LimiterState:
+        def before(frame: Frame) -> jax.Array:
+            return jnp.full(frame.batch, -1.0, frame.gradient.dtype)
+
+        return LimiterState(map_frames(before, params, plain=nothing))
+
+    def update(
+        updates: optax.Updates,
+        state: LimiterState,
+        params: optax.Params | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, LimiterState]:
+        del params
+        frames, norm = update_frames(one, updates, state.norm)
+        return frames, LimiterState(norm)
+
+    return stage(init, update)
+
+
+def limit_growth(
+    phi: jax.Array,
+    norm: jax.Array,
+    last: jax.Array,
+    limit: float | jax.Array,
+    arithmetic: Arithmetic,
+    floor: float | jax.Array = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """phi after the limiter, and the norm that the next step is limited against.
+
+    phi times zeta ||Lambda_{t-1}|| / ||Lambda_t|| where that is below 1; 0 where
+    ||Lambda_t|| overflowed.
+
+    Args:
+      phi: (*batch, n), or (*batch, 1), the factors on the columns.
+      norm: (*batch,), ||Lambda_t||.
+      last: (*batch,), ||Lambda_{t-1}||; negative for no norm yet.
+      limit: zeta.
+      arithmetic: of the variant.
+      floor: a norm up to this is rounding, and does not become the next one's bound.
+    """
+    bound = limit * (last + arithmetic.norm_eps)
+    grown = (last >= 0) & (norm > bound)
+    factor = jnp.where(grown, bound / jnp.where(grown, norm, 1), 1)
+    usable = jnp.isfinite(norm)
+    factor = jnp.where(usable, factor, 0)
+    after = jnp.where(usable, norm * factor, last)
+    if not arithmetic.keeps_zero:
+        after = jnp.where(norm > floor, after, last)
+    # Even where phi overflowed.
+    phi = jnp.where(factor[..., None] > 0, phi * factor[..., None], 0)
+    return phi, after
+
+
+def column_norms_squared(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis=-2)
+
+
+def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:
+    """a / (b + eps), and 0 where that denominator is 0."""
+    b = b + eps
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
