@@ -7,18 +7,21 @@ from typing import get_args
 
 import pytest
 
+from models import SIZES
 from train.compare import Comparison, expand, named, table, title
 from train.config import (
-    LEARNING_RATES,
+    Basis,
     Config,
     OptimizerConfig,
     OptimizerName,
+    Size,
     model_config,
     parse,
     resolve,
     to_json,
 )
 from train.main import DESCRIPTION, main
+from train.methods import BASES, METHODS
 
 
 def config_of(*argv: str) -> Config:
@@ -36,6 +39,10 @@ def test_help_teaches(capsys):
         "python -m train.compare --help",
     ):
         assert example in shown
+    said = " ".join(shown.replace("│", " ").split())
+    assert "(default: None; apollo_mini: always 1)" in said
+    every_step = "ldadam: always 1, online_subspace_descent: always 1"
+    assert f"(default: 50; {every_step})" in said
     for group in ("model options", "optimizer options", "data options"):
         assert group in shown
     # Every field is explained: a class docstring without one leaves a bare default.
@@ -81,8 +88,10 @@ def test_a_bad_flag_is_a_clear_error(argv, message, capsys):
     assert message in " ".join(shown.split())
 
 
-def test_every_optimizer_has_a_learning_rate():
-    assert [*LEARNING_RATES] == [*get_args(OptimizerName)]
+def test_the_choices_are_the_tables_names():
+    assert get_args(OptimizerName) == (*METHODS,)
+    assert get_args(Basis) == ("default", *BASES)
+    assert get_args(Size) == (*SIZES,)
 
 
 # scale, b1 and b2; None where the method has none.
@@ -100,10 +109,10 @@ OWN_DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNING_RATES)
+@pytest.mark.parametrize("name", METHODS)
 def test_defaults_go_by_optimizer(name):
     config = resolve(config_of("--optimizer", name))
-    assert config.optimizer.learning_rate == LEARNING_RATES[name]
+    assert config.optimizer.learning_rate == METHODS[name].rate
     own = (config.optimizer.scale, config.optimizer.b1, config.optimizer.b2)
     assert own == OWN_DEFAULTS.get(name, own)  # what a run stores beside itself
     assert config.optimizer.rank == 32  # a quarter of tiny's 128

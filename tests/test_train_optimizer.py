@@ -1,24 +1,21 @@
 """From a config to an optimizer: schedule, methods and bases, weight decay."""
 
 import math
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lowrank_optax as lro
 from models import LlamaConfig, init_params
-from train.config import Basis, Config, OptimizerConfig, OptimizerName, resolve
-from train.optimizer import (
-    METHODS,
-    Optimizer,
-    decayed,
-    make_optimizer,
-    make_schedule,
-)
+from train.compare import named
+from train.config import Config, OptimizerConfig, resolve
+from train.methods import BASES, METHODS, Method
+from train.optimizer import Optimizer, decayed, make_optimizer, make_schedule
 
+LOW_RANK = [name for name in METHODS if name != "adamw"]
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 
 
@@ -72,7 +69,7 @@ def made(**fields) -> Optimizer:
     return make_optimizer(config, 10, jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", get_args(OptimizerName))
+@pytest.mark.parametrize("name", METHODS)
 def test_every_optimizer_steps_at_the_rank_asked_for(name):
     ranks = ranks_after_a_step(made(name=name))
     rank = {"apollo_mini": 1}.get(name, 4)
@@ -81,7 +78,7 @@ def test_every_optimizer_steps_at_the_rank_asked_for(name):
 
 # One for each place of the basis in a signature: alone, quantised, beside a key.
 @pytest.mark.parametrize("name", ["frugal", "q_galore", "grass_walk"])
-@pytest.mark.parametrize("basis", get_args(Basis))
+@pytest.mark.parametrize("basis", ["default", *BASES])
 def test_methods_take_every_basis(name, basis):
     optimizer = made(name=name, basis=basis)
     if (name, basis) == ("q_galore", "coordinates"):
@@ -102,7 +99,7 @@ HAVE_THEIR_OWN = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LOW_RANK)
 def test_a_method_whose_basis_is_its_own_refuses_another(name):
     if name not in HAVE_THEIR_OWN:
         made(name=name, basis="svd")
@@ -121,15 +118,39 @@ def test_an_option_that_a_method_does_not_have_is_refused(name, option):
         made(name=name, **{option: 0.5})
 
 
-def test_the_methods_are_those_of_the_command_line():
-    assert {"adamw", *METHODS} == {*get_args(OptimizerName)}
+def test_adamw_in_a_comparison_ignores_what_is_said_of_the_subspace():
+    adamw = made(name="adamw", rank=8, refresh_every=7, scale=0.5)
+    assert adamw.refresh_every is None
+    assert ranks_after_a_step(adamw) == {}
+
+
+def test_a_row_is_all_that_a_new_method_needs(monkeypatch):
+    row = Method(lro.galore, 0.5, own={"rank": 2, "refresh_every": 3})
+    monkeypatch.setitem(METHODS, "new", row)
+    work = Config(optimizer=named("new+sara", OptimizerConfig()))
+    config = resolve(work).optimizer
+    assert (config.learning_rate, config.scale, config.b1) == (0.5, 0.25, 0.9)
+    optimizer = make_optimizer(config, 10, jax.random.key(0))
+    assert optimizer.refresh_every == 3
+    assert ranks_after_a_step(optimizer) == dict.fromkeys(MATRICES, 2)
+
+
+def test_a_new_method_may_be_of_full_rank(monkeypatch):
+    monkeypatch.setitem(METHODS, "sgd", Method(optax.sgd, 0.5))
+    optimizer = made(name="sgd")
+    assert optimizer.refresh_every is None
+    assert ranks_after_a_step(optimizer) == {}
+    with pytest.raises(ValueError, match="sgd has no b1: leave it out"):
+        made(name="sgd", b1=0.5)
+    with pytest.raises(ValueError, match="sgd has no subspace, so basis='svd'"):
+        made(name="sgd", basis="svd")
 
 
 def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
-    every = {name: made(name=name, refresh_every=7).refresh_every for name in METHODS}
+    every = {name: made(name=name, refresh_every=7).refresh_every for name in LOW_RANK}
     moving = {name for name, steps in every.items() if steps == 1}
     assert moving == {"ldadam", "online_subspace_descent"}
-    assert {every[name] for name in {*METHODS} - moving} == {7}
+    assert {every[name] for name in {*LOW_RANK} - moving} == {7}
 
 
 def updates_of(seed: int = 0, **fields) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ a LLaMA's shapes, for every optimizer in one process: milliseconds a step, as a 
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -19,7 +20,7 @@ import lowrank_optax as lro
 from models import SIZES, init_params
 from train.compare import named
 from train.config import OptimizerConfig, Size, parse
-from train.optimizer import make_low_rank
+from train.optimizer import make_method
 
 NEVER = 2**30
 
@@ -70,7 +71,9 @@ def timed_steps(
     params = jax.jit(lambda k: init_params(SIZES[size], k))(key_w)
     grads = jax.jit(lambda k: init_params(SIZES[size], k))(key_g)
 
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+    def step(
+        params: optax.Params, state: optax.OptState, grads: optax.Updates
+    ) -> tuple[optax.Params, optax.OptState]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -95,29 +98,28 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     rows = [{"optimizer": "adamw", "update_ms": adamw * 1e3, "ratio": 1.0}]
     precision = None if config.precision == "default" else config.precision
     for name in config.optimizers:
-
-        def build(refresh_every: int, name: str = name) -> Any:
-            optimizer = named(name, OptimizerConfig())
-            return make_low_rank(
-                optimizer.name,
-                1e-3,
-                key=0,
-                basis=optimizer.basis,
-                rank=config.rank,
-                refresh_every=refresh_every,
-                switch_step=0,
-                precision=precision,
-            )
-
-        seconds = timed_steps(build(NEVER), config.size, config.steps)
+        optimizer = named(name, OptimizerConfig())
+        build = functools.partial(
+            make_method,
+            name=optimizer.name,
+            learning_rate=1e-3,
+            basis=optimizer.basis,
+            key=0,
+            rank=config.rank,
+            switch_step=0,
+            precision=precision,
+        )
+        tx = build(refresh_every=NEVER)
+        seconds = timed_steps(tx, config.size, config.steps)
         row = {
             "optimizer": name,
             "update_ms": seconds * 1e3,
             "ratio": seconds / adamw,
-            "state_share": lro.memory_report(build(NEVER), shapes).ratio,
+            "state_share": lro.memory_report(tx, shapes).ratio,
         }
         if not config.skip_refreshes:
-            row["refresh_s"] = timed_steps(build(1), config.size, 2, 1) - seconds
+            refreshing = build(refresh_every=1)
+            row["refresh_s"] = timed_steps(refreshing, config.size, 2, 1) - seconds
         rows.append(row)
         print(row, flush=True)
     return rows

@@ -4,26 +4,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from train.checkpoint import check_folder
-from train.config import (
-    Basis,
-    Config,
-    OptimizerConfig,
-    OptimizerName,
-    label,
-    parse,
-    resolve,
-    resolved,
-)
+from train.config import Config, OptimizerConfig, label, parse, resolve, resolved
 from train.data import Data
 from train.loop import train
 from train.main import join_processes, open_text, usage_errors
 from train.mesh import make_mesh
+from train.methods import BASES, METHODS
 from train.metrics import read_metrics
 from train.optimizer import check_optimizer
 from train.picture import draw_runs
@@ -81,11 +73,11 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     method, _, rate = name.partition("@")
     method, _, basis = method.partition("+")
     basis = basis or "default"
-    if method not in get_args(OptimizerName) or basis not in get_args(Basis):
+    bases = ("default", *BASES)
+    if method not in METHODS or basis not in bases:
         raise ValueError(
-            f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of "
-            f"{', '.join(get_args(OptimizerName))} and a BASIS of "
-            f"{', '.join(get_args(Basis))}"
+            f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of {', '.join(METHODS)} "
+            f"and a BASIS of {', '.join(bases)}"
         )
     learning_rate = float(rate) if rate else base.learning_rate
     return dataclasses.replace(
@@ -162,9 +154,7 @@ def table(results: Sequence[Result]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the command line says; None reads it from `sys.argv`."""
-    comparison: Comparison = parse(
-        Comparison, DESCRIPTION, argv, "python -m train.compare"
-    )
+    comparison = parse(Comparison, DESCRIPTION, argv, "python -m train.compare")
     join_processes(comparison.work.processes)
     folder = comparison.work.out or Path("runs/compare")
     with usage_errors():

@@ -4,44 +4,34 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import jax
 import tyro
 
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
-from train.methods import options_of
+from train.methods import BASES, METHODS
 
-OptimizerName = Literal[
-    "adamw",
-    "galore",
-    "galore_adafactor",
-    "galore_adam_mini",
-    "galore_adam8bit",
-    "q_galore",
-    "golore",
-    "msgd",
-    "fira",
-    "fira_adafactor",
-    "fira_adam_mini",
-    "fira_adam8bit",
-    "grass_walk",
-    "grass_jump",
-    "subtrack",
-    "ldadam",
-    "apollo",
-    "apollo_mini",
-    "frugal",
-    "grass_sparse",
-    "flora",
-    "coap",
-    "online_subspace_descent",
-]
-Basis = Literal[
-    "default", "svd", "sara", "walk", "jump", "track", "frozen", "coordinates"
-]
-Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    OptimizerName = str
+    Basis = str
+    Size = str
+else:  # the names in the tables, which a type checker cannot know
+    OptimizerName = Literal[tuple(METHODS)]
+    Basis = Literal[("default", *BASES)]
+    Size = Literal[tuple(SIZES)]
+
+C = TypeVar("C", bound="DataclassInstance")
+
+
+def _unless_own(option: str) -> object:
+    """A flag whose help says which methods decide the option for themselves."""
+    own = {name: m.own[option] for name, m in METHODS.items() if option in m.own}
+    said = ", ".join(f"{name}: always {value}" for name, value in own.items())
+    return tyro.conf.arg(help_behavior_hint=f"(default: {{}}; {said})".format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +71,7 @@ class OptimizerConfig:
         the first gradient's, for good; coordinates: rows chosen at random; default:
         the optimizer's own rule.
       rank: dimension of the subspace. Default: a quarter of the model's hidden size.
-        apollo_mini's is 1 whatever this says.
-      refresh_every: steps between two choices of the subspace. ldadam and
-        online_subspace_descent move theirs at every step whatever this says.
+      refresh_every: steps between two choices of the subspace.
       learning_rate: the peak. Default: by optimizer.
       warmup: part of the steps with a linearly rising learning rate.
       final: learning rate of the last step, as a part of the peak; cosine in between.
@@ -101,8 +89,8 @@ class OptimizerConfig:
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "grass_jump"
     basis: Basis = "default"
-    rank: int | None = None
-    refresh_every: int = 50
+    rank: Annotated[int | None, _unless_own("rank")] = None
+    refresh_every: Annotated[int, _unless_own("refresh_every")] = 50
     learning_rate: float | None = None
     warmup: float = 0.1
     final: float = 0.1
@@ -122,9 +110,9 @@ class OptimizerConfig:
             raise ValueError(f"warmup={self.warmup} is a part of the steps, in [0, 1)")
         if not 0 <= self.switch <= 1:
             raise ValueError(f"switch={self.switch} is a part of the steps, in [0, 1]")
-        if self.name == "adamw" and self.basis != "default":
+        if self.basis != "default" and not METHODS[self.name].low_rank:
             raise ValueError(
-                f"adamw has no subspace, so basis={self.basis!r} means nothing; "
+                f"{self.name} has no subspace, so basis={self.basis!r} means nothing; "
                 "leave it out or name a low-rank optimizer"
             )
 
@@ -213,35 +201,6 @@ class Config:
             )
 
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best; msgd's was
-# not tried, and adamw's is for the tiny model.
-LEARNING_RATES: dict[OptimizerName, float] = {
-    "adamw": 2e-3,
-    "galore": 1e-2,
-    "galore_adafactor": 1e-2,
-    "galore_adam_mini": 5e-3,
-    "galore_adam8bit": 1e-2,
-    "q_galore": 5e-3,
-    "golore": 1e-2,
-    "msgd": 1e-1,
-    "fira": 3e-3,
-    "fira_adafactor": 3e-3,
-    "fira_adam_mini": 3e-3,
-    "fira_adam8bit": 3e-3,
-    "grass_walk": 2e-3,
-    "grass_jump": 2e-3,
-    "subtrack": 2e-3,
-    "ldadam": 3e-3,
-    "apollo": 3e-3,
-    "apollo_mini": 3e-3,
-    "frugal": 1e-3,
-    "grass_sparse": 1e-2,
-    "flora": 2e-3,
-    "coap": 1e-2,
-    "online_subspace_descent": 1e-2,
-}
-
-
 def resolve(config: Config) -> Config:
     """The same work with every default filled in, as it is stored beside the run.
 
@@ -257,14 +216,12 @@ def resolve(config: Config) -> Config:
     if model.remat == "auto":
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
     model = _filled(model, vocab_size=size.vocab_size)
-    own = {"b1": 0.9, "b2": 0.999}
-    if optimizer.name != "adamw":
-        own = options_of(optimizer.name)
+    method = METHODS[optimizer.name]
     optimizer = _filled(
         optimizer,
         rank=size.hidden_size // 4,
-        learning_rate=LEARNING_RATES[optimizer.name],
-        **{option: own.get(option) for option in ("scale", "b1", "b2")},
+        learning_rate=method.rate,
+        **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
     )
     return _filled(
         dataclasses.replace(config, model=model, optimizer=optimizer),
@@ -272,13 +229,13 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _filled(config: Any, **defaults: Any) -> Any:
+def _filled(config: C, **defaults: Any) -> C:
     """The config with a default for each named field that is None."""
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **missing)
 
 
-def resolved(config: Any, field: str) -> Any:
+def resolved(config: object, field: str) -> Any:
     """The field's value; ValueError for a None that `resolve` would have filled."""
     value = getattr(config, field)
     if value is None:
@@ -302,8 +259,8 @@ def model_config(model: ModelConfig) -> LlamaConfig:
 
 
 def parse(
-    config_type: type, description: str, argv: Sequence[str] | None, prog: str
-) -> Any:
+    config_type: type[C], description: str, argv: Sequence[str] | None, prog: str
+) -> C:
     """An instance of a config dataclass from the command line's short flags."""
     return tyro.cli(
         config_type,
@@ -314,12 +271,12 @@ def parse(
     )
 
 
-def to_json(config: Any) -> str:
+def to_json(config: "DataclassInstance") -> str:
     """A config dataclass as indented JSON, paths as strings."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def _check_positive(config: Any, *fields: str) -> None:
+def _check_positive(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if value is not None and value <= 0:

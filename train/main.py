@@ -32,7 +32,7 @@ loss.png, memory.txt, sample.txt and summary.json."""
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; None reads it from `sys.argv`."""
     start = time.perf_counter()
-    config: Config = parse(Config, DESCRIPTION, argv, "python -m train")
+    config = parse(Config, DESCRIPTION, argv, "python -m train")
     join_processes(config.processes)
     config = resolve(config)
     with usage_errors():
