@@ -75,6 +75,8 @@ def test_short_flags_reach_their_groups():
         ("--seq-len 1", "seq_len=1"),
         ("--log-every 0", "log_every=0"),
         ("--scale 0", "scale=0.0 must be above 0"),
+        ("--angle 0", "angle=0.0 must be above 0"),
+        ("--walk-rank 0", "walk_rank=0 must be above 0"),
         ("--optimizer sgd", "invalid choice"),
         ("--optimizer galore --basis pca", "invalid choice"),
         ("--stepps 3", "--stepps"),

@@ -1,6 +1,7 @@
 """From a config to an optimizer: schedule, methods and bases, weight decay."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def test_an_option_that_a_method_does_not_have_is_refused(name, option):
 
 
 def test_adamw_in_a_comparison_ignores_what_is_said_of_the_subspace():
-    adamw = made(name="adamw", rank=8, refresh_every=7, scale=0.5)
+    adamw = made(name="adamw", rank=8, refresh_every=7, scale=0.5, walk_rank=1)
     assert adamw.refresh_every is None
     assert ranks_after_a_step(adamw) == {}
 
@@ -179,6 +180,17 @@ def test_a_basis_replaces_the_method_s_own():
     for basis in ("sara", "walk", "jump"):
         # Walks and jumps start from the SVD, so only their second basis is another.
         assert far_apart(own[1], updates_of(name="galore", basis=basis)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "basis"), [("grass_walk", "default"), ("galore", "walk")]
+)
+def test_the_angle_and_the_rank_of_a_walk_reach_it(name, basis):
+    walk = partial(updates_of, name=name, basis=basis)
+    for a, b in ({"angle": 0.1}, {"angle": 1.0}), ({"walk_rank": 1}, {"walk_rank": 3}):
+        start, other = walk(**a), walk(**b)
+        np.testing.assert_array_equal(start[0], other[0])  # the SVD's step
+        assert far_apart(start[1], other[1])
 
 
 def test_the_key_decides_a_random_basis():

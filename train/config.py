@@ -79,7 +79,8 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      step_size: angle, in radians, of a step of the walk.
+      angle: the largest angle, in radians, of a step of the walk.
+      walk_rank: how many directions a step of the walk turns. Default: the walk's own.
       switch: part of the steps after which golore's subspace is random.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
@@ -97,7 +98,8 @@ class OptimizerConfig:
     b1: float | None = None
     b2: float | None = None
     scale: float | None = None
-    step_size: float = 0.3
+    angle: float = 0.3
+    walk_rank: int | None = None
     switch: float = 0.5
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
@@ -105,7 +107,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "rank", "refresh_every", "learning_rate", "scale")
-        _check_positive(self, "step_size", "clip_norm", "max_skipped")
+        _check_positive(self, "angle", "walk_rank", "clip_norm", "max_skipped")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is a part of the steps, in [0, 1)")
         if not 0 <= self.switch <= 1:

@@ -98,7 +98,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         schedule,
         basis=config.basis,
         key=key,
-        angle=config.step_size,
+        angle=config.angle,
+        walk_rank=config.walk_rank,
         rank=resolved(config, "rank"),
         refresh_every=config.refresh_every,
         # Like the rank, it means nothing to a full-rank method in a comparison.
@@ -130,11 +131,12 @@ def make_method(
     basis: str = "default",
     key: jax.Array | int | None = None,
     angle: float | None = None,
+    walk_rank: int | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """A method by its name, with those of the options that it takes and are not None.
 
-    `key` and `angle` are for the basis, the method's own or another.
+    `key`, `angle` and `walk_rank` are for the basis, the method's own or another.
 
     Raises:
       ValueError: a basis for a method whose basis is its own, or a scale, b1 or b2 for
@@ -144,7 +146,7 @@ def make_method(
     for option in ("scale", "b1", "b2"):
         if options.get(option) is not None and option not in method.options:
             raise ValueError(f"{name} has no {option}: leave it out")
-    rule = {"key": key, "angle": angle}
+    rule = {"key": key, "angle": angle, "walk_rank": walk_rank}
     if basis != "default":
         if "basis" not in method.options:
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
