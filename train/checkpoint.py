@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from train.config import Config, resolved, to_json
+from train.step import TrainState
 
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does.
@@ -91,14 +92,14 @@ class Checkpoints:
         """Step of the latest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+    def save(self, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=grain.checkpoint.CheckpointSave(data),
         )
         self._manager.save(step, args=args)
 
-    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Any:
+    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> TrainState:
         """The state saved at `step`; puts the iterator where it was then.
 
         `like` is a tree of `jax.ShapeDtypeStruct` with shardings: without them the

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +10,21 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from models import LlamaConfig
+from models import LlamaConfig, Params
 from train.checkpoint import Checkpoints, store_config
 from train.config import Config, model_config, resolved
 from train.data import Data
 from train.mesh import by_row, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
-from train.step import Batch, TrainState, init_state, loss_sums, train_step
+from train.step import Batch, LossSums, TrainState, init_state, loss_sums, train_step
+
+Rows = Mapping[str, np.ndarray]
+"""This process' rows of a batch."""
 
 
 class Program(NamedTuple):
@@ -35,8 +39,8 @@ class Program(NamedTuple):
     """
 
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    loss_sums: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-    put: Callable[[Any], Batch]
+    loss_sums: LossSums
+    put: Callable[[Rows], Batch]
     compile_s: float
     step_bytes: int | None
 
@@ -129,7 +133,7 @@ def fit(
     program: Program,
     state: TrainState,
     batches: grain.DatasetIterator,
-    evaluation: Iterable[Any],
+    evaluation: Iterable[Rows],
     writer: MetricsWriter,
     checkpoints: Checkpoints,
 ) -> TrainState:
@@ -182,7 +186,7 @@ def progress_bar(start: int, last: int) -> tqdm:
     )
 
 
-def evaluate(program: Program, params: Any, batches: Iterable[Any]) -> float:
+def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float:
     """Mean loss over all held-out tokens, in nats: sums first, one division.
 
     Raises:

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     params: Any
-    opt_state: Any
+    opt_state: optax.OptState
     skipped_in_a_row: jax.Array
 
 
