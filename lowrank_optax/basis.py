@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lowrank_optax.frame import (
     in_turn,
     is_frame,
     nothing,
+    stage,
 )
 from lowrank_optax.layout import path_of
 from lowrank_optax.linalg import Decomposition, replicated, transpose
@@ -238,7 +239,7 @@ def follow(rule: Rule) -> BasisRule:
         )
         return leaves.with_bases(rng_key, new)
 
-    made = BasisRule(init, update)
+    made = BasisRule(*stage(init, update))
     made.rule = rule
     return made
 
@@ -505,8 +506,8 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
         for frame in frames_of(params):
             if not frame.whole:
                 given(frame.path, frame.basis_shape)
-        return rule.init(params)
+        return cast(BasisState, rule.init(params))
 
-    made = BasisRule(init, rule.update)
+    made = BasisRule(*stage(init, rule.update))
     made.rule = rule.rule
     return made

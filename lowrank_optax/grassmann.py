@@ -93,7 +93,7 @@ def grassmann_walk(
         key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, angle=0.3),
       ...     lro.project(), lro.rotate_moments(optax.scale_by_adam()),
       ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
@@ -145,7 +145,7 @@ def grassmann_track(
       ValueError: another decomposition.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_track(None), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)

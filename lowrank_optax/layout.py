@@ -224,7 +224,7 @@ def check_rank(rank: object, path: str = "low_rank") -> None:
     elif isinstance(rank, numbers.Integral):
         if rank < 1:
             raise ValueError(f"{path}: rank must be at least 1, not {rank}")
-    elif not 0.0 < rank <= 1.0:
+    elif not 0.0 < float(rank) <= 1.0:
         raise ValueError(f"{path}: a fractional rank lies in (0, 1], not {rank}")
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from lowrank_optax.basis import clock_of
 from lowrank_optax.frame import BASIS_RULE, Clock, Frame, frames_of, map_frames, stage
@@ -325,7 +326,7 @@ def check_second_moments(
             # Rounding is 1e-7; 1 - beta, by which Yogi's is off, is 1e-3.
             parts = [first - one, two - 4 * one, one + rest - 1]
             errors = [jnp.max(jnp.abs(x), initial=0.0) for x in parts]
-            traced = any(isinstance(x, jax.core.Tracer) for x in errors)
+            traced = any(isinstance(x, Tracer) for x in errors)
             if not traced and max(map(float, errors)) > 1e-5:
                 raise ValueError(
                     "rotate_moments: the second moment of this transformation is no "

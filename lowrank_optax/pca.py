@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.basis import clock_of, eye_basis
-from lowrank_optax.frame import Clock, Frame, is_frame, map_frames, stage
+from lowrank_optax.frame import Clock, Frame, map_frames, stage
 from lowrank_optax.linalg import Decomposition
 
 
@@ -121,10 +121,11 @@ def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
     """
 
     def one(x: Any, *xs: Any) -> jax.Array:
-        if is_frame(x) and not x.whole:
-            return f(x, *xs)
-        dtype = x.gradient.dtype if is_frame(x) else x.dtype
-        return jnp.zeros([], jnp.promote_types(dtype, jnp.float32))
+        if isinstance(x, Frame):
+            if not x.whole:
+                return f(x, *xs)
+            x = x.gradient
+        return jnp.zeros([], jnp.promote_types(x.dtype, jnp.float32))
 
     return jax.tree.map(one, frames, *rest)
 

@@ -41,7 +41,7 @@ def grassmann_jump(
       ValueError: another decomposition, or a key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
@@ -73,7 +73,7 @@ def random_after(
       ValueError: another decomposition, or a key that is neither an int nor typed.
 
     Example:
-      >>> import lowrank_optax as lro
+      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.random_after(8000, key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
       ...     lro.project_back(0.25))
@@ -105,7 +105,7 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
       ValueError: a key that is neither an int nor typed; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro
+      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.gaussian(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
     """

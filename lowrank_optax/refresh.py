@@ -63,10 +63,13 @@ class LazyRefreshState(NamedTuple):
 class _Pace(NamedTuple):
     """The last four fields of one leaf."""
 
-    cycle: jax.Array
-    interval: jax.Array
-    wait: jax.Array
-    similarities: jax.Array
+    cycle: Any
+    interval: Any
+    wait: Any
+    similarities: Any
+
+
+_A_PACE = jax.tree.structure(_Pace(0, 0, 0, 0))
 
 
 def lazy_refresh(
@@ -114,7 +117,6 @@ def lazy_refresh(
             "lazy_refresh() compares a basis with the last one; it has nothing to do "
             "around gaussian(), which keeps none, or frozen(), which is never asked"
         )
-    a_pace = jax.tree.structure(_Pace(0, 0, 0, 0))
 
     def init(params: optax.Params) -> LazyRefreshState:
         def start(_: Any) -> _Pace:
@@ -122,7 +124,7 @@ def lazy_refresh(
             return _Pace(zero, one, zero_too, jnp.full((window,), -1.0, jnp.float32))
 
         leaves, structure = jax.tree.flatten(params)
-        paces = in_turn(structure, a_pace, [start(x) for x in leaves])
+        paces = in_turn(structure, _A_PACE, [start(x) for x in leaves])
         return LazyRefreshState(cast(BasisState, rule.init(params)), *paces)
 
     def one(
@@ -157,14 +159,14 @@ def lazy_refresh(
         del params
         now, leaves = clock_of(clock), Leaves(inside, updates, state.rule_state)
         key, sub = _split_if(now.refresh, state.rule_state.rng_key)
-        paces = each_apart(leaves.structure, a_pace, _Pace(*state[1:]))
+        paces = each_apart(leaves.structure, _A_PACE, _Pace(*state[1:]))
         new = []
         rows = zip(leaves.places, leaves.frames, leaves.last, strict=True)
         for i, frame, last in rows:
             chosen, paces[i] = one(frame, last, paces[i], sub, now)
             new.append(chosen)
         frames, rule_state = leaves.with_bases(key, new)
-        paces = in_turn(leaves.structure, a_pace, paces)
+        paces = in_turn(leaves.structure, _A_PACE, paces)
         return frames, LazyRefreshState(rule_state, *paces)
 
     return stage(init, update)

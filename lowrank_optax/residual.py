@@ -103,11 +103,10 @@ def resolution(frame: Frame) -> float | jax.Array:
     full = math.sqrt(8 * float(jnp.finfo(frame.gradient.dtype).eps))
     if frame.gradient.dtype == jnp.float64:
         return full
-    precision = frame.precision or jax.config.jax_default_matmul_precision
-    name = str(precision).upper()
+    name = str(frame.precision).upper()
     if "HIGHEST" in name or name in ("FLOAT32", "F32_F32_F32"):
         return full
-    if precision is not None:
+    if frame.precision is not None:
         return LOW_RESOLUTION
     return jax.lax.platform_dependent(
         cpu=lambda: jnp.asarray(full), default=lambda: jnp.asarray(LOW_RESOLUTION)

@@ -39,7 +39,7 @@ def coordinates(
       ValueError: "random" without a key, another order with one, or an unknown order.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.coordinates(order="descending"), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
@@ -82,7 +82,7 @@ def sample_rows(key: jax.Array | int) -> BasisRule:
       ValueError: a key that is neither an int nor typed.
 
     Example:
-      >>> import lowrank_optax as lro
+      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.sample_rows(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.project_back())
     """

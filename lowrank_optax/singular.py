@@ -31,7 +31,7 @@ def dominant_svd(
       ValueError: "randomized" without a key, or an unknown decomposition.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=1, refresh_every=1)
@@ -77,7 +77,7 @@ def sara_sample(
         decomposition; a key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(1e-2, rank=4, refresh_every=50,
       ...     basis=lro.sara_sample(key=0), dimension_numbers=None)
       >>> state = tx.init({"w": jnp.ones((8, 16))})

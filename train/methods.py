@@ -61,7 +61,7 @@ METHODS = {
     "msgd": Method(lro.msgd, 1e-1),
     "fira": Method(lro.fira, 3e-3),
     "fira_adafactor": Method(
-        _fira(lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True)), 3e-3
+        _fira(lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor()))), 3e-3
     ),
     "fira_adam_mini": Method(_fira(lro.in_subspace(lro.scale_by_adam_mini())), 3e-3),
     "fira_adam8bit": Method(
