@@ -1,5 +1,6 @@
 """Step: Adam-mini, one second moment for a block of numbers."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
     def blocks(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         default = "row" if len(shape) == 1 else "column"
         kind = match((*rules, *heads, ("", default)), path, "adam_mini_blocks")
-        if kind == "element" or not shape:
+        if kind == "element" or not math.prod(shape):
             return (1,) * len(shape)
         if kind == "row":
             return (*(1,) * (len(shape) - 1), shape[-1])

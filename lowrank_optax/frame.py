@@ -28,7 +28,7 @@ class Clock(NamedTuple):
     cycle: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Frame:
     """Stands where a matrix leaf stood, in the papers' orientation m <= n.
 
@@ -170,8 +170,27 @@ class Frame:
             return key[None]
         return jax.random.split(key, math.prod(self.batch))
 
+    def __repr__(self) -> str:
+        return f"Frame({self.path!r}, {self.gradient.shape}, rank={self.rank})"
+
     def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(
+        raise TypeError(self._no_array)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """What arrays have and a Frame has not."""
+        if name == "__jax_array__":  # asked for by every function of jax.numpy
+            raise TypeError(self._no_array)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotAnArrayError(self._no_array)
+
+    @property
+    def _no_array(self) -> str:
+        return (
             f"{self.path}: inside low_rank() a Frame stands for this matrix, which "
             "optax's transformations do not know; write in_subspace(inner) or "
             "rotate_moments(inner) around one that takes the step, "
@@ -179,9 +198,9 @@ class Frame:
             "outside low_rank()"
         )
 
-    __jax_array__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
-    __neg__ = __abs__ = __matmul__ = __rmatmul__ = _refuse
+
+class NotAnArrayError(TypeError, AttributeError):
+    """A Frame was taken for an array; `getattr` with a default gives the default."""
 
 
 def are_coordinates(basis: jax.Array) -> bool:

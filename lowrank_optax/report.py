@@ -83,7 +83,8 @@ def memory_report(
 
     Nothing is allocated: both states are traced by `jax.eval_shape`. An (m, n) matrix
     at rank r takes mr numbers of basis and 2nr of moments with Adam inside, in float32
-    unless the weights are wider. Its gradient is not in the count: no optimizer here
+    unless the weights are wider, and a byte for whether it has a gradient yet; a leaf of
+    full rank a byte for each tree in the state that it has no part in. Its gradient is not in the count: no optimizer here
     makes that smaller. A matrix whose rank would be min(m, n) or more is listed with
     "(all)" behind its rank, and one that a rule keeps at full rank as "full".
 
@@ -99,21 +100,22 @@ def memory_report(
       >>> params = {"mlp": {"kernel": jnp.ones((64, 256))}, "norm": jnp.ones(64)}
       >>> tx = lro.galore(0.01, rank=8, refresh_every=200)
       >>> report = lro.memory_report(tx, params)
-      >>> report.rows[0].state_bytes == 4 * (64 * 8 + 2 * 256 * 8)
+      >>> report.rows[0].state_bytes == 4 * (64 * 8 + 2 * 256 * 8) + 1
       True
       >>> print(report)
       parameter    shape   rank  state, bytes  AdamW's, bytes
-      mlp/kernel  64x256      8        18,432         131,072
-      norm            64   full           512             512
+      mlp/kernel  64x256      8        18,433         131,072
+      norm            64   full           514             512
       (shared)                             12               4
-      total               14.4%        18,956         131,588
+      total               14.4%        18,959         131,588
     """
     shapes = {
         path_of(k): tuple(x.shape)
         for k, x in jax.tree_util.tree_leaves_with_path(params)
     }
     with decisions() as decided:
-        state = jax.eval_shape(tx.init, params)
+        # A function of its own, for JAX does not trace the same one twice.
+        state = jax.eval_shape(lambda tree: tx.init(tree), params)
     ours = _bytes_by_parameter(state, shapes)
     adamw = _bytes_by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), shapes)
     leaves = {leaf.path: leaf for leaf in decided if leaf.layout is not None}
