@@ -124,6 +124,8 @@ def scale_by_adam_mini(
 
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     """Each axis of size d with k blocks becomes two, (k, d / k)."""
+    if not x.size:
+        return x.reshape([s for d in x.shape for s in (d, 1)])
     return x.reshape(
         [s for d, k in zip(x.shape, counts, strict=True) for s in (k, d // k)]
     )

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -111,7 +112,13 @@ def layout_of(
 
 
 def path_of(keys: jax.tree_util.KeyPath) -> str:
-    """A leaf's path as rules see it: "layers/mlp/up/kernel"."""
+    """A leaf's path as rules see it: "layers/mlp/up/kernel".
+
+    The array inside an `nnx.Variable` has the Variable's path: `flax.nnx.Optimizer`
+    hands Variables to `init` and their arrays to `update`.
+    """
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -152,7 +159,15 @@ def specs_of(
       ValueError: for a leaf that nothing covers, or that has three or more axes and
         no dimension numbers.
     """
-    leaves = {path_of(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {path_of(k): x for k, x in with_paths}
+    if len(leaves) < len(with_paths):
+        counts = Counter(path_of(k) for k, _ in with_paths)
+        twice = [path for path, count in counts.items() if count > 1]
+        raise ValueError(
+            f"two parameters have the path {twice[0]}; rules and random keys go by the "
+            "path: rename one of them"
+        )
     if callable(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
     if dimension_numbers is None or isinstance(dimension_numbers, MuonDimensionNumbers):

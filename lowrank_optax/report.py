@@ -83,10 +83,11 @@ def memory_report(
 
     Nothing is allocated: both states are traced by `jax.eval_shape`. An (m, n) matrix
     at rank r takes mr numbers of basis and 2nr of moments with Adam inside, in float32
-    unless the weights are wider, and a byte for whether it has a gradient yet; a leaf of
-    full rank a byte for each tree in the state that it has no part in. Its gradient is not in the count: no optimizer here
-    makes that smaller. A matrix whose rank would be min(m, n) or more is listed with
-    "(all)" behind its rank, and one that a rule keeps at full rank as "full".
+    unless the weights are wider, and a byte that says whether its gradient was ever
+    not zero; a leaf of full rank takes a byte for each tree that it has no part in. The
+    gradient is not in the count: no optimizer here makes that smaller. A matrix whose
+    rank would be min(m, n) or more is listed with "(all)" behind its rank, and one that
+    a rule keeps at full rank as "full".
 
     Args:
       tx: any optax transformation.
