@@ -16,17 +16,13 @@ from lowrank_optax.adam_mini import (
     check_heads,
     scale_by_adam_mini,
 )
-from lowrank_optax.basis import (
-    BasisRule,
-    BasisState,
-    basis_rule,
-    replay,
-    sample_indices,
-)
+from lowrank_optax.basis import BasisRule, BasisState, basis_rule
 from lowrank_optax.bracket import LowRankState, low_rank
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
+from lowrank_optax.given import replay
 from lowrank_optax.grassmann import grassmann_track, grassmann_walk
+from lowrank_optax.keys import sample_indices
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState
 from lowrank_optax.linalg import left_singular

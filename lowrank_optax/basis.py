@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from lowrank_optax.frame import (
     frames_of,
     in_turn,
     is_frame,
+    map_frames,
     nothing,
-    stage,
+    timed_stage,
 )
-from lowrank_optax.layout import path_of
+from lowrank_optax.keys import canonical_key, check_key, split
 from lowrank_optax.linalg import Decomposition, replicated, transpose
 
 # The keys are None for a rule without a key.
@@ -51,10 +52,11 @@ class Storage(NamedTuple):
 
     Attributes:
       pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is kept,
-        arrays with the batch axes in front.
+        a tree of arrays with the batch axes in front.
       unpack: from a Frame and what is kept to S_t.
       like: a tree of the structure of what is kept.
-      shared: whether one thing is kept for all matrices, and not one for each.
+      shared: whether the refresh's key is kept, for all matrices, and no tree of what
+        `pack` gives for each.
     """
 
     pack: Callable[[Frame, jax.Array, Any], Any]
@@ -184,19 +186,19 @@ def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
 
 
 class Chosen(NamedTuple):
-    """One leaf's basis.
+    """The basis of one leaf, or trees of those of all.
 
     Attributes:
-      kept: as in `BasisState.basis`, of this leaf.
       begun: as in `BasisState`.
       turn: (*batch, r, r), S_t^T S_{t-1}.
       moved: (*batch,) bool, whether it was chosen at this step.
+      kept: as in `BasisState.basis`; () where that is shared.
     """
 
+    begun: Any
+    turn: Any
+    moved: Any
     kept: Any
-    begun: jax.Array
-    turn: jax.Array
-    moved: jax.Array
 
 
 def follow(rule: Rule) -> BasisRule:
@@ -204,121 +206,136 @@ def follow(rule: Rule) -> BasisRule:
 
     def init(params: optax.Params) -> BasisState:
         key = None if rule.key is None else canonical_key(rule.key)
-        leaves, structure = jax.tree.flatten(params)
-        begun = [not_begun(rule, x) for x in leaves]
-        first = [(f, rule.first(f)) for f in chosen_of(leaves)[1]]
-        kept = [rule.storage.pack(f, s, key) for f, s in first]
-        return BasisState(
-            key, joined(rule, leaves, structure, kept), structure.unflatten(begun)
-        )
+
+        def first(frame: Frame) -> Chosen:
+            begun = jnp.full(frame.batch, not rule.from_gradient)
+            return unmoved(
+                frame, begun, rule.storage.pack(frame, rule.first(frame), key)
+            )
+
+        chosen = on_subspaces(rule, first, params)
+        if rule.storage.shared and key is not None:
+            chosen = chosen._replace(kept=jax.random.clone(key))
+        return BasisState(key, chosen.kept, chosen.begun)
 
     def update(
-        updates: optax.Updates,
-        state: BasisState,
-        params: optax.Params | None = None,
-        *,
-        clock: Clock | None = None,
-        **_: Any,
+        frames: optax.Updates, state: BasisState, now: Clock
     ) -> tuple[optax.Updates, BasisState]:
-        del params
-        now, leaves = clock_of(clock), Leaves(rule, updates, state)
-        if not leaves.frames:
-            return updates, state
+        if all(frame.whole for frame in frames_of(frames)):
+            return frames, state
         due = now.refresh & (now.step == 0) if rule.once else now.refresh
 
-        def refresh(key: jax.Array | None) -> tuple[jax.Array | None, list[Chosen]]:
-            key, sub = (None, None) if key is None else jax.random.split(key)
-            both = zip(leaves.frames, leaves.last, strict=True)
-            return key, [choose_anew(rule, f, c, sub, now, due) for f, c in both]
+        def refresh(state: BasisState) -> tuple[BasisState, Chosen]:
+            key, sub = split(state.rng_key)
 
-        rng_key, new = jax.lax.cond(
-            due | starts(rule, leaves.frames, leaves.last),
-            refresh,
-            lambda key: (key, leaves.last),
-            state.rng_key,
-        )
-        return leaves.with_bases(rng_key, new)
+            def anew(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
+                return choose_anew(rule, frame, begun, kept, sub, now, due)
 
-    made = BasisRule(*stage(init, update))
+            chosen = on_subspaces(rule, anew, frames, state)
+            kept = sub if rule.storage.shared else chosen.kept
+            return BasisState(key, kept, chosen.begun), chosen
+
+        def keep(state: BasisState) -> tuple[BasisState, Chosen]:
+            return state, on_subspaces(rule, unmoved, frames, state)
+
+        wanted = due | starts(rule, frames, state.begun)
+        new, chosen = jax.lax.cond(wanted, refresh, keep, state)
+        return with_bases(rule, frames, state.basis, new.basis, chosen), new
+
+    made = BasisRule(*timed_stage(init, update))
     made.rule = rule
     return made
 
 
-class Leaves:
-    """The matrices that a rule chooses for, with the basis that each has so far."""
+def on_subspaces(
+    rule: Rule,
+    f: Callable[..., Chosen],
+    frames: optax.Updates,
+    state: BasisState | None = None,
+    *trees: Any,
+) -> Chosen:
+    """Trees of f(frame, begun, kept, *others), or of f(frame) without a state.
 
-    def __init__(self, rule: Rule, updates: optax.Updates, state: BasisState):
-        self._rule = rule
-        self._leaves, self.structure = jax.tree.flatten(updates)
-        self._begun = self.structure.flatten_up_to(state.begun)
-        self.places, self.frames = chosen_of(self._leaves)
-        if rule.storage.shared:
-            kept = [state.basis] * len(self._leaves)
-        else:
-            inside = jax.tree.structure(rule.storage.like)
-            kept = each_apart(self.structure, inside, state.basis)
-        self.last = [
-            Chosen(kept[i], self._begun[i], f.still(), jnp.zeros(f.batch, bool))
-            for i, f in zip(self.places, self.frames, strict=True)
-        ]
+    Where there is no subspace they have `nothing`.
+    """
+    like = () if rule.storage.shared else rule.storage.like
+    inside = jax.tree.structure(Chosen(0, 0, 0, like))
+    leaves, structure = jax.tree.flatten(frames)
+    rows: list[tuple[Any, ...]] = [()] * len(leaves)
+    if state is not None:
+        kept = each_kept(rule, structure, state.basis)
+        begun, *others = map(structure.flatten_up_to, (state.begun, *trees))
+        rows = [*zip(begun, kept, *others, strict=True)]
 
-    def with_bases(
-        self, rng_key: jax.Array | None, new: list[Chosen]
-    ) -> tuple[optax.Updates, BasisState]:
-        """The tree of Frames with their bases set, and the state for the next step."""
-        rule, leaves, begun = self._rule, [*self._leaves], [*self._begun]
-        rows = zip(self.places, self.frames, self.last, new, strict=True)
-        for i, frame, before, after in rows:
-            begun[i] = after.begun
-            leaves[i] = frame.replace(
-                basis=rule.storage.unpack(frame, after.kept),
-                previous=rule.storage.unpack(frame, before.kept),
-                turn=after.turn,
-                moved=after.moved,
-                orthonormal=rule.orthonormal,
-            )
-        basis = joined(rule, leaves, self.structure, [c.kept for c in new])
-        begun = self.structure.unflatten(begun)
-        return self.structure.unflatten(leaves), BasisState(rng_key, basis, begun)
+    def one(leaf: Any, row: tuple[Any, ...]) -> Chosen:
+        if not is_frame(leaf) or leaf.whole:
+            return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
+        chosen = f(leaf, *row)
+        return chosen._replace(kept=()) if rule.storage.shared else chosen
+
+    return in_turn(structure, inside, [*map(one, leaves, rows)])
 
 
-def joined(rule: Rule, leaves: list[Any], structure: Any, kept: list[Any]) -> Any:
-    """`BasisState.basis` from what is kept of each chosen basis."""
+def each_kept(rule: Rule, structure: Any, basis: Any) -> list[Any]:
+    """What is kept of each leaf's basis, in a list."""
     if rule.storage.shared:
-        return kept[0] if kept else nothing()
-    inside = jax.tree.structure(rule.storage.like)
-    parts = [
-        inside.unflatten([nothing() for _ in range(inside.num_leaves)]) for _ in leaves
-    ]
-    for i, x in zip(chosen_of(leaves)[0], kept, strict=True):
-        parts[i] = x
-    return in_turn(structure, inside, parts)
+        return [basis] * structure.num_leaves
+    return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
 
 
-def chosen_of(leaves: list[Any]) -> tuple[list[int], list[Frame]]:
-    """The Frames that need a basis, all but those of full rank, and their places."""
-    places = [i for i, x in enumerate(leaves) if is_frame(x) and not x.whole]
-    return places, [leaves[i] for i in places]
+def with_bases(
+    rule: Rule, frames: optax.Updates, old: Any, new: Any, chosen: Chosen
+) -> optax.Updates:
+    """The Frames with their bases set."""
+    leaves, structure = jax.tree.flatten(frames)
+    rows = zip(
+        leaves,
+        each_kept(rule, structure, old),
+        each_kept(rule, structure, new),
+        structure.flatten_up_to(chosen.turn),
+        structure.flatten_up_to(chosen.moved),
+        strict=True,
+    )
+    return structure.unflatten(
+        frame
+        if not is_frame(frame) or frame.whole
+        else frame.replace(
+            previous=rule.storage.unpack(frame, before),
+            basis=rule.storage.unpack(frame, after),
+            turn=turn,
+            moved=moved,
+            orthonormal=rule.orthonormal,
+        )
+        for frame, before, after, turn, moved in rows
+    )
 
 
-def not_begun(rule: Rule, leaf: Any) -> jax.Array:
-    if not is_frame(leaf):
-        return nothing()
-    return jnp.full(leaf.batch, not rule.from_gradient)
+def unmoved(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
+    return Chosen(begun, frame.still(), jnp.zeros(frame.batch, bool), kept)
 
 
-def starts(rule: Rule, frames: list[Frame], last: list[Chosen]) -> jax.Array:
+def turn_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return jnp.matmul(transpose(new), old, precision="highest")
+
+
+def starts(rule: Rule, frames: optax.Updates | Frame, begun: Any) -> jax.Array:
     """() bool: whether a matrix has its first gradient that is not zero."""
     if not rule.from_gradient:
         return jnp.array(False)
-    begun = jnp.array([jnp.all(c.begun) for c in last])
+    begun = map_frames(lambda _, b: b, frames, begun, plain=lambda *_: jnp.array(True))
 
     def look() -> jax.Array:
-        both = zip(frames, last, strict=True)
-        return jnp.any(jnp.array([jnp.any(~c.begun & nonzero(f)) for f, c in both]))
+        new = map_frames(
+            lambda f, b: jnp.any(~b & nonzero(f)), frames, begun, plain=nothing
+        )
+        return jnp.any(jnp.stack(jax.tree.leaves(new)))
 
     # Gradients are looked at only until all have begun.
-    return jax.lax.cond(jnp.all(begun), lambda: jnp.array(False), look)
+    all_begun = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(begun)]))
+    return jax.lax.cond(all_begun, lambda: jnp.array(False), look)
 
 
 def nonzero(frame: Frame) -> jax.Array:
@@ -329,24 +346,25 @@ def nonzero(frame: Frame) -> jax.Array:
 def choose_anew(
     rule: Rule,
     frame: Frame,
-    last: Chosen,
+    begun: jax.Array,
+    kept: Any,
     key: jax.Array | None,
     now: Clock,
     due: jax.Array,
 ) -> Chosen:
     """The basis of one leaf, for those of its matrices that are due or just begin."""
     pack, unpack, _, shared = rule.storage
-    begun = last.begun | nonzero(frame) if rule.from_gradient else last.begun
-    moved = due | begun & ~last.begun
-    old = unpack(frame, last.kept)
-    s = choose_flat(rule, frame, old, last.begun, key, now)
-    kept = pack(frame, s, key)
+    now_begun = begun | nonzero(frame) if rule.from_gradient else begun
+    moved = due | now_begun & ~begun
+    old = unpack(frame, kept)
+    s = choose_flat(rule, frame, old, begun, key, now)
+    new = pack(frame, s, key)
     if not shared:
         # A rule may keep its basis at a refresh; to round it again would move it.
         stays = ~moved | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
-        kept = jax.tree.map(lambda x, y: select(stays, x, y), last.kept, kept)
-    turn = turn_between(unpack(frame, kept), old, frame.gradient.dtype)
-    return Chosen(kept, begun, select(moved, turn, frame.still()), moved)
+        new = jax.tree.map(lambda x, y: select(stays, x, y), kept, new)
+    turn = turn_between(unpack(frame, new), old, frame.gradient.dtype)
+    return Chosen(now_begun, select(moved, turn, frame.still()), moved, new)
 
 
 def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -388,126 +406,3 @@ def choose_flat(
     first = jax.lax.cond(jnp.any(early), leading, lambda: flat(old))
     later = jax.lax.cond(jnp.all(early), lambda: flat(old), choose)
     return select(early, first, later).reshape(old.shape)
-
-
-def check_key(key: jax.Array | int) -> jax.Array | int:
-    """`key`; ValueError unless it is a seed or a typed key. Creates no array."""
-    dtype = getattr(key, "dtype", type(key))
-    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if jnp.ndim(key) or not (typed or jnp.issubdtype(dtype, jnp.integer)):
-        raise ValueError(
-            f"key must be an int or a typed key from jax.random.key, not {key!r}"
-        )
-    return key
-
-
-def canonical_key(key: jax.Array | int) -> jax.Array:
-    """A typed key of its own from a seed or a typed key, so that it can be donated."""
-    check_key(key)
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(
-        key.dtype, jax.dtypes.prng_key
-    )
-    return jax.random.clone(key) if typed else jax.random.key(key)
-
-
-def clock_of(clock: Clock | None) -> Clock:
-    if clock is None:
-        raise ValueError("this stage works inside low_rank(), which tells it the time")
-    return clock
-
-
-def turn_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """S_t^T S_{t-1}, (*batch, r, r)."""
-    if are_coordinates(new):
-        return (new[..., :, None] == old[..., None, :]).astype(dtype)
-    return jnp.matmul(transpose(new), old, precision="highest")
-
-
-def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
-    """`count` of the indices, drawn by score without replacement and sorted.
-
-    The first is drawn with probabilities scores / sum(scores), each next one with those
-    of the indices that are left; zero scores come last, the first in order.
-
-    Args:
-      keys: (L,) typed keys, one for each matrix, as `basis_rule` hands them out.
-      scores: (L, m), not negative; all zeros count as equal.
-      count: how many, at most m.
-
-    Returns:
-      (L, count) integers.
-
-    Raises:
-      ValueError: a count above m.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> keys = jax.random.split(jax.random.key(0), 2)
-      >>> scores = jnp.array([[0.0, 1.0, 0.0, 2.0], [5.0, 0.0, 0.0, 1.0]])
-      >>> lro.sample_indices(keys, scores, 2).tolist()
-      [[1, 3], [0, 3]]
-    """
-    m = scores.shape[-1]
-    if count > m:
-        raise ValueError(f"cannot draw {count} of {m} indices without replacement")
-    total = jnp.sum(scores, axis=-1, keepdims=True)
-    weights = jnp.where(total > 0, scores / jnp.where(total > 0, total, 1), 1 / m)
-
-    def sample(key: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.sort(jax.random.choice(key, m, (count,), replace=False, p=w))
-
-    return jax.vmap(sample)(keys, weights)
-
-
-def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
-    """Given bases: the k-th refresh takes the k-th.
-
-    To compare two optimizers on one trajectory of subspaces, singular vectors being
-    defined up to sign.
-
-    Args:
-      bases: a tree like the parameters with (K, *batch, m, r) at each matrix leaf, in
-        the orientation of the Frame (m <= n). After K refreshes the last one stays.
-        Other leaves are not looked at.
-      orthonormal: whether they are.
-
-    Raises:
-      ValueError: for a matrix that has no bases, or bases of another shape.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
-      ...     lro.in_subspace(optax.identity()), lro.project_back())
-      >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
-      >>> g = {"w": jnp.ones((4, 6))}
-      >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
-      [1.0, 1.0, 0.0, 0.0]
-    """
-    by_path = {path_of(k): s for k, s in jax.tree_util.tree_leaves_with_path(bases)}
-
-    def given(path: str, shape: tuple[int, ...]) -> jax.Array:
-        if path not in by_path:
-            raise ValueError(f"{path}: replay() has no bases for this matrix")
-        s = jnp.asarray(by_path[path])
-        if s.shape[1:] != shape or not s.shape[0]:
-            raise ValueError(
-                f"{path}: replay() was given bases of shape {s.shape}; "
-                f"needed is (K, {', '.join(map(str, shape))})"
-            )
-        return s
-
-    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
-        s = jnp.asarray(by_path[frame.path], frame.gradient.dtype)
-        return jnp.take(s, clock.cycle, 0, mode="clip").reshape(frame.basis_shape)
-
-    rule = basis_rule(choose, orthonormal=orthonormal, from_gradient=False)
-
-    def init(params: optax.Params) -> BasisState:
-        for frame in frames_of(params):
-            if not frame.whole:
-                given(frame.path, frame.basis_shape)
-        return cast(BasisState, rule.init(params))
-
-    made = BasisRule(*stage(init, rule.update))
-    made.rule = rule.rule
-    return made

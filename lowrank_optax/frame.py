@@ -214,8 +214,8 @@ def is_frame(x: object) -> TypeGuard[Frame]:
 
 def map_frames(
     f: Callable[..., Any],
-    tree: optax.Updates,
-    *rest: optax.OptState,
+    tree: optax.Updates | Frame,
+    *rest: Any,
     plain: Callable[..., Any] = lambda leaf, *_: leaf,
 ) -> Any:
     """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
@@ -294,3 +294,35 @@ def stage(
     optax's protocols take any state, and a checker refuses functions of one.
     """
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def simple_stage(
+    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """A stage from `update(frames, state)`."""
+    return stage(init, lambda frames, state, params=None, **_: update(frames, state))
+
+
+def timed_stage(
+    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """A stage from `update(frames, state, clock)`; ValueError outside `low_rank`."""
+
+    def with_clock(
+        frames: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        clock: Clock | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return update(frames, state, clock_of(clock))
+
+    return stage(init, with_clock)
+
+
+def clock_of(clock: Clock | None) -> Clock:
+    if clock is None:
+        raise ValueError("this stage works inside low_rank(), which tells it the time")
+    return clock

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames, nothing, stage, update_frames
+from lowrank_optax.frame import Frame, map_frames, nothing, simple_stage, update_frames
 from lowrank_optax.published import Arithmetic
 
 
@@ -34,16 +34,12 @@ def limited_stage(
         return LimiterState(map_frames(before, params, plain=nothing))
 
     def update(
-        updates: optax.Updates,
-        state: LimiterState,
-        params: optax.Params | None = None,
-        **_: Any,
+        frames: optax.Updates, state: LimiterState
     ) -> tuple[optax.Updates, LimiterState]:
-        del params
-        frames, norm = update_frames(one, updates, state.norm)
+        frames, norm = update_frames(one, frames, state.norm)
         return frames, LimiterState(norm)
 
-    return stage(init, update)
+    return simple_stage(init, update)
 
 
 def limit_growth(

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from lowrank_optax.basis import clock_of
-from lowrank_optax.frame import BASIS_RULE, Clock, Frame, frames_of, map_frames, stage
+from lowrank_optax.frame import (
+    BASIS_RULE,
+    Clock,
+    Frame,
+    clock_of,
+    frames_of,
+    map_frames,
+    stage,
+)
 from lowrank_optax.linalg import average_weight
 from lowrank_optax.step import in_subspace
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import clock_of, eye_basis
-from lowrank_optax.frame import Clock, Frame, map_frames, stage
+from lowrank_optax.basis import eye_basis
+from lowrank_optax.frame import Clock, Frame, map_frames, timed_stage
 from lowrank_optax.linalg import Decomposition
 
 
@@ -81,15 +81,9 @@ def online_pca(
         return OnlinePCAState(basis, optimizer.init(basis), loss, drift)
 
     def update(
-        updates: optax.Updates,
-        state: OnlinePCAState,
-        params: optax.Params | None = None,
-        *,
-        clock: Clock | None = None,
-        **_: Any,
+        frames: optax.Updates, state: OnlinePCAState, now: Clock
     ) -> tuple[optax.Updates, OnlinePCAState]:
-        del params
-        frames, start = updates, clock_of(clock).step == 0
+        start = now.step == 0
         basis = _on_subspaces(
             lambda f, p: _started(f, p, start, decomposition), frames, state.basis
         )
@@ -112,7 +106,7 @@ def online_pca(
         new = optax.apply_updates(basis, steps)
         return frames, OnlinePCAState(new, inner_state, loss, drift)
 
-    return stage(init, update)
+    return timed_stage(init, update)
 
 
 def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:

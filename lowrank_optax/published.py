@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import stage
+from lowrank_optax.frame import simple_stage, stage
 from lowrank_optax.linalg import average_weight
 
 Variant = Literal["paper", "published"]
@@ -90,19 +90,15 @@ def scale_by_bias_correction(
         return BiasCorrectionState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: BiasCorrectionState,
-        params: optax.Params | None = None,
-        **_: Any,
+        updates: optax.Updates, state: BiasCorrectionState
     ) -> tuple[optax.Updates, BiasCorrectionState]:
-        del params
         count = jnp.asarray(optax.safe_increment(state.count))
         w_m, w_v = (average_weight(jnp.asarray(1.0 - b), count) for b in (b1, b2))
         factor = jnp.sqrt(w_v) / w_m
         scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
         return scaled, BiasCorrectionState(count)
 
-    return stage(init, update)
+    return simple_stage(init, update)
 
 
 class DecayState(NamedTuple):

@@ -6,8 +6,9 @@ import math
 import jax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, Storage, basis_rule, check_key, follow
+from lowrank_optax.basis import BasisRule, Storage, basis_rule, follow
 from lowrank_optax.frame import Frame
+from lowrank_optax.keys import check_key
 from lowrank_optax.linalg import Decomposition, fence
 
 

@@ -1,6 +1,7 @@
 """When: basis rules that are asked less often than every T steps."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,14 +12,23 @@ from lowrank_optax.basis import (
     BasisRule,
     BasisState,
     Chosen,
-    Leaves,
     choose_anew,
-    clock_of,
     follow,
+    on_subspaces,
     rule_of,
     starts,
+    unmoved,
+    with_bases,
 )
-from lowrank_optax.frame import Clock, Frame, each_apart, in_turn, stage
+from lowrank_optax.frame import (
+    Clock,
+    Frame,
+    map_frames,
+    nothing,
+    timed_stage,
+    update_frames,
+)
+from lowrank_optax.keys import split
 
 
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
@@ -58,18 +68,6 @@ class LazyRefreshState(NamedTuple):
     interval: Any
     wait: Any
     similarities: Any
-
-
-class _Pace(NamedTuple):
-    """The last four fields of one leaf."""
-
-    cycle: Any
-    interval: Any
-    wait: Any
-    similarities: Any
-
-
-_A_PACE = jax.tree.structure(_Pace(0, 0, 0, 0))
 
 
 def lazy_refresh(
@@ -119,66 +117,67 @@ def lazy_refresh(
         )
 
     def init(params: optax.Params) -> LazyRefreshState:
-        def start(_: Any) -> _Pace:
-            zero, one, zero_too = (jnp.full([], x, jnp.int32) for x in (0, 1, 0))
-            return _Pace(zero, one, zero_too, jnp.full((window,), -1.0, jnp.float32))
+        def each(make: Callable[[], jax.Array]) -> Any:
+            return map_frames(lambda _: make(), params, plain=nothing)
 
-        leaves, structure = jax.tree.flatten(params)
-        paces = in_turn(structure, _A_PACE, [start(x) for x in leaves])
-        return LazyRefreshState(cast(BasisState, rule.init(params)), *paces)
-
-    def one(
-        frame: Frame, last: Chosen, pace: _Pace, key: jax.Array | None, now: Clock
-    ) -> tuple[Chosen, _Pace]:
-        due = now.refresh & (pace.wait == 0)
-        chosen = jax.lax.cond(
-            due | starts(inside, [frame], [last]),
-            lambda: choose_anew(
-                inside, frame, last, key, now._replace(cycle=pace.cycle), due
-            ),
-            lambda: last,
+        return LazyRefreshState(
+            rule_state=cast(BasisState, rule.init(params)),
+            cycle=each(lambda: jnp.zeros([], jnp.int32)),
+            interval=each(lambda: jnp.ones([], jnp.int32)),
+            wait=each(lambda: jnp.zeros([], jnp.int32)),
+            similarities=each(lambda: jnp.full((window,), -1.0, jnp.float32)),
         )
-        overlap = jnp.mean(jnp.sum(jnp.square(chosen.turn), axis=(-2, -1))) / frame.rank
-        compared = due & (now.step > 0)
-        shifted = jnp.append(pace.similarities[1:], overlap.astype(jnp.float32))
-        similarities = jnp.where(compared, shifted, pace.similarities)
-        full = jnp.all(similarities >= 0)
-        grow = compared & full & (jnp.mean(similarities) >= threshold)
-        interval = jnp.where(grow, factor * pace.interval, pace.interval)
-        wait = jnp.where(due, interval - 1, pace.wait - now.refresh)
-        return chosen, _Pace(pace.cycle + due, interval, wait, similarities)
 
     def update(
-        updates: optax.Updates,
-        state: LazyRefreshState,
-        params: optax.Params | None = None,
-        *,
-        clock: Clock | None = None,
-        **_: Any,
+        frames: optax.Updates, state: LazyRefreshState, now: Clock
     ) -> tuple[optax.Updates, LazyRefreshState]:
-        del params
-        now, leaves = clock_of(clock), Leaves(inside, updates, state.rule_state)
-        key, sub = _split_if(now.refresh, state.rule_state.rng_key)
-        paces = each_apart(leaves.structure, _A_PACE, _Pace(*state[1:]))
-        new = []
-        rows = zip(leaves.places, leaves.frames, leaves.last, strict=True)
-        for i, frame, last in rows:
-            chosen, paces[i] = one(frame, last, paces[i], sub, now)
-            new.append(chosen)
-        frames, rule_state = leaves.with_bases(key, new)
-        paces = in_turn(leaves.structure, _A_PACE, paces)
+        old = state.rule_state
+        key, sub = old.rng_key, None
+        if key is not None:
+            key, sub = jax.lax.cond(now.refresh, split, lambda k: (k, k), key)
+
+        def ask(
+            frame: Frame, begun: jax.Array, kept: Any, cycle: jax.Array, wait: jax.Array
+        ) -> Chosen:
+            due, clock = now.refresh & (wait == 0), now._replace(cycle=cycle)
+            return jax.lax.cond(
+                due | starts(inside, frame, begun),
+                lambda: choose_anew(inside, frame, begun, kept, sub, clock, due),
+                lambda: unmoved(frame, begun, kept),
+            )
+
+        def pace(frame: Frame, turn: jax.Array, *last: jax.Array) -> tuple[Any, ...]:
+            if frame.whole:
+                return frame, turn, *last
+            overlap = jnp.mean(jnp.sum(jnp.square(turn), axis=(-2, -1))) / frame.rank
+            return frame, turn, *paced(now, overlap, threshold, factor, *last)
+
+        chosen = on_subspaces(inside, ask, frames, old, state.cycle, state.wait)
+        _, _, *paces = update_frames(pace, frames, chosen.turn, *state[1:])
+        rule_state = BasisState(key, chosen.kept, chosen.begun)
+        frames = with_bases(inside, frames, old.basis, chosen.kept, chosen)
         return frames, LazyRefreshState(rule_state, *paces)
 
-    return stage(init, update)
+    return timed_stage(init, update)
 
 
-def _split_if(
-    due: jax.Array, key: jax.Array | None
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The key to keep and the key to draw from, if one is due."""
-    if key is None:
-        return None, None
-    kept, drawn = jax.lax.cond(
-        due, lambda k: tuple(jax.random.split(k)), lambda k: (k, k), key
-    )
-    return kept, drawn
+def paced(
+    now: Clock,
+    overlap: jax.Array,
+    threshold: float | jax.Array,
+    factor: int,
+    cycle: jax.Array,
+    interval: jax.Array,
+    wait: jax.Array,
+    similarities: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cycle, interval, wait and similarities of one leaf after a step."""
+    due = now.refresh & (wait == 0)
+    compared = due & (now.step > 0)
+    shifted = jnp.append(similarities[1:], overlap.astype(similarities.dtype))
+    similarities = jnp.where(compared, shifted, similarities)
+    full = jnp.all(similarities >= 0)
+    grow = compared & full & (jnp.mean(similarities) >= threshold)
+    interval = jnp.where(grow, factor * interval, interval)
+    wait = jnp.where(due, interval - 1, wait - now.refresh)
+    return cycle + due, interval, wait, similarities

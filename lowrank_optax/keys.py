@@ -1,0 +1,65 @@
+"""Where: seeds and typed keys, and indices drawn from them."""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_key(key: jax.Array | int) -> jax.Array | int:
+    """`key`; ValueError unless it is a seed or a typed key. Creates no array."""
+    dtype = getattr(key, "dtype", type(key))
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if jnp.ndim(key) or not (typed or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(
+            f"key must be an int or a typed key from jax.random.key, not {key!r}"
+        )
+    return key
+
+
+def canonical_key(key: jax.Array | int) -> jax.Array:
+    """A typed key of its own from a seed or a typed key, so that it can be donated."""
+    check_key(key)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    return jax.random.clone(key) if typed else jax.random.key(key)
+
+
+def split(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """The key to keep and the key to draw from; None for a rule that draws nothing."""
+    return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
+    """`count` of the indices, drawn by score without replacement and sorted.
+
+    The first is drawn with probabilities scores / sum(scores), each next one with those
+    of the indices that are left; zero scores come last, the first in order.
+
+    Args:
+      keys: (L,) typed keys, one for each matrix, as `basis_rule` hands them out.
+      scores: (L, m), not negative; all zeros count as equal.
+      count: how many, at most m.
+
+    Returns:
+      (L, count) integers.
+
+    Raises:
+      ValueError: a count above m.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> scores = jnp.array([[0.0, 1.0, 0.0, 2.0], [5.0, 0.0, 0.0, 1.0]])
+      >>> lro.sample_indices(keys, scores, 2).tolist()
+      [[1, 3], [0, 3]]
+    """
+    m = scores.shape[-1]
+    if count > m:
+        raise ValueError(f"cannot draw {count} of {m} indices without replacement")
+    total = jnp.sum(scores, axis=-1, keepdims=True)
+    weights = jnp.where(total > 0, scores / jnp.where(total > 0, total, 1), 1 / m)
+
+    def sample(key: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sort(jax.random.choice(key, m, (count,), replace=False, p=w))
+
+    return jax.vmap(sample)(keys, weights)
