@@ -18,6 +18,7 @@ from lowrank_optax.adam_mini import (
 )
 from lowrank_optax.basis import BasisRule, BasisState, basis_rule
 from lowrank_optax.bracket import LowRankState, low_rank
+from lowrank_optax.dct import dct_columns
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
 from lowrank_optax.given import replay
@@ -31,6 +32,7 @@ from lowrank_optax.momentum_bases import correlation_aware, power_iterate
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
 from lowrank_optax.optimizers.coap import coap
+from lowrank_optax.optimizers.dct_adamw import dct_adamw
 from lowrank_optax.optimizers.fira import fira
 from lowrank_optax.optimizers.flora import flora
 from lowrank_optax.optimizers.frugal import frugal
@@ -92,6 +94,8 @@ __all__ = [
     "coap",
     "coordinates",
     "correlation_aware",
+    "dct_adamw",
+    "dct_columns",
     "dominant_svd",
     "error_feedback",
     "fira",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import frames_of
+from lowrank_optax.frame import frames_of, simple_stage
 from lowrank_optax.layout import Rules, match, path_of
 from lowrank_optax.moments import register_moments
 
@@ -44,7 +44,7 @@ def scale_by_adam_mini(
     eps: float | jax.Array = 1e-8,
     *,
     blocks: Blocks | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam with one second moment per block b of an array (Adam-mini).
 
         M <- b1 M + (1 - b1) G,   v_b <- b2 v_b + (1 - b2) mean over b of G^2
@@ -79,8 +79,8 @@ def scale_by_adam_mini(
     """
     blocks = adam_mini_blocks() if blocks is None else blocks
 
-    def init(params: Any) -> Any:
-        def second(keys: Any, x: jax.Array) -> jax.Array:
+    def init(params: optax.Params) -> AdamMiniState:
+        def second(keys: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
             path, shape = path_of(keys), tuple(jnp.shape(x))
             block = tuple(blocks(path, shape))
             if len(block) != len(shape) or any(
@@ -98,8 +98,9 @@ def scale_by_adam_mini(
             nu=jax.tree_util.tree_map_with_path(second, params),
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
+    def update(
+        updates: optax.Updates, state: AdamMiniState
+    ) -> tuple[optax.Updates, AdamMiniState]:
         count = jnp.asarray(optax.safe_increment(state.count))
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
 
@@ -119,7 +120,7 @@ def scale_by_adam_mini(
         )
         return steps, AdamMiniState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return simple_stage(init, update)
 
 
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
@@ -207,7 +208,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
     return blocks
 
 
-def check_heads(heads: Heads) -> optax.GradientTransformation:
+def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
     """A stage that does nothing but refuse `heads` that a projection takes apart.
 
     A head is h consecutive outputs. They stay together in the columns of (r, n) where
@@ -234,7 +235,7 @@ def check_heads(heads: Heads) -> optax.GradientTransformation:
       (1, 2)
     """
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> optax.OptState:
         for frame in frames_of(params):
             head = match((*heads, ("", None)), frame.path, "heads")
             n = frame.low_shape[-1]
@@ -250,12 +251,8 @@ def check_heads(heads: Heads) -> optax.GradientTransformation:
                 )
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return updates, state
-
-    return optax.GradientTransformation(init, update)
+    return simple_stage(init, lambda frames, state: (frames, state))
 
 
-def _is_size(x: Any) -> bool:
+def _is_size(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x > 0

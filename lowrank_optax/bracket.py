@@ -156,20 +156,10 @@ def low_rank(
         raise ValueError(f'square={square!r}: choose "input" or "output"')
     inner = optax.with_extra_args_support(inner)
 
-    def decide(tree: optax.Params) -> optax.Params:
-        return _decide(tree, dimension_numbers, rank, square)
-
-    def open_frame(leaf: Leaf, x: jax.Array) -> Frame | jax.Array:
-        if leaf.layout is None:
-            return _at_least_f32(x)
-        check_matrix(leaf.path, x)
-        return Frame(
-            gradient=_at_least_f32(leaf.layout.to_matrix(x)),
-            rank=leaf.rank,
-            path=leaf.path,
-            columns=leaf.layout.columns,
-            precision=precision,
-        )
+    decide = functools.partial(
+        _decide, dimension_numbers=dimension_numbers, rank=rank, square=square
+    )
+    open_frame = functools.partial(_open, precision=precision)
 
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
@@ -282,6 +272,21 @@ def _is_leaf(x: object) -> bool:
 
 def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
     return jax.tree.map(f, leaves, *trees, is_leaf=_is_leaf)
+
+
+def _open(
+    leaf: Leaf, x: jax.Array, precision: jax.lax.PrecisionLike
+) -> Frame | jax.Array:
+    if leaf.layout is None:
+        return _at_least_f32(x)
+    check_matrix(leaf.path, x)
+    return Frame(
+        gradient=_oriented(leaf, x),
+        rank=leaf.rank,
+        path=leaf.path,
+        columns=leaf.layout.columns,
+        precision=precision,
+    )
 
 
 def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:

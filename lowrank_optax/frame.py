@@ -277,7 +277,7 @@ def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
     )
 
 
-def each_apart(structure: Any, inside: Any, tree: Any) -> list[Any]:
+def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
     """Undoes `in_turn`: the `inside`-tree of each leaf of `structure`."""
     columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
     rows = zip(*columns, strict=True) if inside.num_leaves else ()

@@ -295,41 +295,12 @@ def check_second_moments(
     and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
     step as later. Not looked at where decay rates are traced.
     """
-
-    def rows_of(g: float) -> optax.Updates:
-        def row(x: Frame | jax.Array) -> jax.Array:
-            shape = x.low_shape if isinstance(x, Frame) else x.shape
-            return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
-
-        return jax.tree.map(row, params)
-
-    def after(v: float, g: float, count: int) -> list[jax.Array]:
-        def start(kind: Moments, state: Any) -> Any:
-            values = {kind.first: 0}
-            if kind.second is not None:
-                values |= {kind.second: v, kind.count: count}
-            full = {
-                k: optax.tree.full_like(getattr(state, k), x) for k, x in values.items()
-            }
-            return state._replace(**full)
-
-        rows = rows_of(g)
-        state = _map_moments(start, inner.init(rows))
-        seconds: list[jax.Array] = []
-
-        def see(kind: Moments, state: Any) -> Any:
-            if kind.second is not None:
-                seconds.extend(jax.tree.leaves(getattr(state, kind.second)))
-            return state
-
-        _map_moments(see, inner.update(rows, state, rows)[1])
-        return seconds
-
     with jax.ensure_compile_time_eval():
         cases = [(0.0, 1.0, 0), (0.0, 1.0, 5), (0.0, 2.0, 5), (1.0, 0.0, 5)]
-        for first, one, two, rest in zip(
-            *(after(*case) for case in cases), strict=True
-        ):
+        seen = zip(
+            *(_second_after(inner, params, *case) for case in cases), strict=True
+        )
+        for first, one, two, rest in seen:
             # Rounding is 1e-7; 1 - beta, by which Yogi's is off, is 1e-3.
             parts = [first - one, two - 4 * one, one + rest - 1]
             errors = [jnp.max(jnp.abs(x), initial=0.0) for x in parts]
@@ -341,6 +312,43 @@ def check_second_moments(
                     'it; take rotate_moments(inner, moments="first"), or '
                     "in_subspace(inner), which leaves all moments as they are"
                 )
+
+
+def _second_after(
+    inner: optax.GradientTransformation,
+    params: optax.Params,
+    v: float,
+    g: float,
+    count: int,
+) -> list[jax.Array]:
+    """The second moments after one step on rows of g, from V = v and `count` steps."""
+
+    def row(x: Frame | jax.Array) -> jax.Array:
+        shape = x.low_shape if isinstance(x, Frame) else x.shape
+        return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
+
+    def start(kind: Moments, state: Any) -> Any:
+        if kind.second is None:
+            return _zeroed(kind, state)
+        started = {kind.second: v, kind.count: count}
+        return _zeroed(kind, state)._replace(
+            **{
+                k: optax.tree.full_like(getattr(state, k), x)
+                for k, x in started.items()
+            }
+        )
+
+    seconds: list[jax.Array] = []
+
+    def see(kind: Moments, state: Any) -> Any:
+        if kind.second is not None:
+            seconds.extend(jax.tree.leaves(getattr(state, kind.second)))
+        return state
+
+    rows = jax.tree.map(row, params)
+    state = _map_moments(start, inner.init(rows))
+    _map_moments(see, inner.update(rows, state, rows)[1])
+    return seconds
 
 
 def first_moments(state: Any) -> Iterator[Any]:

@@ -77,6 +77,7 @@ METHODS = {
     "grass_sparse": Method(lro.grass_sparse, 1e-2),
     "flora": Method(lro.flora, 2e-3),
     "coap": Method(lro.coap, 1e-2),
+    "dct_adamw": Method(lro.dct_adamw, 2e-3, own={"refresh_every": 1}),
     "online_subspace_descent": Method(
         lro.online_subspace_descent, 1e-2, own={"refresh_every": 1}
     ),
