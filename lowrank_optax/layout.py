@@ -186,7 +186,11 @@ def specs_of(
         )
         by_path = {path_of(k): spec for k, spec in given}
         if missing := sorted(set(leaves) - set(by_path)):
-            raise ValueError(f"dimension_numbers has no entry for {missing}")
+            raise ValueError(
+                f"dimension_numbers has no entry for {missing}; give rules, None, "
+                "MuonDimensionNumbers (with the fields of optax's "
+                "GaLoreDimensionNumbers), a tree of them, or a function to one"
+            )
         specs = {p: by_path[p] for p in leaves}
     return {p: _checked(p, leaves[p].shape, spec) for p, spec in specs.items()}
 

@@ -1,7 +1,12 @@
-"""README.md's example runs, and its two commands are one line each."""
+"""README.md's examples run, and its two commands are one line each."""
 
 import re
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -10,17 +15,29 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_the_example_takes_a_step():
-    names: dict = {}
-    (example,) = blocks("python")
-    exec(example, names)
+def test_the_first_example_takes_a_step() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python")[0], names)
     tx, params = names["tx"], names["params"]
     updates, _ = names["jax"].jit(tx.update)(params, tx.init(params), params)
     moved = names["jax"].tree.map(lambda u: bool(abs(u).max() > 0), updates)
     assert moved == {"mlp": {"kernel": True}, "head": {"kernel": True}}
 
 
-def test_the_two_commands_are_one_line_each():
+def test_the_other_examples_run() -> None:
+    names: dict[str, Any] = {}
+    first, *others = blocks("python")
+    exec(first, names)
+    assert len(others) == 3
+    for example in others:
+        exec(example, names)
+    saved, restored = (
+        optax.tree.unwrap_random_key_data(names[state]) for state in ("state", "restored")
+    )
+    jax.tree.map(np.testing.assert_array_equal, saved, restored)
+
+
+def test_the_two_commands_are_one_line_each() -> None:
     train, test = blocks("bash")
     for command in (train, test):
         assert command.count("\n") == 1
