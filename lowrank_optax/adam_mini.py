@@ -198,7 +198,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
     def blocks(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         default = "row" if len(shape) == 1 else "column"
         kind = match((*rules, *heads, ("", default)), path, "adam_mini_blocks")
-        if kind == "element" or not math.prod(shape):
+        if kind == "element" or not shape or not math.prod(shape):
             return (1,) * len(shape)
         if kind == "row":
             return (*(1,) * (len(shape) - 1), shape[-1])

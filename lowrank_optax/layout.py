@@ -39,7 +39,10 @@ TRANSFORMER_MATRICES: Rules = (
     (r"(?i)(^|/)(bias|scale|offset|gamma|beta)$", None),
     (r"(?i)(^|/)(ln_\w+|\w*norm(_?\d+)?)(/(scale|weight|bias|w|b|g))?$", None),
     (r"(?i)(^|/)(\w+_)?embed(ding|dings|der|s)?(_?\d+|_\w+)?(/|$)", None),
-    (r"(?i)(^|/)w[tp]e(/|$)|(^|/)(lm_)?(head|logits)(/(kernel|weight|w))?$", None),
+    (
+        r"(?i)(^|/)w[tp]e(/|$)|(^|/)(lm_)?(head|logits)(_dense)?(/(kernel|weight|w))?$",
+        None,
+    ),
     (r"(?i)attn|attention|mlp|ffn|feed_?forward", "matrix"),
 )
 """Low rank for the two-dimensional kernels of attention and MLP; full rank for

@@ -54,8 +54,8 @@ class QuantizedArray(NamedTuple):
     Attributes:
       codes: uint8, the array's shape; places in a map of 256 values in [-1, 1].
       scales: (..., blocks), the largest magnitude of each block, with a minus where the
-        block's map is the signed one; float32, or float64 for a float64 array. A block
-        has ceil(n / blocks) of the n numbers, the last one what is left.
+        block's map is the signed one; in the array's dtype, which holds it exactly. A
+        block has ceil(n / blocks) of the n numbers, the last one what is left.
     """
 
     codes: jax.Array
@@ -63,11 +63,13 @@ class QuantizedArray(NamedTuple):
 
     def dequantize(self) -> jax.Array:
         """The array: each code's value times its block's scale."""
-        scales = self.scales[..., None]
+        wide = jnp.promote_types(self.scales.dtype, jnp.float32)
+        scales = self.scales[..., None].astype(wide)
         codes = _in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.int32)
         table = jnp.asarray(_VALUES, scales.dtype)
         values = jnp.take(table, codes + 256 * (scales < 0), mode="clip")
-        return _from_blocks(values * jnp.abs(scales), self.codes)
+        values = _from_blocks(values * jnp.abs(scales), self.codes)
+        return values.astype(self.scales.dtype)
 
 
 def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
@@ -86,7 +88,7 @@ def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
         codes = codes + bit * (parts > middle)
     return QuantizedArray(
         codes=_from_blocks(codes - start, x).astype(jnp.uint8),
-        scales=jnp.where(signed, -scales, scales)[..., 0],
+        scales=jnp.where(signed, -scales, scales)[..., 0].astype(x.dtype),
     )
 
 
@@ -122,7 +124,7 @@ def _dequantized(state: QuantizedState) -> optax.OptState:
     codes, structure = jax.tree.flatten(state.inner_state)
     scales = jax.tree.leaves(state.scales)
     return structure.unflatten(
-        QuantizedArray(c, s).dequantize() if s.ndim else c
+        QuantizedArray(c, s).dequantize() if s.dtype != jnp.bool_ else c
         for c, s in zip(codes, scales, strict=True)
     )
 
@@ -132,10 +134,10 @@ def _quantized_like(
 ) -> QuantizedState:
     """`inner_state` with its arrays quantised where `state` has them so."""
     leaves, structure = jax.tree.flatten(inner_state)
-    # Fenced, or XLA spends seconds on folding the zeros of a large first state.
     scales, inside = jax.tree.flatten(state.scales)
+    # Fenced, or XLA spends seconds on folding the zeros of a large first state.
     pairs = [
-        quantize_array(fence(x), s.shape[-1]) if s.ndim else (x, s)
+        quantize_array(fence(x), s.shape[-1]) if s.dtype != jnp.bool_ else (x, s)
         for x, s in zip(leaves, scales, strict=True)
     ]
     return QuantizedState(
@@ -204,18 +206,21 @@ def quantize_moments(
         if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
             return nothing()
         blocks = math.ceil(x.shape[-1] / block_size)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
         scales = x.size // max(x.shape[-1], 1) * blocks
-        smaller = x.size + wide.itemsize * scales < x.size * x.dtype.itemsize
+        smaller = x.size + x.dtype.itemsize * scales < x.size * x.dtype.itemsize
         if x.size < min_size or not smaller:
             return nothing()
-        return jnp.zeros((*x.shape[:-1], blocks), wide)
+        return jnp.zeros((*x.shape[:-1], blocks), x.dtype)
 
     def init(params: optax.Params) -> QuantizedState:
         state = inner.init(params)
-        trees = inner.init(_PLACEHOLDER)
-        parts = jax.tree.structure(trees, is_leaf=_is_placeholder).flatten_up_to(state)
-        scales = jax.tree.map(scales_of, tuple(parts))
+        trees, inside = jax.tree.flatten(
+            inner.init(_PLACEHOLDER), is_leaf=_is_placeholder
+        )
+        scales = tuple(
+            jax.tree.map(scales_of if _is_placeholder(tree) else nothing, part)
+            for tree, part in zip(trees, inside.flatten_up_to(state), strict=True)
+        )
         return _quantized_like(QuantizedState(state, scales), state)
 
     def update(

@@ -120,15 +120,19 @@ def left_singular_vectors(g: Array) -> Array:
     return u
 
 
-def geodesic(s: Array, x: Array, step_size: float) -> Array:
-    """Eq. 4 as written, X^ = U Sigma V^T by an SVD, X^ tangent and of unit norm."""
+def geodesic(s: Array, x: Array, angle: float, rank: int | None = None) -> Array:
+    """Eq. 4 as written, X^ = U Sigma V^T by an SVD, X^ tangent and of unit norm.
+
+    Of U, Sigma and V the `rank` leading triples, or all.
+    """
     x = x - s @ (s.T @ x)
     x = x / np.linalg.norm(x, ord=2)
     u, sigma, v_t = np.linalg.svd(x, full_matrices=False)
+    u, sigma, v_t = u[:, :rank], sigma[:rank], v_t[:rank]
     v = v_t.T
     stacked = np.concatenate([s @ v, u], axis=1)
     turn = np.concatenate(
-        [np.diag(np.cos(sigma * step_size)), np.diag(np.sin(sigma * step_size))]
+        [np.diag(np.cos(sigma * angle)), np.diag(np.sin(sigma * angle))]
     )
     return stacked @ turn @ v_t + s @ (np.eye(len(v)) - v @ v_t)
 

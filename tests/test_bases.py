@@ -1,5 +1,6 @@
 """The bases of the family: their laws, what they follow, and when they move."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
 import lowrank_optax as lro
+from lowrank_optax.basis import follow
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.linalg import leading, orthonormality_error
 from tests.numpy_reference import sample_probabilities
@@ -194,16 +196,16 @@ def test_any_gradient_gives_a_basis(rule: str) -> None:
 @each_rule
 def test_a_rule_says_whether_its_bases_are_orthonormal(rule: str) -> None:
     made, said = RULES[rule](1), []
-    frame = frame_of(normal(M, N)).replace(momentum=jnp.zeros((R, N)))
     now = jnp.zeros([], jnp.int32)
 
-    def update(frame: Any) -> Any:
+    def update(g: Any, m: Any) -> Any:
+        frame = frame_of(g).replace(momentum=m)
         clock = Clock(step=now, refresh=now == 0, cycle=now)
         out, _ = made.update(frame, made.init(frame), clock=clock)
         said.append(out.orthonormal)
         return out.basis
 
-    jax.eval_shape(update, frame)
+    jax.eval_shape(update, normal(M, N), jnp.zeros((R, N)))
     assert said == [rule not in LOOSE]
 
 
@@ -283,10 +285,15 @@ def test_outside_of_scan_too() -> None:
 
 
 def test_the_state_of_a_gaussian_is_two_keys() -> None:
-    state = lro.gaussian(0).init({"a": frame_of(normal(M, N)), "b": jnp.ones(5)})
-    assert [x.size for x in jax.tree.leaves(state)] == [1, 1]
-    stored = lro.gaussian(0, stored=True).init({"a": frame_of(normal(M, N))})
-    assert max(x.size for x in jax.tree.leaves(stored)) == M * R
+    tree = {"a": frame_of(normal(M, N)), "b": jnp.ones(5)}
+    state: Any = lro.gaussian(0).init(tree)
+    for key in (state.rng_key, state.basis):
+        assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        assert key.shape == ()
+    # And a bool for each leaf, as every rule has.
+    assert jax.tree.map(bool, state.begun) == {"a": True, "b": False}
+    stored: Any = lro.gaussian(0, stored=True).init(tree)
+    assert jax.tree.map(jnp.shape, stored.basis) == {"a": (M, R), "b": ()}
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -731,7 +738,7 @@ def test_they_need_a_first_moment(name: str, inner: Any) -> None:
     "step",
     [
         lro.in_subspace(optax.scale_by_adam()),
-        lro.in_subspace(optax.scale_by_adam(), per_matrix=True),
+        lro.in_subspace(lro.per_matrix(optax.scale_by_adam())),
         lro.in_subspace(optax.chain(optax.trace(0.9), optax.scale(0.5))),
         lro.in_subspace(optax.scale_by_lion()),
         lro.reset_moments(optax.scale_by_adam()),
@@ -749,7 +756,7 @@ def test_the_moment_is_found_in_every_step(step: Any) -> None:
     g = {"a": normal(2, M, N), "b": normal(5), "c": normal(N, M)}
     tx = bracket(lro.basis_rule(choose), step)
     jax.eval_shape(tx.update, g, tx.init(g))
-    assert seen == [("a", (2, R, N)), ("c", (R, N))]
+    assert seen == [("a", (2, R, N)), ("c", (1, R, N))]
 
 
 def test_a_recomputed_basis_is_orthonormal_and_a_stepped_one_is_not() -> None:
@@ -786,22 +793,23 @@ def test_a_frozen_basis_is_that_of_step_zero(rule: Any) -> None:
     assert not same_bits(moving[-1], moving[0])
 
 
-class _Counted(NamedTuple):
-    asked: Any
-    state: Any
+def counted(rule: Any, asked: list[tuple[str, int]]) -> Any:
+    """`rule`, which notes the leaf and the step whenever it is asked for a basis."""
+
+    def choose(frame: Frame, keys: Any, clock: Clock) -> Any:
+        def note(step: Any) -> None:
+            asked.append((frame.path, int(step)))
+
+        jax.debug.callback(note, clock.step)
+        return rule.rule.choose(frame, keys, clock)
+
+    return follow(dataclasses.replace(rule.rule, choose=choose))
 
 
-def counted(rule: Any) -> Any:
-    """`rule`, which counts how often it was asked for a new basis."""
-
-    def init(params: Any) -> Any:
-        return _Counted(jnp.zeros([], jnp.int32), rule.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, new = rule.update(updates, state.state, params, **extra)
-        return updates, _Counted(state.asked + extra["clock"].refresh, new)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def when(asked: list[tuple[str, int]], name: str) -> list[int]:
+    """The steps at which a leaf was asked."""
+    jax.effects_barrier()
+    return sorted(step for path, step in asked if path == name)
 
 
 def chosen(rows: Any) -> Any:
@@ -816,20 +824,19 @@ def test_a_leaf_that_stands_still_is_asked_less_and_less_and_another_is_not() ->
     steps, every = 70, 2
     moving = [STILL, ACROSS] * steps
     given_bases = {"a": chosen([STILL]), "b": chosen(moving), "c": chosen([STILL])}
-    rule = lro.lazy_refresh(counted(lro.replay(given_bases)), window=2)
+    asked: list[tuple[str, int]] = []
+    rule = lro.lazy_refresh(counted(lro.replay(given_bases), asked), window=2)
     g = {k: normal(steps, M, N) for k in "abc"} | {"v": normal(steps, 5)}
     _, states = updates_of(bracket(rule, refresh_every=every), g)
     lazy = states.inner_state[0]
-
-    def asked(name: str) -> list[int]:
-        counts = np.diff(lazy.rule_state[name].asked, prepend=0)
-        return np.flatnonzero(counts).tolist()
-
     # Similarities at the first two refreshes after step 0 fill the window: from the
     # second on, the interval doubles at each.
     still = [every * k for k in (0, 1, 2, 4, 8, 16, 32)]
-    assert asked("a") == asked("c") == still
-    assert asked("b") == list(range(0, steps, every))
+    assert when(asked, "a") == when(asked, "c") == still
+    assert when(asked, "b") == list(range(0, steps, every))
+    for name in g:
+        counts = np.diff(lazy.cycle[name], prepend=0)
+        assert np.flatnonzero(counts).tolist() == when(asked, name)
     for name, last in (("a", 32), ("b", 1)):
         interval = np.asarray(lazy.interval[name])
         assert interval[-1] == last
@@ -880,7 +887,7 @@ def test_lazy_refreshes_are_those_of_its_model(rows: Any, ninths: int) -> None:
 @jax.jit
 def _lazily(given_bases: Any, threshold: Any) -> Any:
     rule = lro.lazy_refresh(
-        counted(lro.replay({"": given_bases})), threshold=threshold, window=3
+        lro.replay({"": given_bases}), threshold=threshold, window=3
     )
 
     def step(state: Any, t: Any) -> Any:
@@ -888,7 +895,7 @@ def _lazily(given_bases: Any, threshold: Any) -> Any:
         frame, state = rule.update(
             frame_of(jnp.zeros((M, N)), path=""), state, clock=clock
         )
-        return state, (frame.basis, state.rule_state.asked, state.interval)
+        return state, (frame.basis, state.cycle, state.interval)
 
     start = rule.init(frame_of(jnp.zeros((M, N)), path=""))
     return jax.lax.scan(step, start, jnp.arange(len(given_bases)))[1]
@@ -902,15 +909,14 @@ def test_a_stack_has_one_interval_by_the_mean_over_its_layers(
     steps = 12
     rows = [[STILL] + [[STILL, ACROSS][t % 2]] * (layers - 1) for t in range(steps)]
     # Odd factors, so that a longer interval does not meet the same basis again.
-    rule = lro.lazy_refresh(
-        counted(lro.replay({"w": chosen(rows)})), window=1, factor=3
-    )
+    asked: list[tuple[str, int]] = []
+    replayed = counted(lro.replay({"w": chosen(rows)}), asked)
+    rule = lro.lazy_refresh(replayed, window=1, factor=3)
     g = {"w": normal(steps, layers, M, N)}
     _, states = updates_of(bracket(rule), g)
     lazy = states.inner_state[0]
     assert lazy.interval["w"].shape == (steps,)
-    asked = np.flatnonzero(np.diff(lazy.rule_state["w"].asked, prepend=0)).tolist()
-    assert asked == ([0, 1, 4] if grows else list(range(steps)))
+    assert when(asked, "w") == ([0, 1, 4] if grows else list(range(steps)))
 
 
 @pytest.mark.parametrize(("name", "bad"), [("window", 0), ("factor", 0.5)])
@@ -920,10 +926,20 @@ def test_a_window_and_a_factor_are_positive_ints(name: str, bad: Any) -> None:
         lro.lazy_refresh(lro.dominant_svd(), **arguments)
 
 
-def test_a_basis_without_refreshes_has_none_to_put_off() -> None:
-    chain = optax.chain(lro.lazy_refresh(lro.online_pca()), lro.project())
-    tx = lro.low_rank(chain, rank=2, refresh_every=2)
+@pytest.mark.parametrize("wrapper", ["lazy_refresh", "frozen"])
+def test_a_basis_without_refreshes_has_none_to_put_off(wrapper: str) -> None:
+    wrap = getattr(lro, wrapper)
+    for rule in (lro.online_pca(), lro.lazy_refresh(lro.dominant_svd())):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{wrapper}\(\) goes around a basis .* online_pca\(\) moves",
+        ):
+            wrap(rule)
+
+
+@pytest.mark.parametrize("rule", [lro.gaussian(0), lro.frozen(lro.dominant_svd())])
+def test_there_is_nothing_to_compare_a_basis_with(rule: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"^lazy_refresh\(\): online_pca\(\) moves its"
+        ValueError, match=r"^lazy_refresh\(\) compares a basis with the"
     ):
-        tx.init({"w": jnp.ones((4, 6))})
+        lro.lazy_refresh(rule)

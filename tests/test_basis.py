@@ -26,7 +26,8 @@ RULES = {
     ),
     "sara_sample": lambda: lro.sara_sample(key=1),
     "sara_sample gram": lambda: lro.sara_sample(key=1, decomposition="gram"),
-    "grassmann_walk": lambda: lro.grassmann_walk(key=1, step_size=0.3),
+    "grassmann_walk": lambda: lro.grassmann_walk(key=1, angle=0.3, walk_rank=None),
+    "grassmann_walk of rank one": lambda: lro.grassmann_walk(key=1),
     "grassmann_jump": lambda: lro.grassmann_jump(key=1),
 }
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -101,9 +102,10 @@ def test_five_thousand_walks_stay_orthonormal():
     assert subspace_angles(s[0], end[0]).max() > 1
 
 
-def test_a_walk_of_the_stage_stays_orthonormal():
+@pytest.mark.parametrize("walk_rank", [1, None])
+def test_a_walk_of_the_stage_stays_orthonormal(walk_rank):
     gradients = jnp.broadcast_to(gaussian(M, N), (500, M, N))
-    bases = run(bracket(lro.grassmann_walk(key=0)), gradients)
+    bases = run(bracket(lro.grassmann_walk(key=0, walk_rank=walk_rank)), gradients)
     assert orthonormality_error(bases) < 1e-5
     assert subspace_angles(bases[0], bases[-1]).max() > 1
 
@@ -111,67 +113,80 @@ def test_a_walk_of_the_stage_stays_orthonormal():
 # --- the walk ---
 
 
-@pytest.mark.parametrize("step_size", [1e-3, 0.3, 1.0, math.pi / 2])
-def test_the_walk_turns_by_its_step_size(step_size):
+@pytest.mark.parametrize("rank", [None, 6, 2, 1])
+@pytest.mark.parametrize("angle", [1e-3, 0.3, 1.0, math.pi / 2])
+def test_the_walk_turns_by_its_angle(angle, rank):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         s = jnp.asarray(np.linalg.qr(rng.normal(size=(5, 20, 6)))[0])
         x = jnp.asarray(rng.normal(size=s.shape))
-        new = geodesic(s, x, step_size)
+        new = geodesic(s, x, angle, rank)
         assert orthonormality_error(new) < 1e-14
         for a, b, direction in zip(s, new, x, strict=True):
             angles = np.sort(subspace_angles(a, b))
             # Rounding in angles of float64 subspaces; near pi / 2 scipy's are arcsines.
-            assert abs(angles[-1] - step_size) < 1e-7
-            # The others are in the ratio of the tangent's singular values.
+            assert abs(angles[-1] - angle) < 1e-7
+            # The others are in the ratio of the tangent's singular values, and those
+            # under its `rank` largest stand still.
             tangent = direction - a @ (a.T @ direction)
             sigma = np.linalg.svd(tangent, compute_uv=False)[::-1]
-            np.testing.assert_allclose(angles, step_size * sigma / sigma[-1], atol=1e-7)
+            expected = angle * sigma / sigma[-1]
+            expected[: 6 - (rank or 6)] = 0
+            np.testing.assert_allclose(angles, expected, atol=1e-7)
 
 
-def test_the_walk_is_equation_4():
+@pytest.mark.parametrize("rank", [None, 2, 1])
+def test_the_walk_is_equation_4(rank):
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         s = np.linalg.qr(rng.normal(size=(20, 6)))[0]
         x = rng.normal(size=s.shape)
         tangent = x - s @ (s.T @ x)
         u, sigma, vt = np.linalg.svd(tangent / np.linalg.norm(tangent, 2), False)
+        u, sigma, vt = u[:, :rank], sigma[:rank], vt[:rank]
         eta = 0.3
         expected = (
             s @ vt.T @ np.diag(np.cos(sigma * eta)) @ vt
             + u @ np.diag(np.sin(sigma * eta)) @ vt
             + s @ (np.eye(6) - vt.T @ vt)
         )
-        new = geodesic(jnp.asarray(s), jnp.asarray(x), eta)
+        new = geodesic(jnp.asarray(s), jnp.asarray(x), eta, rank)
         np.testing.assert_allclose(new, expected, atol=1e-13)  # float64 rounding
 
 
 def test_a_walk_of_length_zero_stays():
     s = jnp.linalg.qr(gaussian(M, R))[0]
-    walk = jax.jit(geodesic)
+    walk = jax.jit(geodesic, static_argnames="rank")
     for x, eta in [(gaussian(M, R), 0.0), (jnp.zeros((M, R)), 0.3)]:
-        # Rounding of the products alone, a few eps.
-        np.testing.assert_allclose(walk(s, x, eta), s, atol=1e-6)
+        for rank in (None, 1):
+            # Rounding of the products alone, a few eps.
+            np.testing.assert_allclose(walk(s, x, eta, rank=rank), s, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("outside", [0.0, 1e-7, 1e-6, 1e-5, 1e-3])
-def test_a_walk_along_the_span_itself_is_orthonormal(outside):
+def test_a_walk_along_the_span_itself_is_orthonormal(outside, rank):
     """What is left of such a direction after (I - S S^T) is rounding for a good part,
     which is not tangent, and is then scaled up to unit norm."""
     s = jnp.linalg.qr(gaussian(M, R))[0]
     x = s @ gaussian(R, R, seed=1) + outside * gaussian(M, R, seed=2)
-    assert orthonormality_error(jax.jit(geodesic)(s, x, 0.3)) < 1e-5
+    walk = jax.jit(geodesic, static_argnames="rank")
+    assert orthonormality_error(walk(s, x, 0.3, rank=rank)) < 1e-5
 
 
-@pytest.mark.parametrize("step_size", [0.0, 0.3])
-def test_the_stage_walks_by_its_step_size(step_size):
+@pytest.mark.parametrize("walk_rank", [None, 1, 2])
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_the_stage_walks_by_its_angle(angle, walk_rank):
     with jax.enable_x64(True):
         gradients = jnp.asarray(np.random.default_rng(0).normal(size=(6, M, N)))
-        rule = lro.grassmann_walk(key=3, step_size=step_size)
+        rule = lro.grassmann_walk(key=3, angle=angle, walk_rank=walk_rank)
         bases = run(bracket(rule), gradients)
     assert bases.dtype == jnp.float64
     for a, b in itertools.pairwise(bases):
-        assert abs(subspace_angles(a, b).max() - step_size) < 1e-7
+        angles = np.sort(subspace_angles(a, b))[::-1]
+        assert abs(angles[0] - angle) < 1e-7
+        turned = np.count_nonzero(angles > 1e-7)
+        assert turned == (0 if angle == 0 else walk_rank or R)
 
 
 # --- when ---
@@ -395,8 +410,8 @@ def test_replay_with_bases_that_do_not_fit():
         (lro.dominant_svd, {"decomposition": "randomized"}, "give a key"),
         (lro.sara_sample, {"decomposition": "randomized"}, "all singular values"),
         (lro.sara_sample, {"decomposition": "lu"}, "decomposition='lu'"),
-        (lro.grassmann_walk, {"decomposition": "lu"}, "'lu' of the first"),
-        (lro.grassmann_jump, {"decomposition": "randomized"}, "of the first"),
+        (lro.grassmann_walk, {"decomposition": "lu"}, "'lu' gives no full set of"),
+        (lro.grassmann_jump, {"decomposition": "randomized"}, "no full set of"),
     ],
 )
 def test_bad_decompositions(rule, arguments, message):

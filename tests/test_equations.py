@@ -340,34 +340,44 @@ def test_sara_samples_by_singular_value_without_replacement() -> None:
         assert abs(pairs.count(pair) / count - p) < bound, (pair, p)
 
 
-@pytest.mark.parametrize("step_size", [0.0, 0.3, 1.5])
-@pytest.mark.parametrize(("m", "r"), [(9, 3), (9, 1), (6, 5)])
+@pytest.mark.parametrize("angle", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize(
+    ("m", "r", "rank"),
+    [(9, 3, None), (9, 1, None), (6, 5, None), (9, 3, 1), (9, 3, 2), (6, 5, 5)],
+)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_geodesic_is_equation_4(m: int, r: int, step_size: float, dtype: Any) -> None:
+def test_geodesic_is_equation_4(
+    m: int, r: int, rank: int | None, angle: float, dtype: Any
+) -> None:
     s = np.linalg.qr(normal(m, r))[0].astype(dtype)
     x = normal(m + 1, r)[1:].astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        ours = np.asarray(geodesic(jnp.asarray(s), jnp.asarray(x), step_size))
+        ours = np.asarray(geodesic(jnp.asarray(s), jnp.asarray(x), angle, rank))
     assert ours.dtype == dtype
-    theirs = reference.geodesic(s.astype(np.float64), x.astype(np.float64), step_size)
+    wide = s.astype(np.float64), x.astype(np.float64)
+    theirs = reference.geodesic(*wide, angle, rank)
     # A few roundings of numbers of order 1.
     np.testing.assert_allclose(ours, theirs, atol=20 * np.finfo(dtype).eps)
 
 
-def test_the_walk_follows_equation_4_by_its_key() -> None:
+@pytest.mark.parametrize("walk_rank", [1, 2, None])
+def test_the_walk_follows_equation_4_by_its_key(walk_rank: int | None) -> None:
     grads = list(normal(4, 2, 6, 9))
     with jax.enable_x64(True):
-        bases, keys = walk_of(lro.grassmann_walk(key=3, step_size=0.2), grads)
+        rule = lro.grassmann_walk(key=3, angle=0.2, walk_rank=walk_rank)
+        bases, keys = walk_of(rule, grads)
         draws = [gaussian(key, (2, 6, 9), RANK) for key in keys]
     for layer in range(2):
         first = reference.left_singular_vectors(grads[0][layer])[:, :RANK]
         np.testing.assert_allclose(bases[0][layer], first, atol=1e-13)
         for t in range(1, 4):
             before, after = bases[t - 1][layer], bases[t][layer]
-            moved = reference.geodesic(before, draws[t][layer], 0.2)
+            moved = reference.geodesic(before, draws[t][layer], 0.2, walk_rank)
             np.testing.assert_allclose(after, moved, atol=1e-13)
             cosines = np.linalg.svd(before.T @ after, compute_uv=False)
             np.testing.assert_allclose(np.arccos(cosines.min()), 0.2, atol=1e-12)
+            turned = np.count_nonzero(cosines < 1 - 1e-12)
+            assert turned == (walk_rank or RANK)
 
 
 def test_the_jump_is_q_of_a_gaussian_by_its_key() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import lowrank_optax as lro
 from lowrank_optax.frame import Frame
+from lowrank_optax.moments import Moments, Turn
 
 M, N, R = 8, 12, 3
 B1, B2 = 0.9, 0.99
@@ -218,26 +219,22 @@ def test_equation_8_is_never_negative(seed, t, scale, orthonormal):
     c = rng.normal(size=(R, R)).astype(np.float32)
     if orthonormal:
         c = np.linalg.qr(c)[0]
-    frame = Frame(
-        gradient=jnp.zeros((M, N)),
-        rank=R,
-        path="w",
-        precision=None,
-        turn=jnp.asarray(c),
-    )
     # Any M and V, not only such as gradients can give: V < M^2 too.
     nu = (scale * rng.exponential(size=(R, N))).astype(np.float32)
     mu = (np.sqrt(scale) * rng.normal(size=(R, N))).astype(np.float32)
-    w = jnp.float32(-np.expm1(t * np.log1p(-0.001)))
-    out = _second(frame, nu, mu, w)
+    out = _second(c, nu, mu, jnp.int32(t))
     assert np.isfinite(out).all()
     assert (np.asarray(out) >= 0).all()
 
 
 @jax.jit
-def _second(frame, nu, mu, w):
-    turn = lro.Rotation({"w": frame})
-    return turn.second({"w": nu}, {"w": mu}, {"w": w}, {"w": w})["w"]
+def _second(c, nu, mu, t):
+    frame = Frame(gradient=jnp.zeros((M, N)), rank=R, path="w", turn=c)
+    state = optax.ScaleByAdamState(t, {"w": mu}, {"w": nu})
+    gain = {"w": jnp.full((R, N), 0.001)}
+    unit = optax.ScaleByAdamState(jnp.int32(1), gain, gain)
+    turned = Turn({"w": frame}).moments(Moments("mu", "nu", "count"), state, unit)
+    return turned.nu["w"]
 
 
 # --- states and nests ---
@@ -294,6 +291,7 @@ NESTS = {
         optax.scale_by_schedule(lambda _: 1.0),
     ),
     "apply_if_finite": lambda adam: optax.apply_if_finite(adam, 3),
+    "per_matrix": lro.per_matrix,
 }
 
 
@@ -329,7 +327,8 @@ def test_moments_in_bfloat16():
     )
 
 
-def test_stacked_layers_turn_one_by_one():
+@pytest.mark.parametrize("wrap", [lambda adam: adam, lro.per_matrix])
+def test_stacked_layers_turn_one_by_one(wrap):
     s = np.stack([bases(11), bases(12)], axis=1)
     grads = [
         {"w": np.stack([a["w"], 2 * b["w"]])}
@@ -338,7 +337,7 @@ def test_stacked_layers_turn_one_by_one():
     stages = optax.chain(
         lro.replay({"w": s}),
         lro.project(),
-        lro.rotate_moments(optax.scale_by_adam(B1, B2)),
+        lro.rotate_moments(wrap(optax.scale_by_adam(B1, B2))),
         lro.project_back(),
     )
     tx = lro.low_rank(stages, rank=R, refresh_every=2, dimension_numbers=lro.STACKED)
@@ -376,7 +375,7 @@ def test_a_state_without_a_rotation_is_an_error_at_init(inner, name):
     tx = bracket(inner, bases(13).astype(np.float32))
     with pytest.raises(ValueError, match=f"does not know how {name} turns") as caught:
         tx.init(float32(gradients(1)[0]))
-    assert "lowrank_optax.register_rotation" in str(caught.value)
+    assert "lowrank_optax.register_moments" in str(caught.value)
     assert "in_subspace(inner)" in str(caught.value)
     # The advice is good.
     plain = bracket(inner, bases(13), wrap=lro.in_subspace)
@@ -396,33 +395,81 @@ class _Heavy(NamedTuple):
     ball: Any
 
 
-def test_register_rotation():
+def test_register_moments():
+    alike = []
+
     def init(params):
         return _Heavy(jax.tree.map(jnp.zeros_like, params))
 
     def update(updates, state, params=None):
+        pairs = jax.tree.map(lambda g, b: (g.shape, b.shape), updates, state.ball)
+        alike.extend(a == b for a, b in pairs.values())
         ball = jax.tree.map(lambda g, b: 0.5 * b + g, updates, state.ball)
         return ball, _Heavy(ball)
 
     heavy = optax.GradientTransformation(init, update)
     s, grads = bases(14), gradients(2)
+    first = float32(grads[0])
     with pytest.raises(ValueError, match="_Heavy"):
-        bracket(heavy, s).init(float32(grads[0]))
+        bracket(heavy, s).init(first)
+    stages = optax.chain(lro.power_iterate(), lro.project(), lro.in_subspace(heavy))
+    follows = lro.low_rank(
+        optax.chain(stages, lro.project_back()), rank=R, refresh_every=1
+    )
+    with pytest.raises(ValueError, match=r"power_iterate\(\) follows the first moment"):
+        jax.eval_shape(follows.update, first, follows.init(first))
 
-    units = []
-
-    @lro.register_rotation(_Heavy)
-    def rotate(state, unit, rotation):
-        units.append(jax.tree.map(jnp.shape, unit) == jax.tree.map(jnp.shape, state))
-        return state._replace(ball=rotation.first(state.ball))
+    lro.register_moments(_Heavy, first="ball")  # of a state without a count
 
     states, _ = run(bracket(heavy, s), grads)
     np.testing.assert_allclose(
         moment(states[-1], "ball"), by_hand(s, grads, 0.5, 1.0), rtol=1e-12
     )
-    # The unit is a state like the state, so that rules by shape see the same leaves.
-    assert units
-    assert all(units)
+    # The gradients of the step from zero moments, by which decay rates are read, are
+    # like the state, so that rules by shape see the same leaves.
+    assert alike
+    assert all(alike)
+    # Basis rules find the moment by it too.
+    jax.eval_shape(follows.update, first, follows.init(first))
+
+
+class _Renamed(NamedTuple):
+    steps: Any
+    speed: Any
+    noise: Any
+
+
+def test_register_moments_by_any_name():
+    adam = optax.scale_by_adam(B1, B2)
+
+    def update(updates, state, params=None):
+        step, new = adam.update(updates, optax.ScaleByAdamState(*state), params)
+        return step, _Renamed(*new)
+
+    renamed = optax.GradientTransformation(lambda p: _Renamed(*adam.init(p)), update)
+    lro.register_moments(_Renamed, first="speed", second="noise", count="steps")
+    s, grads = bases(16, 3), gradients(3)
+    states, updates = run(bracket(renamed, s), grads)
+    plain, expected = run(bracket(adam, s), grads)
+    # The same program.
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+    for ours, theirs in (("speed", "mu"), ("noise", "nu")):
+        np.testing.assert_array_equal(
+            moment(states[-1], ours), moment(plain[-1], theirs)
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"first": "mass"}, "mass"),
+        ({"first": "speed", "second": "nu"}, "count', 'nu"),
+        ({"first": "speed", "second": "noise"}, "count"),
+    ],
+)
+def test_moments_that_are_no_fields(fields, missing):
+    with pytest.raises(ValueError, match=rf"_Renamed has no fields \['{missing}'\]"):
+        lro.register_moments(_Renamed, **fields)
 
 
 def test_rotate_moments_needs_its_stages():

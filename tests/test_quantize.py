@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_optax.quantize_basis import QuantizedBasis, quantize_basis
 
 import lowrank_optax as lro
 from lowrank_optax.moments import first_moments
@@ -22,9 +22,10 @@ from lowrank_optax.quantize import (
     quantize_moments,
 )
 from lowrank_optax.refresh import lazy_refresh
+from lowrank_optax.storage import QuantizedBasis, quantize_basis
 from tests import numpy_reference as reference
 
-M, N, R = 8, 37, 3  # 37: one block and a part of another at block size 32
+M, N, R = 8, 37, 3  # 37: blocks of 19 and 18 at block size 32
 B1, B2, EPS = 0.9, 0.99, 1e-8
 LIMIT: Any = functools.partial(settings, derandomize=True, deadline=None)
 
@@ -49,12 +50,21 @@ def value_map(signed):
 MAPS = {signed: value_map(signed) for signed in (False, True)}
 
 
+def block_count(n, block_size):
+    return math.ceil(n / block_size)
+
+
+def block_length(n, block_size):
+    """Of equally long blocks, as few as hold at most `block_size` numbers each."""
+    return math.ceil(n / block_count(n, block_size))
+
+
 def rounded(x, block_size):
     """D(Q(x)) of (..., n), number by number."""
-    out = np.zeros(x.shape)
+    out, size = np.zeros(x.shape), block_length(x.shape[-1], block_size)
     for index in np.ndindex(x.shape[:-1]):
-        for start in range(0, x.shape[-1], block_size):
-            part = (*index, slice(start, start + block_size))
+        for start in range(0, x.shape[-1], size):
+            part = (*index, slice(start, start + size))
             a = np.abs(x[part]).max()
             if a:
                 u = (x[part] / a)[:, None]
@@ -81,7 +91,8 @@ def half_gap(u, signed):
     return np.where(u < -1 + 1.5 * part, 0.75 * part, bound) if signed else bound
 
 
-def blocks_of(x, size):
+def blocks_of(x, block_size):
+    size = block_length(x.shape[-1], block_size)
     return [x[..., i : i + size] for i in range(0, x.shape[-1], size)]
 
 
@@ -103,7 +114,11 @@ def arrays(draw, dtype: Any = np.float32):
     return x.astype(dtype), size
 
 
-quantize = jax.jit(quantize_array, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def quantize(x, block_size):
+    return quantize_array(x, block_count(x.shape[-1], block_size))
+
+
 dequantize = jax.jit(QuantizedArray.dequantize)
 
 
@@ -167,10 +182,27 @@ def test_to_quantise_twice_is_to_quantise_once(dtype):
         check()
 
 
+@pytest.mark.parametrize(
+    ("n", "block_size", "lengths"),
+    [
+        (37, 32, [19, 18]),
+        (70, 7, [7] * 10),
+        (10, 3, [3, 3, 3, 1]),
+        (5, 256, [5]),
+        (513, 256, [171] * 3),
+    ],
+)
+def test_blocks_are_equally_long(n, block_size, lengths):
+    x = jnp.arange(1.0, n + 1)  # a block's last is its largest
+    q = quantize(x, block_size)
+    np.testing.assert_array_equal(q.scales, np.cumsum(lengths))
+    assert q.codes.shape == (n,)
+
+
 def test_the_whole_range_is_used_where_no_number_is_negative():
     x = jnp.linspace(0, 1, 256)
     worst = [
-        float(jnp.abs(quantize_array(y, 256).dequantize() - y).max()) for y in (x, -x)
+        float(jnp.abs(quantize_array(y, 1).dequantize() - y).max()) for y in (x, -x)
     ]
     # The top decade's parts: 0.9 / 128 wide, or 0.9 / 64 and near -1 1.5 times that.
     assert worst[0] <= 0.9 / 256 + 1e-6
@@ -179,7 +211,7 @@ def test_the_whole_range_is_used_where_no_number_is_negative():
 
 def test_each_block_has_a_map_and_a_scale_of_its_own():
     x = jnp.array([4.0, 1.0, -8.0, 1.0, 0.0, 0.0, -2.0])
-    q = quantize_array(x, 2)
+    q = quantize_array(x, 4)
     assert q.codes.dtype == jnp.uint8
     assert q.codes.shape == x.shape
     np.testing.assert_array_equal(q.scales, [4, -8, 0, -2])  # signed: negative
@@ -188,7 +220,7 @@ def test_each_block_has_a_map_and_a_scale_of_its_own():
 
 def test_what_is_not_finite_is_not_hidden():
     x = jnp.array([1.0, jnp.nan, 3.0, 1.0, jnp.inf, 0.0, -jnp.inf, -1.0, 0.0, 2.0])
-    back = np.asarray(quantize_array(x, 3).dequantize())
+    back = np.asarray(quantize_array(x, 4).dequantize())
     assert not np.isfinite(back[:9]).any()
     assert back[9] == 2
 
@@ -201,12 +233,12 @@ def test_the_smallest_numbers():
     assert (np.abs(back) <= tiny / 4).all()
     with jax.enable_x64(True):  # the scales of float64 are float64
         y = jnp.array([1e-200, -3e-201])
-        np.testing.assert_allclose(quantize_array(y, 2).dequantize(), y, rtol=0.05)
+        np.testing.assert_allclose(quantize_array(y, 1).dequantize(), y, rtol=0.05)
 
 
 def test_nothing_positive_becomes_zero():
     x = jnp.asarray([1.0, 1e-6, 1e-9, 1e-30, 0.0])
-    back = np.asarray(quantize_array(x, 8).dequantize())
+    back = np.asarray(quantize_array(x, 1).dequantize())
     np.testing.assert_allclose(back[2:], [MAPS[False][1]] * 2 + [0.0], rtol=1e-6)
 
 
@@ -272,6 +304,25 @@ def eight_bit(inner=None, *, block_size=32, min_size=20):
     return quantize_moments(inner, block_size=block_size, min_size=min_size)
 
 
+def quantized_state(state):
+    """The one QuantizedState there is."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedState))
+    (found,) = [x for x in leaves if isinstance(x, QuantizedState)]
+    return found
+
+
+def quantized_arrays(state):
+    """By its path in the inner state, each array that is quantised."""
+    found = quantized_state(state)
+    codes = jax.tree_util.tree_leaves_with_path(found.inner_state)
+    scales = jax.tree.leaves(found.scales)
+    return {
+        jax.tree_util.keystr(k, simple=True, separator="/"): QuantizedArray(c, s)
+        for (k, c), s in zip(codes, scales, strict=True)
+        if s.dtype != jnp.bool_
+    }
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_adam_in_8_bits_by_the_equations(rotate):
     s, grads = bases(0, 3), gradients(6)
@@ -296,7 +347,7 @@ def test_adam_in_8_bits_by_the_equations(rotate):
     np.testing.assert_allclose(updates, expected, **close)
     for name, moment in (("mu", m), ("nu", v)):
         with jax.enable_x64(True):
-            got = optax.tree.get(state, name)["w"].dequantize()
+            got = quantized_arrays(state)[f"{name}/w"].dequantize()
         assert got.dtype == np.float64
         np.testing.assert_allclose(got, moment, **close)
 
@@ -364,10 +415,11 @@ def test_a_state_without_a_rotation():
     s, grads = float32_bases(4), gradients(3, dtype=np.float32)
     updates, state = run(bracket(eight_bit(odd()), s), grads)
     assert np.isfinite(updates).all()
-    assert isinstance(optax.tree.get(state, "thing")["w"], QuantizedArray)
+    assert optax.tree.get(state, "thing")["w"].dtype == jnp.uint8
+    assert list(quantized_arrays(state)) == ["thing/w"]
     with pytest.raises(ValueError, match="does not know how OddState turns"):
         bracket(eight_bit(odd()), s, wrap=lro.rotate_moments).init(grads[0])
-    assert first_moments(eight_bit(odd()).init(grads[0])) == []
+    assert list(first_moments(eight_bit(odd()).init(grads[0]))) == []
 
 
 def test_bytes():
@@ -382,14 +434,16 @@ def test_bytes():
             dimension_numbers=lro.STACKED,
         )
         state = jax.eval_shape(tx.init, params)
-        step = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+        scales = [x for _, x in optax.tree.get_all_with_path(state, "scales")]
+        step = [optax.tree.get(state, "mu"), optax.tree.get(state, "nu"), scales]
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step))
 
     full, small = (
         state_bytes(f(optax.scale_by_adam())) for f in (lambda x: x, quantize_moments)
     )
     assert full == 4 * 2 * 5 * 16 * 1024
-    assert small == (1 + 4 / 256) * 2 * 5 * 16 * 1024 <= 0.27 * full
+    count = 1  # byte, of a scale that says that Adam's count is stored as it is
+    assert small == (1 + 4 / 256) * 2 * 5 * 16 * 1024 + count <= 0.27 * full
 
 
 def test_what_is_quantised():
@@ -403,17 +457,46 @@ def test_what_is_quantised():
     }
     inner = optax.chain(optax.trace(0.9), optax.add_noise(0.1, 0.5, jax.random.key(0)))
     state = jax.jit(eight_bit(inner).init)(params)
-    quantised = {k for k, x in _traces(state).items() if isinstance(x, QuantizedArray)}
-    assert quantised == {"large", "half"}
-    assert _traces(state)["half"].dtype == jnp.bfloat16
+    quantised = {f"0/trace/{k}" for k in ("large", "half")}
+    assert set(quantized_arrays(state)) == quantised
+    assert quantized_arrays(state)["0/trace/half"].dequantize().dtype == jnp.bfloat16
+    plain = inner.init(params)
+    for k, x in state.inner_state[0].trace.items():
+        assert x.shape == params[k].shape
+        kept = plain[0].trace[k].dtype
+        assert x.dtype == (jnp.uint8 if f"0/trace/{k}" in quantised else kept)
+    # One tree like the parameters for the trace, leaf for leaf.
+    (scales,) = [x for x in state.scales if isinstance(x, dict)]
+    assert jax.tree.structure(scales) == jax.tree.structure(params)
     _, after = jax.jit(eight_bit(inner).update)(params, state)
-    assert _traces(after)["half"].dequantize().dtype == jnp.bfloat16
+    assert quantized_arrays(after)["0/trace/half"].dequantize().dtype == jnp.bfloat16
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jnp.issubdtype(after.inner_state[1].rng_key.dtype, jax.dtypes.prng_key)
 
 
-def _traces(state):
-    return state.inner_state[0].trace
+def test_the_inner_transformation_sees_its_own_dtypes():
+    """Or a branch that hands the state on has other types than one that steps."""
+    adam = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
+    tx = eight_bit(optax.apply_if_finite(adam, 3), min_size=1)
+    g = {"w": jnp.ones((4, 64))}
+    state = tx.init(g)
+    form = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(g, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == form
+    assert np.isfinite(updates["w"]).all()
+
+
+def test_what_belongs_to_no_parameter_is_not_quantised():
+    table = jnp.linspace(0, 1, 4096).reshape(64, 64)
+
+    def init(params):
+        return {"table": table, "trace": optax.tree.zeros_like(params)}
+
+    inner = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+    state = eight_bit(inner, min_size=1).init({"w": jnp.ones((4, 64))})
+    assert list(quantized_arrays(state)) == ["trace/w"]
+    np.testing.assert_array_equal(state.inner_state["table"], table)
 
 
 def test_one_compilation_and_a_state_that_keeps_its_form():
@@ -466,7 +549,9 @@ def test_vmap_gives_what_single_runs_give():
         np.testing.assert_allclose(many[i], one, rtol=1e-5)  # as above
     # A state made for the stack can be stepped one matrix at a time.
     _, mapped = jax.jit(jax.vmap(tx.update))(g, state)
-    assert mapped.inner_state.mu.codes.shape == (4, R, N)
+    assert mapped.inner_state.mu.shape == (4, R, N)
+    assert mapped.inner_state.mu.dtype == jnp.uint8
+    assert quantized_arrays(mapped)["mu"].scales.shape == (4, R, 2)
 
 
 def test_a_step_that_is_not_finite_is_skipped():
@@ -483,41 +568,70 @@ def test_a_step_that_is_not_finite_is_skipped():
     assert np.isfinite(update(grads[2], after)[0]["w"]).all()
 
 
-def test_map_params_reaches_codes_and_whole_arrays():
+def test_map_params_reaches_codes_and_whole_arrays_and_scales():
     tx = eight_bit()
     params = gradients(1, dtype=np.float32)[0]
     state = tx.init(params)
+    assert state.inner_state.mu["w"].dtype == jnp.uint8
+    assert state.inner_state.mu["b"].dtype == jnp.float32
     names = optax.tree.map_params(tx, lambda _: "param", state)
-    assert names.inner_state.mu["w"].codes == "param"
+    each = {"w": "param", "b": "param"}
+    assert names.inner_state.mu == names.inner_state.nu == each
     assert names.inner_state.count.shape == ()
-    shapes = optax.tree.map_params(
-        tx,
-        lambda q, p: p.shape,
-        state,
-        params,
-        is_leaf=lambda x: isinstance(x, QuantizedArray),
-    )
+    assert [x for x in names.scales if isinstance(x, dict)] == [each, each]
+    # With further trees too, leaf for leaf.
+    shapes = optax.tree.map_params(tx, lambda q, p: p.shape, state, params)
     assert shapes.inner_state.nu == {"w": (M, N), "b": (5,)}
+    assert shapes.scales[-1] == {"w": (M, N), "b": (5,)}
 
 
 @pytest.mark.parametrize(
     "wrap",
-    [lro.rotate_moments, functools.partial(lro.in_subspace, per_matrix=True)],
-    ids=["rotate_moments", "per_matrix"],
+    [
+        lro.rotate_moments,
+        lambda inner: lro.in_subspace(lro.per_matrix(inner)),
+        lambda inner: lro.rotate_moments(lro.per_matrix(inner)),
+    ],
+    ids=["rotate_moments", "per_matrix", "both"],
 )
-def test_a_stacked_kernel_in_a_nest(wrap):
-    inner = optax.chain(optax.identity(), eight_bit(optax.trace(0.9), min_size=1))
-    params = {"w": jnp.ones((2, M, N)), "b": jnp.ones(5)}
-    stages = optax.chain(lro.dominant_svd(), lro.project(), wrap(inner))
-    stages = optax.chain(stages, lro.project_back())
-    tx = lro.low_rank(stages, rank=R, refresh_every=1, dimension_numbers=lro.STACKED)
-    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
-    for _ in range(2):
-        updates, state = update(params, state)
-    assert np.isfinite(updates["w"]).all()
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
-    shapes = [x.codes.shape for x in leaves if isinstance(x, QuantizedArray)]
-    assert sorted(shapes) == [(2, R, N), (5,)]
+@pytest.mark.parametrize(
+    "inner", [optax.trace(0.9), optax.scale_by_adam()], ids=["trace", "adam"]
+)
+def test_a_stacked_kernel_in_a_nest(wrap, inner):
+    grads = [
+        {"w": np.stack([a["w"], 2 * b["w"]]), "b": a["b"]}
+        for a, b in zip(
+            gradients(4, dtype=np.float32),
+            gradients(4, seed=1, dtype=np.float32),
+            strict=True,
+        )
+    ]
+
+    def states(inner):
+        stages = optax.chain(lro.dominant_svd(), lro.project(), wrap(inner))
+        tx = lro.low_rank(
+            optax.chain(stages, lro.project_back()),
+            rank=R,
+            refresh_every=2,
+            dimension_numbers=lro.STACKED,
+        )
+        return run(tx, grads)
+
+    updates, state = states(optax.chain(optax.identity(), eight_bit(inner, min_size=1)))
+    name = "trace" if isinstance(inner.init(0.0), optax.TraceState) else "mu"
+    found = quantized_arrays(state)
+    assert (found[f"{name}/w"].codes.shape, found[f"{name}/b"].codes.shape) == (
+        (2, R, N),
+        (5,),
+    )
+    assert found[f"{name}/w"].scales.shape == (2, R, 2)
+    # And does what the inner one does, to some roundings in 8 bits.
+    expected, exact = states(inner)
+    assert np.linalg.norm(updates - expected) < 0.05 * np.linalg.norm(expected)
+    for k in ("w", "b"):
+        m = np.asarray(optax.tree.get(exact, name)[k])
+        error = np.asarray(found[f"{name}/{k}"].dequantize()) - m
+        assert np.linalg.norm(error) < 0.05 * np.linalg.norm(m)
 
 
 @pytest.mark.parametrize("name", ["block_size", "min_size"])
@@ -597,9 +711,10 @@ def spied(state):
 
 
 def packed_leaf(state):
+    """What is kept of the basis of the leaf "w"."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedBasis))
     (found,) = [x for x in leaves if isinstance(x, QuantizedBasis)]
-    return found
+    return QuantizedBasis(*(tree["w"] for tree in found))
 
 
 def replayed(*s):
@@ -661,10 +776,13 @@ def test_bytes_of_a_basis():
         q = packed_leaf(jax.eval_shape(tx.init, g))
         used = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(q))
         assert used == 64 * 32 * bits // 8 + 5 * (64 * 32 // 256)
-    state = jax.eval_shape(tx.init, g)
-    rule_state = optax.tree.get(state, "rule_state")
-    assert isinstance(rule_state, lro.BasisState)
-    assert not jax.tree.leaves(rule_state.basis)
+    # Nothing else is kept of it, but whether it has begun.
+    frame = lro.Frame(gradient=g["w"], rank=32, path="w")
+    rule = quantize_basis(lro.dominant_svd())
+    state = jax.eval_shape(lambda: rule.init({"w": frame}))
+    assert isinstance(state, lro.BasisState)
+    used = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert used == 64 * 32 // 2 + 5 * (64 * 32 // 256) + 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -798,15 +916,23 @@ def test_q_galore():
 
 
 def test_refusals():
-    g = {"mlp": {"w": jnp.ones((M, N))}}
     rows = lro.basis_rule(
         lambda f, *_: jnp.broadcast_to(jnp.arange(f.rank), (*f.batch, f.rank)),
         coordinates=True,
     )
-    with pytest.raises(ValueError, match="mlp/w: the basis is r coordinates"):
-        packed_bracket(rows).init(g)
-    with pytest.raises(ValueError, match="BasisState, not a tuple; put lazy_refresh"):
-        packed_bracket(optax.chain(lro.dominant_svd())).init(g)
+    for rule in (rows, lro.sample_rows(0), lro.gaussian(0)):
+        with pytest.raises(ValueError, match="this rule keeps coordinates or a key in"):
+            quantize_basis(rule)
+    for rule in (
+        optax.chain(lro.dominant_svd()),
+        lro.online_pca(),
+        lazy_refresh(lro.dominant_svd()),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"quantize_basis\(\) goes around a .* lazy_refresh\(\) goes",
+        ):
+            quantize_basis(rule)
     with pytest.raises(ValueError, match="bits=2: choose 4 or 8"):
         quantize_basis(lro.dominant_svd(), bits=2)
     with pytest.raises(ValueError, match="group_size must be an int of at least 1"):

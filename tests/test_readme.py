@@ -31,9 +31,8 @@ def test_the_other_examples_run() -> None:
     assert len(others) == 3
     for example in others:
         exec(example, names)
-    saved, restored = (
-        optax.tree.unwrap_random_key_data(names[state]) for state in ("state", "restored")
-    )
+    states = (names["state"], names["restored"])
+    saved, restored = map(optax.tree.unwrap_random_key_data, states)
     jax.tree.map(np.testing.assert_array_equal, saved, restored)
 
 

@@ -120,7 +120,7 @@ INNERS = {
 def test_per_matrix_is_each_layer_apart(name: str) -> None:
     gradients, params = tree(0, STEPS), tree(1)
     stacked, _ = run(
-        bracket(lro.in_subspace(INNERS[name](), per_matrix=True)), gradients, params
+        bracket(lro.in_subspace(lro.per_matrix(INNERS[name]()))), gradients, params
     )
     alone, _ = run(
         bracket(lro.in_subspace(INNERS[name]())),
@@ -142,17 +142,19 @@ def test_entry_by_entry_it_makes_no_difference() -> None:
     gradients, params = tree(0, STEPS), tree(1)
     adam = optax.scale_by_adam(B1, B2)
     with_it, without = (
-        run(bracket(lro.in_subspace(adam, per_matrix=p)), gradients, params)[0]
-        for p in (True, False)
+        run(bracket(lro.in_subspace(inner)), gradients, params)[0]
+        for inner in (lro.per_matrix(adam), adam)
     )
     check_close(with_it, without)
 
 
 def test_its_state_is_one_for_each_leaf() -> None:
-    tx = bracket(lro.in_subspace(optax.scale_by_adam(), per_matrix=True))
-    states = tx.init(tree(1)).inner_state[3].states
+    tx = bracket(lro.in_subspace(lro.per_matrix(optax.scale_by_adam())))
+    state = tx.init(tree(1)).inner_state[3]
+    assert isinstance(state, optax.ScaleByAdamState)
     # Moments in the subspace, and a count for each matrix of a leaf.
-    shapes = {name: (s.mu.shape, s.count.shape) for name, s in states.items()}
+    assert jax.tree.map(jnp.shape, state.nu) == jax.tree.map(jnp.shape, state.mu)
+    shapes = {k: (mu.shape, state.count[k].shape) for k, mu in state.mu.items()}
     assert shapes == {
         "one": ((R, N), ()),
         "tall": ((R, N), ()),
@@ -173,7 +175,7 @@ def test_params_in_the_subspace_are_projected_weights() -> None:
 
     inner = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
     params, gradients = tree(1), tree(0)
-    tx = bracket(lro.in_subspace(inner, per_matrix=True))
+    tx = bracket(lro.in_subspace(lro.per_matrix(inner)))
     updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
     bases = optax.tree.get(state, "basis")
     for name in MATRICES:
@@ -217,10 +219,24 @@ def test_matrices_start_anew_at_a_refresh_and_other_leaves_go_on() -> None:
             np.testing.assert_allclose(
                 reset[name][start : start + 2], step, atol=1e-3, err_msg=name
             )
-    state = states.inner_state[3]
-    assert state.low.count.tolist() == [1, 2, 1, 2, 1, 2, 1]
-    assert state.full.count.tolist() == list(range(1, 8))
+    counts = states.inner_state[3].count
+    for name, shape in SHAPES.items():
+        each = np.asarray(counts[name]).reshape(7, -1)
+        assert each.shape[1] == np.prod(shape[:-2])  # one for each matrix
+        expected = [1, 2, 1, 2, 1, 2, 1] if name in MATRICES else [*range(1, 8)]
+        assert all(count.tolist() == expected for count in each.T), name
     assert not np.allclose(reset["one"][EVERY], plain["one"][EVERY], atol=0.1)
+
+
+def test_a_matrix_starts_anew_when_its_own_basis_moves_and_at_no_other_time() -> None:
+    """No refresh that a frozen basis passes over, and each layer of a stack apart."""
+    gradients = {"layers": np.ones((7, 3, M, N), np.float32)}
+    gradients["layers"][:3, 1] = 0  # its basis is chosen at its first gradient
+    rule = lro.frozen(lro.dominant_svd())
+    step = lro.reset_moments(optax.scale_by_adam(B1, B2))
+    _, states = run(bracket(step, rule), gradients, {"layers": gradients["layers"][0]})
+    on, anew = [*range(1, 8)], [1, 2, 3, 1, 2, 3, 4]
+    assert states.inner_state[3].count["layers"].T.tolist() == [on, anew, on]
 
 
 def test_without_matrices_or_without_other_leaves() -> None:
@@ -235,16 +251,30 @@ def test_without_matrices_or_without_other_leaves() -> None:
 def test_each_needs_its_stages() -> None:
     params = {"mlp": {"kernel": np.ones((M, N), np.float32)}}
     for stage in (
-        lro.in_subspace(optax.scale_by_adam(), per_matrix=True),
+        lro.in_subspace(lro.per_matrix(optax.scale_by_adam())),
         lro.reset_moments(optax.scale_by_adam()),
     ):
         chain = optax.chain(lro.dominant_svd(), stage, lro.project_back())
         tx = lro.low_rank(chain, rank=R, refresh_every=1)
         with pytest.raises(ValueError, match=r"mlp/kernel: .*put project\(\) before"):
             jax.eval_shape(tx.update, params, tx.init(params))
-    stage = lro.reset_moments(optax.scale_by_adam())
-    with pytest.raises(ValueError, match=r"inside low_rank\(\)"):
-        stage.update(params, stage.init(params))
+    # A basis rule too, one that says when its basis moves.
+    stages = optax.chain(lro.online_pca(), lro.project(), stage, lro.project_back())
+    tx = lro.low_rank(stages, rank=R, refresh_every=1)
+    with pytest.raises(
+        ValueError, match="mlp/kernel: this basis rule moves its basis at every step"
+    ):
+        jax.eval_shape(tx.update, params, tx.init(params))
+
+
+def test_outside_of_low_rank_nothing_is_reset() -> None:
+    """There are no bases that could move: each matrix has its own Adam."""
+    gradients, params = tree(0, STEPS), tree(1)
+    adam = optax.scale_by_adam(B1, B2)
+    found, states = run(lro.reset_moments(adam), gradients, params)
+    expected, _ = run(adam, gradients, params)
+    check_close(found, expected)
+    assert states.count["layers"].tolist() == [[t + 1] * 3 for t in range(STEPS)]
 
 
 # ------------------------------------------------------------------ in_full_space
@@ -257,18 +287,15 @@ def test_what_runs_in_full_space_decides_the_basis_too(per_matrix: bool) -> None
     if not per_matrix:  # entry by entry, so that the canonical orientation is no matter
         inner: Any = optax.scale_by_adam(B1, B2)
         before = run(inner, gradients, params)[0]
-        args = {}
     else:
-        inner = adafactor()
-        whole = run(inner, each_alone(gradients), each_alone(params))[0]
-        before, args = {}, {"per_matrix": True}
+        inner = lro.per_matrix(adafactor())
+        whole = run(adafactor(), each_alone(gradients), each_alone(params))[0]
+        before = {}
         for name, shape in SHAPES.items():
             own = [np.asarray(v) for k, v in whole.items() if k.split()[0] == name]
             before[name] = np.stack(own, 1).reshape(STEPS, *shape)
     step = lro.in_subspace(optax.trace(0.9))
-    inside, _ = run(
-        bracket(step, before=lro.in_full_space(inner, **args)), gradients, params
-    )
+    inside, _ = run(bracket(step, before=lro.in_full_space(inner)), gradients, params)
     expected, _ = run(bracket(step), before, params)
     check_close(inside, expected)
 
@@ -388,7 +415,7 @@ def multi_steps() -> Any:
 
 ACCUMULATING = {
     "in_subspace": lambda: lro.in_subspace(multi_steps()),
-    "per_matrix": lambda: lro.in_subspace(multi_steps(), per_matrix=True),
+    "per_matrix": lambda: lro.in_subspace(lro.per_matrix(multi_steps())),
     "nested": lambda: lro.in_subspace(
         optax.chain(optax.scale(1.0), optax.masked(multi_steps(), {"one": True}))
     ),
