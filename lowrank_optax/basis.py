@@ -215,6 +215,7 @@ def follow(rule: Rule) -> BasisRule:
 
         chosen = on_subspaces(rule, first, params)
         if rule.storage.shared and key is not None:
+            # A copy: one buffer in two places of a state could not be donated.
             chosen = chosen._replace(kept=jax.random.clone(key))
         return BasisState(key, chosen.kept, chosen.begun)
 
@@ -238,6 +239,8 @@ def follow(rule: Rule) -> BasisRule:
         def keep(state: BasisState) -> tuple[BasisState, Chosen]:
             return state, on_subspaces(rule, unmoved, frames, state)
 
+        # One predicate for all matrices: a cond for each, with a factorisation in it,
+        # would make the host wait for the device as often.
         wanted = due | starts(rule, frames, state.begun)
         new, chosen = jax.lax.cond(wanted, refresh, keep, state)
         return with_bases(rule, frames, state.basis, new.basis, chosen), new
@@ -402,6 +405,7 @@ def choose_flat(
 
     if isinstance(rule.svd_until, int) and rule.svd_until == 0:
         return choose().reshape(old.shape)
+    # Layers of one kernel may begin at different steps; where they do, both are asked.
     early = ~begun.reshape(count) | (now.step < rule.svd_until)
     first = jax.lax.cond(jnp.any(early), leading, lambda: flat(old))
     later = jax.lax.cond(jnp.all(early), lambda: flat(old), choose)

@@ -182,12 +182,14 @@ def low_rank(
             cycle=state.count // refresh_every,
         )
         frames = _map_leaves(open_frame, leaves, updates)
+        # A rule stands before the step, and may follow what the step left last time.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
             state.inner_state,
             None if params is None else _map_leaves(_oriented, leaves, params),
             **{**extra_args, "clock": clock},
         )
+        # One flag for all leaves: a step is taken whole or not at all.
         finite = _all_finite(updates, frames, out)
         steps = _map_leaves(_close, leaves, updates, out)
         return (
@@ -231,6 +233,8 @@ def _decide(
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+# Only `init` knows the leaves, and only through whatever optax put around it; so
+# memory_report runs it and listens.
 _decided: ContextVar[list[Leaf] | None] = ContextVar("decided", default=None)
 
 
@@ -250,8 +254,9 @@ def _tell(leaves: list[Leaf]) -> None:
     if (seen := _decided.get()) is not None:
         seen.extend(leaves)
         return
-    matrices = [x for x in leaves if len(x.shape) > 1 and min(x.shape, default=0) > 1]
-    whole = [x for x in leaves if x.whole]
+    # A matrix of one row is a vector, and has full rank as one.
+    matrices = [x for x in leaves if len(x.shape) > 1 and _rows(x) > 1]
+    whole = [x for x in matrices if x.whole]
     projected = sum(x.layout is not None and not x.whole for x in leaves)
     if not matrices or (projected and not whole):
         return
@@ -264,6 +269,10 @@ def _tell(leaves: list[Leaf]) -> None:
         "params) lists every parameter",
         stacklevel=3,
     )
+
+
+def _rows(leaf: Leaf) -> int:
+    return min(leaf.shape) if leaf.layout is None else leaf.layout.m
 
 
 def _is_leaf(x: object) -> bool:
@@ -294,10 +303,15 @@ def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:
 
 
 def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
-    if leaf.layout is not None and is_frame(out):
-        step = out.need("step", "project_back() or recover_residual() at the end,")
-        return leaf.layout.from_matrix(step).astype(x.dtype)
-    return jnp.asarray(out).astype(x.dtype)
+    if leaf.layout is None:
+        return jnp.asarray(out).astype(x.dtype)
+    if not is_frame(out):
+        raise TypeError(
+            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; a "
+            "stage returns the Frame it got, with frame.replace(...)"
+        )
+    step = out.need("step", "project_back() or recover_residual() at the end,")
+    return leaf.layout.from_matrix(step).astype(x.dtype)
 
 
 def _at_least_f32(x: jax.Array) -> jax.Array:

@@ -41,6 +41,7 @@ def dct_columns() -> BasisRule:
 
     def pack(frame: Frame, s: jax.Array, _: None) -> jax.Array:
         m = s.shape[-2]
+        # Which columns they were: D is orthonormal, so one product is 1, the rest 0.
         d = columns(jnp.arange(m), m, s.dtype)
         return jnp.argmax(jnp.abs(linalg.matmul(d.T, s)), axis=-2)
 

@@ -69,6 +69,7 @@ def limit_growth(
     usable = jnp.isfinite(norm)
     factor = jnp.where(usable, factor, 0)
     after = jnp.where(usable, norm * factor, last)
+    # A zero gradient would bind every later step to a residual of nothing.
     if not arithmetic.keeps_zero:
         after = jnp.where(norm > floor, after, last)
     # Even where phi overflowed.

@@ -133,6 +133,8 @@ def rotate_moments(
             frames,
             plain=jnp.ones_like,
         )
+        # From the state that is, not from a new one: its hyperparameters may have been
+        # changed since.
         _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
         turn = Turn(frames, with_second=moments == "both")
         return _map_moments(turn.moments, state, unit)
@@ -157,7 +159,7 @@ def rotate_moments(
         frames, now = updates, clock_of(clock)
         if any(not frame.whole for frame in frames_of(frames)):
             state = jax.lax.cond(
-                now.refresh & (now.step > 0),
+                now.refresh & (now.step > 0),  # there is nothing to turn at step 0
                 lambda s: rotate(frames, s),
                 lambda s: s,
                 state,
@@ -188,8 +190,9 @@ class Turn:
         if kind.second is not None and self._with_second:
             nu, count = getattr(state, kind.second), getattr(state, kind.count)
             counts = count
+            # Adam counts once for all leaves, per_matrix() for each.
             if jax.tree.structure(count) != jax.tree.structure(nu):
-                counts = jax.tree.map(lambda _: count, nu)  # one for all
+                counts = jax.tree.map(lambda _: count, nu)
             weights = (
                 jax.tree.map(_weight, getattr(unit, field), counts)
                 for field in (kind.second, kind.first)

@@ -92,7 +92,7 @@ def online_pca(
             for i in range(3)
         )
         steps, inner_state = optimizer.update(grad, state.inner_state, basis)
-        # At step 0 P is the minimum already.
+        # At step 0 P is the minimum already, and its optimizer's moments stay zero.
         steps, inner_state = jax.tree.map(
             lambda new, old: jnp.where(start, old, new),
             (steps, inner_state),

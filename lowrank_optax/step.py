@@ -119,7 +119,7 @@ def in_subspace(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         frames = updates
-        if params is not None:
+        if params is not None:  # XLA drops the products unless `inner` reads them
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
             )
@@ -176,6 +176,7 @@ def reset_moments(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        # Leaf by leaf, for a refresh may be passed over on one and not on another.
         leaves, structure = jax.tree.flatten(updates)
         one = jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
         states = each_apart(structure, one, state)

@@ -36,6 +36,7 @@ def packing(bits: int, group_size: int) -> Storage:
     def pack(frame: Frame, s: jax.Array, _: jax.Array | None) -> QuantizedBasis:
         flat = s.reshape(*frame.batch, -1)
         groups = in_groups(flat)
+        # Zero lies inside, so that the code of zero is one of the codes.
         low = jnp.minimum(jnp.min(groups, axis=-1, keepdims=True), 0)
         high = jnp.maximum(jnp.max(groups, axis=-1, keepdims=True), 0)
         scales = (high - low) / largest

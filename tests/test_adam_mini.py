@@ -217,7 +217,14 @@ def test_in_8_bits_and_in_bfloat16():
     params = {"w": jnp.ones((64, 128), jnp.bfloat16)}
     tx = quantize_moments(scale_by_adam_mini())
     updates, state = jax.jit(tx.update)(params, tx.init(params))
-    assert isinstance(optax.tree.get(state, "mu")["w"], QuantizedArray)
+    mu = optax.tree.get(state, "mu")["w"]
+    assert (mu.shape, mu.dtype) == ((64, 128), jnp.uint8)
+    _, mu_scales, nu_scales = state.scales
+    assert mu_scales["w"].shape == (64, 1)
+    assert (nu_scales["w"].shape, nu_scales["w"].dtype) == ((), jnp.bool_)
+    stored = QuantizedArray(mu, mu_scales["w"]).dequantize()
+    # 1 - b1 of ones; all of a block are its largest, which comes back as bfloat16.
+    np.testing.assert_allclose(np.float32(stored), 0.1, rtol=2**-8)
     assert optax.tree.get(state, "nu")["w"].shape == (1, 128)
     assert updates["w"].dtype == optax.tree.get(state, "nu")["w"].dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(updates["w"]), 1, rtol=0.02)  # a few ulps

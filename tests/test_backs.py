@@ -189,8 +189,6 @@ ODD = {
     "zero columns": GRADIENT * (np.arange(N) % 2),
     "outside": GRADIENT - BASIS @ (BASIS.T @ GRADIENT),
     "tiny": np.float32(1e-30) * GRADIENT,
-    "squares overflow": np.float32(1e30) * GRADIENT,
-    "one column overflows": GRADIENT * np.where(np.arange(N) == 3, 1e30, 1),
 }
 
 
@@ -214,11 +212,60 @@ def test_odd_gradients_give_no_nan(name: str, variant: Any, inner: Any) -> None:
     odd = updates[[0, 2], list(ODD).index("zero columns")]
     np.testing.assert_array_equal(odd[..., ::2], 0)
     assert (odd[..., 1::2] != 0).all()
-    # An overflow leaves out its own step, and the limit waits for the next.
-    lost = list(ODD).index("squares overflow")
-    np.testing.assert_array_equal(updates[[0, 2], lost], 0)
-    assert norms[0, lost] == -1
-    assert norms[2, lost] == norms[1, lost]
+
+
+HUGE = {
+    "squares overflow": np.float32(1e30) * GRADIENT,
+    "one column overflows": GRADIENT * np.where(np.arange(N) == 3, 1e30, 1),
+}
+
+
+@each
+@each_variant
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize(
+    "inner", [optax.scale_by_adam, lambda: optax.trace(0.9)], ids=["adam", "trace"]
+)
+def test_a_gradient_whose_squares_overflow_is_skipped(
+    name: str, variant: Any, kind: str, inner: Any
+) -> None:
+    """First, and between others, which step as if it had not been."""
+    tx = bracket(SCALED[name](variant=variant), inner())
+    huge, gradients = HUGE[kind].astype(np.float32), [GRADIENT, 2 * GRADIENT]
+    steps = np.stack([huge, gradients[0], huge, gradients[1]])
+    updates, state = run(tx, steps)
+    usual, usual_state = run(tx, np.stack(gradients))
+    np.testing.assert_array_equal(state.skipped, [1, 1, 2, 2])
+    np.testing.assert_array_equal(state.count, [0, 1, 1, 2])
+    np.testing.assert_array_equal(updates[np.array([0, 2])], 0)
+    np.testing.assert_array_equal(updates[np.array([1, 3])], usual)
+    first, second = norm_of(usual_state)
+    np.testing.assert_array_equal(norm_of(state), [-1, first, first, second])
+
+
+@each
+@each_variant
+def test_an_overflow_of_the_step_leaves_out_that_step_alone(
+    name: str, variant: Any
+) -> None:
+    """The gradient's squares are finite, those of a layer's step are not; the limit
+    waits for the next, and the other layer goes on."""
+    sizes = np.ones((4, 2, 1, 1), np.float32)
+    sizes[[0, 2], 0] = 1e15
+    square = optax.stateless(lambda us, _: jax.tree.map(lambda x: x * jnp.abs(x), us))
+    rule = lro.replay({"w": np.broadcast_to(BASIS, (1, 2, M, R))})
+    tx = bracket(SCALED[name](LIMIT, variant=variant), square, rule)
+    updates, state = run(tx, sizes * GRADIENT)
+    assert state.skipped[-1] == 0
+    np.testing.assert_array_equal(updates[np.array([0, 2]), 0], 0)
+    assert (np.abs(updates[np.array([1, 3])]) > 0).all()
+    assert (np.abs(updates[:, 1]) > 0).all()
+    lost, other = norm_of(state).T
+    assert lost[0] == -1
+    assert lost[1] > 0
+    assert lost[2] == lost[1]
+    np.testing.assert_allclose(other, other[0], rtol=1e-6)  # one gradient, no growth
+    np.testing.assert_allclose(lost[[1, 3]], other[0], rtol=1e-6)
 
 
 @each
@@ -338,10 +385,15 @@ def test_a_leaf_of_full_rank_has_no_error() -> None:
     tx = fed_back(lro.dominant_svd(), lro.in_subspace(optax.identity()))
     g = {"w": GRADIENT, "b": np.ones(4, np.float32)}
     state = tx.init(g)
-    assert isinstance(optax.tree.get(state, "error")["b"], optax.MaskedNode)
+
+    def nothing_is_kept() -> None:
+        error = optax.tree.get(state, "error")["b"]
+        assert (error.shape, error.dtype, bool(error)) == ((), jnp.bool_, False)
+
+    nothing_is_kept()
     updates, state = tx.update(g, state)
     np.testing.assert_array_equal(updates["b"], 1)
-    assert isinstance(optax.tree.get(state, "error")["b"], optax.MaskedNode)
+    nothing_is_kept()
 
 
 FEEDING: dict[str, Any] = {

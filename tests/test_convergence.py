@@ -35,6 +35,7 @@ OPTIMIZERS: dict[str, Any] = {
     "msgd": named(lro.msgd, key=4),
     "fira": named(lro.fira),
     "grass_walk": named(lro.grass_walk, key=1),
+    "grass_walk_all": named(lro.grass_walk, key=1, walk_rank=None),
     "grass_jump": named(lro.grass_jump, key=2),
     "subtrack": named(lro.subtrack, step_size=None),
     "ldadam": lambda every: lro.ldadam(RATE, **COMMON),
@@ -44,6 +45,7 @@ OPTIMIZERS: dict[str, Any] = {
     "grass_sparse": named(lro.grass_sparse, key=6),
     "flora": named(lro.flora, slower(0.2), key=8),
     "coap": named(lro.coap),
+    "dct_adamw": named(lro.dct_adamw),
     "online_subspace_descent": lambda every: lro.online_subspace_descent(
         RATE, optimizer_of_basis=optax.adam(0.05), **COMMON
     ),
@@ -75,7 +77,7 @@ def loss_left(tx: Any) -> float:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_loss_falls(name: str) -> None:
     # Half the rank: all directions must be reached, so the basis must move. Seen is
-    # 9e-8 to 8e-3, and 5e-2 for FLora, whose Gaussian projections keep shaking.
+    # 7e-9 to 8e-3, and 5e-2 for FLora, whose Gaussian projections keep shaking.
     assert loss_left(OPTIMIZERS[name](3)) < (0.1 if name == "flora" else 1e-2)
 
 

@@ -31,6 +31,7 @@ BASES = {
     "gaussian_stored": lro.gaussian(0, stored=True),
     "coordinates": lro.coordinates(0),
     "sample_rows": lro.sample_rows(0),
+    "dct_columns": lro.dct_columns(),
     "frozen": lro.frozen(lro.dominant_svd()),
     "lazy_refresh": lro.lazy_refresh(lro.sara_sample(0)),
     "quantize_basis": lro.quantize_basis(lro.dominant_svd()),
@@ -46,9 +47,9 @@ STEPS = {
     "adam_8bit_rotated": lro.rotate_moments(lro.quantize_moments(ADAM, min_size=1)),
     "adam_mini": lro.in_subspace(lro.scale_by_adam_mini()),
     "adam_mini_rotated": lro.rotate_moments(lro.scale_by_adam_mini()),
-    "adafactor": lro.in_subspace(lro.scale_by_adafactor(), per_matrix=True),
+    "adafactor": lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor())),
     "adafactor_no_momentum": lro.in_subspace(
-        lro.scale_by_adafactor(None), per_matrix=True
+        lro.per_matrix(lro.scale_by_adafactor(None))
     ),
     "momentum_rotated": lro.rotate_moments(optax.trace(0.9)),
     "lion_rotated": lro.rotate_moments(optax.scale_by_lion()),
@@ -77,6 +78,8 @@ def refusal(basis: str, step: str, back: str = "") -> str:
         return "follows the first moment of the step, and the step keeps none"
     if "rotated" in step and basis == "online_pca":
         return "does not say how its basis turns"
+    if step == "adam_restarted" and basis == "online_pca":
+        return "does not say when its basis moves"
     if step in ("adam_rotated", "adam_8bit_rotated") and basis in NOT_ORTHONORMAL:
         return "a second moment turns with orthonormal bases only"
     if back in ("recover_residual", "sign_residual") and basis in NOT_ORTHONORMAL:

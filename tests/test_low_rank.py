@@ -225,6 +225,7 @@ FINITE_RULES = {
     "randomized": lambda: lro.dominant_svd(decomposition="randomized", key=0),
     "sara": lambda: lro.sara_sample(0),
     "walk": lambda: lro.grassmann_walk(0),
+    "walk of all directions": lambda: lro.grassmann_walk(0, walk_rank=None),
     "jump": lambda: lro.grassmann_jump(0),
 }
 

@@ -13,6 +13,7 @@ RULES = {
     "svd": lro.dominant_svd(),
     "sara": lro.sara_sample(key=0),
     "walk": lro.grassmann_walk(key=0),
+    "walk of all directions": lro.grassmann_walk(key=0, walk_rank=None),
     "jump": lro.grassmann_jump(key=0),
 }
 # On a TPU the compiler takes minutes for a default SVD or eigh of size 512: only the
@@ -62,8 +63,9 @@ OPTIMIZERS = {
     "ldadam": lambda: lro.ldadam(0.01, rank=4, dimension_numbers=lro.STACKED),
     "coap": lambda: lro.coap(0.01, **COMMON),
     "msgd": lambda: lro.msgd(0.01, key=0, **COMMON),
+    "dct_adamw": lambda: lro.dct_adamw(0.01, **COMMON),
 }
-NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse"}
+NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
 WITH_QR = {"golore", "ldadam", "coap"}
 
 

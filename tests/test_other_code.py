@@ -32,9 +32,9 @@ each_optimizer = pytest.mark.parametrize("name", NAMES)
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
 each_kind = pytest.mark.parametrize("name", KINDS)
 
-# Compiling takes most of the time, and a quarter of it with these.
+# Compiling takes most of the time, and less of it with these.
 QUICK = {
-    "xla_cpu_use_fusion_emitters": False,
+    "xla_backend_optimization_level": 0,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 jit = functools.partial(jax.jit, compiler_options=QUICK)

@@ -1,11 +1,15 @@
 """What `import lowrank_optax` promises: its names, their docstrings, its imports."""
 
 import ast
+import importlib
+import importlib.metadata
 import inspect
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,25 +21,21 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 NAMES = [
     "ADAM_MINI_RULES",
     "AdamMiniState",
+    "BasisRule",
     "BasisState",
     "Clock",
     "ErrorFeedbackState",
     "Frame",
-    "GaussianState",
     "LAYERS",
     "LazyRefreshState",
+    "LimiterState",
     "LowRankState",
     "MemoryReport",
     "MemoryRow",
     "OnlinePCAState",
-    "PerMatrixState",
     "QuantizedArray",
     "QuantizedBasis",
-    "QuantizedBasisState",
     "QuantizedState",
-    "RecoverState",
-    "ResetState",
-    "Rotation",
     "STACKED",
     "TRANSFORMER_MATRICES",
     "adam_mini_blocks",
@@ -46,6 +46,8 @@ NAMES = [
     "coap",
     "coordinates",
     "correlation_aware",
+    "dct_adamw",
+    "dct_columns",
     "dominant_svd",
     "error_feedback",
     "fira",
@@ -68,12 +70,16 @@ NAMES = [
     "in_subspace",
     "lazy_refresh",
     "ldadam",
+    "left_singular",
+    "linalg",
     "low_rank",
+    "low_rank_optimizer",
     "map_frames",
     "memory_report",
     "msgd",
     "online_pca",
     "online_subspace_descent",
+    "per_matrix",
     "power_iterate",
     "project",
     "project_back",
@@ -82,10 +88,11 @@ NAMES = [
     "quantize_moments",
     "random_after",
     "recover_residual",
-    "register_rotation",
+    "register_moments",
     "replay",
     "reset_moments",
     "rotate_moments",
+    "sample_indices",
     "sample_rows",
     "sara_sample",
     "scale_by_adafactor",
@@ -103,16 +110,25 @@ CLASSES = [name for name in NAMES if inspect.isclass(getattr(lro, name))]
 TREE_HELPERS = {"map_frames", "update_frames"}
 SILENT = TREE_HELPERS | {
     "memory_report",
-    "register_rotation",
     "scale_by_adafactor",
     "static_args",
 }
 RAISING = sorted({*FUNCTIONS} - SILENT)
-OPTIMIZERS = [
+WITH_ARGUMENTS = sorted(
+    name
+    for name in {*FUNCTIONS} - TREE_HELPERS
+    if inspect.signature(getattr(lro, name)).parameters
+)
+ASSEMBLED = [
     name
     for name in FUNCTIONS
     if "learning_rate" in inspect.signature(getattr(lro, name)).parameters
 ]
+# The assembly of them takes stages, and is no method to choose.
+OPTIMIZERS = [name for name in ASSEMBLED if name != "low_rank_optimizer"]
+SUBMODULES = sorted(
+    module.name for module in pkgutil.walk_packages(lro.__path__, f"{lro.__name__}.")
+)
 
 
 def test_the_public_names_are_these() -> None:
@@ -120,6 +136,29 @@ def test_the_public_names_are_these() -> None:
     assert len(set(lro.__all__)) == len(lro.__all__)
     for name in NAMES:
         getattr(lro, name)
+
+
+def test_the_version_is_the_installed_packages() -> None:
+    assert lro.__version__ == importlib.metadata.version("lowrank-optax")
+
+
+def test_every_file_is_a_submodule() -> None:
+    files = {path.relative_to(ROOT).with_suffix("").parts for path in SOURCES}
+    dotted_names = {".".join((lro.__name__, *parts)) for parts in files}
+    found = {name.removesuffix(".__init__") for name in dotted_names}
+    assert found == {lro.__name__, *SUBMODULES}
+
+
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_no_public_name_shadows_a_module(name: str) -> None:
+    """`import a.b as m` takes the attribute b of a, whatever that is."""
+    module = importlib.import_module(name)
+    parent, _, last = name.rpartition(".")
+    scope: dict[str, Any] = {}
+    exec(f"import {name} as m", scope)
+    assert isinstance(scope["m"], ModuleType)
+    assert scope["m"] is module is sys.modules[name]
+    assert getattr(sys.modules[parent], last) is module
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -136,7 +175,7 @@ def test_functions_that_raise_say_so(name: str) -> None:
     assert "Raises:\n  ValueError: " in doc
 
 
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - TREE_HELPERS - {"project"}))
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
 def test_every_argument_is_in_the_docstring(name: str) -> None:
     doc = inspect.getdoc(getattr(lro, name)) or ""
     listed = re.split("Returns:|Raises:|Example:", doc.split("Args:")[1])[0]
@@ -154,7 +193,7 @@ def test_optimizers_say_when_to_choose_them_and_what_they_keep(name: str) -> Non
         assert part in doc
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ASSEMBLED)
 def test_optimizers_share_their_signature(name: str) -> None:
     def kind(parameter: inspect.Parameter) -> tuple[Any, Any]:
         return parameter.kind, parameter.annotation
@@ -166,8 +205,10 @@ def test_optimizers_share_their_signature(name: str) -> None:
     assert shared <= {*ours}
     for key in shared:
         assert kind(ours[key]) == kind(galore[key])
-    assert [*ours][:2] == ["learning_rate", "rank"]
-    assert all(p.kind is p.KEYWORD_ONLY for p in [*ours.values()][1:])
+    first = ["stages"] if name not in OPTIMIZERS else []
+    assert [*ours][: len(first) + 2] == [*first, "learning_rate", "rank"]
+    keywords = [*ours.values()][len(first) + 1 :]
+    assert all(p.kind is p.KEYWORD_ONLY for p in keywords)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -237,6 +237,17 @@ def online(grads: list[Array]) -> list[Array]:
     return out
 
 
+def ldadam(grads: list[Array], feedback: bool = True) -> list[Array]:
+    return numpy_steps(
+        grads,
+        Adam(b1=0.85, b2=0.99, rotate="both"),
+        scaled_by(1.0),
+        power(0.85, 0.8),
+        every=1,
+        feedback=0.85 if feedback else None,
+    )
+
+
 def of_galore(make: Callable[[], Any], choose: Any = svd, alpha: float = 0.25) -> Any:
     return lambda g, bases: numpy_steps(g, make(), scaled_by(alpha), choose or bases)
 
@@ -270,14 +281,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     ),
     "ldadam": (
         lro.ldadam(1.0, rho=0.8, b1=0.85, **NO_REFRESH),
-        lambda g, bases: numpy_steps(
-            g,
-            Adam(b1=0.85, b2=0.99, rotate="both"),
-            scaled_by(1.0),
-            power(0.85, 0.8),
-            every=1,
-            feedback=0.85,
-        ),
+        lambda g, bases: ldadam(g),
     ),
     "apollo": (
         lro.apollo(1.0, basis=GAUSSIAN, scale=2.0, **COMMON),
@@ -306,8 +310,9 @@ METHODS: dict[str, tuple[Any, Any]] = {
             lro.low_rank(
                 optax.chain(
                     lro.in_full_space(
-                        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
-                        per_matrix=True,
+                        lro.per_matrix(
+                            optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+                        )
                     ),
                     GAUSSIAN,
                     lro.project(),
@@ -364,3 +369,57 @@ def test_every_step_is_the_sources_in_float64(name: str) -> None:
             ours = -np.array([matrices(leaf, u[leaf])[i] for u in out])
             worst = np.abs(ours - expected).max() / np.abs(expected).max()
             assert worst < TOLERANCES.get(name, 1e-11), (leaf, i, worst)
+
+
+TORCH = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+# Torch's weights, (out, in).
+TORCH_SHAPES = {"wide": (4, 6), "tall": (6, 4), "square": (6, 6), "other": (5, 5)}
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("ours_are", ["torch's", "transposed", "stacked"])
+def test_ldadam_projects_the_side_that_the_release_projects(
+    feedback: bool, ours_are: str
+) -> None:
+    """The right one where a torch weight has more rows, else the left: a square one's
+    outputs, where GaLore takes its inputs."""
+    random = np.random.default_rng(8)
+    drift = {k: random.normal(size=s) for k, s in TORCH_SHAPES.items()}
+    grads = [
+        {k: 0.5 * drift[k] + random.normal(size=s) for k, s in TORCH_SHAPES.items()}
+        for _ in range(STEPS)
+    ]
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        flax = x if ours_are == "torch's" else x.T
+        return np.stack([flax, -flax]) if ours_are == "stacked" else flax
+
+    def to_torchs(x: np.ndarray) -> np.ndarray:
+        flax = x[0] if ours_are == "stacked" else x
+        return flax if ours_are == "torch's" else flax.T
+
+    specs = {"torch's": TORCH, "transposed": None, "stacked": lro.STACKED}
+    tx = lro.ldadam(
+        1.0,
+        rank=RANK,
+        rho=0.8,
+        b1=0.85,
+        feedback=feedback,
+        dimension_numbers=specs[ours_are],
+    )
+    ours = []
+    with jax.enable_x64(True):
+        params = {k: jnp.zeros_like(to_ours(x)) for k, x in grads[0].items()}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for grad in grads:
+            leaves = {k: jnp.asarray(to_ours(x)) for k, x in grad.items()}
+            updates, state = update(leaves, state, params)
+            ours.append({k: -to_torchs(np.asarray(x)) for k, x in updates.items()})
+    for name, (rows, columns) in TORCH_SHAPES.items():
+        right = rows > columns
+        own = [g[name].T if right else g[name] for g in grads]
+        steps = np.array(ldadam(own, feedback))
+        expected = steps.swapaxes(1, 2) if right else steps
+        found = np.array([x[name] for x in ours])
+        worst = np.abs(found - expected).max() / np.abs(expected).max()
+        assert worst < 1e-11, (name, worst)

@@ -250,11 +250,42 @@ def test_no_nan(spoil, variant):
 @pytest.mark.parametrize(
     "inner", [optax.scale_by_adam(), optax.trace(0.9)], ids=["adam", "trace"]
 )
-def test_a_finite_gradient_with_squares_beyond_float32_gives_no_nan(inner, variant):
-    g = 1e30 * jax.random.normal(jax.random.key(0), (3, M, N))
-    updates, norms = run(bracket(orthonormal(8), inner, variant=variant), g)
-    assert jnp.all(jnp.isfinite(updates))
-    assert not jnp.any(jnp.isnan(norms))
+def test_a_finite_gradient_with_squares_beyond_float32_is_skipped(inner, variant):
+    """First, and between others, which step as if it had not been."""
+    g = jax.random.normal(jax.random.key(0), (3, M, N))
+    tx = bracket(orthonormal(8), inner, variant=variant)
+    huge, one_huge = 1e30 * g[0], g[1].at[M - 1, 2].set(-1e30)
+    updates, norms = run(tx, jnp.stack([huge, g[0], one_huge, huge, g[1], g[2]]))
+    usual, usual_norms = run(tx, g)
+    np.testing.assert_array_equal(updates[np.array([0, 2, 3])], 0)
+    np.testing.assert_array_equal(updates[np.array([1, 4, 5])], usual)
+    first, second, third = np.asarray(usual_norms)
+    np.testing.assert_array_equal(norms, [-1, *[first] * 3, second, third])
+
+
+@pytest.mark.parametrize("variant", ["paper", "published"])
+def test_a_residual_whose_norm_overflows_is_left_out_of_its_step(variant):
+    """The gradient's squares are finite, and those of the step are not."""
+    sizes = jnp.array([1e15, 1, 1e15, 1]).reshape(4, 1, 1)
+    g = sizes * jax.random.normal(jax.random.key(0), (4, M, N))
+    s = jnp.asarray(orthonormal(8), jnp.float32)
+
+    def signed_square(x):
+        return x * jnp.abs(x)
+
+    inner = optax.stateless(lambda us, _: jax.tree.map(signed_square, us))
+    updates, norms = run(bracket(s, inner, variant=variant), g)
+    inside = s @ signed_square(s.T @ g)
+    at = np.array([0, 2])
+    size = jnp.abs(inside[at]).max()
+    # Float32 sums of up to M products.
+    np.testing.assert_allclose(updates[at] / size, inside[at] / size, atol=1e-6)
+    assert jnp.abs(updates[1] - inside[1]).max() > 0.1  # a residual
+    assert norms[0] == -1
+    assert norms[1] > 0
+    assert norms[2] == norms[1]
+    # The next one is limited against it.
+    np.testing.assert_allclose(norms[3], LIMIT * norms[2], rtol=1e-5)
 
 
 def test_a_column_without_a_projection_gets_no_residual():

@@ -350,6 +350,10 @@ def test_a_matrix_has_full_rank_by_its_rank_only_with_a_warning() -> None:
         "mlp/kernel": (64, True),
     }
     assert "64 (all)" in str(report)
+    # A row is a vector, and silently of full rank.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lro.galore(0.1, rank=4, refresh_every=9).init({"mlp": {"row": normal(1, 9)}})
     rules = (("", None),)
     tx = lro.galore(0.1, rank=32, refresh_every=9, dimension_numbers=rules)
     with pytest.warns(UserWarning, match=r"projects 0 of 2 .*by its rule"):
@@ -384,6 +388,21 @@ def test_a_stock_transformation_between_stages_is_an_error(stage: Any) -> None:
     said = f"{caught.value} {caught.value.__context__}"
     assert "mlp/kernel: inside low_rank() a Frame stands for this matrix" in said
     assert "in_subspace(inner)" in said
+
+
+def test_a_stage_that_returns_an_array_for_its_frame() -> None:
+    params = {"mlp": {"kernel": normal(M, N)}}
+    lost = optax.stateless(lambda frames, _: lro.map_frames(lambda f: f.step, frames))
+    chain = optax.chain(stages(), lost)
+    tx = lro.low_rank(chain, rank=3, refresh_every=1)
+    with pytest.raises(TypeError, match=r"mlp/kernel: a stage put .* Frame's place"):
+        jax.eval_shape(tx.update, params, tx.init(params))
+
+
+def test_two_parameters_of_one_path() -> None:
+    params = {"mlp/up": {"w": normal(M, N)}, "mlp": {"up": {"w": normal(N, M)}}}
+    with pytest.raises(ValueError, match="two parameters have the path mlp/up/w"):
+        lro.galore(0.1, rank=3, refresh_every=5).init(params)
 
 
 def test_a_step_or_a_basis_that_is_none() -> None:

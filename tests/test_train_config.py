@@ -41,7 +41,8 @@ def test_help_teaches(capsys):
         assert example in shown
     said = " ".join(shown.replace("│", " ").split())
     assert "(default: None; apollo_mini: always 1)" in said
-    every_step = "ldadam: always 1, online_subspace_descent: always 1"
+    moving = "ldadam", "dct_adamw", "online_subspace_descent"
+    every_step = ", ".join(f"{name}: always 1" for name in moving)
     assert f"(default: 50; {every_step})" in said
     for group in ("model options", "optimizer options", "data options"):
         assert group in shown

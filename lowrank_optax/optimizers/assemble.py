@@ -187,6 +187,7 @@ def _skip_together(
         old, old_rest = cast(LowRankState, state[0]), state[1]
         steps, new = bracket.update(updates, old, params, **extra_args)
         steps, new_rest = after.update(steps, old_rest, params, **extra_args)
+        # Weight decay and schedule would go on with the zero update of a skipped step.
         accepted = cast(LowRankState, new).skipped == old.skipped
         return (
             jax.tree.map(
