@@ -149,8 +149,7 @@ def basis_rule(
         update, outside `low_rank`.
 
     Example:
-      A rule that keeps the top 1 and samples the rest by singular value:
-
+      >>> # Keeps the first singular vector, and samples the rest by singular value.
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> def top_and_sample(frame, keys, clock):
       ...     u, s = lro.left_singular(frame.gradient)

@@ -127,6 +127,15 @@ def left_singular(
     Returns:
       U (*batch, m, m) orthonormal, each column's largest entry positive, and the
       singular values (*batch, m), descending and not negative.
+
+    Raises:
+      ValueError: another decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> u, s = lro.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
+      >>> u.shape, [round(float(x), 3) for x in s]
+      ((2, 2), [3.0, 1.0])
     """
 
     def svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -45,10 +45,10 @@ def per_matrix(
       (3, 4)
     """
     inner = optax.with_extra_args_support(inner)
-    one = jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
 
     def init(params: optax.Params) -> optax.OptState:
         leaves, structure = jax.tree.flatten(params)
+        one = _state_of_one(inner)
         states = [_vmapped(inner.init, x)(x) for x in leaves]
         if any(jax.tree.structure(state) != one for state in states):
             raise ValueError(
@@ -64,6 +64,7 @@ def per_matrix(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, structure = jax.tree.flatten(updates)
+        one = _state_of_one(inner)
 
         def step(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
             return inner.update(update, state, param, **extra_args)
@@ -178,7 +179,7 @@ def reset_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         # Leaf by leaf, for a refresh may be passed over on one and not on another.
         leaves, structure = jax.tree.flatten(updates)
-        one = jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
+        one = _state_of_one(inner)
         states = each_apart(structure, one, state)
         news = each_apart(structure, one, inside.init(updates))
         for i, frame in enumerate(leaves):
@@ -248,6 +249,16 @@ def _accumulates(state: optax.OptState) -> bool:
         return isinstance(x, optax.MultiStepsState)
 
     return any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates)))
+
+
+def _state_of_one(inner: optax.GradientTransformation) -> Any:
+    """The structure of the state of one array.
+
+    Asked in init and update, not before: to make an optimizer must not wake a backend,
+    which `jax.distributed.initialize` has to come before.
+    """
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.tree.structure(jax.eval_shape(inner.init, number))
 
 
 def _vmapped(f: Callable[..., Any], leaf: jax.Array) -> Callable[..., Any]:

@@ -79,7 +79,7 @@ def refusal(basis: str, step: str, back: str = "") -> str:
     if "rotated" in step and basis == "online_pca":
         return "does not say how its basis turns"
     if step == "adam_restarted" and basis == "online_pca":
-        return "does not say when its basis moves"
+        return "this basis rule moves its basis at every step"
     if step in ("adam_rotated", "adam_8bit_rotated") and basis in NOT_ORTHONORMAL:
         return "a second moment turns with orthonormal bases only"
     if back in ("recover_residual", "sign_residual") and basis in NOT_ORTHONORMAL:
