@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import BasisRule, Storage, follow, rule_of
+from lowrank_optax.basis import AS_IT_IS, BasisRule, Storage, follow, rule_of
 from lowrank_optax.frame import Frame
 
 
@@ -110,7 +110,7 @@ def quantize_basis(
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be an int of at least 1, not {group_size!r}")
     inside = rule_of(rule, "quantize_basis()")
-    if inside.coordinates or inside.storage.shared:
+    if inside.coordinates or inside.storage is not AS_IT_IS:
         raise ValueError(
             "quantize_basis() makes m x r numbers smaller, and this rule keeps "
             "coordinates or a key in their place; take the rule without it"

@@ -31,7 +31,7 @@ def grass_sparse(
     At a refresh r rows are drawn by their norm, without replacement, and Adam starts
     anew on them; a step moves these rows alone (Muhamed et al. 2024, "Grass: Compute
     Efficient Low-Memory LLM Training with Structured Sparse Gradients"; equations in
-    `sample_rows`). State of a matrix: 2nr numbers and r integers; no product.
+    `sample_rows`). State of a matrix: 2nr numbers, r integers, a count.
 
     When to choose it: the cheapest update, where most rows may wait. When not: for
     speed per token: `frugal(basis=coordinates(key))` moves the other rows too.
