@@ -35,8 +35,8 @@ def frugal(
     W <- W - lr (S G~^O + residual_scale sign(G - S G~)), Adam starting anew at every
     refresh (Zmushko et al. 2025, "FRUGAL"; equations in `sign_residual`,
     `reset_moments`). This is what the released code computes step for step. State of
-    a matrix: mr + 2nr numbers, or 2nr and r integers with coordinates, and a count; three
-    products a step, none with coordinates.
+    a matrix: mr + 2nr numbers, or 2nr and r integers with coordinates, and a count;
+    three products a step, none with coordinates.
 
     The source's three ways to split: `dominant_svd()`; `coordinates(key)`, rows chosen
     at random ("columns" there); and whole matrices in turn, which is

@@ -31,7 +31,8 @@ def grass_sparse(
     At a refresh r rows are drawn by their norm, without replacement, and Adam starts
     anew on them; a step moves these rows alone (Muhamed et al. 2024, "Grass: Compute
     Efficient Low-Memory LLM Training with Structured Sparse Gradients"; equations in
-    `sample_rows`). State of a matrix: 2nr numbers, r integers, a count.
+    `sample_rows`). State of a matrix: 2nr numbers, r integers, a count; no
+    product.
 
     When to choose it: the cheapest update, where most rows may wait. When not: for
     speed per token: `frugal(basis=coordinates(key))` moves the other rows too.
