@@ -1,4 +1,4 @@
-"""Where: what all basis rules share, and the rule that replays given bases."""
+"""Where: what all basis rules share."""
 
 import dataclasses
 import math
