@@ -38,8 +38,8 @@ def dct_adamw(
     is not stored. When not: where the top of the spectrum is what counts, which a fixed
     matrix only comes near to.
 
-    As the released code with `rotate_subspace` (read, not run beside it), on the smaller
-    side of every matrix; its feedback can be kept in 4 or 8 bits too.
+    As the released code with `rotate_subspace` (read, not run beside it), on the
+    smaller side of every matrix; its feedback can be kept in 4 or 8 bits too.
 
     Args:
       refresh_every: steps between two choices; 1 in the released code.
