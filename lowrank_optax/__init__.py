@@ -24,6 +24,13 @@ from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
 from lowrank_optax.given import replay
 from lowrank_optax.grassmann import grassmann_track, grassmann_walk
 from lowrank_optax.keys import sample_indices
+from lowrank_optax.layerwise import (
+    Layers,
+    close_layers,
+    open_layers,
+    per_layer,
+    update_in_backward,
+)
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState
 from lowrank_optax.linalg import left_singular

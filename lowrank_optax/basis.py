@@ -15,6 +15,8 @@ from lowrank_optax.frame import (
     Clock,
     Frame,
     are_coordinates,
+    both,
+    branch,
     each_apart,
     frames_of,
     in_turn,
@@ -124,7 +126,8 @@ def basis_rule(
     A matrix whose gradient has been zero so far (behind a projection that starts at
     zero, say) has no subspace to choose: whatever a refresh takes then is replaced at
     its first gradient that is not zero, be a refresh due there or not. So no rule is
-    anchored to directions that mean nothing.
+    anchored to directions that mean nothing. (Where the caller says when to refresh, it
+    is replaced at the first refresh that he asks for from there on.)
 
     Args:
       choose: from a Frame of L matrices (gradient G_t (L, m, n), basis S_{t-1}
@@ -223,7 +226,7 @@ def follow(rule: Rule) -> BasisRule:
     ) -> tuple[optax.Updates, BasisState]:
         if all(frame.whole for frame in frames_of(frames)):
             return frames, state
-        due = now.refresh & (now.step == 0) if rule.once else now.refresh
+        due = both(now.refresh, now.step == 0) if rule.once else now.refresh
 
         def refresh(state: BasisState) -> tuple[BasisState, Chosen]:
             key, sub = split(state.rng_key)
@@ -240,8 +243,10 @@ def follow(rule: Rule) -> BasisRule:
 
         # One predicate for all matrices: a cond for each, with a factorisation in it,
         # would make the host wait for the device as often.
-        wanted = due | starts(rule, frames, state.begun)
-        new, chosen = jax.lax.cond(wanted, refresh, keep, state)
+        wanted = due
+        if not isinstance(now.refresh, bool):
+            wanted |= starts(rule, frames, state.begun)
+        new, chosen = branch(wanted, refresh, keep, state)
         return with_bases(rule, frames, state.basis, new.basis, chosen), new
 
     made = BasisRule(*timed_stage(init, update))
@@ -352,7 +357,7 @@ def choose_anew(
     kept: Any,
     key: jax.Array | None,
     now: Clock,
-    due: jax.Array,
+    due: bool | jax.Array,
 ) -> Chosen:
     """The basis of one leaf, for those of its matrices that are due or just begin."""
     pack, unpack, _, shared = rule.storage

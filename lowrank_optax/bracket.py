@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax.frame import (
@@ -42,11 +43,13 @@ class LowRankState(NamedTuple):
     Attributes:
       count: () int32, optimizer steps accepted.
       skipped: () int32, steps refused because a gradient was not finite.
+      refreshes: () int32, steps accepted at which bases were due.
       inner_state: the stages' states.
     """
 
     count: jax.Array
     skipped: jax.Array
+    refreshes: jax.Array
     inner_state: Any
 
 
@@ -106,13 +109,31 @@ def low_rank(
     many of how many are projected, and `memory_report` lists all.
 
     A basis is due at steps 0, T, 2T, ... (T = `refresh_every`), from that step's
-    gradient. A step is skipped whose gradient has a NaN or an Inf, or numbers so large
+    gradient. Asked so, the program holds both kinds of step and a `lax.cond` between
+    them; on a GPU, where a branch that factorises makes the host wait for the device at
+    every step, and large arrays are copied for the branches, it is better that the host
+    says which step it is:
+
+        tx.update(gradient, state, params, refresh=step % T == 0)
+
+    with `refresh` a Python bool, a static argument of the jitted step. There are two
+    programs then, and one without a conditional or a factorisation for most steps.
+    True is a refresh, whatever T.
+
+    A step is skipped whose gradient has a NaN or an Inf, or numbers so large
     that their squares have no finite sum (from about 1e19 in float32), with which a
     second moment would be lost: the updates are zero, no state changes, `skipped`
     counts it, and a refresh that was due happens at the next finite step. (Numbers so
     large are looked for in S^T G, which is all that a second moment sees.)
     Transformations that you chain after the bracket (weight decay, schedules) see such
     a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
+    A caller who knows already whether the gradient is finite, from its norm, says so by
+    `accept`: what is to be skipped is then known before anything is computed, and no
+    S^T G has to be kept until the last has been seen.
+
+    So `update` takes, beside optax's own, three arguments that may be left out:
+    `refresh`, a bool, static or traced; `accept`, a () bool; and `layer`, the place in a
+    stack of the layer that the parameters are (see `per_layer`), for its random keys.
 
     Args:
       inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
@@ -136,7 +157,7 @@ def low_rank(
       `LowRankState`.
 
     Raises:
-      ValueError: rank below 1, a leaf that no rule covers, a leaf of three or more
+      ValueError: a `refresh` that is no bool; rank below 1, a leaf that no rule covers, a leaf of three or more
         axes without dimension numbers, dimension numbers that do not fit, a matrix of
         integers or complex numbers, or a stage chain with no way back.
       TypeError: for a stock optax transformation between stages.
@@ -166,23 +187,27 @@ def low_rank(
         leaves = decide(params)
         _tell(jax.tree.leaves(leaves, is_leaf=_is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
-        # Two arrays: one in two places could not be donated.
-        count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return LowRankState(count, skipped, inner.init(frames))
+        # Three arrays: one in several places could not be donated.
+        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return LowRankState(*counts, inner.init(frames))
 
     def update(
         updates: optax.Updates,
         state: LowRankState,
         params: optax.Params | None = None,
+        *,
+        refresh: bool | jax.Array | None = None,
+        accept: bool | jax.Array | None = None,
+        layer: int | jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
         leaves = decide(updates)
-        clock = Clock(
-            step=state.count,
-            refresh=state.count % refresh_every == 0,
-            cycle=state.count // refresh_every,
+        if refresh is None:
+            refresh = refresh_every == 1 or state.count % refresh_every == 0
+        clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
+        frames = _map_leaves(
+            functools.partial(open_frame, layer=layer), leaves, updates
         )
-        frames = _map_leaves(open_frame, leaves, updates)
         # A rule stands before the step, and may follow what the step left last time.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
@@ -191,15 +216,18 @@ def low_rank(
             **{**extra_args, "clock": clock},
         )
         # One flag for all leaves: a step is taken whole or not at all.
-        finite = _all_finite(updates, frames, out)
+        if accept is None:
+            accept = _all_finite(updates, frames, out)
+        accept = jnp.asarray(accept)
         steps = _map_leaves(_close, leaves, updates, out)
         return (
-            jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), steps),
+            jax.tree.map(lambda u: jnp.where(accept, u, jnp.zeros_like(u)), steps),
             LowRankState(
-                count=state.count + finite,
-                skipped=state.skipped + ~finite,
+                count=state.count + accept,
+                skipped=state.skipped + ~accept,
+                refreshes=state.refreshes + (clock.refresh & accept),
                 inner_state=jax.tree.map(
-                    functools.partial(jnp.where, finite), inner_state, state.inner_state
+                    functools.partial(jnp.where, accept), inner_state, state.inner_state
                 ),
             ),
         )
@@ -215,6 +243,17 @@ def _check_interval(refresh_every: int) -> int:
             "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
         )
     return int(refresh_every)
+
+
+def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
+    if isinstance(refresh, (bool, np.bool_)):
+        return bool(refresh)
+    if getattr(refresh, "dtype", None) != jnp.bool_ or jnp.ndim(refresh):
+        raise ValueError(
+            f"refresh={refresh!r}: give True or False, best as a static argument of "
+            "the jitted step, or a () bool array"
+        )
+    return refresh
 
 
 def _decide(
@@ -285,7 +324,10 @@ def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
 
 
 def _open(
-    leaf: Leaf, x: jax.Array, precision: jax.lax.PrecisionLike
+    leaf: Leaf,
+    x: jax.Array,
+    precision: jax.lax.PrecisionLike,
+    layer: int | jax.Array | None = None,
 ) -> Frame | jax.Array:
     if leaf.layout is None:
         return _at_least_f32(x)
@@ -295,6 +337,7 @@ def _open(
         rank=leaf.rank,
         path=leaf.path,
         columns=leaf.layout.columns,
+        layer=None if layer is None else jnp.asarray(layer),
         precision=precision,
     )
 

@@ -18,14 +18,35 @@ class Clock(NamedTuple):
 
     Attributes:
       step: () int32, accepted optimizer steps before this one.
-      refresh: () bool, whether this step is due for a new basis. One unbatched
-        predicate for all matrices, so that `lax.cond` runs one branch only.
-      cycle: () int32, how many refreshes were due before this one.
+      refresh: () bool, whether this step is due for a new basis; a Python bool where
+        the caller said so, and then the program holds one of the two kinds of step
+        (`branch`, `both`). One unbatched predicate for all matrices, so that `lax.cond`
+        runs one branch only.
+      cycle: () int32, how many refreshes were done before this one.
     """
 
     step: jax.Array
-    refresh: jax.Array
+    refresh: bool | jax.Array
     cycle: jax.Array
+
+
+def branch(
+    predicate: bool | jax.Array,
+    yes: Callable[..., Any],
+    no: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """`lax.cond`, and no conditional where the predicate is a Python bool."""
+    if isinstance(predicate, bool):
+        return yes(*operands) if predicate else no(*operands)
+    return jax.lax.cond(predicate, yes, no, *operands)
+
+
+def both(static: bool | jax.Array, other: jax.Array) -> bool | jax.Array:
+    """`static` and `other`, a Python bool as long as that can be."""
+    if isinstance(static, bool):
+        return other if static else False
+    return static & other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -49,6 +70,8 @@ class Frame:
       rank: r <= m.
       path: the leaf's path in the tree, "layers/mlp/up/kernel".
       columns: which of the weight's axes the n columns are, "input" or "output".
+      layer: () integer, which layer of a stack this is, where the layers of a stacked
+        leaf are taken one at a time (`per_layer`); None where all are here.
       precision: of the products with S, as `jax.lax.dot_general` takes it.
       momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
         of S_{t-1}; None for a step that keeps none.
@@ -69,6 +92,7 @@ class Frame:
     rank: int
     path: str
     columns: str = "output"
+    layer: jax.Array | None = None
     precision: jax.lax.PrecisionLike = None
     momentum: jax.Array | None = None
     basis: jax.Array | None = None
@@ -162,13 +186,16 @@ class Frame:
     def keys(self, key: jax.Array) -> jax.Array:
         """One key for each matrix of the batch, shape (L,), L = prod(batch).
 
-        Derived from the leaf's path, so that they depend neither on the other
-        leaves of the tree nor on the host or the sharding.
+        Derived from the leaf's path and the matrix's place in the batch, so that they
+        depend neither on the other leaves of the tree nor on the host or the sharding,
+        nor on whether the layers of a stack come together or one at a time.
         """
         key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
-        if not self.batch:
+        if not self.batch and self.layer is None:
             return key[None]
-        return jax.random.split(key, math.prod(self.batch))
+        count = math.prod(self.batch)
+        first = 0 if self.layer is None else self.layer * count
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
 
     def __repr__(self) -> str:
         return f"Frame({self.path!r}, {self.gradient.shape}, rank={self.rank})"

@@ -12,6 +12,8 @@ from lowrank_optax.frame import (
     BASIS_RULE,
     Clock,
     Frame,
+    both,
+    branch,
     clock_of,
     frames_of,
     map_frames,
@@ -158,8 +160,8 @@ def rotate_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
         if any(not frame.whole for frame in frames_of(frames)):
-            state = jax.lax.cond(
-                now.refresh & (now.step > 0),  # there is nothing to turn at step 0
+            state = branch(
+                both(now.refresh, now.step > 0),  # there is nothing to turn at step 0
                 lambda s: rotate(frames, s),
                 lambda s: s,
                 state,

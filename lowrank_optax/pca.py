@@ -9,7 +9,14 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.basis import eye_basis
-from lowrank_optax.frame import Clock, Frame, map_frames, timed_stage
+from lowrank_optax.frame import (
+    Clock,
+    Frame,
+    both,
+    branch,
+    map_frames,
+    timed_stage,
+)
 from lowrank_optax.linalg import Decomposition
 
 
@@ -85,7 +92,9 @@ def online_pca(
     ) -> tuple[optax.Updates, OnlinePCAState]:
         start = now.step == 0
         basis = _on_subspaces(
-            lambda f, p: _started(f, p, start, decomposition), frames, state.basis
+            lambda f, p: _started(f, p, both(now.refresh, start), decomposition),
+            frames,
+            state.basis,
         )
         grad, loss, drift = (
             _on_subspaces(lambda f, p, i=i: learn(f, p, penalty)[i], frames, basis)
@@ -125,7 +134,10 @@ def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
 
 
 def _started(
-    frame: Frame, p: jax.Array, start: jax.Array, decomposition: Decomposition | None
+    frame: Frame,
+    p: jax.Array,
+    start: bool | jax.Array,
+    decomposition: Decomposition | None,
 ) -> jax.Array:
     """P_0 at the start, and P after it."""
 
@@ -133,7 +145,7 @@ def _started(
         g = linalg.replicated(frame.gradient)
         return linalg.leading(g, frame.rank, decomposition)
 
-    return jax.lax.cond(start, leading, lambda: p)
+    return branch(start, leading, lambda: p)
 
 
 def learn(

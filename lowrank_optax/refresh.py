@@ -23,6 +23,8 @@ from lowrank_optax.basis import (
 from lowrank_optax.frame import (
     Clock,
     Frame,
+    both,
+    branch,
     map_frames,
     nothing,
     timed_stage,
@@ -134,14 +136,17 @@ def lazy_refresh(
         old = state.rule_state
         key, sub = old.rng_key, None
         if key is not None:
-            key, sub = jax.lax.cond(now.refresh, split, lambda k: (k, k), key)
+            key, sub = branch(now.refresh, split, lambda k: (k, k), key)
 
         def ask(
             frame: Frame, begun: jax.Array, kept: Any, cycle: jax.Array, wait: jax.Array
         ) -> Chosen:
-            due, clock = now.refresh & (wait == 0), now._replace(cycle=cycle)
-            return jax.lax.cond(
-                due | starts(inside, frame, begun),
+            due, clock = both(now.refresh, wait == 0), now._replace(cycle=cycle)
+            wanted = due
+            if not isinstance(now.refresh, bool):
+                wanted |= starts(inside, frame, begun)
+            return branch(
+                wanted,
                 lambda: choose_anew(inside, frame, begun, kept, sub, clock, due),
                 lambda: unmoved(frame, begun, kept),
             )
@@ -172,7 +177,7 @@ def paced(
     similarities: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Cycle, interval, wait and similarities of one leaf after a step."""
-    due = now.refresh & (wait == 0)
+    due = now.refresh & (wait == 0)  # an array, whatever `refresh` is
     compared = due & (now.step > 0)
     shifted = jnp.append(similarities[1:], overlap.astype(similarities.dtype))
     similarities = jnp.where(compared, shifted, similarities)

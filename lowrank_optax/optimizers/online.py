@@ -10,6 +10,8 @@ from lowrank_optax.projection import project, project_back
 from lowrank_optax.published import Mask
 from lowrank_optax.step import in_subspace
 
+NEVER = 2**31 - 1
+
 
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
@@ -61,7 +63,7 @@ def online_subspace_descent(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,
-        refresh_every=1,
+        refresh_every=NEVER,
         dimension_numbers=dimension_numbers,
         precision=precision,
         weight_decay=weight_decay,

@@ -1,0 +1,260 @@
+"""A layer at a time: states with a layer axis, and updates inside the backward pass."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bracket import LowRankState
+from lowrank_optax.frame import stage
+
+
+def per_layer(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` on each layer of stacked parameters by itself.
+
+    Every leaf has the layers along its first axis, and so has every array of the state,
+    counts and keys too, which is `jax.vmap(tx.init)` of the parameters: the state that
+    `update_in_backward` works on. What `tx` takes over a tree (a norm, a finite flag, a
+    mean) it takes over one layer's.
+
+    Layers draw different random numbers: a stage in `low_rank` is told the layer by the
+    extra argument `layer`, and draws what it would for that layer of a stacked leaf; of
+    other typed keys in the state each layer has its own, `fold_in(key, layer)`.
+
+    With `refresh=False` (see `low_rank`) all layers are updated together, by `jax.vmap`;
+    otherwise in a loop, since under `vmap` both branches of a conditional would run, and
+    a batch of factorisations takes longer than one after the other.
+
+    Args:
+      tx: any optax transformation; extra arguments are handed on to it.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params = {"mlp": {"kernel": jnp.ones((12, 16, 64))}}  # 12 layers
+      >>> tx = lro.per_layer(lro.galore(0.01, rank=4, refresh_every=200))
+      >>> state = tx.init(params)
+      >>> optax.tree.get(state, "mu")["mlp"]["kernel"].shape
+      (12, 4, 64)
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = jax.vmap(inner.init)(params)
+        index = jnp.arange(_count(params))
+
+        def own(x: Any) -> Any:
+            if not _is_key(x):
+                return x  # an array, or a low_rank's state: it is told the layer
+            return jax.vmap(jax.random.fold_in)(x, index)
+
+        return jax.tree.map(own, state, is_leaf=lambda x: isinstance(x, LowRankState))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        def one(i: jax.Array, g: Any, s: Any, p: Any) -> tuple[Any, Any]:
+            return inner.update(g, s, p, **{**extra_args, "layer": i})
+
+        count = _count(updates)
+        if extra_args.get("refresh") is False:
+            return jax.vmap(one)(jnp.arange(count), updates, state, params)
+
+        def body(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            # Each layer's update takes its gradient's place, and its state the old one's.
+            new = one(i, *_read((*carry, params), i))
+            return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
+
+        return jax.lax.fori_loop(0, count, body, (updates, state))
+
+    return stage(init, update)
+
+
+class Layers(NamedTuple):
+    """Stacked layers that are updated where they are.
+
+    Attributes:
+      params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
+      state: the same of the transformation's state, as `per_layer` makes it.
+      squares: (L, 2) float32, of each layer the sum of the squares of its gradient and
+        of its update, at its last one.
+    """
+
+    params: Any
+    state: Any
+    squares: Any
+
+
+def open_layers(params: optax.Params, state: optax.OptState) -> Layers:
+    """References to the layers, for `update_in_backward`.
+
+    Args:
+      params: a tree of arrays (L, ...).
+      state: `per_layer(tx).init(params)`.
+    """
+    squares = jnp.zeros((_count(params), 2), jnp.float32)
+    return jax.tree.map(jax.new_ref, Layers(params, state, squares))
+
+
+def close_layers(layers: Layers) -> Layers:
+    """The arrays, with all updates in them; the references are gone."""
+    return jax.tree.map(jax.freeze, layers)
+
+
+def update_in_backward(
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    load: Callable[[Any], Any] = lambda params: params,
+    apply_updates: Callable[..., Any] = lambda params, updates, index: (
+        optax.apply_updates(params, updates)
+    ),
+    **extra_args: Any,
+) -> Callable[..., Any]:
+    """A layer that the backward pass updates as soon as it has the layer's gradient.
+
+    Ordinarily the gradients of all layers are there before the first is used. Here the
+    backward pass through layer i ends with
+
+        U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i),   W_i <- W_i + U_i
+
+    in place, so that one layer's gradient and update are all that is ever in memory.
+    (In PyTorch known as a fused backward, or per-layer updates; jax issue 30338.) It is
+    the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
+
+        layer = lro.update_in_backward(block, tx, refresh=refresh)
+        layers = lro.open_layers(params, state)
+
+        def loss(rest):                       # the embedding, the head, ...
+            def body(x, i):
+                return layer(i, layers, x), None
+            x, _ = jax.lax.scan(body, embed(rest, tokens), jnp.arange(L))
+            return head_loss(rest, x)
+
+        value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
+        params, state, squares = lro.close_layers(layers)
+
+    The whole of it stands in one jitted step that donates `params` and `state`. The
+    forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
+    kept, but never a copy of the weights.
+
+    What it means:
+
+    - Whatever `tx` does over a tree it does over one layer: clipping is by each layer's
+      own norm, a layer whose gradient is not finite is skipped by itself (`low_rank`
+      looks itself, and counts), limiters and refreshes are each matrix's anyway. Decay
+      and schedules go by the layer's own count.
+    - Each layer is applied once in each step, its weights belong to it alone (tied ones
+      go with the rest), and its gradient is that of one backward pass.
+    - What is differentiated besides, the embedding and the head, gets its gradient as
+      always, and is updated afterwards.
+    - Without differentiation nothing is updated; for evaluation scan over the weights.
+
+    Args:
+      apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
+      tx: any optax transformation.
+      load: from one layer's part of `params` to the weights that `apply` takes and
+        `tx` sees; for weights that are stored in another form.
+      apply_updates: (one layer's part of `params`, updates, i) to the new part.
+      **extra_args: for `tx.update`; `refresh`, for `low_rank`.
+
+    Returns:
+      layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = optax.adamw(1e-3)
+      >>> params = jnp.full((12, 8, 8), 0.1)
+      >>> layers = lro.open_layers(params, lro.per_layer(tx).init(params))
+      >>> layer = lro.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
+      >>> def loss(x):
+      ...     return jnp.sum(jax.lax.scan(
+      ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
+      >>> gradient = jax.grad(loss)(jnp.ones(8))
+      >>> bool(jnp.all(lro.close_layers(layers).params < params))
+      True
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    @jax.custom_vjp
+    def layer(index: jax.Array, layers: Layers, x: Any, *inputs: Any) -> Any:
+        return apply(load(_read(layers.params, index)), x, *inputs)
+
+    def forward(
+        index: jax.Array, layers: Layers, x: Any, *inputs: Any
+    ) -> tuple[Any, tuple[Any, ...]]:
+        weights = load(_read(layers.params, index))
+        y, pull = jax.vjp(apply, weights, x, *inputs)
+        # The weights are where they were: kept here, they would be copied as a whole.
+        kept, without = _take_out(pull, weights)
+        return y, (index, layers, kept, jax.tree_util.Partial(without))
+
+    def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
+        index, layers, kept, without = saved
+        stored = _read(layers.params, index)
+        weights = load(stored)
+        gradient, *others = without(kept, weights)(cotangent)
+        updates, state = inner.update(
+            gradient,
+            _read(layers.state, index),
+            weights,
+            **{**extra_args, "layer": index},
+        )
+        _write(layers.params, index, apply_updates(stored, updates, index))
+        _write(layers.state, index, state)
+        squares = [optax.tree.norm(tree, squared=True) for tree in (gradient, updates)]
+        layers.squares[index] = jnp.stack(squares).astype(jnp.float32)
+        return None, None, *others
+
+    layer.defvjp(forward, backward)
+    return layer
+
+
+def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
+    """The arrays in a pullback that are not weights, and what puts it together again."""
+    saved, structure = jax.tree.flatten(pull)
+    places = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
+    where = [places.get(id(x)) for x in saved]
+    kept = [x for x, i in zip(saved, where, strict=True) if i is None]
+
+    def put_in(kept: list[jax.Array], weights: Any) -> Any:
+        rest, leaves = iter(kept), jax.tree.leaves(weights)
+        return structure.unflatten(
+            next(rest) if i is None else leaves[i] for i in where
+        )
+
+    return kept, put_in
+
+
+def _read(tree: Any, index: jax.Array) -> Any:
+    """One layer's part of a tree of arrays or references."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _write(refs: Any, index: jax.Array, values: Any) -> None:
+    def put(ref: Any, value: jax.Array) -> None:
+        ref[index] = value
+
+    jax.tree.map(put, refs, values)
+
+
+def _count(tree: Any) -> int:
+    """How many layers; ValueError for a tree that has not one number of them."""
+    counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(
+            "every leaf of stacked layers has the layers along its first axis; found "
+            f"first axes of {sorted(counts)}: keep what is not stacked apart"
+        )
+    ((count,),) = counts
+    return count
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
