@@ -70,6 +70,14 @@ from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.singular import dominant_svd, sara_sample
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
 from lowrank_optax.storage import QuantizedBasis, quantize_basis
+from lowrank_optax.weights import (
+    QuantizedWeights,
+    apply_updates,
+    dense,
+    quantize_weights,
+    round_stochastically,
+    store_weights,
+)
 
 __version__ = "0.2.0"
 
@@ -84,6 +92,7 @@ __all__ = [
     "Clock",
     "ErrorFeedbackState",
     "Frame",
+    "Layers",
     "LazyRefreshState",
     "LimiterState",
     "LowRankState",
@@ -93,16 +102,20 @@ __all__ = [
     "QuantizedArray",
     "QuantizedBasis",
     "QuantizedState",
+    "QuantizedWeights",
     "adam_mini_blocks",
     "apollo",
     "apollo_mini",
+    "apply_updates",
     "basis_rule",
     "check_heads",
+    "close_layers",
     "coap",
     "coordinates",
     "correlation_aware",
     "dct_adamw",
     "dct_columns",
+    "dense",
     "dominant_svd",
     "error_feedback",
     "fira",
@@ -134,6 +147,8 @@ __all__ = [
     "msgd",
     "online_pca",
     "online_subspace_descent",
+    "open_layers",
+    "per_layer",
     "per_matrix",
     "power_iterate",
     "project",
@@ -141,12 +156,14 @@ __all__ = [
     "q_galore",
     "quantize_basis",
     "quantize_moments",
+    "quantize_weights",
     "random_after",
     "recover_residual",
     "register_moments",
     "replay",
     "reset_moments",
     "rotate_moments",
+    "round_stochastically",
     "sample_indices",
     "sample_rows",
     "sara_sample",
@@ -156,6 +173,8 @@ __all__ = [
     "scale_tensor",
     "sign_residual",
     "static_args",
+    "store_weights",
     "subtrack",
     "update_frames",
+    "update_in_backward",
 ]

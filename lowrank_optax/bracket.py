@@ -132,8 +132,8 @@ def low_rank(
     S^T G has to be kept until the last has been seen.
 
     So `update` takes, beside optax's own, three arguments that may be left out:
-    `refresh`, a bool, static or traced; `accept`, a () bool; and `layer`, the place in a
-    stack of the layer that the parameters are (see `per_layer`), for its random keys.
+    `refresh`, a bool, static or traced; `accept`, a () bool; and `layer`, the place in
+    a stack of the layer that the parameters are (see `per_layer`), for its random keys.
 
     Args:
       inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
@@ -157,9 +157,10 @@ def low_rank(
       `LowRankState`.
 
     Raises:
-      ValueError: a `refresh` that is no bool; rank below 1, a leaf that no rule covers, a leaf of three or more
+      ValueError: rank below 1, a leaf that no rule covers, a leaf of three or more
         axes without dimension numbers, dimension numbers that do not fit, a matrix of
-        integers or complex numbers, or a stage chain with no way back.
+        integers or complex numbers, or a stage chain with no way back; at update, a
+        `refresh` that is no bool.
       TypeError: for a stock optax transformation between stages.
 
     Example:

@@ -25,9 +25,9 @@ def per_layer(
     extra argument `layer`, and draws what it would for that layer of a stacked leaf; of
     other typed keys in the state each layer has its own, `fold_in(key, layer)`.
 
-    With `refresh=False` (see `low_rank`) all layers are updated together, by `jax.vmap`;
-    otherwise in a loop, since under `vmap` both branches of a conditional would run, and
-    a batch of factorisations takes longer than one after the other.
+    With `refresh=False` (see `low_rank`) all layers are updated together, by
+    `jax.vmap`; otherwise in a loop, since under `vmap` both branches of a conditional
+    would run, and a batch of factorisations takes longer than one after the other.
 
     Args:
       tx: any optax transformation; extra arguments are handed on to it.
@@ -67,7 +67,7 @@ def per_layer(
             return jax.vmap(one)(jnp.arange(count), updates, state, params)
 
         def body(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            # Each layer's update takes its gradient's place, and its state the old one's.
+            # The update takes the gradient's place, the new state the old one's.
             new = one(i, *_read((*carry, params), i))
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
 
@@ -217,7 +217,7 @@ def update_in_backward(
 
 
 def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
-    """The arrays in a pullback that are not weights, and what puts it together again."""
+    """The arrays in a pullback that are not weights, and what puts it together."""
     saved, structure = jax.tree.flatten(pull)
     places = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
     where = [places.get(id(x)) for x in saved]

@@ -65,9 +65,8 @@ def round_stochastically(
         # The distance of x's neighbours.
         step = jnp.maximum(_power_of_two(x), float(limits.tiny)) * float(limits.eps)
         y = _multiple(x, step, jax.random.uniform(key, x.shape)) * step
-        return jnp.where(jnp.isfinite(x), jnp.clip(y, -largest, largest), x).astype(
-            dtype
-        )
+        y = jnp.clip(y, -largest, largest)
+        return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     noise = jnp.where(jnp.abs(x) < largest, noise, 0)  # so is NaN's
     upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
@@ -127,17 +126,17 @@ def quantize_weights(
 
     where the scale is rounded to 17 significant bits and q to a whole number, each of
     them stochastically with a key: E[q scale] = x, to 2^-23 of a scale (Zhang et al.
-    2024, "Q-GaLore"). Zero comes back exactly. To quantise what came back
-    changes no bit, with any key: 127 scale and every q scale are exact in float32, and
-    the largest number always gets 127, so that the scale is found again. A NaN or an
-    Inf makes its whole block NaN.
+    2024, "Q-GaLore"). Zero comes back exactly. To quantise what came back changes no
+    bit, with any key: 127 scale and every q scale are exact in float32, and the largest
+    number always gets 127, so that the scale is found again. A NaN or an Inf makes its
+    whole block NaN.
 
     Deviations: Q-GaLore's codes are affine, (max - min) / 255 apart with a whole zero
-    point. There the next scale differs from the last, and stored weights drift under
-    zero updates; and the codes at either end are clipped, which moves their mean.
-    Blocks lie along the last axis, theirs along the flattened array. Only where x is
-    within 2^-16 of the block's largest, and not the largest itself, may a rounded scale
-    clip it here too.
+    point, and clipped at both ends. By that formula a zero update moves the weights of
+    a third of normal blocks, whose next scale differs from the last, and half of a
+    small update of a block's largest arrives. Blocks lie along the last axis here,
+    theirs along the flattened array. What is within 2^-16 of a block's largest, and not
+    the largest itself, may be clipped here too.
 
     Args:
       x: real numbers, taken as float32, of one axis or more. The axes before the last
@@ -146,7 +145,8 @@ def quantize_weights(
       block_size: how many numbers along the last axis share a scale at most.
 
     Raises:
-      ValueError: a scalar, numbers that are not real; a block_size below 1.
+      ValueError: a scalar, an empty array, numbers that are not real; a block_size
+        below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax.weights as lw
@@ -156,7 +156,7 @@ def quantize_weights(
     """
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an int of at least 1, not {block_size!r}")
-    if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+    if not x.ndim or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"cannot store {x.dtype} of shape {x.shape} in blocks of int8")
     key = None if key is None else canonical_key(key)
     return _quantized(x, math.ceil(x.shape[-1] / block_size), key)
@@ -190,8 +190,8 @@ def apply_updates(params: Any, updates: Any, key: jax.Array | int | None = None)
 
     with the sum in float32 at least. A bfloat16 or float16 leaf is rounded by
     `round_stochastically`, `QuantizedWeights` by `quantize_weights`, its scales found
-    anew (Zhang et al. 2024, "Q-GaLore"); others are added to as by optax,
-    and need no key. A zero update changes no stored bit.
+    anew (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest); others are
+    added to as by optax, and need no key. A zero update changes no stored bit.
 
     Each leaf's key is derived from its path, so that its bits depend neither on the
     other leaves nor on the sharding.

@@ -12,7 +12,7 @@ Attention = Literal["auto", "xla", "cudnn"]
 class LlamaConfig:
     """Everything that fixes a LLaMA's weights and how it computes; hashable.
 
-    Weights are always float32. Widths and counts are plain numbers of units.
+    Weights are drawn in float32. Widths and counts are plain numbers of units.
 
     Attributes:
       vocab_size: number of token ids (V).

@@ -15,12 +15,13 @@ from jax.extend.backend import get_backend
 
 from models.config import LlamaConfig
 
-_REMAT: dict[str, Callable[..., Any]] = {
+# Of functions of arrays; a module is one in a scan, which hands it its arrays.
+REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda block: block,
     # A scan already keeps XLA from merging the recomputation with the forward pass.
-    "full": partial(nnx.remat, prevent_cse=False),
+    "full": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(
-        nnx.remat,
+        jax.checkpoint,
         prevent_cse=False,
         policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     ),
@@ -142,10 +143,6 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD).astype(x_BTD.dtype))
 
 
-def _run_block(x_BTD: jax.Array, block: Block, angle_TP: jax.Array) -> jax.Array:
-    return block(x_BTD, angle_TP)
-
-
 class Llama(nnx.Module):
     """LLaMA (Touvron et al., 2023, https://arxiv.org/abs/2302.13971), untied head.
 
@@ -188,12 +185,13 @@ class Llama(nnx.Module):
         angle_TP = rotary_angles(
             tokens_BT.shape[1], self.config.head_size, self.config.rope_theta
         )
-        run = nnx.scan(
-            _REMAT[self.config.remat](_run_block),
-            in_axes=(nnx.Carry, 0, None),
-            out_axes=nnx.Carry,
-        )
-        return self.norm(run(x_BTD, self.layers, angle_TP))
+        graph, layers = nnx.split(self.layers)
+
+        @REMAT[self.config.remat]
+        def run(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, layer)(x_BTD, angle_TP), None
+
+        return self.norm(jax.lax.scan(run, x_BTD, layers)[0])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return self.head(self.hidden(tokens_BT))

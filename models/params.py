@@ -1,13 +1,13 @@
 """The functional face of the model: plain dicts of arrays in, logits out."""
 
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from models.config import LlamaConfig
-from models.llama import Llama
+from models.llama import REMAT, Block, Llama, rotary_angles
 
 Params = dict[str, Any]
 
@@ -36,7 +36,7 @@ def bind(config: LlamaConfig, params: Params) -> Llama:
     Raises:
       ValueError: if a weight is missing, unexpected, or of another shape.
     """
-    graphdef, expected = _abstract(config)
+    graphs, expected = _abstract(config)
     found = _shapes(params)
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
@@ -44,7 +44,7 @@ def bind(config: LlamaConfig, params: Params) -> Llama:
                 f"params[{path!r}] has shape {found.get(path)}, but the config needs "
                 f"{expected.get(path)}; use the config that init_params was given"
             )
-    return nnx.merge(graphdef, params)
+    return nnx.merge(graphs["model"], params)
 
 
 def forward(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
@@ -66,16 +66,60 @@ def forward(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array
     return bind(config, params)(tokens)
 
 
+def hidden(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """What the head reads: int (B, T) tokens -> float32 (B, T, D)."""
+    return bind(config, params).hidden(tokens)
+
+
+# The same in three steps, for whoever goes through the layers by himself:
+# finish(embed(tokens)), with run_layer in between for each layer.
+
+
+def embed(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """int (B, T) tokens -> (B, T, D) in the compute dtype; needs `params["embed"]`."""
+    graph = _abstract(config).graphs["embed"]
+    x_BTD = nnx.merge(graph, params["embed"])(tokens)
+    return x_BTD.astype(config.compute_dtype)
+
+
+def run_layer(config: LlamaConfig, layer: Params, x: jax.Array) -> jax.Array:
+    """One layer, its part of `params["layers"]` without the layer axis: (B, T, D)."""
+    angle_TP = rotary_angles(x.shape[1], config.head_size, config.rope_theta)
+
+    def run(layer: Params, x: jax.Array) -> jax.Array:
+        return nnx.merge(_abstract(config).graphs["layer"], layer)(x, angle_TP)
+
+    return REMAT[config.remat](run)(layer, x)
+
+
+def finish(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The last norm: (B, T, D) -> float32 (B, T, D); needs `params["norm"]`."""
+    return nnx.merge(_abstract(config).graphs["norm"], params["norm"])(x)
+
+
 def count_params(config: LlamaConfig) -> int:
     """Number of weights, read off the abstract model; allocates nothing."""
     shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+class _Abstract(NamedTuple):
+    graphs: dict[str, nnx.GraphDef]
+    shapes: dict[str, tuple[int, ...]]
+
+
 @lru_cache
-def _abstract(config: LlamaConfig) -> tuple[nnx.GraphDef, dict[str, tuple[int, ...]]]:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return graphdef, _shapes(nnx.to_pure_dict(state))
+def _abstract(config: LlamaConfig) -> _Abstract:
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
+    parts = {
+        "model": model,
+        "layer": block,
+        "embed": model.embed,
+        "norm": model.norm,
+    }
+    graphs = {name: nnx.split(part)[0] for name, part in parts.items()}
+    return _Abstract(graphs, _shapes(nnx.to_pure_dict(nnx.state(model))))
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -215,7 +215,7 @@ def test_each_number_has_its_mean_and_the_largest_too():
     x = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
     draw = jax.jit(jax.vmap(lambda key: quantize_weights(jnp.asarray(x), key, 12)))
     q = draw(keys(1, n))
-    back = np.asarray(q.dequantize(), np.float64)
+    back = np.asarray(dequantize(q), np.float64)
     parts, scales = back.reshape(n, 2, 2, 12), np.asarray(q.scales, np.float64)
     largest = np.abs(x).reshape(2, 2, 12).max(-1)
     # Every scale is one of two, the bit below and above the largest / 127.
@@ -240,7 +240,7 @@ def test_each_number_has_its_mean_and_the_largest_too():
     [(70, 7, [7] * 10), (10, 3, [3, 3, 3, 1]), (5, 256, [5]), (513, 256, [171] * 3)],
 )
 def test_blocks_are_equally_long(n, block_size, lengths):
-    q = quantize_weights(jnp.arange(1.0, n + 1), block_size=block_size)
+    q = quantize(jnp.arange(1.0, n + 1), None, block_size)
     ends = np.cumsum(lengths)  # a block's last is its largest
     np.testing.assert_array_equal(np.asarray(q.codes)[ends - 1], 127)
     np.testing.assert_allclose(q.scales, ends / 127, rtol=2.0**-17)
@@ -250,28 +250,28 @@ def test_the_layers_are_independent():
     x = jax.random.normal(jax.random.key(0), (3, 2, 70))
     stacked = quantize_weights(x, block_size=32)
     per_layer = jax.vmap(functools.partial(quantize_weights, block_size=32))
-    same_bits(per_layer(x), stacked)
-    same_bits(jax.vmap(per_layer)(x), stacked)
-    same_bits(jax.vmap(QuantizedWeights.dequantize)(stacked), stacked.dequantize())
+    same_bits(jax.jit(per_layer)(x), stacked)
+    same_bits(jax.jit(jax.vmap(per_layer))(x), stacked)
+    same_bits(jax.vmap(dequantize)(stacked), dequantize(stacked))
 
 
 def test_what_is_not_finite_is_not_hidden():
     for key in (None, 0):
         x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 1.0, -jnp.inf, 1.0, 0.0, 4.0])
-        back = np.asarray(quantize_weights(x, key, 3).dequantize())
+        back = np.asarray(dequantize(quantize(x, key, 3)))
         assert np.isnan(back[:9]).all()
         assert back[9] == pytest.approx(4, rel=2**-16)
 
 
 def test_zeros_and_the_smallest_blocks():
     x = jnp.array([0.0, 0.0, 1e-35, -1e-38, 1e-29, 2e-30])
-    back = quantize_weights(x, 0, 2).dequantize()
+    back = dequantize(quantize(x, 0, 2))
     np.testing.assert_allclose(back, x, atol=2.0**-100)
-    same_bits(quantize_weights(jnp.zeros(5)).dequantize(), jnp.zeros(5))
+    same_bits(dequantize(quantize(jnp.zeros(6), 0, 2)), jnp.zeros(6))
 
 
 def test_refusals():
-    for x in (jnp.ones(()), jnp.ones(3, jnp.int32), jnp.ones(3, jnp.complex64)):
+    for x in (jnp.ones(()), jnp.ones((2, 0)), jnp.ones(3, int), jnp.ones(3, complex)):
         with pytest.raises(ValueError, match=r"cannot store \w+ of shape"):
             quantize_weights(x)
     with pytest.raises(ValueError, match="block_size must be an int of at least 1"):
@@ -359,14 +359,14 @@ def test_other_weights_are_added_to_as_by_optax():
         same_bits(small, jnp.full(9, 1 + 2**-7, jnp.bfloat16))
 
 
-def few_bits(seed=0):
+@functools.cache
+def few_bits():
     """Weights of every kind, and updates."""
-    a, b, c, d, e = (jax.random.normal(k, (16, 512)) for k in keys(seed, 5))
+    a, b, c = jax.random.normal(jax.random.key(0), (3, 16, 512))
     params = {
-        "half": {"w": a.astype(jnp.bfloat16), "v": b.astype(jnp.float16)},
-        "int8": quantize_weights(c, block_size=64),
-        "layers": quantize_weights(d.reshape(8, 16, 64)),
-        "full": e,
+        "half": {"w": a.astype(jnp.bfloat16)},
+        "int8": quantize(b.reshape(8, 2, 512), None, 64),
+        "full": c,
     }
     return params, jax.tree.map(lambda w: 1e-3 * jnp.cos(40 * w), dense(params))
 
@@ -374,9 +374,9 @@ def few_bits(seed=0):
 def test_a_leafs_bits_do_not_depend_on_the_other_leaves():
     params, updates = few_bits()
     whole = apply(params, updates, 5)
-    half = params.pop("half")
+    half, rest = params["half"], {k: params[k] for k in params if k != "half"}
     alone = apply({"half": half}, {"half": updates["half"]}, 5)
-    same_bits({**apply(params, {k: updates[k] for k in params}, 5), **alone}, whole)
+    same_bits({**apply(rest, {k: updates[k] for k in rest}, 5), **alone}, whole)
     # But on its path, and on the key.
     w, u = half["w"], updates["half"]["w"]
     others = [apply({"x": w}, {"x": u}, 5)["x"]]
@@ -388,37 +388,35 @@ def test_a_leafs_bits_do_not_depend_on_the_other_leaves():
 
 def test_the_same_bits_under_jit_and_eagerly():
     params, updates = few_bits()
-    for seed in range(2):
-        same_bits(apply_updates(params, updates, seed), apply(params, updates, seed))
-        key = jax.random.key(seed)  # a seed is its key
-        same_bits(apply(params, updates, key), apply(params, updates, seed))
+    eagerly = apply_updates(params, updates, jax.random.key(5))
+    same_bits(eagerly, apply(params, updates, 5))  # and a seed is its key
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_same_bits_on_eight_devices(axis):
     params, updates = few_bits()
-    alone = apply(params, updates, 7)
+    alone = apply(params, updates, 5)
     mesh = jax.make_mesh((8,), ("d",))
 
     def place(x):
-        spec = P("d") if axis == 0 else P(*[None] * (x.ndim - 1), "d")
-        spec = spec if x.shape[axis - x.ndim if axis == 0 else -1] % 8 == 0 else P()
+        last = P(*[None] * (x.ndim - 1), "d") if x.shape[-1] % 8 == 0 else P()
+        spec = P("d") if axis == 0 else last
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     spread = jax.tree.map(place, (params, updates))
     assert len(spread[0]["int8"].codes.devices()) == 8
-    new = apply(*spread, 7)
+    new = apply(*spread, 5)
     assert not new["half"]["w"].sharding.is_fully_replicated
     same_bits(new, alone)
 
 
 def test_updates_that_do_not_fit():
     params, updates = few_bits()
-    with pytest.raises(ValueError, match="half/v: weights in few bits need a key"):
+    with pytest.raises(ValueError, match="half/w: weights in few bits need a key"):
         apply_updates(params, updates)
-    short = {**updates, "int8": updates["int8"][:, :3]}
+    short = {**updates, "int8": updates["int8"][0]}
     with pytest.raises(
-        ValueError, match=r"int8: an update of shape \(16, 3\) for .* shape \(16, 512\)"
+        ValueError, match=r"int8: an update of shape \(2, 512\) for .* \(8, 2, 512\)"
     ):
         apply_updates(params, short, 0)
     with pytest.raises(ValueError, match="full: an update of shape"):
@@ -431,7 +429,7 @@ def test_updates_that_do_not_fit():
 
 
 def transformer():
-    a, b, c, d = (jax.random.normal(k, (64, 512)) for k in keys(3, 4))
+    a, b, c, d = jax.random.normal(jax.random.key(3), (4, 64, 512))
     return {
         "embed": {"embedding": a},
         "layers": {
@@ -482,7 +480,7 @@ def test_dense():
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_training_in_few_bits_follows_training_in_float32(dtype):
     """Adam's steps of 0.001, where the weights are 0.008 and about 0.02 apart."""
-    start, way = (jax.random.normal(k, (16, 512)) for k in keys(4, 2))
+    start, way = jax.random.normal(jax.random.key(4), (2, 16, 512))
     target = start + 0.1 * jnp.sign(way)
     tx, steps = optax.adam(1e-3), keys(5, 250)
 

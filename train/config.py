@@ -36,12 +36,15 @@ def _unless_own(option: str) -> object:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The LLaMA that is trained. Its weights are always float32.
+    """The LLaMA that is trained.
 
     Attributes:
       size: which LLaMA; tiny trains on a laptop's CPU.
       vocab_size: tokens that the model knows, and the size of a tokenizer trained for
         it. Default: 4096 for tiny, 32000 for the others.
+      weight_dtype: how weights are kept. bfloat16: half the memory, and every update is
+        rounded at random, so that small ones arrive in the mean; int8: so are the
+        matrices of attention and MLP in 8 bits a number, all else in bfloat16.
       compute_dtype: dtype of activations and products. auto: bfloat16 on an
         accelerator, float32 on a CPU.
       remat: what the backward pass recomputes instead of storing: nothing, all but the
@@ -51,6 +54,7 @@ class ModelConfig:
 
     size: Size = "tiny"
     vocab_size: int | None = None
+    weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
 
@@ -81,6 +85,9 @@ class OptimizerConfig:
         those that follow galore or fira.
       angle: the largest angle, in radians, of a step of the walk.
       walk_rank: how many directions a step of the walk turns. Default: the walk's own.
+      precision: of the products with the subspace: JAX's default for the device,
+        highest, or a dot algorithm that it knows, such as BF16_BF16_F32 (bfloat16
+        operands, float32 sums).
       switch: part of the steps after which golore's subspace is random.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
@@ -100,6 +107,7 @@ class OptimizerConfig:
     scale: float | None = None
     angle: float = 0.3
     walk_rank: int | None = None
+    precision: str = "default"
     switch: float = 0.5
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
@@ -177,6 +185,9 @@ class Config:
       seq_len: tokens in a window.
       microbatches: parts of a batch that go through the model one after the other, to
         save memory; the gradient is that of the whole batch.
+      layerwise: whether each layer is updated as soon as the backward pass has its
+        gradient, so that there is never more than one layer's. Then each layer is
+        clipped by its own norm, and skipped by itself. auto: off.
     """
 
     out: Path | None = None
@@ -186,6 +197,7 @@ class Config:
     batch_size: int = 16
     seq_len: int = 128
     microbatches: int = 1
+    layerwise: Literal["auto", "on", "off"] = "auto"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -200,6 +212,12 @@ class Config:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"microbatches={self.microbatches}; change either"
+            )
+        if self.layerwise == "on" and self.microbatches > 1:
+            raise ValueError(
+                f"layerwise=on updates a layer when its gradient is there, and with "
+                f"microbatches={self.microbatches} that is never the whole batch's; "
+                "take microbatches=1, or layerwise=off"
             )
 
 
@@ -218,6 +236,8 @@ def resolve(config: Config) -> Config:
     if model.remat == "auto":
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
     model = _filled(model, vocab_size=size.vocab_size)
+    if config.layerwise == "auto":
+        config = dataclasses.replace(config, layerwise="off")
     method = METHODS[optimizer.name]
     optimizer = _filled(
         optimizer,

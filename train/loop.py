@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,25 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from models import LlamaConfig, Params
+from models import Params
 from train.checkpoint import Checkpoints, store_config
 from train.config import Config, model_config, resolved
 from train.data import Data
+from train.memory import StepMemory, step_memory
 from train.mesh import by_row, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
-from train.step import Batch, LossSums, TrainState, init_state, loss_sums, train_step
+from train.step import (
+    Batch,
+    LossSums,
+    TrainState,
+    Work,
+    dense,
+    init_state,
+    init_weights,
+    loss_sums,
+    train_step,
+)
 
 Rows = Mapping[str, np.ndarray]
 """This process' rows of a batch."""
@@ -31,27 +43,38 @@ class Program(NamedTuple):
     """What runs on the devices, compiled for one mesh.
 
     Attributes:
-      step: (state, batch) to (state, metrics); consumes the state.
+      step: (state, batch, refresh) to (state, metrics); consumes the state.
       loss_sums: (params, batch) to the summed loss and weight.
       put: a batch of this process' rows to the global batch.
+      refresh_every: steps from one refresh to the next; None for none at all.
       compile_s: seconds to compile `step`.
-      step_bytes: memory that `step` needs on one device, None if unknown.
+      memory: what each kind of step needs, by whether it is a refresh.
     """
 
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]
     loss_sums: LossSums
     put: Callable[[Rows], Batch]
+    refresh_every: int | None
     compile_s: float
-    step_bytes: int | None
+    memory: dict[bool, StepMemory]
+
+    @property
+    def step_bytes(self) -> int | None:
+        """Memory that a step needs on one device; a refresh aside, if others are."""
+        return self.memory[min(self.memory)].peak
 
 
 class Trained(NamedTuple):
     """A run at its end."""
 
     state: TrainState
-    model: LlamaConfig
-    optimizer: Optimizer
+    work: Work
     program: Program
+
+    @property
+    def weights(self) -> Params:
+        """As the model takes them."""
+        return dense(self.work, self.state.params)
 
 
 def train(config: Config, data: Data, mesh: Mesh) -> Trained:
@@ -65,67 +88,90 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
     store_config(config)
     model = model_config(config.model)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
+    rounding_key = jax.random.fold_in(optimizer_key, 0)
     optimizer = make_optimizer(config.optimizer, config.steps, optimizer_key)
     with (
         jax.set_mesh(mesh),
         Checkpoints(folder / "checkpoints", config.report.keep) as checkpoints,
     ):
-        init = jax.jit(
-            partial(init_state, model, optimizer.tx), out_shardings=replicated(mesh)
+        work = Work(
+            model,
+            optimizer,
+            rounding_key,
+            weight_dtype=config.model.weight_dtype,
+            microbatches=config.microbatches,
+            layerwise=resolved(config, "layerwise") == "on",
         )
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-            jax.eval_shape(init, init_key),
-        )
-        program = build_program(config, mesh, model, optimizer, like)
+        make, like = initial(work, mesh)
+        program = build_program(config, mesh, work, like)
         batches = iter(data.train)
         if checkpoints.latest is None:
-            state = init(init_key)
+            state = make(init_key)
         else:
             state = checkpoints.restore(checkpoints.latest, like, batches)
         with MetricsWriter(folder, int(state.step)) as writer:
             state = fit(
                 config, program, state, batches, data.evaluation, writer, checkpoints
             )
-    return Trained(state, model, optimizer, program)
+    return Trained(state, work, program)
 
 
-def build_program(
-    config: Config, mesh: Mesh, model: LlamaConfig, optimizer: Optimizer, like: Any
-) -> Program:
-    """Compile the training step for states of the shapes in `like`."""
-    sums = partial(loss_sums, model)
-    everywhere, rows = replicated(mesh), by_row(mesh)
-    step = jax.jit(
-        partial(train_step, sums, optimizer, config.microbatches),
-        in_shardings=(everywhere, rows),
-        out_shardings=everywhere,
-        donate_argnums=0,
+def initial(work: Work, mesh: Mesh) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    """What makes the first state from a key, and the state's shapes and shardings."""
+    everywhere = replicated(mesh)
+    weights = jax.jit(partial(init_weights, work), out_shardings=everywhere)
+    rest = jax.jit(
+        partial(init_state, work), out_shardings=everywhere, donate_argnums=0
     )
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(rest, jax.eval_shape(weights, jax.random.key(0))),
+    )
+    # One after the other: what drawing the weights takes is free again then.
+    return lambda key: rest(weights(key)), like
+
+
+def build_program(config: Config, mesh: Mesh, work: Work, like: Any) -> Program:
+    """Compile the training step for states of the shapes in `like`.
+
+    Two programs, a refresh and an ordinary step, unless all steps are of one kind.
+    """
+    everywhere, rows = replicated(mesh), by_row(mesh)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     start = time.perf_counter()
-    compiled = step.lower(like, {"tokens": tokens}).compile()
+    lowered = {
+        refresh: jax.jit(
+            partial(train_step, work, refresh=refresh),
+            in_shardings=(everywhere, rows),
+            out_shardings=everywhere,
+            donate_argnums=0,
+        ).lower(like, {"tokens": tokens})
+        for refresh in kinds_of_steps(work.optimizer)
+    }
+    with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
+        compiled = dict(
+            zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
+        )
     seconds = time.perf_counter() - start
+
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(work.model, dense(work, params), batch)
+
     return Program(
-        step=compiled,
+        step=lambda state, batch, refresh: compiled[refresh](state, batch),
         loss_sums=jax.jit(sums, in_shardings=(everywhere, rows)),
         put=partial(to_devices, mesh),
+        refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
-        step_bytes=program_bytes(compiled),
+        memory={kind: step_memory(like, x) for kind, x in compiled.items()},
     )
 
 
-def program_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Arguments, results and temporaries; None where the compiler does not say."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+def kinds_of_steps(optimizer: Optimizer) -> list[bool]:
+    """Whether steps are refreshes: False and True, unless all are of one kind."""
+    if optimizer.refresh_every is None:
+        return [False]
+    return [True] if optimizer.refresh_every == 1 else [False, True]
 
 
 def fit(
@@ -140,7 +186,8 @@ def fit(
     """Take the steps that are left.
 
     The host runs ahead of the device, so the next batch is ready when a step ends; it
-    waits only where it writes a record, and then for the record before.
+    waits where it writes a record, and then for the record before, and at a refresh
+    for whether it was accepted: if not, it asks again at the next step.
     """
     report, last, start = config.report, config.steps, int(state.step)
     meter = Meter(start, config.batch_size * config.seq_len)
@@ -152,8 +199,13 @@ def fit(
             bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             check_finite(record, config.optimizer.max_skipped)
 
+    every = program.refresh_every
+    until = int(state.until_refresh)
     for step in bar:
-        state, metrics = program.step(state, program.put(next(batches)))
+        refresh = every is not None and until == 0
+        state, metrics = program.step(state, program.put(next(batches)), refresh)
+        if every != 1:
+            until = int(state.until_refresh) if refresh else until - 1
         meter.add(metrics)
         evaluating = step == last or is_due(step, report.eval_every)
         saving = is_due(step, report.checkpoint_every, last)

@@ -1,18 +1,18 @@
 """The optimizer of a run: gradient clipping, the method, its schedule."""
 
 import dataclasses
-from typing import Any, TypeVar
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import lowrank_optax as lro
 from train.config import Config, OptimizerConfig, resolved
 from train.methods import BASES, METHODS, call
-
-S = TypeVar("S")
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
@@ -22,46 +22,165 @@ MATRICES = (
 )
 
 
+class Parts(NamedTuple):
+    """Of the weights, or of the optimizer's state: the layers', and the rest's.
+
+    The state of the layers has a layer axis everywhere: each layer could be updated by
+    itself, when its gradient is there, and a run may change between that and a step for
+    all (`lowrank_optax.per_layer`). The rest: embedding, head and last norm.
+    """
+
+    layers: Any
+    rest: Any
+
+
+def parted(params: Any) -> Parts:
+    """The two parts of a tree like the weights, with their paths as they were."""
+    layers = {"layers": params["layers"]}
+    return Parts(layers, {k: v for k, v in params.items() if k != "layers"})
+
+
+def joined(parts: Parts) -> Any:
+    """Undoes `parted`."""
+    return {**parts.rest, **parts.layers}
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """A gradient transformation, and what can be read off its state.
 
     Attributes:
-      tx: clipping and the method; skips a step whose gradient is not finite.
+      method: for the weights of one layer, or for the rest; skips a step whose gradient
+        is not finite.
+      clip: of gradients; has no state.
       schedule: step, from 0, to learning rate.
       refresh_every: steps between two bases; None for adamw, which has none.
     """
 
-    tx: optax.GradientTransformation
+    method: optax.GradientTransformationExtraArgs
+    clip: optax.GradientTransformation
     schedule: optax.Schedule
     refresh_every: int | None
 
-    def skipped(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: steps refused so far."""
-        if self.refresh_every is None:
-            return _only(optax.ApplyIfFiniteState, opt_state).total_notfinite
-        return _only(lro.LowRankState, opt_state).skipped
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The method for all weights, with a state in `Parts`."""
+        return by_part(self.method)
+
+    @property
+    def clipped_method(self) -> optax.GradientTransformationExtraArgs:
+        """Clipping and the method, with the method's state."""
+
+        def update(
+            updates: Any, state: Any, params: Any = None, **extra_args: Any
+        ) -> tuple[Any, Any]:
+            return self.method.update(
+                self.clipped(updates), state, params, **extra_args
+            )
+
+        return optax.GradientTransformationExtraArgs(self.method.init, update)
+
+    def clipped(self, gradient: Any) -> Any:
+        return self.clip.update(gradient, optax.EmptyState())[0]
+
+    def refused(self, opt_state: optax.OptState) -> jax.Array:
+        """() int32: how often a part, a layer or the rest, refused a step so far."""
+        kinds = (lro.LowRankState, GuardState)
+        return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
 
     def refreshes(self, opt_state: optax.OptState) -> jax.Array:
         """() int32: how often new bases were due so far; q_galore may take fewer."""
-        if self.refresh_every is None:
-            return jnp.zeros([], jnp.int32)
-        return -(-_only(lro.LowRankState, opt_state).count // self.refresh_every)
+        return _most(s.refreshes for s in _found(lro.LowRankState, opt_state))
 
     def learning_rate(self, opt_state: optax.OptState) -> jax.Array:
         """() float32: that of the next step."""
-        count = _only(optax.ScaleByScheduleState, opt_state).count
-        return jnp.asarray(self.schedule(count))
+        states = _found(optax.ScaleByScheduleState, opt_state)
+        return jnp.asarray(self.schedule(_most(s.count for s in states)))
 
 
-def _only(kind: type[S], opt_state: optax.OptState) -> S:
-    """The one state of this kind inside an optimizer's state."""
+def _found(kind: Any, opt_state: optax.OptState) -> list[Any]:
+    """The states of this kind inside an optimizer's state."""
 
     def is_kind(x: object) -> bool:
         return isinstance(x, kind)
 
-    (state,) = filter(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))
-    return state
+    return [*filter(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))]
+
+
+def _most(counts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, map(jnp.max, counts), jnp.int32(0))
+
+
+def by_part(
+    method: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`method` on every layer by itself, and on the rest."""
+    layered = lro.per_layer(method)
+
+    def init(params: Any) -> Parts:
+        parts = parted(params)
+        with warnings.catch_warnings():
+            # A low-rank method has nothing to project in the rest, as it should be.
+            warnings.filterwarnings("ignore", message="low_rank projects 0 of")
+            rest = method.init(parts.rest)
+        return Parts(layered.init(parts.layers), rest)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        steps, weights = parted(updates), parted(params)
+        done = Parts(
+            layered.update(steps.layers, state.layers, weights.layers, **extra_args),
+            method.update(steps.rest, state.rest, weights.rest, **extra_args),
+        )
+        return joined(Parts(*(x[0] for x in done))), Parts(*(x[1] for x in done))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class GuardState(NamedTuple):
+    """State of `skip_not_finite`.
+
+    Attributes:
+      skipped: () int32, steps refused because the gradient was not finite.
+      inner_state: the transformation's.
+    """
+
+    skipped: jax.Array
+    inner_state: Any
+
+
+def skip_not_finite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, and nothing changes at a step whose gradient is not finite.
+
+    The caller may have looked already, at all weights where this sees a part of them,
+    and says so by `accept`, as to `lowrank_optax.low_rank`. (`optax.apply_if_finite`
+    asks nobody, and gives in after a number of steps.)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> GuardState:
+        return GuardState(jnp.zeros([], jnp.int32), inner.init(params))
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        accept: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        if accept is None:
+            accept = jnp.isfinite(optax.tree.norm(updates))
+        take = functools.partial(jnp.where, accept)
+        steps, new = inner.update(updates, state.inner_state, params, **extra_args)
+        return jax.tree.map(lambda u: take(u, jnp.zeros_like(u)), steps), GuardState(
+            state.skipped + ~accept, jax.tree.map(take, new, state.inner_state)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -105,18 +224,16 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         # Like the rank, it means nothing to a full-rank method in a comparison.
         scale=config.scale if method.low_rank else None,
         switch_step=round(config.switch * steps),
+        precision=None if config.precision == "default" else config.precision,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    tx = optax.chain(clip, tx)
-    if method.low_rank:
-        refresh_every = method.own.get("refresh_every", config.refresh_every)
-        return Optimizer(tx, schedule, refresh_every)
-    # The loop stops after max_skipped; this wrapper itself must never give in.
-    never = np.iinfo(np.int32).max
-    return Optimizer(optax.apply_if_finite(tx, never), schedule, None)
+    if not method.low_rank:
+        return Optimizer(skip_not_finite(tx), clip, schedule, None)
+    refresh_every = method.own.get("refresh_every", config.refresh_every)
+    return Optimizer(optax.with_extra_args_support(tx), clip, schedule, refresh_every)
 
 
 def check_optimizer(config: Config) -> None:

@@ -32,7 +32,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
     ]
     timed = slice(1 if len(records) > 1 else 0, None)
     ms_per_step = 1e3 * sum(took[timed]) / (steps[-1] - steps[timed][0])
-    memory = lro.memory_report(trained.optimizer.tx, trained.state.params)
+    memory = lro.memory_report(trained.work.optimizer.tx, trained.weights)
     return {
         "optimizer": label(config.optimizer),
         "learning_rate": config.optimizer.learning_rate,
@@ -58,7 +58,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     if jax.process_index() != 0:
         return
     folder: Path = resolved(config, "out")
-    memory = str(lro.memory_report(trained.optimizer.tx, trained.state.params))
+    memory = str(lro.memory_report(trained.work.optimizer.tx, trained.weights))
     summary = {**summarize(config, trained), "wall_s": wall_s}
     (folder / "memory.txt").write_text(memory + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -81,8 +81,12 @@ def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
         return None
     prompt = jnp.asarray([data.tokenizer.encode(config.report.prompt)], jnp.int32)
     key = jax.random.key(config.seed)
-    params = trained.state.params
     tokens = generate(
-        trained.model, params, prompt, steps=steps, key=key, temperature=0.8
+        trained.work.model,
+        trained.weights,
+        prompt,
+        steps=steps,
+        key=key,
+        temperature=0.8,
     )
     return data.tokenizer.decode(tokens[0].tolist())

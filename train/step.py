@@ -6,17 +6,23 @@ each token as a prediction's target; the first token of a window is never one.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from models import LlamaConfig, Params, forward, init_params
-from train.optimizer import Optimizer
+import lowrank_optax as lro
+from models import LlamaConfig, Params, init_params
+from models.cross_entropy import head_cross_entropy
+from models.params import embed, finish, hidden, run_layer
+from train.optimizer import Optimizer, Parts, joined, parted
 
 Batch = dict[str, jax.Array]
 LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+LOGIT_TOKENS = 2048
+"""How many tokens' logits there are at a time on a device."""
 
 
 class TrainState(NamedTuple):
@@ -25,23 +31,81 @@ class TrainState(NamedTuple):
     Attributes:
       step: () int32, steps done, skipped ones included.
       params: the model's weights.
-      opt_state: the optimizer's state.
-      skipped_in_a_row: () int32, steps refused since the last one that was not.
+      opt_state: the optimizer's state, in `Parts`.
+      until_refresh: () int32, steps until new bases are due; 0: at the next.
+      skipped: () int32, steps at which the gradient was not finite; layer by layer, at
+        which that of a layer, or of the rest, was not.
+      skipped_in_a_row: () int32, those since the last step that was not one.
     """
 
     step: jax.Array
     params: Any
-    opt_state: optax.OptState
+    opt_state: Any
+    until_refresh: jax.Array
+    skipped: jax.Array
     skipped_in_a_row: jax.Array
 
 
-def init_state(
-    model: LlamaConfig, tx: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
+class Work(NamedTuple):
+    """What a step is bound to.
+
+    Attributes:
+      model: the model's configuration.
+      optimizer: the optimizer.
+      key: decides how weights of few bits are rounded.
+      weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
+      microbatches: parts of a batch that go through the model one after the other.
+      layerwise: whether each layer is updated when the backward pass has its gradient.
+    """
+
+    model: LlamaConfig
+    optimizer: Optimizer
+    key: jax.Array
+    weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    microbatches: int = 1
+    layerwise: bool = False
+
+
+def init_weights(work: Work, key: jax.Array) -> Any:
+    """The weights before the first step, as they are kept."""
+    return lro.store_weights(init_params(work.model, key), work.weight_dtype)
+
+
+def init_state(work: Work, params: Any) -> TrainState:
     """The state before the first step; runs under jit and eval_shape."""
-    params = init_params(model, key)
-    zero = jnp.zeros([], jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero)
+    # Arrays of their own: one in several places could not be donated.
+    step, until, skipped, in_a_row = (jnp.zeros([], jnp.int32) for _ in range(4))
+    opt_state = work.optimizer.tx.init(dense(work, params))
+    return TrainState(step, params, opt_state, until, skipped, in_a_row)
+
+
+def dense(work: Work, params: Any) -> Any:
+    """The weights as the model takes them."""
+    return lro.dense(params, work.model.compute_dtype)
+
+
+def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The token to be predicted at each position, and its weight."""
+    tokens = batch["tokens"]
+    weights = batch.get("weights", jnp.ones(tokens.shape, jnp.float32))
+    # Rolled in, and the last position gets weight 0: slicing it off would cut a batch
+    # into odd lengths.
+    targets, weights = (jnp.roll(x, -1, axis=1) for x in (tokens, weights))
+    return targets, weights.at[:, -1].set(0.0)
+
+
+def head_loss(
+    model: LlamaConfig, params: Params, x: jax.Array, batch: Batch
+) -> jax.Array:
+    """Weighted sum of the cross-entropy, in nats, from what the head reads."""
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    return head_cross_entropy(
+        x,
+        params["head"]["kernel"],
+        *targets_of(batch),
+        compute_dtype=model.compute_dtype,
+        block_tokens=LOGIT_TOKENS * devices,
+    )
 
 
 def loss_sums(
@@ -51,15 +115,8 @@ def loss_sums(
 
     Kept apart, so that a mean over several batches is exact: add up both, divide once.
     """
-    tokens = batch["tokens"]
-    weights = batch.get("weights", jnp.ones(tokens.shape, jnp.float32))
-    # Targets are rolled in, and the last position gets weight 0, because slicing it
-    # off would copy the logits, the largest array there is.
-    targets, weights = (jnp.roll(x, -1, axis=1) for x in (tokens, weights))
-    weights = weights.at[:, -1].set(0.0)
-    logits = forward(model, params, tokens)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    x = hidden(model, params, batch["tokens"])
+    return head_loss(model, params, x, batch), jnp.sum(targets_of(batch)[1])
 
 
 def mean_gradient(
@@ -67,24 +124,23 @@ def mean_gradient(
 ) -> tuple[jax.Array, Params]:
     """Token-weighted mean loss and its gradient, over microbatches in turn.
 
-    Sums of losses, weights and gradients are added up over the microbatches and
-    divided once, so the result does not depend on how the tokens fall into them.
+    Every part's loss is divided by the weight of all tokens, so the sum over the parts
+    does not depend on how the tokens fall into them. (The loss is, not the gradient
+    afterwards: that would read and write all of it once more.)
     """
-    sums = jax.value_and_grad(loss_sums, has_aux=True)
+    weight = jnp.sum(targets_of(batch)[1])
+    mean = jax.value_and_grad(lambda params, part: loss_sums(params, part)[0] / weight)
     if microbatches == 1:
-        (total, weight), gradient = sums(params, batch)
-    else:
+        return mean(params, batch)
 
-        def add(carry: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, sums(params, part)), None
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, mean(params, part)), None
 
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(sums, params, batch),
-        )
-        parts = jax.tree.map(partial(_split, microbatches), batch)
-        ((total, weight), gradient), _ = jax.lax.scan(add, zero, parts)
-    return total / weight, jax.tree.map(lambda g: g / weight, gradient)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mean, params, batch)
+    )
+    parts = jax.tree.map(partial(_split, microbatches), batch)
+    return jax.lax.scan(add, zero, parts)[0]
 
 
 def _split(parts: int, x: jax.Array) -> jax.Array:
@@ -92,34 +148,134 @@ def _split(parts: int, x: jax.Array) -> jax.Array:
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
+class Taken(NamedTuple):
+    """A step that was taken: loss, new weights and state, squared norms."""
+
+    loss: jax.Array
+    params: Any
+    opt_state: Any
+    gradient_squared: jax.Array
+    update_squared: jax.Array
+
+
 def train_step(
-    loss_sums: LossSums,
-    optimizer: Optimizer,
-    microbatches: int,
-    state: TrainState,
-    batch: Batch,
+    work: Work, state: TrainState, batch: Batch, *, refresh: bool
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; bind the first three arguments, jit, and donate the state.
+    """One optimizer step; bind `work`, jit with `refresh` static, donate the state.
 
     A step whose gradient is not finite changes nothing but the counts.
+
+    Args:
+      work: what the step is bound to.
+      state: the state.
+      batch: the batch.
+      refresh: whether new bases are chosen.
+
+    Returns:
+      The new state, and the metrics.
     """
-    loss, gradient = mean_gradient(loss_sums, state.params, batch, microbatches)
-    updates, opt_state = optimizer.tx.update(gradient, state.opt_state, state.params)
-    skipped = optimizer.skipped(opt_state)
-    skipped_now = skipped - optimizer.skipped(state.opt_state)
+    take = layerwise_step if work.layerwise else whole_step
+    key = jax.random.fold_in(work.key, state.step)
+    taken = take(work, key, state, batch, refresh)
+    optimizer = work.optimizer
+    refused = optimizer.refused(taken.opt_state) > optimizer.refused(state.opt_state)
+    # A refresh that was refused is due again at once.
+    until = state.until_refresh - 1
+    if refresh:
+        until = jnp.where(refused, 0, (optimizer.refresh_every or 1) - 1)
     new_state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        skipped_in_a_row=skipped_now * (state.skipped_in_a_row + 1),
+        params=taken.params,
+        opt_state=taken.opt_state,
+        until_refresh=until,
+        skipped=state.skipped + refused,
+        skipped_in_a_row=refused * (state.skipped_in_a_row + 1),
     )
     metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(gradient),
-        "update_norm": optax.tree.norm(updates),
+        "loss": taken.loss,
+        "grad_norm": jnp.sqrt(taken.gradient_squared),
+        "update_norm": jnp.sqrt(taken.update_squared),
         "learning_rate": optimizer.learning_rate(state.opt_state),
-        "refreshes": optimizer.refreshes(opt_state),
-        "skipped": skipped,
+        "refreshes": optimizer.refreshes(taken.opt_state),
+        "skipped": new_state.skipped,
         "skipped_in_a_row": new_state.skipped_in_a_row,
     }
     return new_state, metrics
+
+
+def whole_step(
+    work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
+) -> Taken:
+    """All gradients first, then all updates: a step is taken whole or not at all."""
+    params = dense(work, state.params)
+    sums = partial(loss_sums, work.model)
+    loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
+    squared = optax.tree.norm(gradient, squared=True)
+    updates, opt_state = work.optimizer.tx.update(
+        work.optimizer.clipped(gradient),
+        state.opt_state,
+        params,
+        refresh=refresh,
+        accept=jnp.isfinite(squared),
+    )
+    layers = jnp.arange(work.model.num_layers)
+    old, steps = parted(state.params), parted(updates)
+    new = Parts(
+        jax.vmap(partial(_added, key))(old.layers, steps.layers, layers),
+        _added(key, old.rest, steps.rest),
+    )
+    return Taken(
+        loss, joined(new), opt_state, squared, optax.tree.norm(updates, squared=True)
+    )
+
+
+def layerwise_step(
+    work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
+) -> Taken:
+    """Each layer is updated by the backward pass, and the rest afterwards.
+
+    Clipping is by the layer's own norm, and by that of the rest's gradient. A layer, or
+    the rest, whose gradient is not finite is skipped by itself.
+    """
+    old, method = parted(state.params), work.optimizer.clipped_method
+    layers = lro.open_layers(old.layers, state.opt_state.layers)
+    layer = lro.update_in_backward(
+        lambda weights, x: run_layer(work.model, weights["layers"], x),
+        method,
+        load=partial(dense, work),
+        apply_updates=partial(_added, key),
+        refresh=refresh,
+    )
+
+    def mean_loss(rest: Params) -> jax.Array:
+        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            return layer(index, layers, x), None
+
+        x = embed(work.model, rest, batch["tokens"])
+        x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
+        total = head_loss(work.model, rest, finish(work.model, rest, x), batch)
+        return total / jnp.sum(targets_of(batch)[1])
+
+    rest = dense(work, old.rest)
+    loss, gradient = jax.value_and_grad(mean_loss)(rest)
+    updates, rest_state = method.update(
+        gradient, state.opt_state.rest, rest, refresh=refresh
+    )
+    done = lro.close_layers(layers)
+    squares = jnp.sum(done.squares, axis=0)
+    return Taken(
+        loss,
+        joined(Parts(done.params, _added(key, old.rest, updates))),
+        Parts(done.state, rest_state),
+        squares[0] + optax.tree.norm(gradient, squared=True),
+        squares[1] + optax.tree.norm(updates, squared=True),
+    )
+
+
+def _added(
+    key: jax.Array, params: Any, updates: Any, layer: jax.Array | None = None
+) -> Any:
+    """The weights with their updates; a layer's rounding has a key of its own."""
+    if layer is not None:
+        key = jax.random.fold_in(key, layer)
+    return lro.apply_updates(params, updates, key)

@@ -1,0 +1,204 @@
+"""Cross-entropy of a language model's head whose logits are never all there.
+
+Array names end in their axes: B batch, T tokens, S tokens of a block, D hidden,
+V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def head_cross_entropy(
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    compute_dtype: DTypeLike,
+    block_tokens: int,
+) -> jax.Array:
+    """Weighted sum of the next-token cross-entropy, in nats, in blocks of tokens.
+
+        sum_bt weights_bt (logsumexp_v(logits_btv) - logits_bt,target_bt),
+        logits = x @ kernel
+
+    The same as a head in `compute_dtype` with float32 sums, then a float32 loss on its
+    logits, but the logits of one block only live at a time. Under differentiation the
+    forward pass also makes each block's gradients while its logits are there, so
+    they are computed once, and the backward pass only scales them, as in Liger kernel
+    (Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
+
+    A block is some positions of every row, so a batch whose rows are spread over
+    devices stays so. As long as all tokens fit one block, there is no loop.
+
+    Args:
+      x_BTD: float (B, T, D), what the head reads.
+      kernel_DV: float (D, V).
+      targets_BT: int (B, T). An id of V or more makes the loss NaN; a negative one
+        counts from the end.
+      weights_BT: (B, T), the weight of each token.
+      compute_dtype: dtype of the product's inputs.
+      block_tokens: about how many of the B * T tokens have their logits at a time;
+        a block has one position at least.
+
+    Returns:
+      () float32. The gradients have the dtypes of x, kernel and weights; a weight's is
+      its token's cross-entropy.
+
+    Raises:
+      ValueError: if the shapes do not fit each other, there is no token, or
+        `block_tokens` is not positive.
+
+    Example:
+      >>> x, kernel = jnp.zeros((2, 6, 4)), jnp.ones((4, 8))
+      >>> targets, weights = jnp.zeros((2, 6), int), jnp.ones((2, 6)) / 12
+      >>> loss = head_cross_entropy(
+      ...     x, kernel, targets, weights, compute_dtype="bfloat16", block_tokens=4
+      ... )
+      >>> f"{loss:.4f} = log 8"
+      '2.0794 = log 8'
+    """
+    if not (
+        x_BTD.shape[:-1] == targets_BT.shape == weights_BT.shape
+        and targets_BT.ndim == kernel_DV.ndim == 2
+        and x_BTD.shape[-1] == kernel_DV.shape[0]
+        and targets_BT.size > 0
+    ):
+        raise ValueError(
+            f"x {x_BTD.shape}, kernel {kernel_DV.shape}, targets {targets_BT.shape} "
+            f"and weights {weights_BT.shape} do not fit; give (B, T, D), (D, V), "
+            "(B, T) and (B, T), with at least one token"
+        )
+    if block_tokens < 1:
+        raise ValueError(
+            f"block_tokens={block_tokens} must be positive; set it above 0"
+        )
+    B, T, _ = x_BTD.shape
+    blocks = -(-T // max(1, block_tokens // B))
+    return _loss(
+        jnp.dtype(compute_dtype),
+        -(-T // blocks),
+        x_BTD,
+        kernel_DV,
+        targets_BT,
+        weights_BT.astype(jnp.float32),
+    )
+
+
+def _fold(T: int, S: int, step: Callable[..., Any], carry: Any) -> Any:
+    """`carry = step(carry, cut, put, fresh_S)` for blocks of S that cover T positions.
+
+    `cut(array)` is a block's part along axis 1, and `put(array, part)` writes it. If S
+    does not divide T, the last block reaches back into the one before it. It goes
+    first, so that what it wrote there is overwritten, with `fresh_S` False there, so
+    that nothing is added up twice. (A block apart for the rest could be scheduled
+    beside the loop, and have its logits in memory together with the loop's.)
+    """
+    blocks = -(-T // S)
+
+    def visit(i: jax.Array, carry: Any) -> Any:
+        own = (blocks - 1 - i) * S
+        start = jnp.minimum(own, T - S)
+        return step(
+            carry,
+            lambda array: jax.lax.dynamic_slice_in_dim(array, start, S, 1),
+            lambda array, part: jax.lax.dynamic_update_slice_in_dim(
+                array, part, start, 1
+            ),
+            start + jnp.arange(S) >= own,
+        )
+
+    return jax.lax.fori_loop(0, blocks, visit, carry)
+
+
+def _block_losses(
+    x_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each token's loss (B, S), its normalizer (B, S, 1) and its logits (B, S, V)."""
+    logits_BSV = _einsum("bsd,dv->bsv", x_BSD, kernel_DV)
+    normalizer_BS1 = jax.nn.logsumexp(logits_BSV, axis=-1, keepdims=True)
+    target_BS1 = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)
+    return (normalizer_BS1 - target_BS1)[..., 0], normalizer_BS1, logits_BSV
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(
+    dtype: jnp.dtype,
+    S: int,
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> jax.Array:
+    kernel_DV = kernel_DV.astype(dtype)
+
+    def step(losses_BT: jax.Array, cut: Any, put: Any, _: Any) -> jax.Array:
+        losses_BS, _, _ = _block_losses(
+            cut(x_BTD).astype(dtype), kernel_DV, cut(targets_BT)
+        )
+        return put(losses_BT, losses_BS)
+
+    losses_BT = _fold(x_BTD.shape[1], S, step, jnp.zeros_like(weights_BT))
+    return jnp.sum(losses_BT * weights_BT)
+
+
+def _forward(
+    dtype: jnp.dtype,
+    S: int,
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    id_V = jnp.arange(kernel_DV.shape[1])
+    narrow_DV = kernel_DV.astype(dtype)
+    # The logits' gradient is rounded before its two products, which then run at the
+    # speed of 16 bits; JAX's own rule rounds the products instead, by as much. But
+    # float16 has no exponents for small probabilities: it gets float32.
+    slope_dtype = jnp.promote_types(dtype, jnp.bfloat16)
+
+    def step(carry: Any, cut: Any, put: Any, fresh_S: jax.Array) -> Any:
+        losses_BT, dx_BTD, dkernel_DV = carry
+        x_BSD, targets_BS = cut(x_BTD).astype(dtype), cut(targets_BT)
+        losses_BS, normalizer_BS1, logits_BSV = _block_losses(
+            x_BSD, narrow_DV, targets_BS
+        )
+        # As take_along_axis reads ids: a negative one counts from the end.
+        targets_BS1 = targets_BS[..., None]
+        hit_BSV = (targets_BS1 == id_V) | (targets_BS1 == id_V - id_V.size)
+        slope_BSV = jnp.exp(logits_BSV - normalizer_BS1) - hit_BSV
+        weights_BS1 = jnp.where(fresh_S, cut(weights_BT), 0)[..., None]
+        slope_BSV = (weights_BS1 * slope_BSV).astype(slope_dtype)
+        dx_BSD = _einsum("bsv,dv->bsd", slope_BSV, narrow_DV).astype(dx_BTD.dtype)
+        return (
+            put(losses_BT, losses_BS),
+            put(dx_BTD, dx_BSD),
+            dkernel_DV + _einsum("bsd,bsv->dv", x_BSD, slope_BSV),
+        )
+
+    zeros = (
+        jnp.zeros_like(weights_BT),
+        jnp.zeros_like(x_BTD),
+        jnp.zeros_like(kernel_DV, jnp.float32),
+    )
+    losses_BT, dx_BTD, dkernel_DV = _fold(x_BTD.shape[1], S, step, zeros)
+    gradients = dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT
+    return jnp.sum(losses_BT * weights_BT), gradients
+
+
+def _backward(
+    dtype: jnp.dtype, S: int, gradients: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    # In float32: g rounded to a gradient's 16 bits would skew all of it.
+    dx_BTD, dkernel_DV, dweights_BT = ((g * x).astype(x.dtype) for x in gradients)
+    return dx_BTD, dkernel_DV, None, dweights_BT
+
+
+_loss.defvjp(_forward, _backward)
