@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from lowrank_optax.layout import (
     specs_of,
 )
 from lowrank_optax.moments import with_momentum
+
+T = TypeVar("T")
 
 
 class LowRankState(NamedTuple):
@@ -129,7 +131,9 @@ def low_rank(
     a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
     A caller who knows already whether the gradient is finite, from its norm, says so by
     `accept`: what is to be skipped is then known before anything is computed, and no
-    S^T G has to be kept until the last has been seen.
+    S^T G has to be kept until the last has been seen. One who asks for the update only
+    if the gradient is finite, under `lax.cond`, gives True itself, and no second state
+    is there to be chosen.
 
     So `update` takes, beside optax's own, three arguments that may be left out:
     `refresh`, a bool, static or traced; `accept`, a () bool; and `layer`, the place in
@@ -189,8 +193,8 @@ def low_rank(
         _tell(jax.tree.leaves(leaves, is_leaf=_is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
         # Three arrays: one in several places could not be donated.
-        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-        return LowRankState(*counts, inner.init(frames))
+        count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return LowRankState(count, skipped, refreshes, inner.init(frames))
 
     def update(
         updates: optax.Updates,
@@ -219,19 +223,15 @@ def low_rank(
         # One flag for all leaves: a step is taken whole or not at all.
         if accept is None:
             accept = _all_finite(updates, frames, out)
-        accept = jnp.asarray(accept)
         steps = _map_leaves(_close, leaves, updates, out)
-        return (
-            jax.tree.map(lambda u: jnp.where(accept, u, jnp.zeros_like(u)), steps),
-            LowRankState(
-                count=state.count + accept,
-                skipped=state.skipped + ~accept,
-                refreshes=state.refreshes + (clock.refresh & accept),
-                inner_state=jax.tree.map(
-                    functools.partial(jnp.where, accept), inner_state, state.inner_state
-                ),
-            ),
+        new = LowRankState(
+            count=state.count + 1,
+            skipped=state.skipped,
+            refreshes=state.refreshes + clock.refresh,
+            inner_state=inner_state,
         )
+        refused = state._replace(skipped=state.skipped + 1)
+        return if_accepted(accept, steps), if_accepted(accept, new, refused)
 
     return stage(init, update)
 
@@ -244,6 +244,15 @@ def _check_interval(refresh_every: int) -> int:
             "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
         )
     return int(refresh_every)
+
+
+def if_accepted(accept: bool | jax.Array, new: T, otherwise: T | None = None) -> T:
+    """`new` if `accept`, else `otherwise`, or zeros; just `new` for True itself."""
+    if accept is True:
+        return new
+    if otherwise is None:
+        otherwise = jax.tree.map(jnp.zeros_like, new)
+    return jax.tree.map(functools.partial(jnp.where, accept), new, otherwise)
 
 
 def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from train.config import (
     parse,
     resolve,
 )
-from train.loop import build_program, initial
+from train.loop import build_program, initial, kinds_of_steps
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
@@ -42,6 +44,9 @@ Examples:
 
 With --update-alone only the optimizer's update and the addition to the weights are
 timed, on random gradients. Run it on an accelerator."""
+
+
+Layerwise = Literal["off", "on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class BenchConfig:
     seq_len: int = 256
     rank: int = 32
     optimizers: tuple[str, ...] = ("galore", "galore+sara", "fira", "grass_jump")
-    layerwise: tuple[Literal["off", "on"], ...] = ("off",)
+    layerwise: tuple[Layerwise, ...] = ("off",)
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     precision: str = "default"
@@ -85,7 +90,7 @@ class BenchConfig:
             named(name, OptimizerConfig())
 
 
-def work_of(config: BenchConfig, name: str, layerwise: str) -> Config:
+def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     """A run of the trainer, resolved: no clipping, a refresh every 200 steps."""
     optimizer = OptimizerConfig(
         rank=config.rank,
@@ -111,7 +116,7 @@ def work_of(config: BenchConfig, name: str, layerwise: str) -> Config:
 
 def median_seconds(run: Callable[[], Any], steps: int, repeats: int = 3) -> float:
     """Seconds of one `run`, which hands out work and returns what to wait for."""
-    jax.block_until_ready(run())
+    result = jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -122,7 +127,7 @@ def median_seconds(run: Callable[[], Any], steps: int, repeats: int = 3) -> floa
     return statistics.median(seconds)
 
 
-def bench_step(config: BenchConfig, name: str, layerwise: str) -> dict[str, Any]:
+def bench_step(config: BenchConfig, name: str, layerwise: Layerwise) -> dict[str, Any]:
     """One row: times in ms, memory in GiB."""
     run = work_of(config, name, layerwise)
     mesh = make_mesh(run)
@@ -136,7 +141,10 @@ def bench_step(config: BenchConfig, name: str, layerwise: str) -> dict[str, Any]
     )
     with jax.set_mesh(mesh):
         make, like = initial(work, mesh)
-        program = build_program(run, mesh, work, like)
+        kinds = kinds_of_steps(optimizer)
+        if config.compile_only:
+            kinds = kinds[:1]
+        program = build_program(run, mesh, work, like, kinds)
         memory = program.memory[min(program.memory)]
         row: dict[str, Any] = {
             "optimizer": name,
@@ -145,7 +153,6 @@ def bench_step(config: BenchConfig, name: str, layerwise: str) -> dict[str, Any]
             "state": memory.state / GIB,
             "temporaries": (memory.temporaries or 0) / GIB,
             "peak": (memory.peak or 0) / GIB,
-            "refresh_peak": (program.memory[max(program.memory)].peak or 0) / GIB,
             "compile_s": program.compile_s,
         }
         if config.compile_only:
@@ -163,7 +170,6 @@ def bench_step(config: BenchConfig, name: str, layerwise: str) -> dict[str, Any]
 
             return run
 
-        kinds = [*program.memory]
         jax.block_until_ready(step(kinds[-1])())  # bases first
         row["step_ms"] = 1e3 * median_seconds(step(kinds[0]), config.steps)
         if len(kinds) > 1 and not config.skip_refreshes:
@@ -210,24 +216,31 @@ def bench_update(config: BenchConfig, name: str) -> dict[str, Any]:
 
 
 def bench(config: BenchConfig) -> list[dict[str, Any]]:
-    """One row for AdamW and one for each optimizer."""
-    rows = []
-    for name in ("adamw", *config.optimizers):
-        for layerwise in config.layerwise:
-            try:
-                if config.update_alone:
-                    row = bench_update(config, name)
-                else:
-                    row = bench_step(config, name, layerwise)
-            except jax.errors.JaxRuntimeError as error:
-                reason = str(error).splitlines()[0]
-                row = {"optimizer": name, "layerwise": layerwise, "error": reason}
-            if "step_ms" in row and rows and "step_ms" in rows[0]:
-                row["ratio"] = row["step_ms"] / rows[0]["step_ms"]
-            rows.append(row)
-            print(json.dumps(rounded(row)), flush=True)
-            gc.collect()
-            jax.clear_caches()
+    """One row for AdamW and one for each optimizer, and for each way to take a step."""
+
+    def one(name: str, layerwise: Layerwise) -> dict[str, Any]:
+        try:
+            if config.update_alone:
+                row = bench_update(config, name)
+            else:
+                row = bench_step(config, name, layerwise)
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            row = {"optimizer": name, "layerwise": layerwise, "error": reason}
+        print(json.dumps(rounded(row)), flush=True)
+        return row
+
+    cases = [*itertools.product(("adamw", *config.optimizers), config.layerwise)]
+    if config.compile_only:
+        with ThreadPoolExecutor(8) as pool:  # compiling holds no lock of Python's
+            return [*pool.map(lambda case: one(*case), cases)]
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows.append(row := one(*case))
+        if "step_ms" in row and "step_ms" in rows[0]:
+            row["ratio"] = row["step_ms"] / rows[0]["step_ms"]
+        gc.collect()
+        jax.clear_caches()
     return rows
 
 

@@ -103,7 +103,8 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             layerwise=resolved(config, "layerwise") == "on",
         )
         make, like = initial(work, mesh)
-        program = build_program(config, mesh, work, like)
+        kinds = kinds_of_steps(optimizer)
+        program = build_program(config, mesh, work, like, kinds)
         batches = iter(data.train)
         if checkpoints.latest is None:
             state = make(init_key)
@@ -131,10 +132,12 @@ def initial(work: Work, mesh: Mesh) -> tuple[Callable[[jax.Array], TrainState], 
     return lambda key: rest(weights(key)), like
 
 
-def build_program(config: Config, mesh: Mesh, work: Work, like: Any) -> Program:
+def build_program(
+    config: Config, mesh: Mesh, work: Work, like: Any, kinds: Iterable[bool]
+) -> Program:
     """Compile the training step for states of the shapes in `like`.
 
-    Two programs, a refresh and an ordinary step, unless all steps are of one kind.
+    A program for each of `kinds`, whether it is a refresh (`kinds_of_steps`).
     """
     everywhere, rows = replicated(mesh), by_row(mesh)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
@@ -146,7 +149,7 @@ def build_program(config: Config, mesh: Mesh, work: Work, like: Any) -> Program:
             out_shardings=everywhere,
             donate_argnums=0,
         ).lower(like, {"tokens": tokens})
-        for refresh in kinds_of_steps(work.optimizer)
+        for refresh in kinds
     }
     with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
         compiled = dict(

@@ -169,13 +169,15 @@ def skip_not_finite(
         state: Any,
         params: Any = None,
         *,
-        accept: jax.Array | None = None,
+        accept: bool | jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         if accept is None:
             accept = jnp.isfinite(optax.tree.norm(updates))
-        take = functools.partial(jnp.where, accept)
         steps, new = inner.update(updates, state.inner_state, params, **extra_args)
+        if accept is True:
+            return steps, GuardState(state.skipped, new)
+        take = functools.partial(jnp.where, accept)
         return jax.tree.map(lambda u: take(u, jnp.zeros_like(u)), steps), GuardState(
             state.skipped + ~accept, jax.tree.map(take, new, state.inner_state)
         )

@@ -2,14 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lowrank_optax.bracket import LowRankState, low_rank
+from lowrank_optax.bracket import LowRankState, if_accepted, low_rank
 from lowrank_optax.frame import stage
 from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank, Side
 from lowrank_optax.published import (
@@ -188,12 +186,11 @@ def _skip_together(
         steps, new = bracket.update(updates, old, params, **extra_args)
         steps, new_rest = after.update(steps, old_rest, params, **extra_args)
         # Weight decay and schedule would go on with the zero update of a skipped step.
-        accepted = cast(LowRankState, new).skipped == old.skipped
-        return (
-            jax.tree.map(
-                lambda u, g: jnp.where(accepted, u, 0).astype(g.dtype), steps, updates
-            ),
-            (new, jax.tree.map(partial(jnp.where, accepted), new_rest, old_rest)),
-        )
+        accept = extra_args.get("accept")
+        if accept is not True:
+            accept = cast(LowRankState, new).skipped == old.skipped
+        steps = jax.tree.map(lambda u, g: u.astype(g.dtype), steps, updates)
+        new_rest = if_accepted(accept, new_rest, old_rest)
+        return if_accepted(accept, steps), (new, new_rest)
 
     return stage(init, update)
