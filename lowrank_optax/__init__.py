@@ -30,6 +30,7 @@ from lowrank_optax.layerwise import (
     open_layers,
     per_layer,
     update_in_backward,
+    update_layers,
 )
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState
@@ -177,4 +178,5 @@ __all__ = [
     "subtrack",
     "update_frames",
     "update_in_backward",
+    "update_layers",
 ]

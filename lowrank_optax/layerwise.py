@@ -1,6 +1,7 @@
 """A layer at a time: states with a layer axis, and updates inside the backward pass."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,9 @@ import optax
 
 from lowrank_optax.bracket import LowRankState
 from lowrank_optax.frame import stage
+
+Load = Callable[[Any], Any]
+Apply = Callable[..., Any]
 
 
 def per_layer(
@@ -59,21 +63,115 @@ def per_layer(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        def one(i: jax.Array, g: Any, s: Any, p: Any) -> tuple[Any, Any]:
-            return inner.update(g, s, p, **{**extra_args, "layer": i})
+        def one(i: jax.Array, carry: tuple[Any, Any], p: Any) -> tuple[Any, Any]:
+            return inner.update(*carry, p, **{**extra_args, "layer": i})
 
-        count = _count(updates)
-        if extra_args.get("refresh") is False:
-            return jax.vmap(one)(jnp.arange(count), updates, state, params)
-
-        def body(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            # The update takes the gradient's place, the new state the old one's.
-            new = one(i, *_read((*carry, params), i))
-            return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
-
-        return jax.lax.fori_loop(0, count, body, (updates, state))
+        together = extra_args.get("refresh") is False
+        # The update takes the gradient's place, the new state the old one's.
+        return _in_blocks(
+            one, (updates, state), params, _count(updates) if together else 1
+        )
 
     return stage(init, update)
+
+
+def _in_blocks(
+    f: Callable[[jax.Array, Any, Any], Any], carry: Any, other: Any, block: int
+) -> Any:
+    """`carry` with f(i, its part of layer i, other's part) in layer i's place.
+
+    `block` layers at a time, under `jax.vmap`; one without it.
+    """
+    count = _count(carry)
+    if block >= count:
+        return jax.vmap(f)(jnp.arange(count), carry, other)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        if block == 1:
+            new = f(i, _read(carry, i), _read(other, i))
+            return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
+        start = i * block
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        index = start + jnp.arange(block)
+        new = jax.vmap(f)(index, *jax.tree.map(cut, (carry, other)))
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(put, carry, new)
+
+    return jax.lax.fori_loop(0, count // block, body, carry)
+
+
+def _even(block: int, count: int) -> int:
+    """The largest number of layers up to `block` of which a whole number makes all."""
+    return max(k for k in range(1, max(1, min(block, count)) + 1) if count % k == 0)
+
+
+def update_layers(
+    tx: optax.GradientTransformation,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    *,
+    block: int | None = None,
+    load: Load = lambda params: params,
+    apply_updates: Apply = lambda params, updates, index: optax.apply_updates(
+        params, updates
+    ),
+    operands: tuple[Any, ...] = (),
+    **extra_args: Any,
+) -> tuple[optax.Params, optax.OptState]:
+    """The step that `update_in_backward` takes, with all gradients at hand.
+
+        W_i <- W_i + U_i,   U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i)
+
+    so `per_layer(tx).update` and the addition to the weights, `block` layers at a time
+    and in place: no more than a block's updates, casts and products are there at once.
+
+    Args:
+      tx: any optax transformation.
+      gradient: a tree of arrays (L, ...).
+      state: `per_layer(tx).init(params)`.
+      params: the weights, as they are kept.
+      block: how many layers are updated together, a divisor of L or what is next below;
+        None for all, and one where `refresh` is not False (see `per_layer`).
+      load, apply_updates, operands, **extra_args: as in `update_in_backward`.
+
+    Returns:
+      The new weights and the new state; jit it, and donate the old ones.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params, tx = {"w": jnp.ones((12, 8, 8))}, optax.sgd(0.5)
+      >>> state = lro.per_layer(tx).init(params)
+      >>> new, state = lro.update_layers(tx, params, state, params, block=4)
+      >>> float(new["w"][3, 0, 0])
+      0.5
+    """
+    step = _step(tx, load, apply_updates, extra_args)
+
+    def one(i: jax.Array, carry: tuple[Any, Any], g: Any) -> tuple[Any, Any]:
+        return step(i, g, *carry, *operands)
+
+    count = _count(params)
+    block = _even(count if block is None else block, count)
+    if extra_args.get("refresh", False) is not False:
+        block = 1
+    return _in_blocks(one, (params, state), gradient, block)
+
+
+def _step(
+    tx: optax.GradientTransformation,
+    load: Load,
+    apply_updates: Apply,
+    extra_args: dict[str, Any],
+) -> Callable[..., tuple[Any, Any]]:
+    """One layer's step: (i, G_i, stored W_i, state_i, *operands) to the last two."""
+    inner = optax.with_extra_args_support(tx)
+
+    def step(i: jax.Array, g: Any, stored: Any, s: Any, *operands: Any) -> Any:
+        updates, s = inner.update(g, s, load(stored), **{**extra_args, "layer": i})
+        return apply_updates(stored, updates, i, *operands), s
+
+    return step
 
 
 class Layers(NamedTuple):
@@ -82,38 +180,45 @@ class Layers(NamedTuple):
     Attributes:
       params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
       state: the same of the transformation's state, as `per_layer` makes it.
-      squares: (L, 2) float32, of each layer the sum of the squares of its gradient and
-        of its update, at its last one.
+      squares: (L,) float32, of each layer's last gradient the sum of the squares.
+      operands: arrays that `apply_updates` gets.
     """
 
     params: Any
     state: Any
     squares: Any
+    operands: tuple[Any, ...] = ()
 
 
-def open_layers(params: optax.Params, state: optax.OptState) -> Layers:
+def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> Layers:
     """References to the layers, for `update_in_backward`.
 
     Args:
       params: a tree of arrays (L, ...).
       state: `per_layer(tx).init(params)`.
+      *operands: arrays that its `apply_updates` gets, such as this step's random key.
     """
-    squares = jnp.zeros((_count(params), 2), jnp.float32)
-    return jax.tree.map(jax.new_ref, Layers(params, state, squares))
+    squares = jnp.zeros(_count(params), jnp.float32)
+    params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
+    return Layers(params, state, squares, operands)
 
 
 def close_layers(layers: Layers) -> Layers:
     """The arrays, with all updates in them; the references are gone."""
-    return jax.tree.map(jax.freeze, layers)
+    return layers._replace(
+        params=jax.tree.map(jax.freeze, layers.params),
+        state=jax.tree.map(jax.freeze, layers.state),
+        squares=jax.freeze(layers.squares),
+    )
 
 
 def update_in_backward(
     apply: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
-    load: Callable[[Any], Any] = lambda params: params,
-    apply_updates: Callable[..., Any] = lambda params, updates, index: (
-        optax.apply_updates(params, updates)
+    load: Load = lambda params: params,
+    apply_updates: Apply = lambda params, updates, index: optax.apply_updates(
+        params, updates
     ),
     **extra_args: Any,
 ) -> Callable[..., Any]:
@@ -138,7 +243,7 @@ def update_in_backward(
             return head_loss(rest, x)
 
         value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
-        params, state, squares = lro.close_layers(layers)
+        params, state, *_ = lro.close_layers(layers)
 
     The whole of it stands in one jitted step that donates `params` and `state`. The
     forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
@@ -161,8 +266,10 @@ def update_in_backward(
       tx: any optax transformation.
       load: from one layer's part of `params` to the weights that `apply` takes and
         `tx` sees; for weights that are stored in another form.
-      apply_updates: (one layer's part of `params`, updates, i) to the new part.
-      **extra_args: for `tx.update`; `refresh`, for `low_rank`.
+      apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
+        part. What it needs besides are the layers' `operands`: a function in a
+        backward pass can close over no other array.
+      **extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
 
     Returns:
       layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
@@ -180,7 +287,7 @@ def update_in_backward(
       >>> bool(jnp.all(lro.close_layers(layers).params < params))
       True
     """
-    inner = optax.with_extra_args_support(tx)
+    step = _step(tx, load, apply_updates, extra_args)
 
     @jax.custom_vjp
     def layer(index: jax.Array, layers: Layers, x: Any, *inputs: Any) -> Any:
@@ -197,23 +304,21 @@ def update_in_backward(
 
     def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
         index, layers, kept, without = saved
-        stored = _read(layers.params, index)
-        weights = load(stored)
-        gradient, *others = without(kept, weights)(cotangent)
-        updates, state = inner.update(
-            gradient,
-            _read(layers.state, index),
-            weights,
-            **{**extra_args, "layer": index},
-        )
-        _write(layers.params, index, apply_updates(stored, updates, index))
-        _write(layers.state, index, state)
-        squares = [optax.tree.norm(tree, squared=True) for tree in (gradient, updates)]
-        layers.squares[index] = jnp.stack(squares).astype(jnp.float32)
+        stored, state = _read((layers.params, layers.state), index)
+        gradient, *others = without(kept, load(stored))(cotangent)
+        new = step(index, gradient, stored, state, *layers.operands)
+        _write((layers.params, layers.state), index, new)
+        layers.squares[index] = squared_norm(gradient)
         return None, None, *others
 
     layer.defvjp(forward, backward)
     return layer
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """The sum of the squares of all entries, () float32, summed in float32."""
+    leaves = (x.astype(jnp.float32) for x in jax.tree.leaves(tree))
+    return sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.float32(0))
 
 
 def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:

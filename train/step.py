@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import lowrank_optax as lro
+from lowrank_optax.layerwise import squared_norm
 from models import LlamaConfig, Params, init_params
 from models.cross_entropy import head_cross_entropy
 from models.params import embed, finish, hidden, run_layer
@@ -23,6 +23,10 @@ LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 
 LOGIT_TOKENS = 2048
 """How many tokens' logits there are at a time on a device."""
+
+
+BLOCK_BYTES = 2**30
+"""Of the layers that are updated together, if no step is layer by layer."""
 
 
 class TrainState(NamedTuple):
@@ -149,13 +153,12 @@ def _split(parts: int, x: jax.Array) -> jax.Array:
 
 
 class Taken(NamedTuple):
-    """A step that was taken: loss, new weights and state, squared norms."""
+    """A step that was taken: loss, new weights and state, squared gradient norm."""
 
     loss: jax.Array
     params: Any
     opt_state: Any
-    gradient_squared: jax.Array
-    update_squared: jax.Array
+    squared: jax.Array
 
 
 def train_step(
@@ -193,8 +196,7 @@ def train_step(
     )
     metrics = {
         "loss": taken.loss,
-        "grad_norm": jnp.sqrt(taken.gradient_squared),
-        "update_norm": jnp.sqrt(taken.update_squared),
+        "grad_norm": jnp.sqrt(taken.squared),
         "learning_rate": optimizer.learning_rate(state.opt_state),
         "refreshes": optimizer.refreshes(taken.opt_state),
         "skipped": new_state.skipped,
@@ -210,23 +212,39 @@ def whole_step(
     params = dense(work, state.params)
     sums = partial(loss_sums, work.model)
     loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
-    squared = optax.tree.norm(gradient, squared=True)
-    updates, opt_state = work.optimizer.tx.update(
-        work.optimizer.clipped(gradient),
-        state.opt_state,
-        params,
+    squared = squared_norm(gradient)
+    method, accept = work.optimizer.method, jnp.isfinite(squared)
+    old, steps = parted(state.params), parted(work.optimizer.clipped(gradient))
+    layers, layers_state = lro.update_layers(
+        method,
+        steps.layers,
+        state.opt_state.layers,
+        old.layers,
+        block=block_of(work),
+        load=partial(dense, work),
+        apply_updates=added,
+        operands=(key,),
         refresh=refresh,
-        accept=jnp.isfinite(squared),
+        accept=accept,
     )
-    layers = jnp.arange(work.model.num_layers)
-    old, steps = parted(state.params), parted(updates)
-    new = Parts(
-        jax.vmap(partial(_added, key))(old.layers, steps.layers, layers),
-        _added(key, old.rest, steps.rest),
+    updates, rest_state = method.update(
+        steps.rest,
+        state.opt_state.rest,
+        parted(params).rest,
+        refresh=refresh,
+        accept=accept,
     )
+    rest = added(old.rest, updates, None, key)
     return Taken(
-        loss, joined(new), opt_state, squared, optax.tree.norm(updates, squared=True)
+        loss, joined(Parts(layers, rest)), Parts(layers_state, rest_state), squared
     )
+
+
+def block_of(work: Work) -> int:
+    """How many layers are updated together: of up to `BLOCK_BYTES` in float32."""
+    model = work.model
+    layer = model.hidden_size * (4 * model.hidden_size + 3 * model.mlp_size)
+    return max(1, BLOCK_BYTES // (4 * layer))
 
 
 def layerwise_step(
@@ -238,12 +256,12 @@ def layerwise_step(
     the rest, whose gradient is not finite is skipped by itself.
     """
     old, method = parted(state.params), work.optimizer.clipped_method
-    layers = lro.open_layers(old.layers, state.opt_state.layers)
+    layers = lro.open_layers(old.layers, state.opt_state.layers, key)
     layer = lro.update_in_backward(
         lambda weights, x: run_layer(work.model, weights["layers"], x),
         method,
         load=partial(dense, work),
-        apply_updates=partial(_added, key),
+        apply_updates=added,
         refresh=refresh,
     )
 
@@ -262,19 +280,12 @@ def layerwise_step(
         gradient, state.opt_state.rest, rest, refresh=refresh
     )
     done = lro.close_layers(layers)
-    squares = jnp.sum(done.squares, axis=0)
-    return Taken(
-        loss,
-        joined(Parts(done.params, _added(key, old.rest, updates))),
-        Parts(done.state, rest_state),
-        squares[0] + optax.tree.norm(gradient, squared=True),
-        squares[1] + optax.tree.norm(updates, squared=True),
-    )
+    squared = jnp.sum(done.squares) + squared_norm(gradient)
+    new = Parts(done.params, added(old.rest, updates, None, key))
+    return Taken(loss, joined(new), Parts(done.state, rest_state), squared)
 
 
-def _added(
-    key: jax.Array, params: Any, updates: Any, layer: jax.Array | None = None
-) -> Any:
+def added(params: Any, updates: Any, layer: jax.Array | None, key: jax.Array) -> Any:
     """The weights with their updates; a layer's rounding has a key of its own."""
     if layer is not None:
         key = jax.random.fold_in(key, layer)
