@@ -70,7 +70,7 @@ from lowrank_optax.rows import coordinates, sample_rows
 from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.singular import dominant_svd, sara_sample
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
-from lowrank_optax.storage import QuantizedBasis, quantize_basis
+from lowrank_optax.storage import QuantizedBasis, cast_basis, quantize_basis
 from lowrank_optax.weights import (
     QuantizedWeights,
     apply_updates,
@@ -109,6 +109,7 @@ __all__ = [
     "apollo_mini",
     "apply_updates",
     "basis_rule",
+    "cast_basis",
     "check_heads",
     "close_layers",
     "coap",

@@ -347,6 +347,7 @@ def _open(
         rank=leaf.rank,
         path=leaf.path,
         columns=leaf.layout.columns,
+        turned=leaf.layout.turned,
         layer=None if layer is None else jnp.asarray(layer),
         precision=precision,
     )

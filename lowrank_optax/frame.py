@@ -72,6 +72,7 @@ class Frame:
       columns: which of the weight's axes the n columns are, "input" or "output".
       layer: () integer, which layer of a stack this is, where the layers of a stacked
         leaf are taken one at a time (`per_layer`); None where all are here.
+      turned: whether the weight is stored with the n columns before the m rows.
       precision: of the products with S, as `jax.lax.dot_general` takes it.
       momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
         of S_{t-1}; None for a step that keeps none.
@@ -93,6 +94,7 @@ class Frame:
     path: str
     columns: str = "output"
     layer: jax.Array | None = None
+    turned: bool = False
     precision: jax.lax.PrecisionLike = None
     momentum: jax.Array | None = None
     basis: jax.Array | None = None
@@ -146,6 +148,13 @@ class Frame:
             "...mr,...mk->...rk", basis, x, precision=self.precision
         ).astype(x.dtype)
 
+    def as_stored(self, x: jax.Array) -> jax.Array:
+        """x (*batch, m, n) as the weight is stored; undoes itself.
+
+        What is done there to arrays as large as the weight needs no turned copy.
+        """
+        return jnp.swapaxes(x, -1, -2) if self.turned else x
+
     def up(self, y: jax.Array) -> jax.Array:
         """S y: (*batch, r, k) to (*batch, m, k)."""
         if self.whole:
@@ -156,9 +165,9 @@ class Frame:
             for _ in self.batch:
                 scatter = jax.vmap(scatter)
             return scatter(basis, y)
-        return jnp.einsum(
-            "...mr,...rk->...mk", basis, y, precision=self.precision
-        ).astype(y.dtype)
+        product = "...mr,...rk->...km" if self.turned else "...mr,...rk->...mk"
+        x = jnp.einsum(product, basis, y, precision=self.precision)
+        return self.as_stored(x.astype(y.dtype))
 
     def _scatter(self, rows: jax.Array, y: jax.Array) -> jax.Array:
         x = jnp.zeros((self.gradient.shape[-2], y.shape[-1]), y.dtype)

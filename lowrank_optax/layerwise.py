@@ -47,8 +47,8 @@ def per_layer(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
-        state = jax.vmap(inner.init)(params)
         index = jnp.arange(_count(params))
+        state = jax.vmap(inner.init)(params)
 
         def own(x: Any) -> Any:
             if not _is_key(x):

@@ -70,6 +70,11 @@ class Layout:
     n: int
     columns: Side
 
+    @property
+    def turned(self) -> bool:
+        """Whether the leaf has the n columns before the m rows."""
+        return self.axes[-1] < self.axes[len(self.batch)]
+
     def to_matrix(self, x: jax.Array) -> jax.Array:
         return x.transpose(self.axes).reshape(*self.batch, self.m, self.n)
 

@@ -87,8 +87,10 @@ def recover_residual(
         norm = jnp.sqrt(jnp.sum(phi**2 * jnp.maximum(lost, 0), axis=-1))
         floor = resolution(frame) * jnp.sqrt(jnp.sum(phi**2 * outer, axis=-1))
         phi, norm = limit_growth(phi, norm, last, limit, arithmetic, floor)
-        kept = jnp.multiply(scale, low_step) - inside * low * phi[..., None, :]
-        return frame.replace(step=frame.up(kept) + G * phi[..., None, :]), norm
+        phi = phi[..., None, :]
+        kept = frame.up(jnp.multiply(scale, low_step) - inside * low * phi)
+        kept, G, phi = map(frame.as_stored, (kept, G, phi))
+        return frame.replace(step=frame.as_stored(kept + G * phi)), norm
 
     return limited_stage(one)
 

@@ -1,4 +1,4 @@
-"""Where: bases stored in 4 or 8 bits a number (Q-GaLore)."""
+"""Where: bases stored in 4, 8 or 16 bits a number."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from lowrank_optax.basis import AS_IT_IS, BasisRule, Storage, follow, rule_of
+from lowrank_optax.basis import AS_IT_IS, BasisRule, Rule, Storage, follow, rule_of
 from lowrank_optax.frame import Frame
 
 
@@ -109,14 +110,57 @@ def quantize_basis(
         raise ValueError(f"bits={bits!r}: choose 4 or 8")
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be an int of at least 1, not {group_size!r}")
-    inside = rule_of(rule, "quantize_basis()")
-    if inside.coordinates or inside.storage is not AS_IT_IS:
-        raise ValueError(
-            "quantize_basis() makes m x r numbers smaller, and this rule keeps "
-            "coordinates or a key in their place; take the rule without it"
-        )
+    inside = _stored_as_it_is(rule, "quantize_basis()")
     return follow(
         dataclasses.replace(
             inside, storage=packing(bits, group_size), orthonormal=False
         )
     )
+
+
+def cast_basis(
+    rule: optax.GradientTransformation, dtype: DTypeLike = jnp.bfloat16
+) -> BasisRule:
+    """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
+
+    Every stage after it gets the rounded S, from the refresh itself on. Each entry of S
+    is off by 2^-9 of itself at most in bfloat16, each of S^T S by about 2^-9 too, which
+    is what products of bfloat16 operands do to an exact S; so it passes for orthonormal
+    where its rule is, and stages may give the residual back. A rule that goes on from
+    the last basis goes on from the rounded one.
+
+    Args:
+      rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
+      dtype: bfloat16, or another float.
+
+    Raises:
+      ValueError: a dtype that is no float; a stage that is no basis rule, whose bases
+        are coordinates, or that keeps none; at update, outside `low_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
+      ...     basis=lro.cast_basis(lro.sara_sample(key=0)))
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((8, 16))}})
+      >>> optax.tree.get(state, "basis")["mlp"]["kernel"].dtype.name
+      'bfloat16'
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype.name}: choose a float, such as bfloat16")
+    inside = _stored_as_it_is(rule, "cast_basis()")
+    rounded = Storage(
+        pack=lambda _, s, __: s.astype(dtype),
+        unpack=lambda frame, kept: kept.astype(frame.gradient.dtype),
+    )
+    return follow(dataclasses.replace(inside, storage=rounded))
+
+
+def _stored_as_it_is(rule: optax.GradientTransformation, wrapper: str) -> Rule:
+    inside = rule_of(rule, wrapper)
+    if inside.coordinates or inside.storage is not AS_IT_IS:
+        raise ValueError(
+            f"{wrapper} makes m x r numbers smaller, and this rule keeps "
+            "coordinates or a key in their place; take the rule without it"
+        )
+    return inside

@@ -46,11 +46,29 @@ def _linear(
     )
 
 
-def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     # float32 in and out: the caller rounds once, after the scale.
     return nnx.RMSNorm(
         config.hidden_size, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs
     )
+
+
+def embedding(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    # Looked up in float32, so that the gradients of a frequent token, which the
+    # backward pass adds up one by one, are not summed in 16 bits.
+    return nnx.Embed(
+        config.vocab_size,
+        config.hidden_size,
+        dtype=jnp.float32,
+        embedding_init=nnx.initializers.normal(config.init_std),
+        rngs=rngs,
+    )
+
+
+def output_head(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    # Summed and kept in float32: the loss never sees logits rounded to 16 bits.
+    sizes = config.hidden_size, config.vocab_size
+    return _linear(config, *sizes, rngs, out_dtype=jnp.float32)
 
 
 def rotary_angles(T: int, H: int, theta: float) -> jax.Array:
@@ -132,9 +150,9 @@ class Block(nnx.Module):
     """One pre-norm layer: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config, rngs)
+        self.attention_norm = rms_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = _norm(config, rngs)
+        self.mlp_norm = rms_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, angle_TP: jax.Array) -> jax.Array:
@@ -163,21 +181,11 @@ class Llama(nnx.Module):
         def stack_blocks(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
-        V, D = config.vocab_size, config.hidden_size
         self.config = config
-        # Looked up in float32, so that the gradients of a frequent token, which the
-        # backward pass adds up one by one, are not summed in 16 bits.
-        self.embed = nnx.Embed(
-            V,
-            D,
-            dtype=jnp.float32,
-            embedding_init=nnx.initializers.normal(config.init_std),
-            rngs=rngs,
-        )
+        self.embed = embedding(config, rngs)
         self.layers = stack_blocks(rngs)
-        self.norm = _norm(config, rngs)
-        # Summed and kept in float32: the loss never sees logits rounded to 16 bits.
-        self.head = _linear(config, D, V, rngs, out_dtype=jnp.float32)
+        self.norm = rms_norm(config, rngs)
+        self.head = output_head(config, rngs)
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """What the head reads: int (B, T) -> float32 (B, T, D)."""

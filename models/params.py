@@ -1,5 +1,6 @@
 """The functional face of the model: plain dicts of arrays in, logits out."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,15 @@ import jax
 from flax import nnx
 
 from models.config import LlamaConfig
-from models.llama import REMAT, Block, Llama, rotary_angles
+from models.llama import (
+    REMAT,
+    Block,
+    Llama,
+    embedding,
+    output_head,
+    rms_norm,
+    rotary_angles,
+)
 
 Params = dict[str, Any]
 
@@ -27,7 +36,30 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
                                         layers/mlp/down/kernel (L, F, D)
     """
     model = Llama(config, rngs=nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return _pure(model)
+
+
+def draw_params(
+    config: LlamaConfig, key: jax.Array, store: Callable[[Params], Any]
+) -> Params:
+    """`store` of the weights of `init_params`, drawn one layer at a time.
+
+    So that of what `store` makes smaller never more than a layer is there in float32.
+    """
+    rngs = nnx.Rngs(key)
+    parts = {"embed": embedding(config, rngs)}
+    keys = jax.random.split(rngs(), config.num_layers)
+
+    def draw_layer(key: jax.Array) -> Any:
+        return store(_pure(Block(config, rngs=nnx.Rngs(key))))
+
+    layers = jax.lax.map(draw_layer, keys)
+    parts |= {"norm": rms_norm(config, rngs), "head": output_head(config, rngs)}
+    return {**store({k: _pure(part) for k, part in parts.items()}), "layers": layers}
+
+
+def _pure(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def bind(config: LlamaConfig, params: Params) -> Llama:
@@ -66,12 +98,7 @@ def forward(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array
     return bind(config, params)(tokens)
 
 
-def hidden(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """What the head reads: int (B, T) tokens -> float32 (B, T, D)."""
-    return bind(config, params).hidden(tokens)
-
-
-# The same in three steps, for whoever goes through the layers by himself:
+# What the head reads, for whoever goes through the layers by himself:
 # finish(embed(tokens)), with run_layer in between for each layer.
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from train.config import Config, model_config, parse, resolve, resolved
 from train.main import open_text
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
-from train.step import init_state
+from train.step import Work, init_state, init_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +67,25 @@ def test_output_settings_may_change(tmp_path):
     check_folder(config_of(tmp_path, *flags.split(), "--prompt", "Once"))
 
 
+@pytest.mark.parametrize(("there", "here"), [("on", "off"), ("off", "on")])
+def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, here):
+    unclipped = ("--clip-norm", "None", "--layerwise")
+    store_config(config_of(tmp_path / "unclipped", *unclipped, there))
+    check_folder(config_of(tmp_path / "unclipped", "--resume", *unclipped, here))
+    store_config(config_of(tmp_path / "clipped", "--layerwise", there))
+    changed = config_of(tmp_path / "clipped", "--resume", "--layerwise", here)
+    with pytest.raises(ValueError, match="another configuration") as raised:
+        check_folder(changed)
+    assert str(raised.value).splitlines()[1:] == [
+        f"  layerwise: {there} there, {here} here "
+        "(a layer is clipped by its own norm, or all by one)"
+    ]
+    # Nor while the clipping itself is changed.
+    changed = config_of(tmp_path / "clipped", "--resume", *unclipped, here)
+    with pytest.raises(ValueError, match="optimizer.clip_norm: 1.0 there, None here"):
+        check_folder(changed)
+
+
 def test_a_field_that_one_version_lacks_is_a_difference(tmp_path):
     store_config(config_of(tmp_path))
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -88,7 +106,9 @@ def restore(config: Config, step: int, like=None) -> tuple[Any, np.ndarray]:
 
 def make_init(config: Config):
     optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
-    return partial(init_state, model_config(config.model), optimizer.tx)
+    model, dtype = model_config(config.model), config.model.weight_dtype
+    work = Work(model, optimizer, jax.random.key(0), weight_dtype=dtype)
+    return lambda key: init_state(work, init_weights(work, key))
 
 
 def state_shapes(config: Config, sharding: jax.sharding.Sharding):

@@ -22,6 +22,7 @@ from models import (
     init_params,
 )
 from models.llama import Block, rotary_angles, rotate
+from models.params import embed, finish, run_layer
 
 # A large init_std makes attention and the gates far from linear.
 SMALL = LlamaConfig(
@@ -173,6 +174,30 @@ def test_the_scan_equals_applying_the_layers_one_by_one():
     expected = model.head(model.norm(x))
     # The same products; XLA may sum them in another order inside a loop.
     np.testing.assert_allclose(run(SMALL, params, tokens), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_the_model_in_three_steps_is_the_model(remat, compute_dtype):
+    config = replace(SMALL, remat=remat, compute_dtype=compute_dtype)
+    params, tokens = draw(config), draw_tokens(config, 2, 10)
+    rest = {name: params[name] for name in ("embed", "norm")}
+
+    @jax.jit
+    def in_steps(layers, rest, tokens):
+        def body(x, layer):
+            assert x.dtype == compute_dtype
+            return run_layer(config, layer, x), None
+
+        x, _ = jax.lax.scan(body, embed(config, rest, tokens), layers)
+        return finish(config, rest, x)
+
+    found = in_steps(params["layers"], rest, tokens)
+    model = bind(config, params)
+    assert found.dtype == jnp.float32
+    # One scan over the same operations, in another program.
+    np.testing.assert_allclose(found, jax.jit(model.hidden)(tokens), **ROUNDING)
+    np.testing.assert_allclose(model.head(found), run(config, params, tokens), **ROUNDING)
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -23,12 +23,12 @@ OPTIMIZERS: dict[str, Any] = {
 }
 COUNT, KEY = 4, 8  # bytes of an int32, and of a threefry key: two uint32
 SHARED = {
-    "galore": 3 * COUNT,  # the bracket's count and skipped, Adam's count
-    "galore_sara": 3 * COUNT + KEY,
-    "fira": 3 * COUNT,
-    "fira_published": 5 * COUNT,  # and those of bias correction and of decay
-    "grass_walk": 3 * COUNT + KEY,
-    "grass_jump": 3 * COUNT + KEY,
+    "galore": 4 * COUNT,  # the bracket's count, skipped and refreshes, Adam's count
+    "galore_sara": 4 * COUNT + KEY,
+    "fira": 4 * COUNT,
+    "fira_published": 6 * COUNT,  # and those of bias correction and of decay
+    "grass_walk": 4 * COUNT + KEY,
+    "grass_jump": 4 * COUNT + KEY,
 }
 RANK = 4
 PARAMS = {

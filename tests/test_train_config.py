@@ -41,9 +41,11 @@ def test_help_teaches(capsys):
         assert example in shown
     said = " ".join(shown.replace("│", " ").split())
     assert "(default: None; apollo_mini: always 1)" in said
-    moving = "ldadam", "dct_adamw", "online_subspace_descent"
-    every_step = ", ".join(f"{name}: always 1" for name in moving)
-    assert f"(default: 50; {every_step})" in said
+    assert "(default: 50; ldadam: always 1, dct_adamw: always 1, online_" in said
+    assert "--layerwise {auto,on,off}" in said
+    assert "each layer is clipped by its own norm, and skipped by itself" in said
+    assert "--weight-dtype {float32,bfloat16,int8}" in said
+    assert "every update is rounded at random" in said
     for group in ("model options", "optimizer options", "data options"):
         assert group in shown
     # Every field is explained: a class docstring without one leaves a bare default.
@@ -60,7 +62,9 @@ def test_short_flags_reach_their_groups():
         *("--refresh-every", "50", "--steps", "300", "--size", "60m", "--resume"),
         *("--log-every", "5", "--source", "a.txt"),
     )
-    assert config.optimizer == OptimizerConfig("grass_jump", "sara", 32, 50)
+    assert config.optimizer == OptimizerConfig(
+        "grass_jump", "sara", rank=32, refresh_every=50
+    )
     assert (config.steps, config.model.size, config.resume) == (300, "60m", True)
     assert (config.report.log_every, config.data.source) == (5, "a.txt")
 
@@ -70,6 +74,13 @@ def test_short_flags_reach_their_groups():
     [
         ("--optimizer adamw --basis sara", "adamw has no subspace"),
         ("--batch-size 6 --microbatches 4", "batch_size=6 is not a multiple"),
+        (
+            "--layerwise on --microbatches 2",
+            "when its gradient is there, and with microbatches=2 that is never the "
+            "whole batch's; take microbatches=1, or layerwise=off",
+        ),
+        ("--layerwise yes", "invalid choice"),
+        ("--weight-dtype float16", "invalid choice"),
         ("--steps 0", "steps=0 must be above 0"),
         ("--rank 0", "rank=0 must be above 0"),
         ("--warmup 1.5", "warmup=1.5"),
@@ -132,6 +143,20 @@ def test_model_config_has_the_size_s_vocabulary_or_the_given_one():
     assert (tiny.vocab_size, tiny.hidden_size) == (4096, 128)
     given = model_config(resolve(config_of("--vocab-size", "300")).model)
     assert given == dataclasses.replace(tiny, vocab_size=300)
+
+
+def test_layer_by_layer_and_the_weights_dtype_are_what_was_asked_for():
+    config = resolve(config_of())
+    assert (config.layerwise, config.model.weight_dtype) == ("off", "float32")
+    argv = ("--layerwise", "on", "--weight-dtype", "int8", "--clip-norm", "None")
+    config = resolve(config_of(*argv))
+    assert (config.layerwise, config.model.weight_dtype) == ("on", "int8")
+    assert config.optimizer.clip_norm is None
+    stored = json.loads(to_json(config))
+    assert (stored["layerwise"], stored["model"]["weight_dtype"]) == ("on", "int8")
+    assert stored["optimizer"]["clip_norm"] is None
+    # Microbatches may be asked for where the default is taken, which goes with them.
+    assert resolve(config_of("--microbatches", "2")).layerwise == "off"
 
 
 def test_json_holds_every_field():

@@ -13,7 +13,8 @@ import lowrank_optax as lro
 from models import LlamaConfig, init_params
 from train.compare import named
 from train.config import Config, OptimizerConfig, resolve
-from train.methods import BASES, METHODS, Method
+from train.loop import kinds_of_steps
+from train.methods import BASES, METHODS, ONCE, Method
 from train.optimizer import Optimizer, decayed, make_optimizer, make_schedule
 
 LOW_RANK = [name for name in METHODS if name != "adamw"]
@@ -59,7 +60,7 @@ def ranks_after_a_step(optimizer: Optimizer) -> dict[str, int]:
     updates, after = jax.eval_shape(optimizer.tx.update, SHAPES, state, SHAPES)
     assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, SHAPES)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-    for read in (optimizer.skipped, optimizer.refreshes, optimizer.learning_rate):
+    for read in (optimizer.refused, optimizer.refreshes, optimizer.learning_rate):
         assert jax.eval_shape(read, after).shape == ()
     rows = lro.memory_report(optimizer.tx, SHAPES).rows
     return {row.path: row.rank for row in rows if row.rank is not None}
@@ -155,8 +156,18 @@ def test_a_new_method_may_be_of_full_rank(monkeypatch):
 def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
     every = {name: made(name=name, refresh_every=7).refresh_every for name in LOW_RANK}
     moving = {name for name, steps in every.items() if steps == 1}
-    assert moving == {"ldadam", "dct_adamw", "online_subspace_descent"}
-    assert {every[name] for name in {*LOW_RANK} - moving} == {7}
+    assert moving == {"ldadam", "dct_adamw"}
+    # Its basis moves by itself, and is chosen at the first step alone.
+    assert every.pop("online_subspace_descent") == ONCE
+    assert {every[name] for name in {*every} - moving} == {7}
+
+
+def test_steps_are_of_two_kinds_only_where_some_are_refreshes():
+    kinds = {name: kinds_of_steps(made(name=name, refresh_every=7)) for name in METHODS}
+    assert kinds.pop("adamw") == [False]
+    assert kinds.pop("ldadam") == kinds.pop("dct_adamw") == [True]
+    assert {*map(tuple, kinds.values())} == {(False, True)}
+    assert kinds_of_steps(made(name="galore", refresh_every=1)) == [True]
 
 
 def updates_of(seed: int = 0, **fields) -> list[np.ndarray]:
@@ -251,4 +262,4 @@ def test_a_parameter_without_a_rule_is_an_error():
     config = resolved_optimizer(name="galore", rank=4)
     optimizer = make_optimizer(config, 10, jax.random.key(0))
     with pytest.raises(ValueError, match="adapter/kernel"):
-        optimizer.tx.init({"adapter": {"kernel": jnp.ones((8, 8))}})
+        optimizer.tx.init({**SHAPES, "adapter": {"kernel": jnp.ones((8, 8))}})

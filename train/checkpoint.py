@@ -15,6 +15,9 @@ from train.step import TrainState
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does.
 FREE = ("out", "resume", "data.cache_dir", "report.", "processes.")
+# And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
+# alike, and the steps the same to rounding (but for one that is skipped).
+CLIP = "optimizer.clip_norm"
 
 
 def check_folder(config: Config) -> None:
@@ -51,10 +54,14 @@ def store_config(config: Config) -> None:
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = _flat(stored), _flat(given)
+    unclipped = old.get(CLIP, ...) is None and new.get(CLIP, ...) is None
+    free = (*FREE, "layerwise") if unclipped else FREE
+    why = {"layerwise": " (a layer is clipped by its own norm, or all by one)"}
     differences = [
         f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
+        + why.get(field, "")
         for field in sorted(old.keys() | new.keys())
-        if not field.startswith(FREE) and old.get(field, ...) != new.get(field, ...)
+        if not field.startswith(free) and old.get(field, ...) != new.get(field, ...)
     ]
     if differences:
         raise ValueError(

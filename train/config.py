@@ -70,10 +70,12 @@ class OptimizerConfig:
       name: adamw, or the low-rank method for the matrices of attention and MLP; all
         other weights then get full-rank AdamW.
       basis: how the subspace is chosen at a refresh. svd: the dominant singular
-        vectors; sara: a sample of them; walk: a step of a random walk; jump: a fresh
+        vectors; sketch: the same from a random sketch, much faster for large matrices;
+        sara: a sample of them; walk: a step of a random walk; jump: a fresh
         random subspace; track: SubTrack++'s step along the estimation error; frozen:
         the first gradient's, for good; coordinates: rows chosen at random; default:
         the optimizer's own rule.
+      basis_dtype: dtype in which a named basis is kept; the other states are float32.
       rank: dimension of the subspace. Default: a quarter of the model's hidden size.
       refresh_every: steps between two choices of the subspace.
       learning_rate: the peak. Default: by optimizer.
@@ -97,6 +99,7 @@ class OptimizerConfig:
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "grass_jump"
     basis: Basis = "default"
+    basis_dtype: Literal["float32", "bfloat16"] = "float32"
     rank: Annotated[int | None, _unless_own("rank")] = None
     refresh_every: Annotated[int, _unless_own("refresh_every")] = 50
     learning_rate: float | None = None

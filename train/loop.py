@@ -158,7 +158,7 @@ def build_program(
     seconds = time.perf_counter() - start
 
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(work.model, dense(work, params), batch)
+        return loss_sums(work.model, params, batch, partial(dense, work))
 
     return Program(
         step=lambda state, batch, refresh: compiled[refresh](state, batch),

@@ -88,6 +88,7 @@ METHODS = {
 # Of a run's key, angle and walk_rank a rule gets those that it takes.
 BASES: dict[str, Make] = {
     "svd": lambda: lro.dominant_svd(),  # its key is for sketches only
+    "sketch": lambda key: lro.dominant_svd(decomposition="randomized", key=key),
     "sara": lro.sara_sample,
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,

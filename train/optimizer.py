@@ -218,6 +218,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         config.name,
         schedule,
         basis=config.basis,
+        basis_dtype=config.basis_dtype,
         key=key,
         angle=config.angle,
         walk_rank=config.walk_rank,
@@ -248,6 +249,7 @@ def make_method(
     learning_rate: optax.ScalarOrSchedule,
     *,
     basis: str = "default",
+    basis_dtype: str = "float32",
     key: jax.Array | int | None = None,
     angle: float | None = None,
     walk_rank: int | None = None,
@@ -270,6 +272,10 @@ def make_method(
         if "basis" not in method.options:
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
         rule = {"basis": call(BASES[basis], **rule)}
+        if basis_dtype != "float32":
+            rule["basis"] = lro.cast_basis(rule["basis"], basis_dtype)
+    elif basis_dtype != "float32":
+        raise ValueError(f"basis_dtype={basis_dtype!r} needs a basis by name: give one")
     options = {"dimension_numbers": MATRICES, **options, **rule, **method.own}
     return call(method.make, learning_rate, **options)
 

@@ -13,6 +13,7 @@ from models import generate
 from train.config import Config, label, resolved
 from train.data import Data
 from train.loop import Trained
+from train.memory import device_peak
 from train.metrics import read_metrics
 from train.picture import draw_run
 
@@ -32,7 +33,8 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
     ]
     timed = slice(1 if len(records) > 1 else 0, None)
     ms_per_step = 1e3 * sum(took[timed]) / (steps[-1] - steps[timed][0])
-    memory = lro.memory_report(trained.work.optimizer.tx, trained.weights)
+    weights = jax.eval_shape(lambda: trained.weights)
+    memory = lro.memory_report(trained.work.optimizer.tx, weights)
     return {
         "optimizer": label(config.optimizer),
         "learning_rate": config.optimizer.learning_rate,
@@ -43,6 +45,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
         "state_bytes": memory.state_bytes,
         "adamw_bytes": memory.adamw_bytes,
         "step_bytes": trained.program.step_bytes,
+        "device_peak_bytes": device_peak(),
         "compile_s": trained.program.compile_s,
         "train_s": sum(took),
         "ms_per_step": ms_per_step,
@@ -58,7 +61,8 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     if jax.process_index() != 0:
         return
     folder: Path = resolved(config, "out")
-    memory = str(lro.memory_report(trained.work.optimizer.tx, trained.weights))
+    weights = jax.eval_shape(lambda: trained.weights)
+    memory = str(lro.memory_report(trained.work.optimizer.tx, weights))
     summary = {**summarize(config, trained), "wall_s": wall_s}
     (folder / "memory.txt").write_text(memory + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
