@@ -125,8 +125,9 @@ def low_rank(
     A step is skipped whose gradient has a NaN or an Inf, or numbers so large
     that their squares have no finite sum (from about 1e19 in float32), with which a
     second moment would be lost: the updates are zero, no state changes, `skipped`
-    counts it, and a refresh that was due happens at the next finite step. (Numbers so
-    large are looked for in S^T G, which is all that a second moment sees.)
+    counts it, and a refresh that was due happens at the next finite step, or when you
+    ask for it again. (Numbers so large are looked for in S^T G, which is all that a
+    second moment sees.)
     Transformations that you chain after the bracket (weight decay, schedules) see such
     a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
     A caller who knows already whether the gradient is finite, from its norm, says so by

@@ -132,7 +132,7 @@ def update_layers(
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are kept.
       block: how many layers are updated together, a divisor of L or what is next below;
-        None for all, and one where `refresh` is not False (see `per_layer`).
+        None for all; but one at a time unless `refresh=False` (see `per_layer`).
       load, apply_updates, operands, **extra_args: as in `update_in_backward`.
 
     Returns:
@@ -153,7 +153,7 @@ def update_layers(
 
     count = _count(params)
     block = _even(count if block is None else block, count)
-    if extra_args.get("refresh", False) is not False:
+    if extra_args.get("refresh") is not False:
         block = 1
     return _in_blocks(one, (params, state), gradient, block)
 

@@ -197,7 +197,9 @@ def test_the_model_in_three_steps_is_the_model(remat, compute_dtype):
     assert found.dtype == jnp.float32
     # One scan over the same operations, in another program.
     np.testing.assert_allclose(found, jax.jit(model.hidden)(tokens), **ROUNDING)
-    np.testing.assert_allclose(model.head(found), run(config, params, tokens), **ROUNDING)
+    np.testing.assert_allclose(
+        model.head(found), run(config, params, tokens), **ROUNDING
+    )
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -1,8 +1,8 @@
 """The training step: microbatches, evaluation, meshes, NaN gradients."""
 
 from functools import cache, partial
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -151,6 +151,7 @@ def bench_step(config: BenchConfig, name: str, layerwise: Layerwise) -> dict[str
             "layerwise": layerwise,
             "weights": memory.weights / GIB,
             "state": memory.state / GIB,
+            "gradients": memory.gradients / GIB,
             "temporaries": (memory.temporaries or 0) / GIB,
             "peak": (memory.peak or 0) / GIB,
             "compile_s": program.compile_s,
@@ -230,7 +231,8 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
         print(json.dumps(rounded(row)), flush=True)
         return row
 
-    cases = [*itertools.product(("adamw", *config.optimizers), config.layerwise)]
+    ways = config.layerwise[:1] if config.update_alone else config.layerwise
+    cases = [*itertools.product(("adamw", *config.optimizers), ways)]
     if config.compile_only:
         with ThreadPoolExecutor(8) as pool:  # compiling holds no lock of Python's
             return [*pool.map(lambda case: one(*case), cases)]
@@ -258,7 +260,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "refresh_ms": "refresh, ms",
         "weights": "weights",
         "state": "state",
-        "temporaries": "temporaries",
+        "gradients": "gradients",
+        "temporaries": "all of the step alone",
         "peak": "peak, GiB",
     }
     shown = {k: title for k, title in columns.items() if any(k in row for row in rows)}

@@ -11,7 +11,7 @@ import tyro
 
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
-from train.methods import BASES, METHODS
+from train.methods import BASES, METHODS, ONCE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,7 +30,10 @@ C = TypeVar("C", bound="DataclassInstance")
 def _unless_own(option: str) -> object:
     """A flag whose help says which methods decide the option for themselves."""
     own = {name: m.own[option] for name, m in METHODS.items() if option in m.own}
-    said = ", ".join(f"{name}: always {value}" for name, value in own.items())
+    said = ", ".join(
+        f"{name}: {'never again' if value == ONCE else f'always {value}'}"
+        for name, value in own.items()
+    )
     return tyro.conf.arg(help_behavior_hint=f"(default: {{}}; {said})".format)
 
 

@@ -166,7 +166,7 @@ def build_program(
         put=partial(to_devices, mesh),
         refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
-        memory={kind: step_memory(like, x) for kind, x in compiled.items()},
+        memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
     )
 
 

@@ -1,11 +1,15 @@
 """What a training step needs of a device's memory, as the compiler counts it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-GIB = 2**30
+from train.optimizer import parted
+from train.step import Work, dense
+
+GIB, MIB = 2**30, 2**20
 
 
 class StepMemory(NamedTuple):
@@ -14,29 +18,47 @@ class StepMemory(NamedTuple):
     Attributes:
       weights: as they are kept.
       state: the optimizer's.
-      temporaries: what lives during the step alone: activations, gradients, updates.
-      peak: all of them, and the batch.
+      gradients: those that are there at once: of all weights or, layer by layer, of one
+        layer and of embedding, head and norm.
+      temporaries: what lives during the step alone: gradients, activations, updates.
+      peak: weights, state, temporaries and the batch.
     """
 
     weights: int
     state: int
+    gradients: int
     temporaries: int | None
     peak: int | None
 
 
-def step_memory(like: Any, compiled: jax.stages.Compiled) -> StepMemory:
+def step_memory(work: Work, like: Any, compiled: jax.stages.Compiled) -> StepMemory:
     """That of a step which takes a state of the shapes in `like`, and consumes it."""
     weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
+    parts = parted(jax.eval_shape(partial(dense, work), like.params))
+    at_once = work.model.num_layers if work.layerwise else 1
+    gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)
     memory = compiled.memory_analysis()
     if memory is None:
-        return StepMemory(weights, state, None, None)
+        return StepMemory(weights, state, gradients, None, None)
     kept = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
     temporaries = memory.temp_size_in_bytes
-    return StepMemory(weights, state, temporaries, kept + temporaries)
+    return StepMemory(weights, state, gradients, temporaries, kept + temporaries)
+
+
+def describe(memory: dict[bool, StepMemory]) -> str:
+    """A table of steps by their kind, in MiB, and the device's own peak."""
+    lines = ["step, MiB       " + "".join(f"{x:>13}" for x in StepMemory._fields)]
+    for refresh, numbers in memory.items():
+        cells = ("-" if x is None else f"{x / MIB:,.1f}" for x in numbers)
+        kind = "a refresh" if refresh else "ordinary"
+        lines.append(f"{kind:<16}" + "".join(f"{x:>13}" for x in cells))
+    if (peak := device_peak()) is not None:
+        lines.append(f"the device's own peak: {peak / MIB:,.1f} MiB")
+    return "\n".join(lines)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,36 +78,39 @@ class Meter:
     `add` keeps what a step returned on the device. `log` closes a record, and returns
     the one before, which is computed by now; `flush` waits for the last one. In a
     record the loss is the mean over its steps, the other metrics are its last step's,
-    and the time is the mean since the record before, pauses left out.
+    and the time is the mean since the record before, pauses left out. It ends when the
+    device has done the record's last step, which a thread waits for: the host itself is
+    some steps ahead by then.
     """
 
     def __init__(self, step: int, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
         self._losses: list[jax.Array] = []
-        self._pending: tuple[int, Metrics, list[jax.Array]] | None = None
+        self._waiter = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Future[tuple[Metrics, Any, float]]] | None = None
         self.resume(step)
 
     def resume(self, step: int) -> None:
         """Start the clock (again): `step` steps are done, and the device is idle."""
-        self._since = time.perf_counter()
-        self._step = step
+        self._since, self._step = time.perf_counter(), step
 
     def add(self, metrics: Metrics) -> None:
         self._losses.append(metrics["loss"])
 
     def log(self, step: int, metrics: Metrics) -> Record | None:
         record = self.flush()
-        self._pending = (step, metrics, self._losses)
+        self._pending = step, self._waiter.submit(_fetched, metrics, self._losses)
         self._losses = []
         return record
 
     def flush(self) -> Record | None:
         if self._pending is None:
             return None
-        step, metrics, losses = jax.device_get(self._pending)
+        step, fetched = self._pending
+        metrics, losses, when = fetched.result()
         self._pending = None
-        seconds = (time.perf_counter() - self._since) / (step - self._step)
-        self.resume(step)
+        seconds = (when - self._since) / (step - self._step)
+        self._since, self._step = when, step
         return {
             "step": step,
             **{name: value.item() for name, value in metrics.items()},
@@ -114,3 +118,9 @@ class Meter:
             "ms_per_step": seconds * 1e3,
             "tokens_per_s": self._tokens_per_step / seconds,
         }
+
+
+def _fetched(metrics: Metrics, losses: list[jax.Array]) -> tuple[Metrics, Any, float]:
+    """Both on the host, and when they were there."""
+    on_host = jax.device_get((metrics, losses))
+    return *on_host, time.perf_counter()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
+from lowrank_optax.layerwise import squared_norm
 from train.config import Config, OptimizerConfig, resolved
 from train.methods import BASES, METHODS, call
 
@@ -69,13 +70,18 @@ class Optimizer:
 
     @property
     def clipped_method(self) -> optax.GradientTransformationExtraArgs:
-        """Clipping and the method, with the method's state."""
+        """Clipping and the method, with the method's state.
+
+        It looks before it clips: clipping makes zeros of numbers so large that their
+        squares have no finite sum.
+        """
 
         def update(
             updates: Any, state: Any, params: Any = None, **extra_args: Any
         ) -> tuple[Any, Any]:
+            accept = jnp.isfinite(squared_norm(updates))
             return self.method.update(
-                self.clipped(updates), state, params, **extra_args
+                self.clipped(updates), state, params, accept=accept, **extra_args
             )
 
         return optax.GradientTransformationExtraArgs(self.method.init, update)

@@ -13,7 +13,7 @@ from models import generate
 from train.config import Config, label, resolved
 from train.data import Data
 from train.loop import Trained
-from train.memory import device_peak
+from train.memory import describe, device_peak
 from train.metrics import read_metrics
 from train.picture import draw_run
 
@@ -62,7 +62,8 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         return
     folder: Path = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
-    memory = str(lro.memory_report(trained.work.optimizer.tx, weights))
+    state = lro.memory_report(trained.work.optimizer.tx, weights)
+    memory = f"{state}\n\n{describe(trained.program.memory)}"
     summary = {**summarize(config, trained), "wall_s": wall_s}
     (folder / "memory.txt").write_text(memory + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
