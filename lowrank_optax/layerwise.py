@@ -36,6 +36,10 @@ def per_layer(
     Args:
       tx: any optax transformation; extra arguments are handed on to it.
 
+    Raises:
+      ValueError: leaves without one number of layers along their first axes; what `tx`
+        raises.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params = {"mlp": {"kernel": jnp.ones((12, 16, 64))}}  # 12 layers
@@ -133,10 +137,16 @@ def update_layers(
       params: the weights, as they are kept.
       block: how many layers are updated together, a divisor of L or what is next below;
         None for all; but one at a time unless `refresh=False` (see `per_layer`).
-      load, apply_updates, operands, **extra_args: as in `update_in_backward`.
+      load, apply_updates: as in `update_in_backward`.
+      operands: arrays that `apply_updates` gets, such as this step's random key.
+      extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
 
     Returns:
       The new weights and the new state; jit it, and donate the old ones.
+
+    Raises:
+      ValueError: leaves without one number of layers along their first axes; what `tx`
+        raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -196,7 +206,18 @@ def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> 
     Args:
       params: a tree of arrays (L, ...).
       state: `per_layer(tx).init(params)`.
-      *operands: arrays that its `apply_updates` gets, such as this step's random key.
+      operands: arrays that its `apply_updates` gets, such as this step's random key.
+
+    Raises:
+      ValueError: leaves without one number of layers along their first axes.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params = {"w": jnp.ones((12, 8, 8))}
+      >>> state = lro.per_layer(optax.sgd(0.1)).init(params)
+      >>> layers = lro.open_layers(params, state)
+      >>> layers.params["w"].shape
+      (12, 8, 8)
     """
     squares = jnp.zeros(_count(params), jnp.float32)
     params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
@@ -204,7 +225,17 @@ def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> 
 
 
 def close_layers(layers: Layers) -> Layers:
-    """The arrays, with all updates in them; the references are gone."""
+    """The arrays, with all updates in them; the references are gone.
+
+    Args:
+      layers: what `open_layers` gave.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> layers = lro.open_layers({"w": jnp.ones((12, 8, 8))}, ())
+      >>> lro.close_layers(layers).params["w"].shape
+      (12, 8, 8)
+    """
     return layers._replace(
         params=jax.tree.map(jax.freeze, layers.params),
         state=jax.tree.map(jax.freeze, layers.state),
@@ -269,10 +300,13 @@ def update_in_backward(
       apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
         part. What it needs besides are the layers' `operands`: a function in a
         backward pass can close over no other array.
-      **extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
+      extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
 
     Returns:
       layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
+
+    Raises:
+      ValueError: what `tx` raises, in the backward pass.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax

@@ -256,6 +256,10 @@ def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
     What a model computes with, an optimizer's `init` and `update` take, and gradients
     are like.
 
+    Args:
+      params: the weights, as they are kept.
+      dtype: of those that were quantised.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax.weights as lw
       >>> stored = {"w": lw.quantize_weights(jnp.eye(2) * 127), "b": jnp.zeros(2)}

@@ -28,7 +28,7 @@ def test_the_other_examples_run() -> None:
     names: dict[str, Any] = {}
     first, *others = blocks("python")
     exec(first, names)
-    assert len(others) == 3
+    assert len(others) == 5
     for example in others:
         exec(example, names)
     states = (names["state"], names["restored"])
