@@ -107,8 +107,8 @@ def memory_report(
       parameter    shape   rank  state, bytes  AdamW's, bytes
       mlp/kernel  64x256      8        18,433         131,072
       norm            64   full           514             512
-      (shared)                             12               4
-      total               14.4%        18,959         131,588
+      (shared)                             16               4
+      total               14.4%        18,963         131,588
     """
     shapes = {
         path_of(k): tuple(x.shape)
