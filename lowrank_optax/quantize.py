@@ -65,17 +65,17 @@ class QuantizedArray(NamedTuple):
         """The array: each code's value times its block's scale."""
         wide = jnp.promote_types(self.scales.dtype, jnp.float32)
         scales = self.scales[..., None].astype(wide)
-        codes = _in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.int32)
+        codes = in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.int32)
         table = jnp.asarray(_VALUES, scales.dtype)
         values = jnp.take(table, codes + 256 * (scales < 0), mode="clip")
-        values = _from_blocks(values * jnp.abs(scales), self.codes)
+        values = from_blocks(values * jnp.abs(scales), self.codes)
         return values.astype(self.scales.dtype)
 
 
 def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
     """x (..., n) in the nearest codes, the lower one of two equally near."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    parts = _in_blocks(wide, blocks)
+    parts = in_blocks(wide, blocks)
     scales = jnp.max(jnp.abs(parts), axis=-1, keepdims=True)
     parts = parts / jnp.where(scales == 0, 1, scales)
     # By what is left after rounding, so that to quantise twice is to do it once.
@@ -87,12 +87,12 @@ def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
         middle = jnp.take(middles, codes + (bit - 1), mode="clip")
         codes = codes + bit * (parts > middle)
     return QuantizedArray(
-        codes=_from_blocks(codes - start, x).astype(jnp.uint8),
+        codes=from_blocks(codes - start, x).astype(jnp.uint8),
         scales=jnp.where(signed, -scales, scales)[..., 0].astype(x.dtype),
     )
 
 
-def _in_blocks(x: jax.Array, blocks: int) -> jax.Array:
+def in_blocks(x: jax.Array, blocks: int) -> jax.Array:
     """(..., n) to (..., blocks, ceil(n / blocks)), the end filled up with zeros."""
     n = x.shape[-1]
     size = math.ceil(n / blocks)
@@ -100,8 +100,8 @@ def _in_blocks(x: jax.Array, blocks: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], blocks, size)
 
 
-def _from_blocks(parts: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `_in_blocks`."""
+def from_blocks(parts: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `in_blocks`."""
     return parts.reshape(*parts.shape[:-2], -1)[..., : like.shape[-1]]
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from lowrank_optax.keys import canonical_key
 from lowrank_optax.layout import TRANSFORMER_MATRICES, path_of
-from lowrank_optax.quantize import _from_blocks, _in_blocks
+from lowrank_optax.quantize import from_blocks, in_blocks
 
 _LARGEST = 127  # of the codes, of either sign
 # A scale has 17 significant bits, so that its product with a code is exact in float32,
@@ -111,8 +111,8 @@ class QuantizedWeights(NamedTuple):
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Each code times its block's scale, exact in float32; then in `dtype`."""
-        parts = _in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.float32)
-        return _from_blocks(parts * self.scales[..., None], self.codes).astype(dtype)
+        parts = in_blocks(self.codes, self.scales.shape[-1]).astype(jnp.float32)
+        return from_blocks(parts * self.scales[..., None], self.codes).astype(dtype)
 
 
 def quantize_weights(
@@ -163,7 +163,7 @@ def quantize_weights(
 
 
 def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWeights:
-    parts = _in_blocks(x.astype(jnp.float32), blocks)
+    parts = in_blocks(x.astype(jnp.float32), blocks)
     magnitudes = jnp.abs(parts)
     largest = jnp.max(magnitudes, axis=-1, keepdims=True)
     u = for_scales = None
@@ -180,7 +180,7 @@ def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWei
     scales = _multiple(largest, _LARGEST * bit, for_scales) * bit
     scales = jnp.maximum(scales, _SMALLEST)
     codes = jnp.clip(_multiple(parts, scales, u), -_LARGEST, _LARGEST)
-    return QuantizedWeights(_from_blocks(codes, x).astype(jnp.int8), scales[..., 0])
+    return QuantizedWeights(from_blocks(codes, x).astype(jnp.int8), scales[..., 0])
 
 
 def apply_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -> Any:

@@ -294,11 +294,17 @@ def test_inputs_get_gradients() -> None:
     def ours(scale: Any) -> Any:
         layers = lro.open_layers(params, state)
         layer = lro.update_in_backward(scaled, tx)
-        body = lambda x, i: (layer(i, layers, x, scale, i), None)  # noqa: E731
+
+        def body(x: Any, i: Any) -> tuple[Any, None]:
+            return layer(i, layers, x, scale, i), None
+
         return through(body, rest, data(0), jnp.arange(LAYERS))
 
     def theirs(scale: Any) -> Any:
-        body = lambda x, w: (scaled(w[0], x, scale, w[1]), None)  # noqa: E731
+
+        def body(x: Any, w: Any) -> tuple[Any, None]:
+            return scaled(w[0], x, scale, w[1]), None
+
         return through(body, rest, data(0), (params, jnp.arange(LAYERS)))
 
     found, expected = jax.grad(ours)(scale), jax.grad(theirs)(scale)
@@ -573,7 +579,10 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
         layer = lro.update_in_backward(poisoned_block, tx, refresh=refresh)
 
         def loss(rest: Any) -> Any:
-            body = lambda x, i: (layer(i, layers, x, factors[i]), None)  # noqa: E731
+
+            def body(x: Any, i: Any) -> tuple[Any, None]:
+                return layer(i, layers, x, factors[i]), None
+
             return through(body, rest, batch, jnp.arange(LAYERS))
 
         gradient = jax.grad(loss)(rest)
@@ -656,7 +665,10 @@ def test_nothing_is_updated_without_differentiation() -> None:
     def evaluate(params: Any, state: Any, rest: Any) -> Any:
         layers = lro.open_layers(params, state)
         layer = lro.update_in_backward(block, tx, refresh=True)
-        body = lambda x, i: (layer(i, layers, x), None)  # noqa: E731
+
+        def body(x: Any, i: Any) -> tuple[Any, None]:
+            return layer(i, layers, x), None
+
         loss = through(body, rest, data(0), jnp.arange(LAYERS))
         done = lro.close_layers(layers)
         return loss, done.params, done.state, done.squares

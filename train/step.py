@@ -27,7 +27,8 @@ LOGIT_TOKENS = 2048
 
 LARGE_LAYER = 100_000_000
 """Weights of a layer from which on the update goes through one layer at a time. At
-LLaMA-1B's 50 million that took 10 ms of 130 longer than all together."""
+LLaMA-1B's 50 million blocks of four took 10 to 14 ms of 130 longer than all together,
+on an H100."""
 
 
 class TrainState(NamedTuple):

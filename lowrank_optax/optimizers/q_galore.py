@@ -42,8 +42,8 @@ def q_galore(
     When to choose it: GaLore at a quarter of its memory. When not: where the subspace
     should be left before it freezes, which a lazy refresh hastens.
 
-    The source also stores weights in 8 bits with stochastic rounding; weights are the
-    model's business and not an optimizer's here.
+    The source also stores weights in 8 bits with stochastic rounding: here
+    `store_weights` and `apply_updates`, with any optimizer.
 
     Args:
       basis: a basis rule to store in few bits; `dominant_svd()` by default.
