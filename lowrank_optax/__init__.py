@@ -35,6 +35,14 @@ from lowrank_optax.layerwise import (
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState
 from lowrank_optax.linalg import left_singular
+from lowrank_optax.microbatches import (
+    LayerSums,
+    Projected,
+    close_sums,
+    open_sums,
+    project_gradient,
+    sum_in_backward,
+)
 from lowrank_optax.moments import register_moments, rotate_moments
 from lowrank_optax.momentum_bases import correlation_aware, power_iterate
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
@@ -93,6 +101,7 @@ __all__ = [
     "Clock",
     "ErrorFeedbackState",
     "Frame",
+    "LayerSums",
     "Layers",
     "LazyRefreshState",
     "LimiterState",
@@ -100,6 +109,7 @@ __all__ = [
     "MemoryReport",
     "MemoryRow",
     "OnlinePCAState",
+    "Projected",
     "QuantizedArray",
     "QuantizedBasis",
     "QuantizedState",
@@ -112,6 +122,7 @@ __all__ = [
     "cast_basis",
     "check_heads",
     "close_layers",
+    "close_sums",
     "coap",
     "coordinates",
     "correlation_aware",
@@ -150,11 +161,13 @@ __all__ = [
     "online_pca",
     "online_subspace_descent",
     "open_layers",
+    "open_sums",
     "per_layer",
     "per_matrix",
     "power_iterate",
     "project",
     "project_back",
+    "project_gradient",
     "q_galore",
     "quantize_basis",
     "quantize_moments",
@@ -177,6 +190,7 @@ __all__ = [
     "static_args",
     "store_weights",
     "subtrack",
+    "sum_in_backward",
     "update_frames",
     "update_in_backward",
     "update_layers",

@@ -336,18 +336,13 @@ def starts(rule: Rule, frames: optax.Updates | Frame, begun: Any) -> jax.Array:
 
     def look() -> jax.Array:
         new = map_frames(
-            lambda f, b: jnp.any(~b & nonzero(f)), frames, begun, plain=nothing
+            lambda f, b: jnp.any(~b & f.nonzero()), frames, begun, plain=nothing
         )
         return jnp.any(jnp.stack(jax.tree.leaves(new)))
 
     # Gradients are looked at only until all have begun.
     all_begun = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(begun)]))
     return jax.lax.cond(all_begun, lambda: jnp.array(False), look)
-
-
-def nonzero(frame: Frame) -> jax.Array:
-    """(*batch,) bool, whether G is not zero."""
-    return jnp.any(frame.gradient != 0, axis=(-2, -1))
 
 
 def choose_anew(
@@ -361,10 +356,12 @@ def choose_anew(
 ) -> Chosen:
     """The basis of one leaf, for those of its matrices that are due or just begin."""
     pack, unpack, _, shared = rule.storage
-    now_begun = begun | nonzero(frame) if rule.from_gradient else begun
+    now_begun = begun | frame.nonzero() if rule.from_gradient else begun
     moved = due | now_begun & ~begun
     old = unpack(frame, kept)
-    s = choose_flat(rule, frame, old, begun, key, now)
+    s = frame.chosen
+    if s is None:
+        s = choose_flat(rule, frame, old, begun, key, now)
     new = pack(frame, s, key)
     if not shared:
         # A rule may keep its basis at a refresh; to round it again would move it.

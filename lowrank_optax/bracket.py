@@ -3,10 +3,8 @@
 import functools
 import numbers
 import operator
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,22 +16,20 @@ from lowrank_optax.frame import (
     BASIS_RULE,
     Clock,
     Frame,
+    ProjectedAway,
     are_coordinates,
     is_frame,
+    map_frames,
     stage,
 )
 from lowrank_optax.layout import (
     DimensionNumbers,
-    Layout,
     Rank,
     Side,
     check_matrix,
     check_rank,
-    layout_of,
-    path_of,
-    rank_of,
-    specs_of,
 )
+from lowrank_optax.leaf import Leaf, decide_leaves, is_leaf, tell
 from lowrank_optax.moments import with_momentum
 
 T = TypeVar("T")
@@ -53,27 +49,6 @@ class LowRankState(NamedTuple):
     skipped: jax.Array
     refreshes: jax.Array
     inner_state: Any
-
-
-class Leaf(NamedTuple):
-    """What the bracket decided for one leaf.
-
-    Attributes:
-      path: "layers/mlp/up/kernel".
-      shape: of the parameter.
-      layout: how it is a matrix; None for full rank, by its rule or its shape.
-      rank: r, or 0 without a layout.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    layout: Layout | None
-    rank: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether r = m, so that a matrix has full rank because of its rank."""
-        return self.layout is not None and self.rank == self.layout.m
 
 
 def low_rank(
@@ -136,9 +111,10 @@ def low_rank(
     if the gradient is finite, under `lax.cond`, gives True itself, and no second state
     is there to be chosen.
 
-    So `update` takes, beside optax's own, three arguments that may be left out:
-    `refresh`, a bool, static or traced; `accept`, a () bool; and `layer`, the place in
-    a stack of the layer that the parameters are (see `per_layer`), for its random keys.
+    So `update` takes, beside optax's own, arguments that may be left out: `refresh`, a
+    bool, static or traced; `accept`, a () bool; `layer`, the place in a stack of the
+    layer that the parameters are (see `per_layer`), for its random keys; and for
+    micro-batches `bases`, `projected` and `see` (see `project_gradient`).
 
     Args:
       inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
@@ -185,13 +161,13 @@ def low_rank(
     inner = optax.with_extra_args_support(inner)
 
     decide = functools.partial(
-        _decide, dimension_numbers=dimension_numbers, rank=rank, square=square
+        decide_leaves, dimension_numbers=dimension_numbers, rank=rank, square=square
     )
     open_frame = functools.partial(_open, precision=precision)
 
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
-        _tell(jax.tree.leaves(leaves, is_leaf=_is_leaf))
+        tell(jax.tree.leaves(leaves, is_leaf=is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
         # Three arrays: one in several places could not be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
@@ -205,15 +181,26 @@ def low_rank(
         refresh: bool | jax.Array | None = None,
         accept: bool | jax.Array | None = None,
         layer: int | jax.Array | None = None,
+        bases: Mapping[str, jax.Array] | None = None,
+        projected: bool = False,
+        see: Callable[[optax.Updates], None] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
-        leaves = decide(updates)
+        # What is projected has lost the shape that says how it is a matrix.
+        like = params if projected else updates
+        if like is None:
+            raise ValueError("projected gradients need the parameters: give params")
+        leaves = decide(like)
         if refresh is None:
             refresh = refresh_every == 1 or state.count % refresh_every == 0
         clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
-        frames = _map_leaves(
-            functools.partial(open_frame, layer=layer), leaves, updates
-        )
+        opened = functools.partial(open_frame, layer=layer, bases=bases or {})
+        if projected:
+            frames = _map_leaves(
+                functools.partial(_open_projected, opened), leaves, like, updates
+            )
+        else:
+            frames = _map_leaves(opened, leaves, updates)
         # A rule stands before the step, and may follow what the step left last time.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
@@ -221,10 +208,13 @@ def low_rank(
             None if params is None else _map_leaves(_oriented, leaves, params),
             **{**extra_args, "clock": clock},
         )
+        if see is not None:
+            # What is no matrix was stepped on directly: seen is its gradient.
+            see(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
         # One flag for all leaves: a step is taken whole or not at all.
         if accept is None:
             accept = _all_finite(updates, frames, out)
-        steps = _map_leaves(_close, leaves, updates, out)
+        steps = _map_leaves(_close, leaves, like, out)
         new = LowRankState(
             count=state.count + 1,
             skipped=state.skipped,
@@ -267,71 +257,8 @@ def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
     return refresh
 
 
-def _decide(
-    tree: optax.Params, dimension_numbers: DimensionNumbers, rank: Rank, square: Side
-) -> optax.Params:
-    """The tree with a `Leaf` in place of each leaf."""
-    specs = specs_of(dimension_numbers, tree)
-
-    def leaf(keys: jax.tree_util.KeyPath, x: jax.Array) -> Leaf:
-        path = path_of(keys)
-        if (spec := specs[path]) is not None:
-            layout = layout_of(path, x.shape, spec, square)
-            if (r := rank_of(rank, path, layout)) is not None:
-                return Leaf(path, x.shape, layout, r)
-        return Leaf(path, x.shape, None, 0)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-# Only `init` knows the leaves, and only through whatever optax put around it; so
-# memory_report runs it and listens.
-_decided: ContextVar[list[Leaf] | None] = ContextVar("decided", default=None)
-
-
-@contextmanager
-def decisions() -> Iterator[list[Leaf]]:
-    """Collects what every `low_rank` initialised inside decides, without warnings."""
-    seen: list[Leaf] = []
-    token = _decided.set(seen)
-    try:
-        yield seen
-    finally:
-        _decided.reset(token)
-
-
-def _tell(leaves: list[Leaf]) -> None:
-    """A warning where a rank is no rank, or nothing is projected."""
-    if (seen := _decided.get()) is not None:
-        seen.extend(leaves)
-        return
-    # A matrix of one row is a vector, and has full rank as one.
-    matrices = [x for x in leaves if len(x.shape) > 1 and _rows(x) > 1]
-    whole = [x for x in matrices if x.whole]
-    projected = sum(x.layout is not None and not x.whole for x in leaves)
-    if not matrices or (projected and not whole):
-        return
-    why = [f"{x.path} (rank {x.rank} is all of it)" for x in whole[:3]]
-    why += [f"{x.path} (by its rule)" for x in matrices if x.layout is None][:3]
-    warnings.warn(
-        f"low_rank projects {projected} of {len(matrices)} matrices; of full rank are "
-        f"{', '.join(why)}{', ...' if len(matrices) - projected > len(why) else ''}. "
-        "Lower rank, or change dimension_numbers; lowrank_optax.memory_report(tx, "
-        "params) lists every parameter",
-        stacklevel=3,
-    )
-
-
-def _rows(leaf: Leaf) -> int:
-    return min(leaf.shape) if leaf.layout is None else leaf.layout.m
-
-
-def _is_leaf(x: object) -> bool:
-    return isinstance(x, Leaf)
-
-
 def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
-    return jax.tree.map(f, leaves, *trees, is_leaf=_is_leaf)
+    return jax.tree.map(f, leaves, *trees, is_leaf=is_leaf)
 
 
 def _open(
@@ -339,6 +266,7 @@ def _open(
     x: jax.Array,
     precision: jax.lax.PrecisionLike,
     layer: int | jax.Array | None = None,
+    bases: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> Frame | jax.Array:
     if leaf.layout is None:
         return _at_least_f32(x)
@@ -351,7 +279,26 @@ def _open(
         turned=leaf.layout.turned,
         layer=None if layer is None else jnp.asarray(layer),
         precision=precision,
+        chosen=bases.get(leaf.path),
     )
+
+
+def _open_projected(
+    opened: Callable[..., Any], leaf: Leaf, x: jax.Array, low: jax.Array
+) -> Frame | jax.Array:
+    """The Frame of the parameter x, with S^T G and without G."""
+    if leaf.layout is None:
+        return opened(leaf, low)
+    like = jax.eval_shape(functools.partial(_oriented, leaf), x)
+    frame = opened(leaf, jnp.zeros_like(x)).replace(
+        gradient=ProjectedAway(leaf.path, like.shape, like.dtype)
+    )
+    if low.shape != frame.low_shape:
+        raise ValueError(
+            f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
+            f"{frame.low_shape}; give what project_gradient() gave"
+        )
+    return frame.replace(low=_at_least_f32(low))
 
 
 def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 BASIS_RULE = "a basis rule such as dominant_svd()"
 
@@ -82,6 +83,8 @@ class Frame:
       turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       moved: (*batch,) bool, whether S_t was chosen at this step.
       orthonormal: whether S's columns are orthonormal.
+      chosen: S_t where it was chosen before, from another gradient of this step (see
+        `project_gradient`).
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
@@ -102,6 +105,7 @@ class Frame:
     turn: jax.Array | None = None
     moved: jax.Array | None = None
     orthonormal: bool = True
+    chosen: jax.Array | None = None
     low: jax.Array | None = None
     low_step: jax.Array | None = None
     step: jax.Array | None = None
@@ -147,6 +151,13 @@ class Frame:
         return jnp.einsum(
             "...mr,...mk->...rk", basis, x, precision=self.precision
         ).astype(x.dtype)
+
+    def nonzero(self) -> jax.Array:
+        """(*batch,) bool, whether G, or where it is not there S^T G, is not zero."""
+        seen = self.gradient
+        if isinstance(seen, ProjectedAway):
+            seen = self.need("low", "project()")
+        return jnp.any(seen != 0, axis=(-2, -1))
 
     def as_stored(self, x: jax.Array) -> jax.Array:
         """x (*batch, m, n) as the weight is stored; undoes itself.
@@ -233,6 +244,29 @@ class Frame:
             "in_full_space(inner) around one that changes the gradient, or chain it "
             "outside low_rank()"
         )
+
+
+class ProjectedAway:
+    """Stands where a Frame's gradient stood, when only S^T G is there.
+
+    It has the gradient's shape and dtype; whatever else is asked of it is a ValueError.
+    """
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.path, self.shape, self.dtype = path, shape, jnp.dtype(dtype)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            f"{self.path}: a stage needs the gradient itself, and of micro-batches "
+            "that are summed in the subspace S^T G alone is there; take a method that "
+            "gives no residual back, such as galore(), or sum whole gradients"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _refuse
+    # jax.numpy asks for __jax_array__ first, which is looked up here too.
+    __getitem__ = __getattr__ = _refuse
 
 
 class NotAnArrayError(TypeError, AttributeError):

@@ -1,6 +1,6 @@
 """A layer at a time: states with a layer axis, and updates inside the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def per_layer(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
-        index = jnp.arange(_count(params))
+        index = jnp.arange(count_of(params))
         state = jax.vmap(inner.init)(params)
 
         def own(x: Any) -> Any:
@@ -73,7 +73,7 @@ def per_layer(
         together = extra_args.get("refresh") is False
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(
-            one, (updates, state), params, _count(updates) if together else 1
+            one, (updates, state), params, count_of(updates) if together else 1
         )
 
     return stage(init, update)
@@ -86,13 +86,13 @@ def _in_blocks(
 
     `block` layers at a time, under `jax.vmap`; one without it.
     """
-    count = _count(carry)
+    count = count_of(carry)
     if block >= count:
         return jax.vmap(f)(jnp.arange(count), carry, other)
 
     def body(i: jax.Array, carry: Any) -> Any:
         if block == 1:
-            new = f(i, _read(carry, i), _read(other, i))
+            new = f(i, read(carry, i), read(other, i))
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
         start = i * block
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
@@ -121,6 +121,7 @@ def update_layers(
         params, updates
     ),
     operands: tuple[Any, ...] = (),
+    bases: Mapping[str, jax.Array] | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
     """The step that `update_in_backward` takes, with all gradients at hand.
@@ -139,6 +140,7 @@ def update_layers(
         None for all; but one at a time unless `refresh=False` (see `per_layer`).
       load, apply_updates: as in `update_in_backward`.
       operands: arrays that `apply_updates` gets, such as this step's random key.
+      bases: of `sum_in_backward`, with the layers along their first axes.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
 
     Returns:
@@ -156,16 +158,17 @@ def update_layers(
       >>> float(new["w"][3, 0, 0])
       0.5
     """
-    step = _step(tx, load, apply_updates, extra_args)
 
-    def one(i: jax.Array, carry: tuple[Any, Any], g: Any) -> tuple[Any, Any]:
-        return step(i, g, *carry, *operands)
+    def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+        g, chosen = other
+        more = {**extra_args, "bases": chosen} if chosen else extra_args
+        return _step(tx, load, apply_updates, more)(i, g, *carry, *operands)
 
-    count = _count(params)
+    count = count_of(params)
     block = _even(count if block is None else block, count)
     if extra_args.get("refresh") is not False:
         block = 1
-    return _in_blocks(one, (params, state), gradient, block)
+    return _in_blocks(one, (params, state), (gradient, dict(bases or {})), block)
 
 
 def _step(
@@ -219,7 +222,7 @@ def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> 
       >>> layers.params["w"].shape
       (12, 8, 8)
     """
-    squares = jnp.zeros(_count(params), jnp.float32)
+    squares = jnp.zeros(count_of(params), jnp.float32)
     params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
     return Layers(params, state, squares, operands)
 
@@ -323,14 +326,31 @@ def update_in_backward(
     """
     step = _step(tx, load, apply_updates, extra_args)
 
+    def use(index: jax.Array, layers: Layers, gradient: Any) -> None:
+        stored, state = read((layers.params, layers.state), index)
+        new = step(index, gradient, stored, state, *layers.operands)
+        write((layers.params, layers.state), index, new)
+        layers.squares[index] = squared_norm(gradient)
+
+    return in_backward(apply, load, use)
+
+
+def in_backward(
+    apply: Callable[..., Any], load: Load, use: Callable[[jax.Array, Any, Any], None]
+) -> Callable[..., Any]:
+    """layer(i, layers, x, *inputs) to y; its backward pass is `use`d for the weights.
+
+    `use` gets i, `layers`, whose `params` are references, and the layer's gradient.
+    """
+
     @jax.custom_vjp
-    def layer(index: jax.Array, layers: Layers, x: Any, *inputs: Any) -> Any:
-        return apply(load(_read(layers.params, index)), x, *inputs)
+    def layer(index: jax.Array, layers: Any, x: Any, *inputs: Any) -> Any:
+        return apply(load(read(layers.params, index)), x, *inputs)
 
     def forward(
-        index: jax.Array, layers: Layers, x: Any, *inputs: Any
+        index: jax.Array, layers: Any, x: Any, *inputs: Any
     ) -> tuple[Any, tuple[Any, ...]]:
-        weights = load(_read(layers.params, index))
+        weights = load(read(layers.params, index))
         y, pull = jax.vjp(apply, weights, x, *inputs)
         # The weights are where they were: kept here, they would be copied as a whole.
         kept, without = _take_out(pull, weights)
@@ -338,11 +358,9 @@ def update_in_backward(
 
     def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
         index, layers, kept, without = saved
-        stored, state = _read((layers.params, layers.state), index)
-        gradient, *others = without(kept, load(stored))(cotangent)
-        new = step(index, gradient, stored, state, *layers.operands)
-        _write((layers.params, layers.state), index, new)
-        layers.squares[index] = squared_norm(gradient)
+        weights = load(read(layers.params, index))
+        gradient, *others = without(kept, weights)(cotangent)
+        use(index, layers, gradient)
         return None, None, *others
 
     layer.defvjp(forward, backward)
@@ -371,19 +389,19 @@ def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., A
     return kept, put_in
 
 
-def _read(tree: Any, index: jax.Array) -> Any:
+def read(tree: Any, index: jax.Array | int) -> Any:
     """One layer's part of a tree of arrays or references."""
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _write(refs: Any, index: jax.Array, values: Any) -> None:
+def write(refs: Any, index: jax.Array, values: Any) -> None:
     def put(ref: Any, value: jax.Array) -> None:
         ref[index] = value
 
     jax.tree.map(put, refs, values)
 
 
-def _count(tree: Any) -> int:
+def count_of(tree: Any) -> int:
     """How many layers; ValueError for a tree that has not one number of them."""
     counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
     if len(counts) != 1 or () in counts:

@@ -20,11 +20,13 @@ def project() -> optax.GradientTransformation:
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
-    return optax.stateless(
-        lambda frames, _: map_frames(
-            lambda f: f.replace(low=f.down(f.gradient)), frames
-        )
-    )
+
+    def into(frame: Frame) -> Frame:
+        if frame.low is not None:  # summed over micro-batches
+            return frame
+        return frame.replace(low=frame.down(frame.gradient))
+
+    return optax.stateless(lambda frames, _: map_frames(into, frames))
 
 
 def project_back(

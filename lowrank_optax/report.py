@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import optax
 
-from lowrank_optax.bracket import decisions
 from lowrank_optax.layout import path_of
+from lowrank_optax.leaf import decisions
 
 SHARED = "(shared)"
 

@@ -234,7 +234,7 @@ def in_full_space(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         frames = updates
-        full = map_frames(lambda f: f.gradient, frames)
+        full = map_frames(lambda f: jnp.asarray(f.gradient), frames)
         full, state = inner.update(full, state, params, **extra_args)
         frames = map_frames(
             lambda f, g: f.replace(gradient=g), frames, full, plain=lambda _, g: g

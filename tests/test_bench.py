@@ -34,33 +34,40 @@ def cells(line: str) -> list[str]:
 
 
 def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
-    bench_step = train.bench.bench_step
+    compile_step, peaks = train.bench.compile_step, iter([0, 7, 7, 7, GIB, GIB])
 
     def step(config, name, layerwise):
         if name == "fira":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nand more")
-        return bench_step(config, name, layerwise)
+        return compile_step(config, name, layerwise)
 
-    monkeypatch.setattr(train.bench, "bench_step", step)
+    monkeypatch.setattr(train.bench, "compile_step", step)
+    monkeypatch.setattr(train.bench, "device_peak", lambda: next(peaks))
     rows = bench(config_of("fira", "galore_adam8bit", layerwise=("on",)))
     assert [row["optimizer"] for row in rows] == ["adamw", "fira", "galore_adam8bit"]
     assert {row["layerwise"] for row in rows} == {"on"}
     adamw, fira, galore = rows
     assert fira["error"] == "RESOURCE_EXHAUSTED: 3 GiB"
-    memory = {"weights", "state", "gradients", "temporaries", "peak", "device_peak"}
-    times = {"compile_s", "step_ms", "ratio"}
+    memory = {"weights", "state", "gradients", "temporaries", "peak"}
+    times = {"compile_s", "step_ms", "mean_ms", "ratio", "mean_ratio"}
+    # The device's peak was 7 bytes from its row on, so the next row has none.
+    assert galore["device_peak"] * GIB == 7
     assert adamw.keys() == {"optimizer", "layerwise", *times, *memory}
-    assert galore.keys() == {*adamw, "refresh_ms"}
-    assert adamw["ratio"] == 1
+    assert galore.keys() == {*adamw, "refresh_ms", "device_peak"}
+    assert adamw["ratio"] == adamw["mean_ratio"] == 1
     assert galore["ratio"] == galore["step_ms"] / adamw["step_ms"]
     assert galore["refresh_ms"] > 0
+    mean = (199 * galore["step_ms"] + galore["refresh_ms"]) / 200
+    assert galore["mean_ms"] == pytest.approx(mean, rel=1e-9)
+    assert galore["mean_ratio"] == galore["mean_ms"] / adamw["step_ms"]
     assert galore["weights"] == adamw["weights"] > 0
     assert galore["state"] < adamw["state"]
     assert adamw["state"] * GIB >= 2 * adamw["weights"] * GIB
     for row in (adamw, galore):
         assert row["peak"] >= row["weights"] + row["state"] + row["temporaries"]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["optimizer"] for row in printed] == [row["optimizer"] for row in rows]
+    # The lowest peak comes first; a step that was not compiled has none.
+    assert [row["optimizer"] for row in printed] == ["fira", "galore_adam8bit", "adamw"]
 
     head, rule, *lines = table(rows).splitlines()
     assert cells(head)[:5] == [
@@ -95,6 +102,7 @@ def test_the_update_alone_has_no_model():
     rows = bench(config_of("msgd", update_alone=True))
     assert [row["optimizer"] for row in rows] == ["adamw", "msgd"]
     assert rows[0].keys() == {"optimizer", "layerwise", "step_ms", "ratio"}
+    assert {row["layerwise"] for row in rows} == {"-"}
     assert rows[1].keys() == {*rows[0], "refresh_ms"}
     assert all(row["step_ms"] > 0 for row in rows)
     assert cells(table(rows).splitlines()[0]) == [

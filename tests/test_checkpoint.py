@@ -165,6 +165,7 @@ def finish(process: subprocess.Popen) -> str:
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     flags = [
         *("--optimizer", "grass_jump", "--rank", "8", "--refresh-every", "7"),
+        *("--layerwise", "on"),
         *("--steps", "60", "--batch-size", "4", "--seq-len", "16"),
         *("--log-every", "4", "--eval-every", "20", "--checkpoint-every", "10"),
         *("--vocab-size", "300", "--weight-decay", "0.1", "--sample-tokens", "0"),

@@ -22,7 +22,7 @@ from train.config import Config, ModelConfig, OptimizerConfig, ReportConfig, res
 from train.data import Data
 from train.loop import Trained, fit, initial, kinds_of_steps
 from train.metrics import read_metrics
-from train.optimizer import make_optimizer
+from train.optimizer import check_optimizer, make_optimizer
 from train.report import sample_text
 from train.step import Work, added, init_state, init_weights, loss_sums, train_step
 
@@ -80,10 +80,10 @@ def asked(monkeypatch) -> list[tuple[bool, int]]:
     monkeypatch.setitem(SIZES, "micro", MODEL)
     steps = []
 
-    def build(config: Config, mesh: Any, work: Work, like: Any, kinds: Any) -> Any:
+    def build(config: Config, mesh: Any, work: Work, like: Any, *others: Any) -> Any:
         key = dataclasses.replace(config, out=None, resume=False)
         if key not in PROGRAMS:
-            PROGRAMS[key] = build_program(config, mesh, work, like, kinds)
+            PROGRAMS[key] = build_program(config, mesh, work, like, *others)
         program = PROGRAMS[key]
 
         def step(state: Any, batch: Any, refresh: bool) -> Any:
@@ -260,6 +260,11 @@ def check_memory(trained: Trained) -> None:
         assert memory.peak >= kept + memory.temporaries + batch
         assert memory.temporaries >= a_layer
     assert trained.program.step_bytes == trained.program.memory[False].peak
+    adamw = trained.program.adamw
+    assert adamw is not None
+    assert adamw.weights == arrays_bytes(trained.state.params)
+    assert adamw.gradients == arrays_bytes(trained.weights)
+    assert adamw.state > 2 * adamw.gradients
 
 
 class Waits:
@@ -402,6 +407,60 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
             ends = (0, 0, 0) if how == "off" else (count, 0, count)
             np.testing.assert_array_equal(taken, ends)
         before = after
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+def test_microbatches_are_summed_in_the_subspace(clip_norm):
+    """The steps of whole gradients, if the first microbatch decides where they go."""
+    config = config_of("golore", microbatches=2)  # random from its switch on: at once
+    optimizer = dataclasses.replace(config.optimizer, switch=0.0, clip_norm=clip_norm)
+    optimizer = make_optimizer(optimizer, config.steps, jax.random.key(0))
+    model = dataclasses.replace(MODEL, compute_dtype="float32")
+    works = [
+        Work(model, optimizer, jax.random.key(1), microbatches=2, layerwise=layerwise)
+        for layerwise in (True, False)
+    ]
+    states = [initial(work, MESH)[0](jax.random.key(0)) for work in works]
+    start = states[0].params
+    for i, batch in enumerate(batches_of(3)):
+        norms = []
+        for k, work in enumerate(works):
+            step = jax.jit(partial(train_step, work, refresh=i % 2 == 0))
+            states[k], metrics = step(states[k], batch)
+            norms.append(metrics.pop("grad_norm"))
+            states[k] = jax.block_until_ready(states[k])
+        assert 0 < norms[0] < norms[1]  # of S^T G, and of G
+        if clip_norm is not None:
+            break
+    ours, theirs = (state.params for state in states)
+    # In float32: rounding of gradients, and what Adam's division makes of it.
+    atol = 1e-4 if clip_norm is None else 1e-2  # Adam undoes the clipping but for eps
+    for a, b, c in zip(*map(jax.tree.leaves, (ours, theirs, start)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * 1e-2)
+        assert jnp.max(jnp.abs(a - c)) > 1e-4
+    assert bits(states[0]).keys() == bits(states[1]).keys()
+
+
+def test_a_microbatch_that_is_not_finite_skips_the_step():
+    config = config_of("galore", microbatches=2)
+    optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
+    model = dataclasses.replace(MODEL, compute_dtype="float32")
+    work = Work(model, optimizer, jax.random.key(1), microbatches=2, layerwise=True)
+    state = initial(work, MESH)[0](jax.random.key(0))
+    step = jax.jit(partial(train_step, work, refresh=True))
+    after, metrics = step(state, batches_of(1, poisoned=0)[0])
+    assert metrics["skipped"] == 1
+    assert after.until_refresh == 0
+    assert bits(after.params) == bits(state.params)
+
+
+@pytest.mark.parametrize("name", ["grass_jump", "adamw"])
+def test_microbatches_that_cannot_be_summed_in_the_subspace(name):
+    config = config_of(name, microbatches=2)
+    with pytest.raises(ValueError, match=f"microbatches=2 .* {name} does not allow"):
+        check_optimizer(config)
+    check_optimizer(config_of("galore_adam8bit", microbatches=2))
+    check_optimizer(config_of(name, microbatches=2, layerwise="off"))
 
 
 def test_the_rounding_goes_by_the_key_the_step_and_the_layer():

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from models import SIZES, init_params
+from models import SIZES, LlamaConfig, init_params
 from train.compare import named
 from train.config import (
     Config,
@@ -26,15 +27,16 @@ from train.config import (
     parse,
     resolve,
 )
-from train.loop import build_program, initial, kinds_of_steps
+from train.loop import Program, build_program, initial, kinds_of_steps
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
-from train.step import Work
+from train.step import TrainState, Work
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
-compiles them, for every optimizer in one process: milliseconds of an ordinary step and
-of a refresh, and the memory that the compiler counts, beside AdamW's.
+compiles them, for every optimizer in one process: milliseconds of an ordinary step, of
+a refresh, and of both in the mean with a refresh every 200 steps; the memory that the
+compiler counts, and the device's own peak; beside AdamW's.
 
 Examples:
   python -m train.bench --size 60m --batch-size 128 --rank 128
@@ -45,7 +47,10 @@ Examples:
 With --update-alone only the optimizer's update and the addition to the weights are
 timed, on random gradients. Run it on an accelerator."""
 
+REFRESH_EVERY = 200
 
+T = TypeVar("T")
+Row = dict[str, Any]
 Layerwise = Literal["off", "on"]
 
 
@@ -61,6 +66,7 @@ class BenchConfig:
       optimizers: which, after adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
       weight_dtype: how weights are kept.
+      basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
       remat: what the backward pass recomputes.
       precision: of the products with the basis, as the trainer takes it.
       steps: ordinary steps in a timing; the median of three timings counts.
@@ -77,6 +83,7 @@ class BenchConfig:
     optimizers: tuple[str, ...] = ("galore", "galore+sara", "fira", "grass_jump")
     layerwise: tuple[Layerwise, ...] = ("off",)
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    basis_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     precision: str = "default"
     steps: int = 20
@@ -91,14 +98,17 @@ class BenchConfig:
 
 
 def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
-    """A run of the trainer, resolved: no clipping, a refresh every 200 steps."""
+    """A run of the trainer, resolved: no clipping."""
     optimizer = OptimizerConfig(
         rank=config.rank,
-        refresh_every=200,
+        refresh_every=REFRESH_EVERY,
         clip_norm=None,
         precision=config.precision,
         learning_rate=1e-3,
     )
+    optimizer = named(name, optimizer)
+    if optimizer.basis != "default":
+        optimizer = dataclasses.replace(optimizer, basis_dtype=config.basis_dtype)
     model = ModelConfig(
         size=config.size, weight_dtype=config.weight_dtype, remat=config.remat
     )
@@ -109,26 +119,50 @@ def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
             seq_len=config.seq_len,
             layerwise=layerwise,
             model=model,
-            optimizer=named(name, optimizer),
+            optimizer=optimizer,
         )
     )
 
 
-def median_seconds(run: Callable[[], Any], steps: int, repeats: int = 3) -> float:
-    """Seconds of one `run`, which hands out work and returns what to wait for."""
-    result = jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(steps):
-            result = run()
-        jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - start) / steps)
-    return statistics.median(seconds)
+def seconds(run: Callable[[], Any], steps: int = 1) -> float:
+    """Of one `run`, which hands out work and returns what to wait for."""
+    start = time.perf_counter()
+    jax.block_until_ready([run() for _ in range(steps)])
+    return (time.perf_counter() - start) / steps
 
 
-def bench_step(config: BenchConfig, name: str, layerwise: Layerwise) -> dict[str, Any]:
-    """One row: times in ms, memory in GiB."""
+def median_seconds(run: Callable[[], Any], steps: int) -> float:
+    """Of three times `seconds`, the first run aside."""
+    jax.block_until_ready(run())
+    return statistics.median(seconds(run, steps) for _ in range(3))
+
+
+class Compiled(NamedTuple):
+    """A training step that is ready to be timed.
+
+    Attributes:
+      row: what is known of it, memory in GiB.
+      mesh: where it runs.
+      model: the model.
+      make: the first state, from a key.
+      program: the step.
+      kinds: whether steps are refreshes (`kinds_of_steps`).
+    """
+
+    row: Row
+    mesh: Mesh
+    model: LlamaConfig
+    make: Callable[[jax.Array], TrainState]
+    program: Program
+    kinds: list[bool]
+
+    @property
+    def peak(self) -> int:
+        """The most that a step of either kind needs, in bytes."""
+        return max(memory.peak or 0 for memory in self.program.memory.values())
+
+
+def compile_step(config: BenchConfig, name: str, layerwise: Layerwise) -> Compiled:
     run = work_of(config, name, layerwise)
     mesh = make_mesh(run)
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
@@ -139,28 +173,35 @@ def bench_step(config: BenchConfig, name: str, layerwise: Layerwise) -> dict[str
         weight_dtype=run.model.weight_dtype,
         layerwise=layerwise == "on",
     )
+    kinds = kinds_of_steps(optimizer)
+    if config.compile_only:
+        kinds = kinds[:1]
     with jax.set_mesh(mesh):
         make, like = initial(work, mesh)
-        kinds = kinds_of_steps(optimizer)
-        if config.compile_only:
-            kinds = kinds[:1]
         program = build_program(run, mesh, work, like, kinds)
-        memory = program.memory[min(program.memory)]
-        row: dict[str, Any] = {
-            "optimizer": name,
-            "layerwise": layerwise,
-            "weights": memory.weights / GIB,
-            "state": memory.state / GIB,
-            "gradients": memory.gradients / GIB,
-            "temporaries": (memory.temporaries or 0) / GIB,
-            "peak": (memory.peak or 0) / GIB,
-            "compile_s": program.compile_s,
-        }
-        if config.compile_only:
-            return row
-        state = make(jax.random.key(0))
-        shape = (config.batch_size, config.seq_len)
-        tokens = jax.random.randint(jax.random.key(2), shape, 0, work.model.vocab_size)
+    memory = program.memory[kinds[0]]
+    row: Row = {
+        "optimizer": name,
+        "layerwise": layerwise,
+        "weights": memory.weights / GIB,
+        "state": memory.state / GIB,
+        "gradients": memory.gradients / GIB,
+        "temporaries": (memory.temporaries or 0) / GIB,
+        "peak": (memory.peak or 0) / GIB,
+        "compile_s": program.compile_s,
+    }
+    return Compiled(row, mesh, work.model, make, program, kinds)
+
+
+def time_step(config: BenchConfig, compiled: Compiled) -> Row:
+    """Its times in ms, and the device's peak if no step before had a higher one."""
+    program, kinds = compiled.program, compiled.kinds
+    shape = (config.batch_size, config.seq_len)
+    before = device_peak()
+    with jax.set_mesh(compiled.mesh):
+        state = compiled.make(jax.random.key(0))
+        vocabulary = compiled.model.vocab_size
+        tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
         batch = {"tokens": tokens}
 
         def step(refresh: bool) -> Callable[[], Any]:
@@ -172,14 +213,19 @@ def bench_step(config: BenchConfig, name: str, layerwise: Layerwise) -> dict[str
             return run
 
         jax.block_until_ready(step(kinds[-1])())  # bases first
-        row["step_ms"] = 1e3 * median_seconds(step(kinds[0]), config.steps)
+        row: Row = {"step_ms": 1e3 * median_seconds(step(kinds[0]), config.steps)}
+        row["mean_ms"] = row["step_ms"]
         if len(kinds) > 1 and not config.skip_refreshes:
-            row["refresh_ms"] = 1e3 * median_seconds(step(True), 2, 1)
-        row["device_peak"] = (device_peak() or 0) / GIB
+            row["refresh_ms"] = 1e3 * seconds(step(True))
+            extra = row["refresh_ms"] - row["step_ms"]
+            row["mean_ms"] += extra / REFRESH_EVERY
+    after = device_peak()
+    if after is not None and after != before:
+        row["device_peak"] = after / GIB
     return row
 
 
-def bench_update(config: BenchConfig, name: str) -> dict[str, Any]:
+def bench_update(config: BenchConfig, name: str) -> Row:
     """One row of the update alone: times in ms."""
     run = work_of(config, name, "off")
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
@@ -206,51 +252,70 @@ def bench_update(config: BenchConfig, name: str) -> dict[str, Any]:
 
         return run
 
-    row: dict[str, Any] = {"optimizer": name, "layerwise": "-"}
+    row: Row = {"optimizer": name, "layerwise": "-"}
     if every is not None:
         refresh = step(True)
         jax.block_until_ready(refresh())
         if not config.skip_refreshes:
-            row["refresh_ms"] = 1e3 * median_seconds(refresh, 2, 1)
+            row["refresh_ms"] = 1e3 * seconds(refresh)
     row["step_ms"] = 1e3 * median_seconds(step(every == 1), config.steps)
     return row
 
 
-def bench(config: BenchConfig) -> list[dict[str, Any]]:
-    """One row for AdamW and one for each optimizer, and for each way to take a step."""
+def bench(config: BenchConfig) -> list[Row]:
+    """One row for AdamW and one for each optimizer, and for each way to take a step.
 
-    def one(name: str, layerwise: Layerwise) -> dict[str, Any]:
-        try:
-            if config.update_alone:
-                row = bench_update(config, name)
-            else:
-                row = bench_step(config, name, layerwise)
-        except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
-            row = {"optimizer": name, "layerwise": layerwise, "error": reason}
-        print(json.dumps(rounded(row)), flush=True)
-        return row
-
-    ways = config.layerwise[:1] if config.update_alone else config.layerwise
+    Printed as they come: by their peaks, the lowest first, so that the device's own
+    peak, of which there is one for the process, is each one's in turn.
+    """
+    ways = ("-",) if config.update_alone else config.layerwise
     cases = [*itertools.product(("adamw", *config.optimizers), ways)]
-    if config.compile_only:
+    rows: list[Row] = [{"optimizer": name, "layerwise": way} for name, way in cases]
+
+    def attempt(row: Row, run: Callable[[], T]) -> T | None:
+        try:
+            return run()
+        except jax.errors.JaxRuntimeError as error:
+            row["error"] = str(error).splitlines()[0]
+            return None
+
+    def prepare(row: Row) -> Compiled | None:
+        name, way = row["optimizer"], row["layerwise"]
+        return attempt(row, lambda: compile_step(config, name, way))
+
+    steps: list[Compiled | None] = [None] * len(rows)
+    if not config.update_alone:
         with ThreadPoolExecutor(8) as pool:  # compiling holds no lock of Python's
-            return [*pool.map(lambda case: one(*case), cases)]
-    rows: list[dict[str, Any]] = []
-    for case in cases:
-        rows.append(row := one(*case))
-        if "step_ms" in row and "step_ms" in rows[0]:
-            row["ratio"] = row["step_ms"] / rows[0]["step_ms"]
+            steps = [*pool.map(prepare, rows)]
+
+    def measure(row: Row, step: Compiled | None) -> None:
+        if config.update_alone:
+            row.update(
+                attempt(row, lambda: bench_update(config, row["optimizer"])) or {}
+            )
+        elif step is not None:
+            row.update(step.row)
+            if not config.compile_only:
+                row.update(attempt(row, lambda: time_step(config, step)) or {})
+        print(json.dumps(rounded(row)), flush=True)
+
+    peaks = [0 if step is None else step.peak for step in steps]
+    for i in sorted(range(len(rows)), key=peaks.__getitem__):
+        measure(rows[i], steps[i])
+        steps[i] = None
         gc.collect()
-        jax.clear_caches()
+    for row in rows:
+        for ratio, ms in (("ratio", "step_ms"), ("mean_ratio", "mean_ms")):
+            if ms in row and "step_ms" in rows[0]:
+                row[ratio] = row[ms] / rows[0]["step_ms"]
     return rows
 
 
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: Row) -> Row:
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown; memory in GiB."""
     columns = {
         "optimizer": "optimizer",
@@ -258,15 +323,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         "step_ms": "step, ms",
         "ratio": "of AdamW's",
         "refresh_ms": "refresh, ms",
+        "mean_ratio": "of AdamW's with refreshes",
         "weights": "weights",
         "state": "state",
         "gradients": "gradients",
         "temporaries": "all of the step alone",
         "peak": "peak, GiB",
+        "device_peak": "the device's own",
     }
     shown = {k: title for k, title in columns.items() if any(k in row for row in rows)}
 
-    def cell(row: dict[str, Any], key: str) -> str:
+    def cell(row: Row, key: str) -> str:
         value = row.get(key, "-")
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 

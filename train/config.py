@@ -193,7 +193,10 @@ class Config:
         save memory; the gradient is that of the whole batch.
       layerwise: whether each layer is updated as soon as the backward pass has its
         gradient, so that there is never more than one layer's. Then each layer is
-        clipped by its own norm, and skipped by itself. auto: off.
+        clipped by its own norm, and skipped by itself. auto: on where it was found to
+        be faster too, on an accelerator with layers as large as 7b's. With
+        microbatches: a layer's gradients are summed in the subspace, for methods that
+        give no residual back, and the step comes at the end, for all layers.
     """
 
     out: Path | None = None
@@ -219,12 +222,6 @@ class Config:
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"microbatches={self.microbatches}; change either"
             )
-        if self.layerwise == "on" and self.microbatches > 1:
-            raise ValueError(
-                f"layerwise=on updates a layer when its gradient is there, and with "
-                f"microbatches={self.microbatches} that is never the whole batch's; "
-                "take microbatches=1, or layerwise=off"
-            )
 
 
 def resolve(config: Config) -> Config:
@@ -243,7 +240,8 @@ def resolve(config: Config) -> Config:
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
     model = _filled(model, vocab_size=size.vocab_size)
     if config.layerwise == "auto":
-        config = dataclasses.replace(config, layerwise="off")
+        on = not on_cpu and config.microbatches == 1 and large_layers(size)
+        config = dataclasses.replace(config, layerwise="on" if on else "off")
     method = METHODS[optimizer.name]
     optimizer = _filled(
         optimizer,
@@ -255,6 +253,16 @@ def resolve(config: Config) -> Config:
         dataclasses.replace(config, model=model, optimizer=optimizer),
         out=Path("runs") / f"{model.size}-{label(optimizer)}",
     )
+
+
+def large_layers(model: LlamaConfig) -> bool:
+    """Whether a layer is better updated by itself.
+
+    On an H100 that took 5 to 7 % less time at LLaMA-7B, with 200 million weights in a
+    layer, and 7 to 10 % more at LLaMA-1B, with 50 million.
+    """
+    hidden, mlp = model.hidden_size, model.mlp_size
+    return hidden * (4 * hidden + 3 * mlp) >= 100_000_000
 
 
 def _filled(config: C, **defaults: Any) -> C:

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations and checkpoints, in that order."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +50,7 @@ class Program(NamedTuple):
       refresh_every: steps from one refresh to the next; None for none at all.
       compile_s: seconds to compile `step`.
       memory: what each kind of step needs, by whether it is a refresh.
+      adamw: what AdamW's would need, all gradients first; None if it was not asked.
     """
 
     step: Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]
@@ -57,6 +59,7 @@ class Program(NamedTuple):
     refresh_every: int | None
     compile_s: float
     memory: dict[bool, StepMemory]
+    adamw: StepMemory | None = None
 
     @property
     def step_bytes(self) -> int | None:
@@ -104,7 +107,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         )
         make, like = initial(work, mesh)
         kinds = kinds_of_steps(optimizer)
-        program = build_program(config, mesh, work, like, kinds)
+        program = build_program(config, mesh, work, like, kinds, beside(config, work))
         batches = iter(data.train)
         if checkpoints.latest is None:
             state = make(init_key)
@@ -132,29 +135,54 @@ def initial(work: Work, mesh: Mesh) -> tuple[Callable[[jax.Array], TrainState], 
     return lambda key: rest(weights(key)), like
 
 
+def beside(config: Config, work: Work) -> Work | None:
+    """The same work with AdamW, gradients first; None if that is what it is."""
+    if config.optimizer.name == "adamw" and not work.layerwise:
+        return None
+    adamw = dataclasses.replace(
+        config.optimizer, name="adamw", basis="default", basis_dtype="float32"
+    )
+    optimizer = make_optimizer(adamw, config.steps, jax.random.key(0))
+    return work._replace(optimizer=optimizer, layerwise=False)
+
+
 def build_program(
-    config: Config, mesh: Mesh, work: Work, like: Any, kinds: Iterable[bool]
+    config: Config,
+    mesh: Mesh,
+    work: Work,
+    like: Any,
+    kinds: Iterable[bool],
+    adamw: Work | None = None,
 ) -> Program:
     """Compile the training step for states of the shapes in `like`.
 
-    A program for each of `kinds`, whether it is a refresh (`kinds_of_steps`).
+    A program for each of `kinds`, whether it is a refresh (`kinds_of_steps`); and one
+    for `adamw`, whose memory alone is looked at, except on a CPU, which would have
+    nothing to do it with meanwhile.
     """
     everywhere, rows = replicated(mesh), by_row(mesh)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     start = time.perf_counter()
-    lowered = {
-        refresh: jax.jit(
+
+    def lower(work: Work, like: Any, refresh: bool) -> jax.stages.Lowered:
+        return jax.jit(
             partial(train_step, work, refresh=refresh),
             in_shardings=(everywhere, rows),
             out_shardings=everywhere,
             donate_argnums=0,
         ).lower(like, {"tokens": tokens})
-        for refresh in kinds
+
+    lowered: dict[Any, jax.stages.Lowered] = {
+        refresh: lower(work, like, refresh) for refresh in kinds
     }
+    like_adamw = None if adamw is None else initial(adamw, mesh)[1]
+    if adamw is not None and jax.default_backend() != "cpu":
+        lowered["adamw"] = lower(adamw, like_adamw, False)
     with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
         )
+    beside_it = compiled.pop("adamw", None)
     seconds = time.perf_counter() - start
 
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -167,6 +195,7 @@ def build_program(
         refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
         memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
+        adamw=adamw and step_memory(adamw, like_adamw, beside_it),
     )
 
 

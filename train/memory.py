@@ -13,7 +13,7 @@ GIB, MIB = 2**30, 2**20
 
 
 class StepMemory(NamedTuple):
-    """Bytes of a compiled step on one device; None where the compiler does not say.
+    """Bytes of a step on one device; None where no compiler said.
 
     Attributes:
       weights: as they are kept.
@@ -31,13 +31,15 @@ class StepMemory(NamedTuple):
     peak: int | None
 
 
-def step_memory(work: Work, like: Any, compiled: jax.stages.Compiled) -> StepMemory:
+def step_memory(
+    work: Work, like: Any, compiled: jax.stages.Compiled | None
+) -> StepMemory:
     """That of a step which takes a state of the shapes in `like`, and consumes it."""
     weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
     parts = parted(jax.eval_shape(partial(dense, work), like.params))
     at_once = work.model.num_layers if work.layerwise else 1
     gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)
-    memory = compiled.memory_analysis()
+    memory = None if compiled is None else compiled.memory_analysis()
     if memory is None:
         return StepMemory(weights, state, gradients, None, None)
     kept = (
@@ -49,12 +51,14 @@ def step_memory(work: Work, like: Any, compiled: jax.stages.Compiled) -> StepMem
     return StepMemory(weights, state, gradients, temporaries, kept + temporaries)
 
 
-def describe(memory: dict[bool, StepMemory]) -> str:
+def describe(memory: dict[bool, StepMemory], adamw: StepMemory | None) -> str:
     """A table of steps by their kind, in MiB, and the device's own peak."""
+    rows = {("a refresh" if kind else "ordinary"): x for kind, x in memory.items()}
+    if adamw is not None:
+        rows["adamw, ordinary"] = adamw
     lines = ["step, MiB       " + "".join(f"{x:>13}" for x in StepMemory._fields)]
-    for refresh, numbers in memory.items():
+    for kind, numbers in rows.items():
         cells = ("-" if x is None else f"{x / MIB:,.1f}" for x in numbers)
-        kind = "a refresh" if refresh else "ordinary"
         lines.append(f"{kind:<16}" + "".join(f"{x:>13}" for x in cells))
     if (peak := device_peak()) is not None:
         lines.append(f"the device's own peak: {peak / MIB:,.1f} MiB")

@@ -12,7 +12,8 @@ import optax
 
 import lowrank_optax as lro
 from lowrank_optax.layerwise import squared_norm
-from train.config import Config, OptimizerConfig, resolved
+from models import init_params
+from train.config import Config, OptimizerConfig, model_config, resolved
 from train.methods import BASES, METHODS, call
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
@@ -246,8 +247,28 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 
 
 def check_optimizer(config: Config) -> None:
-    """ValueError for a resolved config whose optimizer cannot be built."""
-    make_optimizer(config.optimizer, config.steps, jax.random.key(0))
+    """ValueError for a resolved config whose optimizer cannot be built, or not used."""
+    key = jax.random.key(0)
+    tx = make_optimizer(config.optimizer, config.steps, key).method
+    if config.layerwise == "off" or config.microbatches == 1:
+        return
+    model = model_config(config.model)
+    params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
+
+    def step(params: Any) -> Any:
+        layer = jax.tree.map(lambda x: x[0], params)
+        state = tx.init(layer)
+        low = lro.project_gradient(tx, layer, state, layer).low
+        return tx.update(low, state, layer, refresh=False, projected=True)
+
+    try:
+        jax.eval_shape(step, params)
+    except ValueError as error:
+        raise ValueError(
+            f"layerwise=on with microbatches={config.microbatches} sums a layer's "
+            f"gradients in the subspace, which {config.optimizer.name} does not allow: "
+            f"{error}; take microbatches=1, or layerwise=off"
+        ) from error
 
 
 def make_method(

@@ -63,7 +63,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     folder: Path = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
-    memory = f"{state}\n\n{describe(trained.program.memory)}"
+    memory = f"{state}\n\n{describe(trained.program.memory, trained.program.adamw)}"
     summary = {**summarize(config, trained), "wall_s": wall_s}
     (folder / "memory.txt").write_text(memory + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

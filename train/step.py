@@ -16,6 +16,7 @@ from lowrank_optax.layerwise import squared_norm
 from models import LlamaConfig, Params
 from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
+from train.config import large_layers
 from train.optimizer import Optimizer, Parts, joined, parted
 
 Batch = dict[str, jax.Array]
@@ -23,12 +24,6 @@ LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 
 LOGIT_TOKENS = 2048
 """How many tokens' logits there are at a time on a device."""
-
-
-LARGE_LAYER = 100_000_000
-"""Weights of a layer from which on the update goes through one layer at a time. At
-LLaMA-1B's 50 million blocks of four took 10 to 14 ms of 130 longer than all together,
-on an H100."""
 
 
 class TrainState(NamedTuple):
@@ -192,7 +187,8 @@ def train_step(
     Returns:
       The new state, and the metrics.
     """
-    take = layerwise_step if work.layerwise else whole_step
+    by_layer = work.layerwise and work.microbatches == 1
+    take = layerwise_step if by_layer else whole_step
     key = jax.random.fold_in(work.key, state.step)
     taken = take(work, key, state, batch, refresh)
     optimizer = work.optimizer
@@ -223,10 +219,19 @@ def train_step(
 def whole_step(
     work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
 ) -> Taken:
-    """All gradients first, then all updates: a step is taken whole or not at all."""
-    params = dense(work, state.params)
-    sums = partial(loss_sums, work.model)
-    loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
+    """All gradients first, then all updates: a step is taken whole or not at all.
+
+    With `layerwise`, and microbatches, what is summed of them is S^T G alone, so that a
+    norm is that of S^T G.
+    """
+    if work.layerwise:
+        state, loss, gradient, bases = projected_gradient(work, state, batch, refresh)
+        how = {"bases": bases, "projected": True}
+    else:
+        sums = partial(loss_sums, work.model)
+        params = dense(work, state.params)
+        loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
+        how = {}
     squared = squared_norm(gradient)
     method, accept = work.optimizer.method, jnp.isfinite(squared)
     old, steps = parted(state.params), parted(work.optimizer.clipped(gradient))
@@ -235,7 +240,8 @@ def whole_step(
         steps.layers,
         state.opt_state.layers,
         old.layers,
-        block=block_of(work.model),
+        **how,
+        block=1 if large_layers(work.model) else None,
         load=partial(dense, work),
         apply_updates=added,
         operands=(key,),
@@ -245,7 +251,7 @@ def whole_step(
     updates, rest_state = method.update(
         steps.rest,
         state.opt_state.rest,
-        parted(params).rest,
+        dense(work, old.rest),
         refresh=refresh,
         accept=accept,
     )
@@ -255,10 +261,66 @@ def whole_step(
     )
 
 
-def block_of(model: LlamaConfig) -> int | None:
-    """How many layers are updated together: all, or one at a time of large ones."""
-    weights = model.hidden_size * (4 * model.hidden_size + 3 * model.mlp_size)
-    return 1 if weights >= LARGE_LAYER else None
+def projected_gradient(
+    work: Work, state: TrainState, batch: Batch, refresh: bool
+) -> tuple[TrainState, jax.Array, Params, dict[str, jax.Array]]:
+    """The state, the mean loss, S^T G of the whole batch, and the bases S chosen.
+
+    The backward pass projects each layer's gradient as soon as it is there.
+    """
+    method, old = work.optimizer.method, parted(state.params)
+    load, weight = partial(dense, work), jnp.sum(targets_of(batch)[1])
+    layers = lro.open_sums(
+        method, old.layers, state.opt_state.layers, load=load, refresh=refresh
+    )
+    rest = dense(work, old.rest)
+
+    def add(carry: Any, part: Batch, *, first: bool) -> tuple[Any, None]:
+        layer = lro.sum_in_backward(
+            lambda weights, x: run_layer(work.model, weights["layers"], x),
+            method,
+            load=load,
+            refresh=refresh,
+            first=first,
+        )
+
+        def loss(rest: Params) -> jax.Array:
+            return loss_through(work.model, layer, layers, rest, part) / weight
+
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(rest)), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, rest)
+    parts = jax.tree.map(partial(_split, work.microbatches), batch)
+    # At a refresh the first chooses the bases; otherwise one program does for all.
+    start = int(refresh)
+    if refresh:
+        zeros, _ = add(zeros, jax.tree.map(lambda x: x[0], parts), first=True)
+    (loss, of_rest), _ = jax.lax.scan(
+        partial(add, first=False), zeros, jax.tree.map(lambda x: x[start:], parts)
+    )
+    params, own, sums = lro.close_sums(layers)
+    state = state._replace(
+        params=joined(Parts(params, old.rest)),
+        opt_state=Parts(own, state.opt_state.rest),
+    )
+    return state, loss, joined(Parts(sums.low, of_rest)), sums.bases
+
+
+def loss_through(
+    model: LlamaConfig,
+    layer: Callable[..., jax.Array],
+    layers: Any,
+    rest: Params,
+    batch: Batch,
+) -> jax.Array:
+    """Weighted sum of the cross-entropy, through layers that are references."""
+
+    def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        return layer(index, layers, x), None
+
+    x = embed(model, rest, batch["tokens"])
+    x, _ = jax.lax.scan(body, x, jnp.arange(model.num_layers))
+    return head_loss(model, rest, finish(model, rest, x), batch)
 
 
 def layerwise_step(
@@ -280,12 +342,7 @@ def layerwise_step(
     )
 
     def mean_loss(rest: Params) -> jax.Array:
-        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return layer(index, layers, x), None
-
-        x = embed(work.model, rest, batch["tokens"])
-        x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
-        total = head_loss(work.model, rest, finish(work.model, rest, x), batch)
+        total = loss_through(work.model, layer, layers, rest, batch)
         return total / jnp.sum(targets_of(batch)[1])
 
     rest = dense(work, old.rest)
