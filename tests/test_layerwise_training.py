@@ -21,6 +21,7 @@ from models import SIZES, LlamaConfig, generate
 from train.config import Config, ModelConfig, OptimizerConfig, ReportConfig, resolve
 from train.data import Data
 from train.loop import Trained, fit, initial, kinds_of_steps
+from train.memory import describe
 from train.metrics import read_metrics
 from train.optimizer import check_optimizer, make_optimizer
 from train.report import sample_text
@@ -265,6 +266,27 @@ def check_memory(trained: Trained) -> None:
     assert adamw.weights == arrays_bytes(trained.state.params)
     assert adamw.gradients == arrays_bytes(trained.weights)
     assert adamw.state > 2 * adamw.gradients
+
+
+def test_adamws_step_is_compiled_beside_where_it_costs_nothing(monkeypatch):
+    config = config_of("galore", layerwise="off")
+    optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
+    model = dataclasses.replace(MODEL, compute_dtype="float32")
+    work = Work(model, optimizer, jax.random.key(1))
+    like, adamw = initial(work, MESH)[1], train.loop.beside(config, work)
+    monkeypatch.setattr(train.loop.jax, "default_backend", lambda: "gpu")
+    program = build_program(config, MESH, work, like, [False], adamw)
+    ours, theirs = program.memory[False], program.adamw
+    assert [*program.memory] == [False]
+    assert theirs is not None
+    assert None not in theirs
+    assert theirs.peak > theirs.weights + theirs.state + theirs.gradients
+    lines = describe(program.memory, theirs).splitlines()
+    assert [line[:15].strip() for line in lines[1:3]] == ["ordinary", "adamw, ordinary"]
+    assert lines[2].split()[-1] == f"{theirs.peak / 2**20:,.1f}"
+    assert theirs.weights == ours.weights
+    adamw = dataclasses.replace(config.optimizer, name="adamw")
+    assert train.loop.beside(dataclasses.replace(config, optimizer=adamw), work) is None
 
 
 class Waits:
