@@ -214,7 +214,7 @@ def sum_in_backward(
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
-      >>> params = jnp.full((12, 8, 8), 0.1)
+      >>> params = jnp.full((12, 8, 8), 0.01)
       >>> layers = lro.open_sums(tx, params, lro.per_layer(tx).init(params))
       >>> layer = lro.sum_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):

@@ -104,6 +104,7 @@ def _scaled(
         norm = jnp.sqrt(jnp.sum(phi**2 * squared, axis=-1))
         phi, norm = limit_growth(phi, norm, last, limit, arithmetic)
         phi = jnp.sqrt(scale) * phi
-        return frame.replace(step=frame.gradient * phi[..., None, :]), norm
+        G, phi = map(frame.as_stored, (frame.gradient, phi[..., None, :]))
+        return frame.replace(step=frame.as_stored(G * phi)), norm
 
     return limited_stage(one)

@@ -129,6 +129,7 @@ CLASSES = [name for name in NAMES if inspect.isclass(getattr(lro, name))]
 TREE_HELPERS = {"map_frames", "update_frames"}
 SILENT = TREE_HELPERS | {
     "close_layers",
+    "close_sums",
     "dense",
     "memory_report",
     "scale_by_adafactor",
