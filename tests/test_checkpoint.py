@@ -78,8 +78,13 @@ def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, h
         check_folder(changed)
     assert str(raised.value).splitlines()[1:] == [
         f"  layerwise: {there} there, {here} here "
-        "(a layer is clipped by its own norm, or all by one)"
+        "(a layer is clipped by its own norm, or all by one; and of microbatches the "
+        "first chooses the bases, or all do)"
     ]
+    parts = (*unclipped[:2], "--microbatches", "2", "--layerwise")
+    store_config(config_of(tmp_path / "parts", *parts, there))
+    with pytest.raises(ValueError, match="another configuration"):
+        check_folder(config_of(tmp_path / "parts", "--resume", *parts, here))
     # Nor while the clipping itself is changed.
     changed = config_of(tmp_path / "clipped", "--resume", *unclipped, here)
     with pytest.raises(ValueError, match=r"clip_norm: 1\.0 there, None here"):

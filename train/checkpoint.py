@@ -54,9 +54,13 @@ def store_config(config: Config) -> None:
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = _flat(stored), _flat(given)
-    unclipped = old.get(CLIP, ...) is None and new.get(CLIP, ...) is None
-    free = (*FREE, "layerwise") if unclipped else FREE
-    why = {"layerwise": " (a layer is clipped by its own norm, or all by one)"}
+    same = all(x.get(CLIP, ...) is None for x in (old, new))
+    same &= all(x.get("microbatches") == 1 for x in (old, new))
+    free = (*FREE, "layerwise") if same else FREE
+    why = {
+        "layerwise": " (a layer is clipped by its own norm, or all by one; and of "
+        "microbatches the first chooses the bases, or all do)"
+    }
     differences = [
         f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
         + why.get(field, "")
