@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.bracket import LowRankState
 from lowrank_optax.frame import stage
 
-Load = Callable[[Any], Any]
 Apply = Callable[..., Any]
 
 
@@ -335,70 +335,10 @@ def update_in_backward(
     return in_backward(apply, load, use)
 
 
-def in_backward(
-    apply: Callable[..., Any], load: Load, use: Callable[[jax.Array, Any, Any], None]
-) -> Callable[..., Any]:
-    """layer(i, layers, x, *inputs) to y; its backward pass is `use`d for the weights.
-
-    `use` gets i, `layers`, whose `params` are references, and the layer's gradient.
-    """
-
-    @jax.custom_vjp
-    def layer(index: jax.Array, layers: Any, x: Any, *inputs: Any) -> Any:
-        return apply(load(read(layers.params, index)), x, *inputs)
-
-    def forward(
-        index: jax.Array, layers: Any, x: Any, *inputs: Any
-    ) -> tuple[Any, tuple[Any, ...]]:
-        weights = load(read(layers.params, index))
-        y, pull = jax.vjp(apply, weights, x, *inputs)
-        # The weights are where they were: kept here, they would be copied as a whole.
-        kept, without = _take_out(pull, weights)
-        return y, (index, layers, kept, jax.tree_util.Partial(without))
-
-    def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
-        index, layers, kept, without = saved
-        weights = load(read(layers.params, index))
-        gradient, *others = without(kept, weights)(cotangent)
-        use(index, layers, gradient)
-        return None, None, *others
-
-    layer.defvjp(forward, backward)
-    return layer
-
-
 def squared_norm(tree: Any) -> jax.Array:
     """The sum of the squares of all entries, () float32, summed in float32."""
     leaves = (x.astype(jnp.float32) for x in jax.tree.leaves(tree))
     return sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.float32(0))
-
-
-def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
-    """The arrays in a pullback that are not weights, and what puts it together."""
-    saved, structure = jax.tree.flatten(pull)
-    places = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
-    where = [places.get(id(x)) for x in saved]
-    kept = [x for x, i in zip(saved, where, strict=True) if i is None]
-
-    def put_in(kept: list[jax.Array], weights: Any) -> Any:
-        rest, leaves = iter(kept), jax.tree.leaves(weights)
-        return structure.unflatten(
-            next(rest) if i is None else leaves[i] for i in where
-        )
-
-    return kept, put_in
-
-
-def read(tree: Any, index: jax.Array | int) -> Any:
-    """One layer's part of a tree of arrays or references."""
-    return jax.tree.map(lambda x: x[index], tree)
-
-
-def write(refs: Any, index: jax.Array, values: Any) -> None:
-    def put(ref: Any, value: jax.Array) -> None:
-        ref[index] = value
-
-    jax.tree.map(put, refs, values)
 
 
 def count_of(tree: Any) -> int:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.frame import BASIS_RULE, frames_of, map_frames
-from lowrank_optax.layerwise import Load, count_of, in_backward, read, write
+from lowrank_optax.layerwise import count_of
 
 
 class Projected(NamedTuple):

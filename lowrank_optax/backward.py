@@ -1,0 +1,68 @@
+"""A layer whose backward pass hands on its gradient, and keeps no weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Load = Callable[[Any], Any]
+
+
+def in_backward(
+    apply: Callable[..., Any], load: Load, use: Callable[[jax.Array, Any, Any], None]
+) -> Callable[..., Any]:
+    """layer(i, layers, x, *inputs) to y; its backward pass is `use`d for the weights.
+
+    `use` gets i, `layers`, whose `params` are references, and the layer's gradient.
+    """
+
+    @jax.custom_vjp
+    def layer(index: jax.Array, layers: Any, x: Any, *inputs: Any) -> Any:
+        return apply(load(read(layers.params, index)), x, *inputs)
+
+    def forward(
+        index: jax.Array, layers: Any, x: Any, *inputs: Any
+    ) -> tuple[Any, tuple[Any, ...]]:
+        weights = load(read(layers.params, index))
+        y, pull = jax.vjp(apply, weights, x, *inputs)
+        # The weights are where they were: kept here, they would be copied as a whole.
+        kept, without = _take_out(pull, weights)
+        return y, (index, layers, kept, jax.tree_util.Partial(without))
+
+    def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
+        index, layers, kept, without = saved
+        weights = load(read(layers.params, index))
+        gradient, *others = without(kept, weights)(cotangent)
+        use(index, layers, gradient)
+        return None, None, *others
+
+    layer.defvjp(forward, backward)
+    return layer
+
+
+def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
+    """The arrays in a pullback that are not weights, and what puts it together."""
+    saved, structure = jax.tree.flatten(pull)
+    places = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
+    where = [places.get(id(x)) for x in saved]
+    kept = [x for x, i in zip(saved, where, strict=True) if i is None]
+
+    def put_in(kept: list[jax.Array], weights: Any) -> Any:
+        rest, leaves = iter(kept), jax.tree.leaves(weights)
+        return structure.unflatten(
+            next(rest) if i is None else leaves[i] for i in where
+        )
+
+    return kept, put_in
+
+
+def read(tree: Any, index: jax.Array | int) -> Any:
+    """One layer's part of a tree of arrays or references."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def write(refs: Any, index: jax.Array, values: Any) -> None:
+    def put(ref: Any, value: jax.Array) -> None:
+        ref[index] = value
+
+    jax.tree.map(put, refs, values)
