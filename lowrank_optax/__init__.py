@@ -16,7 +16,7 @@ from lowrank_optax.adam_mini import (
     check_heads,
     scale_by_adam_mini,
 )
-from lowrank_optax.basis import BasisRule, BasisState, basis_rule
+from lowrank_optax.basis import basis_rule
 from lowrank_optax.bracket import LowRankState, low_rank
 from lowrank_optax.dct import dct_columns
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
@@ -75,6 +75,7 @@ from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
 from lowrank_optax.residual import recover_residual, sign_residual
 from lowrank_optax.rows import coordinates, sample_rows
+from lowrank_optax.rule import BasisRule, BasisState
 from lowrank_optax.scaling import scale_channels, scale_tensor
 from lowrank_optax.singular import dominant_svd, sara_sample
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments

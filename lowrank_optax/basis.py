@@ -1,8 +1,7 @@
 """Where: what all basis rules share."""
 
-import dataclasses
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,86 +25,9 @@ from lowrank_optax.frame import (
     timed_stage,
 )
 from lowrank_optax.keys import canonical_key, check_key, split
-from lowrank_optax.linalg import Decomposition, replicated, transpose
-
-# The keys are None for a rule without a key.
-Choose = Callable[[Frame, Any, Clock], jax.Array]
-
-
-class BasisState(NamedTuple):
-    """State of a basis rule; its trees have one array for each parameter.
-
-    Attributes:
-      rng_key: a typed key, split at a refresh and at no other time; None for a rule
-        that draws nothing.
-      basis: what is kept of S: S itself, (*batch, m, r), or (*batch, r) integers where
-        its columns are coordinates; a `QuantizedBasis` of trees for `quantize_basis`,
-        and for `gaussian` the one typed key that all bases are drawn from.
-      begun: (*batch,) bool, whether a gradient that is not zero was seen.
-    """
-
-    rng_key: jax.Array | None
-    basis: Any
-    begun: Any
-
-
-class Storage(NamedTuple):
-    """How a basis is kept between steps.
-
-    Attributes:
-      pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is kept,
-        a tree of arrays with the batch axes in front.
-      unpack: from a Frame and what is kept to S_t.
-      like: a tree of the structure of what is kept.
-      shared: whether the refresh's key is kept, for all matrices, and no tree of what
-        `pack` gives for each.
-    """
-
-    pack: Callable[[Frame, jax.Array, Any], Any]
-    unpack: Callable[[Frame, Any], jax.Array]
-    like: Any = 0
-    shared: bool = False
-
-
-AS_IT_IS = Storage(pack=lambda _, s, __: s, unpack=lambda _, s: s)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A basis rule as data; `basis_rule` says what the fields mean.
-
-    Attributes:
-      first: the basis before the first refresh, from a Frame.
-      storage: how bases are kept.
-      once: whether a basis is for good.
-    """
-
-    choose: Choose
-    key: jax.Array | int | None = None
-    orthonormal: bool = True
-    coordinates: bool = False
-    svd_until: int | jax.Array = 0
-    decomposition: Decomposition | None = None
-    from_gradient: bool = True
-    storage: Storage = AS_IT_IS
-    once: bool = False
-
-    def first(self, frame: Frame) -> jax.Array:
-        if self.coordinates:
-            return jnp.broadcast_to(jnp.arange(frame.rank), (*frame.batch, frame.rank))
-        return eye_basis(frame)
-
-
-def eye_basis(frame: Frame) -> jax.Array:
-    """The first r coordinates, (*batch, m, r)."""
-    eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
-    return jnp.broadcast_to(eye, frame.basis_shape)
-
-
-class BasisRule(optax.GradientTransformationExtraArgs):
-    """A stage that chooses bases, and the `Rule` that it follows."""
-
-    rule: Rule
+from lowrank_optax.linalg import Decomposition, transpose
+from lowrank_optax.rule import BasisRule, BasisState, Choose, Rule
+from lowrank_optax.together import chosen_in_batches, flat_batch, in_one_call
 
 
 def basis_rule(
@@ -176,17 +98,6 @@ def basis_rule(
     )
 
 
-def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
-    """The `Rule` of a basis rule that `wrapper` goes around."""
-    if isinstance(rule, BasisRule):
-        return rule.rule
-    raise ValueError(
-        f"{wrapper} goes around a basis rule, such as dominant_svd() or what "
-        "basis_rule() returns; online_pca() moves its basis at every step, and "
-        "lazy_refresh() goes outside of the others"
-    )
-
-
 class Chosen(NamedTuple):
     """The basis of one leaf, or trees of those of all.
 
@@ -234,7 +145,8 @@ def follow(rule: Rule) -> BasisRule:
             def anew(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
                 return choose_anew(rule, frame, begun, kept, sub, now, due)
 
-            chosen = on_subspaces(rule, anew, frames, state)
+            asked = chosen_in_batches(rule, frames, sub, now)
+            chosen = on_subspaces(rule, anew, asked, state)
             kept = sub if rule.storage.shared else chosen.kept
             return BasisState(key, kept, chosen.begun), chosen
 
@@ -312,6 +224,7 @@ def with_bases(
             turn=turn,
             moved=moved,
             orthonormal=rule.orthonormal,
+            together=in_one_call(rule, frame),
         )
         for frame, before, after, turn, moved in rows
     )
@@ -385,12 +298,7 @@ def choose_flat(
     now: Clock,
 ) -> jax.Array:
     """What the rule chooses, asked with one batch axis: (*batch, m, r)."""
-    count, axes = math.prod(frame.batch), len(frame.batch)
-
-    def flat(x: jax.Array) -> jax.Array:
-        # The same bits on every sharding: factorise whole matrices.
-        return replicated(x).reshape(count, *x.shape[axes:])
-
+    flat = partial(flat_batch, frame)
     seen = frame.replace(
         gradient=flat(frame.gradient),
         momentum=None if frame.momentum is None else flat(frame.momentum),
@@ -407,7 +315,7 @@ def choose_flat(
     if isinstance(rule.svd_until, int) and rule.svd_until == 0:
         return choose().reshape(old.shape)
     # Layers of one kernel may begin at different steps; where they do, both are asked.
-    early = ~begun.reshape(count) | (now.step < rule.svd_until)
+    early = ~begun.reshape(-1) | (now.step < rule.svd_until)
     first = jax.lax.cond(jnp.any(early), leading, lambda: flat(old))
     later = jax.lax.cond(jnp.all(early), lambda: flat(old), choose)
     return select(early, first, later).reshape(old.shape)

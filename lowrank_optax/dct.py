@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, Storage, basis_rule, follow
+from lowrank_optax.basis import basis_rule, follow
 from lowrank_optax.frame import Clock, Frame
+from lowrank_optax.rule import BasisRule, Storage
 
 
 def dct_columns() -> BasisRule:

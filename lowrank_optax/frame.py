@@ -84,7 +84,9 @@ class Frame:
       moved: (*batch,) bool, whether S_t was chosen at this step.
       orthonormal: whether S's columns are orthonormal.
       chosen: S_t where it was chosen before, from another gradient of this step (see
-        `project_gradient`).
+        `project_gradient`), or with other matrices.
+      together: whether S_t was, or at a refresh would be, chosen with other matrices in
+        one call.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
@@ -106,6 +108,7 @@ class Frame:
     moved: jax.Array | None = None
     orthonormal: bool = True
     chosen: jax.Array | None = None
+    together: bool = False
     low: jax.Array | None = None
     low_step: jax.Array | None = None
     step: jax.Array | None = None

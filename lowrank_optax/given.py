@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import BasisRule, BasisState, basis_rule
+from lowrank_optax.basis import basis_rule
 from lowrank_optax.frame import Clock, Frame, frames_of, stage
 from lowrank_optax.layout import path_of
+from lowrank_optax.rule import BasisRule, BasisState
 
 
 def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:

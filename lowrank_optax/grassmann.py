@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, basis_rule
+from lowrank_optax.basis import basis_rule
 from lowrank_optax.frame import BASIS_RULE, Clock, Frame
 from lowrank_optax.keys import check_key
 from lowrank_optax.linalg import Decomposition, fence
 from lowrank_optax.random_bases import gaussian_matrix
+from lowrank_optax.rule import BasisRule
 
 
 def geodesic(

@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.bracket import LowRankState
-from lowrank_optax.frame import stage
+from lowrank_optax.frame import frames_of, stage
 
 Apply = Callable[..., Any]
 
@@ -31,7 +31,9 @@ def per_layer(
 
     With `refresh=False` (see `low_rank`) all layers are updated together, by
     `jax.vmap`; otherwise in a loop, since under `vmap` both branches of a conditional
-    would run, and a batch of factorisations takes longer than one after the other.
+    would run, and a batch of factorisations takes longer than one after the other. But
+    for singular vectors of small matrices, which are faster in a batch: with
+    `refresh=True` those of all layers are taken before the loop.
 
     Args:
       tx: any optax transformation; extra arguments are handed on to it.
@@ -67,14 +69,17 @@ def per_layer(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        def one(i: jax.Array, carry: tuple[Any, Any], p: Any) -> tuple[Any, Any]:
-            return inner.update(*carry, p, **{**extra_args, "layer": i})
+        bases = extra_args.pop("bases", None)
+        bases = bases or _chosen_together(inner, updates, state, params, extra_args)
+
+        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+            p, chosen = other
+            return inner.update(*carry, p, **_with(extra_args, chosen), layer=i)
 
         together = extra_args.get("refresh") is False
+        block = count_of(updates) if together else 1
         # The update takes the gradient's place, the new state the old one's.
-        return _in_blocks(
-            one, (updates, state), params, count_of(updates) if together else 1
-        )
+        return _in_blocks(one, (updates, state), (params, bases), block)
 
     return stage(init, update)
 
@@ -159,16 +164,46 @@ def update_layers(
       0.5
     """
 
+    if not bases:
+        bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+
     def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
         g, chosen = other
-        more = {**extra_args, "bases": chosen} if chosen else extra_args
-        return _step(tx, load, apply_updates, more)(i, g, *carry, *operands)
+        step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+        return step(i, g, *carry, *operands)
 
     count = count_of(params)
     block = _even(count if block is None else block, count)
     if extra_args.get("refresh") is not False:
         block = 1
-    return _in_blocks(one, (params, state), (gradient, dict(bases or {})), block)
+    return _in_blocks(one, (params, state), (gradient, dict(bases)), block)
+
+
+def _chosen_together(
+    tx: optax.GradientTransformation,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+    load: Load = lambda params: params,
+) -> dict[str, jax.Array]:
+    """At a refresh, by path: bases best chosen in one call for all layers."""
+    if extra_args.get("refresh") is not True:
+        return {}
+    inner = optax.with_extra_args_support(tx)
+
+    def of_one(i: jax.Array, g: Any, s: Any, stored: Any) -> dict[str, Any]:
+        seen: list[Any] = []
+        inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
+        return {f.path: f.basis for f in frames_of(seen) if f.together}
+
+    # Nothing but those bases is computed under jit.
+    index = jnp.arange(count_of(gradient))
+    return jax.vmap(of_one)(index, gradient, state, params)
+
+
+def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
+    return {**extra_args, "bases": bases} if bases else extra_args
 
 
 def _step(

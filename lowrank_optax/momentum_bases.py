@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, basis_rule
+from lowrank_optax.basis import basis_rule
 from lowrank_optax.frame import BASIS_RULE, Clock, Frame
 from lowrank_optax.linalg import Decomposition, average_weight, transpose
+from lowrank_optax.rule import BasisRule
 
 
 def power_iterate(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import eye_basis
 from lowrank_optax.frame import (
     Clock,
     Frame,
@@ -18,6 +17,7 @@ from lowrank_optax.frame import (
     timed_stage,
 )
 from lowrank_optax.linalg import Decomposition
+from lowrank_optax.rule import eye_basis
 
 
 class OnlinePCAState(NamedTuple):

@@ -6,10 +6,11 @@ import math
 import jax
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, Storage, basis_rule, follow
+from lowrank_optax.basis import basis_rule, follow
 from lowrank_optax.frame import Frame
 from lowrank_optax.keys import check_key
 from lowrank_optax.linalg import Decomposition, fence
+from lowrank_optax.rule import BasisRule, Storage
 
 
 def random_basis(frame: Frame, keys: jax.Array) -> jax.Array:

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import (
-    BasisRule,
-    BasisState,
     Chosen,
     choose_anew,
     follow,
     on_subspaces,
-    rule_of,
     starts,
     unmoved,
     with_bases,
@@ -31,6 +28,7 @@ from lowrank_optax.frame import (
     update_frames,
 )
 from lowrank_optax.keys import split
+from lowrank_optax.rule import BasisRule, BasisState, rule_of
 
 
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
@@ -50,7 +48,9 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
       >>> stages = optax.chain(lro.frozen(lro.dominant_svd()), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
-    return follow(dataclasses.replace(rule_of(rule, "frozen()"), once=True))
+    inside = rule_of(rule, "frozen()")
+    # Not together: whether it is asked at all depends on the step.
+    return follow(dataclasses.replace(inside, once=True, together=False))
 
 
 class LazyRefreshState(NamedTuple):
@@ -111,7 +111,7 @@ def lazy_refresh(
     for name, value in (("window", window), ("factor", factor)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
-    inside = rule_of(rule, "lazy_refresh()")
+    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), together=False)
     if inside.storage.shared or inside.once:
         raise ValueError(
             "lazy_refresh() compares a basis with the last one; it has nothing to do "

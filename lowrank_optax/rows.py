@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, basis_rule
+from lowrank_optax.basis import basis_rule
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.keys import check_key, sample_indices
+from lowrank_optax.rule import BasisRule
 
 Order = Literal["random", "ascending", "descending"]
 

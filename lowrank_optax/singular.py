@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.basis import BasisRule, basis_rule
+from lowrank_optax.basis import follow
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.keys import check_key, sample_indices
 from lowrank_optax.linalg import Decomposition
+from lowrank_optax.rule import BasisRule, Rule
 
 
 def dominant_svd(
@@ -51,7 +52,9 @@ def dominant_svd(
     def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
         return linalg.leading(frame.gradient, frame.rank, decomposition, keys)
 
-    return basis_rule(choose, key if decomposition == "randomized" else None)
+    if decomposition == "randomized" and key is not None:
+        return follow(Rule(choose=choose, key=check_key(key)))
+    return follow(Rule(choose=choose, together=True))
 
 
 def sara_sample(
@@ -94,4 +97,4 @@ def sara_sample(
         index = sample_indices(keys, s, frame.rank)
         return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
-    return basis_rule(choose, check_key(key))
+    return follow(Rule(choose=choose, key=check_key(key), together=True))

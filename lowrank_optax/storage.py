@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from lowrank_optax.basis import AS_IT_IS, BasisRule, Rule, Storage, follow, rule_of
+from lowrank_optax.basis import follow
 from lowrank_optax.frame import Frame
+from lowrank_optax.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
 
 
 class QuantizedBasis(NamedTuple):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from lowrank_optax import linalg
 from tests.test_optax_battery import ALL, build, raw_keys, types
 
 LAYERS, WIDTH, HIDDEN, WORDS, BATCH = 4, 8, 16, 7, 24
@@ -449,15 +450,45 @@ def test_blocks(name: str) -> None:
         close(other[0], results[0][0], TOLERANCE * RATE)
 
 
+GRAM: dict[str, Any] = {
+    "svd": lro.dominant_svd(decomposition="gram"),
+    "sara": lro.sara_sample(0, decomposition="gram"),
+    "bfloat16": lro.cast_basis(lro.dominant_svd(decomposition="gram")),
+    "lazy": lro.lazy_refresh(lro.dominant_svd(decomposition="gram")),
+    "frozen": lro.frozen(lro.dominant_svd(decomposition="gram")),
+}
+# Whether it is asked or not depends on each layer's count, or on each matrix.
+ALONE = ["lazy", "frozen"]
+
+
 @pytest.mark.usefixtures("x64")
-def test_one_layer_after_another_at_a_refresh() -> None:
-    """Whatever `block`: a batch of factorisations takes longer."""
-    f, operands = a_step(optimizer("galore"), arrays(layers_of()), block=LAYERS)
-    assert " svd[" not in str(jax.make_jaxpr(f)(*operands))
-    f = functools.partial(f, refresh=True)
-    text = str(jax.make_jaxpr(f)(*operands))
-    assert " svd[" in text
-    assert "f64[4,8,8]" not in text  # of singular vectors
+@pytest.mark.parametrize("way", ["update_layers", "per_layer"])
+@pytest.mark.parametrize("rule", GRAM)
+def test_small_matrices_of_all_layers_and_leaves_in_one_call(
+    rule: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones are taken one after the other, whatever `block`, with equal steps."""
+    basis = GRAM[rule]
+    tx = lro.galore(
+        RATE, rank=4, refresh_every=EVERY, dimension_numbers=None, basis=basis
+    )
+    shapes, results = [], []
+    for limit in (WIDTH, WIDTH - 1):
+        monkeypatch.setattr(linalg, "TOGETHER", limit)
+        f, operands = a_step(tx, arrays(layers_of()), block=LAYERS)
+        if way == "per_layer":
+            f = lro.per_layer(tx).update
+        program = jax.jit(functools.partial(f, refresh=True), compiler_options=QUICK)
+        text = program.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        found = re.findall(
+            r"custom_call @cusolver_syevd_ffi.*: \(tensor<(.*?)f64>", text
+        )
+        shapes.append(found)
+        results.append(program(*operands))
+    one_by_one = ["8x8x", "8x8x"]
+    expected = ["1x8x8x"] * 2 if rule in ALONE else ["4x2x8x8x"]
+    assert shapes == [expected, one_by_one]
+    close(results[1], results[0], TOLERANCE)
 
 
 # --- random numbers ---
