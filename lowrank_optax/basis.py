@@ -61,8 +61,7 @@ def basis_rule(
       orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
         refuse it.
       coordinates: True for a rule that returns (L, r) distinct integers, the
-        coordinates that are S's columns; products with S are then a gather and a
-        scatter.
+        coordinates that are S's columns; products with S are then gathers.
       svd_until: before this step, and for a matrix's first gradient that is not zero,
         S = U[:, :r] of G, and only then what `choose` says; 0 leaves all to `choose`.
       decomposition: of those G, "svd", "gram" or None, as in `dominant_svd`.

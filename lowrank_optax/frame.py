@@ -175,17 +175,19 @@ class Frame:
             return y
         basis = self.need("basis", BASIS_RULE)
         if are_coordinates(basis):
-            scatter = self._scatter
+            spread = self._spread
             for _ in self.batch:
-                scatter = jax.vmap(scatter)
-            return scatter(basis, y)
+                spread = jax.vmap(spread)
+            return spread(basis, y)
         product = "...mr,...rk->...km" if self.turned else "...mr,...rk->...mk"
         x = jnp.einsum(product, basis, y, precision=self.precision)
         return self.as_stored(x.astype(y.dtype))
 
-    def _scatter(self, rows: jax.Array, y: jax.Array) -> jax.Array:
-        x = jnp.zeros((self.gradient.shape[-2], y.shape[-1]), y.dtype)
-        return x.at[rows].set(y, unique_indices=True)
+    def _spread(self, rows: jax.Array, y: jax.Array) -> jax.Array:
+        # A gather, which can be part of the addition to the weights; a scatter cannot.
+        m, (r, _) = self.gradient.shape[-2], y.shape
+        place = jnp.full(m, r).at[rows].set(jnp.arange(r), unique_indices=True)
+        return jnp.take(y, place, axis=0, mode="fill", fill_value=0)
 
     def check_residual(self, stage: str, *, orthonormal: bool = True) -> None:
         """ValueError where `stage` cannot give back what the projection lost.

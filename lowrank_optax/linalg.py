@@ -19,8 +19,9 @@ Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
 
 # The largest m for which a batch of eigendecompositions is faster in one call than in a
-# loop. On an H100, 56 of 512 x 512: 27 ms against 266; of 2048 x 2048 the loop wins.
-TOGETHER = 512
+# loop. On an H100, 56 of 512 x 512: 27 ms against 266; 168 of 1024 x 1024: 289 against
+# 1,799; of 2048 x 2048 the loop is faster.
+TOGETHER = 1024
 
 # The compiler may not simplify across a fence. It rearranges constants, divisions and
 # sums otherwise in a program for one device, for pmap and for a mesh, and a basis
