@@ -19,7 +19,7 @@ def coordinates(
 ) -> BasisRule:
     """r of the m rows of the gradient, others at each refresh (FRUGAL).
 
-    S = I[:, I_t]: G~ is a gather and S G~ a scatter; the state is r integers. With
+    S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With
     order "random", I_t is a uniform sample without replacement; "ascending" and
     "descending" take blocks of r neighbours in turn, from the first row on or from the
     last, and begin again when they are through (Zmushko et al. 2025, "FRUGAL").
