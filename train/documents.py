@@ -82,7 +82,7 @@ def _text(content: bytes, path: Path) -> str:
 
 def _json_text(line: bytes, where: str, field: str) -> str:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error}): mend the line") from error
     text = record.get(field) if isinstance(record, dict) else None
@@ -119,10 +119,10 @@ class _TfdsDocuments:
     def __getitem__(self, index: int) -> str:
         try:
             return self._records[index][self._field].decode()
-        except UnicodeDecodeError as error:
+        except Exception as error:  # Of the many that damage in a record can cause.
             raise ValueError(
-                f"record {index} of TFDS {self.name} is not UTF-8 text ({error}): "
-                "prepare it again"
+                f"record {index} of TFDS {self.name} cannot be read as UTF-8 text "
+                f"({error}): the data set is damaged, prepare it again"
             ) from error
 
 

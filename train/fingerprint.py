@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ Fingerprint = dict[str, Any]
 """What JSON gives back as it was."""
 
 _BLOCK = 2**16
-_LISTED = 256
+_LISTED = 100
 _TOLD = 5
 
 
@@ -30,7 +31,7 @@ def of_files(paths: Sequence[Path]) -> Fingerprint:
 
 
 def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """A digest of them all, and of no more than 256 the parts themselves."""
+    """A digest of them all, and of no more than 100 the parts themselves."""
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
 
@@ -38,7 +39,7 @@ def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
 def _of_file(path: Path) -> Fingerprint:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
         starts = {0, max(size - _BLOCK, 0) // 2, max(size - _BLOCK, 0)}
         for start in sorted(starts):
             file.seek(start)
@@ -66,8 +67,10 @@ def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def _of_source(was: Fingerprint, now: Fingerprint) -> list[str]:
-    told = [x for key in was | now for x in _values(key, was.get(key), now.get(key))]
-    if "parts" in was and "parts" in now and was["parts"] != now["parts"]:
+    listed = "parts" in was and "parts" in now
+    keys = [key for key in was | now if not (listed and key == "sha256")]
+    told = [x for key in keys for x in _values(key, was.get(key), now.get(key))]
+    if listed and was["parts"] != now["parts"]:
         parts = list(_of_parts(was["parts"], now["parts"]))
         more = len(parts) - _TOLD
         told += [*parts[:_TOLD], f"{more} more differences"] if more > 0 else parts

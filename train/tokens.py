@@ -69,9 +69,10 @@ class TokenFile:
             while position < end:
                 part = os.pread(file.fileno(), end - position, position)
                 if not part:
+                    size = os.fstat(file.fileno()).st_size
                     raise ValueError(
-                        f"{self.path} ends at byte {position} but had at least {end} "
-                        "when it was opened: put the whole file back and resume"
+                        f"{self.path} has {size} bytes, but had at least {end} when it "
+                        "was opened: put the whole file back and resume"
                     )
                 parts.append(part)
                 position += len(part)
@@ -97,7 +98,7 @@ class TokenFile:
             )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _opened(file: TokenFile) -> io.FileIO:
     """Kept open for the next window; few enough for the limit on open files."""
     return io.FileIO(file.path)
