@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 
+import train.packing
+from train.batches import window_batches
 from train.data import Data, DataConfig, open_data
 from train.packing import Windows
 
@@ -76,6 +78,12 @@ def opened(folder: Path, write=write_texts, config: dict | None = None, **option
     chosen["cache_dir"] = str(folder / "cache")
     options = {"seq_len": 16, "batch_size": 4, "vocab_size": VOCAB} | options
     return open_data(DataConfig(**chosen), **options)
+
+
+def split(folder: Path, write, count: int) -> list[Data]:
+    """What each of `count` processes opens."""
+    ranks = range(count)
+    return [opened(folder, write, process_index=i, process_count=count) for i in ranks]
 
 
 def take(batches, count: int) -> np.ndarray:
@@ -227,9 +235,9 @@ def test_tfds_slices_train_and_evaluate_apart(tmp_path):
     trained = set(documents(data, take(data.train, 60).ravel()))
     assert (len(held), len(trained)) == (20, 40)
     assert held | trained == set(TEXTS)
-    for train, evaluation in ("train[:41]", "train[40:]"), ("train", "train[:1]"):
+    for slices in ("train[:41]", "train[40:]"), ("train", "train[:1]"):
         with pytest.raises(ValueError, match=r"share records .* that do not overlap"):
-            open_slices(train, evaluation)
+            open_slices(*slices)
 
 
 def test_tfds_without_random_access_or_text_is_named(tmp_path):
@@ -252,41 +260,75 @@ def test_eval_source_is_evaluated_and_the_source_is_not_cut(tmp_path):
 
 
 @every_source
-def test_processes_share_each_epoch(tmp_path, write):
-    """Disjoint and together complete, in training by epoch, in evaluation by batch."""
+def test_processes_make_the_batches_of_one(tmp_path, write):
+    """Their rows joined, and one state for all of them, over epochs."""
     whole = opened(tmp_path, write)
-    parts = [
-        opened(tmp_path, write, process_index=i, process_count=2) for i in range(2)
-    ]
-    for batches in zip(whole.evaluation, *(p.evaluation for p in parts), strict=True):
+    for count in 2, 4:
+        parts = split(tmp_path, write, count)
         for name in ("tokens", "weights"):
-            expected, *rows = (batch[name] for batch in batches)
+            for batches in zip(
+                whole.evaluation, *(p.evaluation for p in parts), strict=True
+            ):
+                expected, *rows = (batch[name] for batch in batches)
+                np.testing.assert_array_equal(np.concatenate(rows), expected)
+        iterators = [iter(data.train) for data in (whole, *parts)]
+        for _ in range(45):
+            expected, *rows = (next(iterator)["tokens"] for iterator in iterators)
             np.testing.assert_array_equal(np.concatenate(rows), expected)
-    streams = [take(part.train, 100) for part in parts]
-    assert all(stream.shape == (100, 2, 16) for stream in streams)
-    if write is not write_tokens:
-        shares = [documents(whole, stream.ravel()) for stream in streams]
-        first = [set(shares[0][:29]), set(shares[1][:28])]  # 57 training documents
-        assert not first[0] & first[1]
-        assert len(first[0] | first[1]) == 57
+            first, *others = (json.dumps(i.get_state()) for i in iterators)
+            assert others == [first] * count
 
 
-def test_token_windows_of_processes_are_disjoint_and_complete(tmp_path):
-    np.arange(1600, dtype="<u2").tofile(tmp_path / "a.u16")
-    config = {"eval_fraction": 0.2}
-    parts = [
-        opened(
-            tmp_path,
-            lambda folder: str(folder / "a.u16"),
-            config,
-            vocab_size=None,
-            process_index=i,
-            process_count=4,
-        )
-        for i in range(4)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+@every_source
+def test_another_number_of_processes_resumes(tmp_path, write, before, after):
+    """Each step from 25 to 45; an epoch of token windows has 9 steps, of texts 30."""
+    whole = take(opened(tmp_path, write).train, 47)
+    old = iter(split(tmp_path, write, before)[-1].train)
+    new = [iter(data.train) for data in split(tmp_path, write, after)]
+    take(old, 25)
+    for step in range(25, 46):
+        for iterator in new:
+            iterator.set_state(json.loads(json.dumps(old.get_state())))
+        rows = np.concatenate([take(iterator, 2) for iterator in new], axis=1)
+        np.testing.assert_array_equal(rows, whole[step : step + 2])
+        next(old)
+
+
+def test_a_process_reads_no_other_s_windows():
+    read = []
+
+    def window(index: int) -> np.ndarray:
+        read.append(index)
+        return np.full(8, index, np.int32)
+
+    windows = grain.MapDataset.range(80).map(window)
+    batches = iter(window_batches(windows, 8, slice(2, 4)))
+    tokens = np.stack([next(batches)["tokens"] for _ in range(15)])
+    assert tokens[:, :, 0].tolist() == [
+        [8 * i % 80 + 2, 8 * i % 80 + 3] for i in range(15)
     ]
-    starts = [take(part.train, 20)[:, 0, 0].tolist() for part in parts]
-    assert sorted(itertools.chain(*starts)) == list(range(0, 1280, 16))
+    assert {index % 8 for index in read} == {2, 3}
+
+
+def test_a_document_that_became_shorter_cannot_be_resumed():
+    def stream(length: int):
+        pieces = grain.MapDataset.source([np.arange(length)]).repeat()
+        return iter(Windows(pieces.to_iter_dataset(), 8))
+
+    iterator = stream(20)
+    next(iterator), next(iterator)
+    for length in 0, 15:
+        with pytest.raises(ValueError, match=f"16 tokens into a .* now has {length}: "):
+            stream(length).set_state(iterator.get_state())
+    stream(16).set_state(iterator.get_state())
+
+
+def test_a_stream_of_nothing_ends(monkeypatch):
+    monkeypatch.setattr(train.packing, "_EMPTY_IN_A_ROW", 50)
+    pieces = grain.MapDataset.source([np.arange(0)]).repeat()
+    with pytest.raises(ValueError, match="50 documents in a row hold no token"):
+        next(iter(Windows(pieces.to_iter_dataset(), 8)))
 
 
 def test_a_finite_stream_of_windows_ends_with_what_is_left():

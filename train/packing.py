@@ -10,12 +10,18 @@ from typing import Any
 import grain
 import numpy as np
 
+_EMPTY_IN_A_ROW = 100_000
+
 
 class Windows(grain.IterDataset[np.ndarray]):
     """Windows of `length` int32 tokens from a stream of token arrays of any length.
 
     Nothing is lost, doubled or padded: joined, the windows are the joined arrays. If
     the parent ends, the last window holds what is left, 1 to `length` tokens.
+
+    Raises:
+      ValueError: from an iterator, if 100,000 arrays in a row are empty; or from its
+        `set_state`, if the array in which the state was taken has become shorter.
     """
 
     def __init__(self, parent: grain.IterDataset[np.ndarray], length: int):
@@ -42,9 +48,16 @@ class _WindowIterator(grain.DatasetIterator[np.ndarray]):
         self._used = 0
 
     def _advance(self) -> None:
-        self._before = self._pieces.get_state()
-        self._piece = next(self._pieces)
-        self._used = 0
+        """Take the next piece that is not empty."""
+        for _ in range(_EMPTY_IN_A_ROW):
+            before = self._pieces.get_state()
+            piece = next(self._pieces)
+            if len(piece):
+                self._before, self._piece, self._used = before, piece, 0
+                return
+        raise ValueError(
+            f"{_EMPTY_IN_A_ROW} documents in a row hold no token: look into the source"
+        )
 
     def __next__(self) -> np.ndarray:
         window = np.empty(self._length, np.int32)
@@ -70,5 +83,10 @@ class _WindowIterator(grain.DatasetIterator[np.ndarray]):
         self._pieces.set_state(state["before"])
         self._clear()
         if state["used"]:
-            self._advance()
+            self._piece = next(self._pieces)
+            if state["used"] > len(self._piece):
+                raise ValueError(
+                    f"the run stopped {state['used']} tokens into a document that now "
+                    f"has {len(self._piece)}: resume with the text it was trained on"
+                )
             self._used = state["used"]

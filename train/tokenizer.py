@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -15,10 +16,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 _END = "<|endoftext|>"
 _END_NAMES = (_END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _SAMPLE_CHARACTERS = 2**25
+_LONGEST_WORD = 1000
+_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back; ids are below `vocab_size`."""
+
+    kind: ClassVar[str]
+    """The package that it is of."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that it was read from."""
+        ...
 
     @property
     def vocab_size(self) -> int:
@@ -48,7 +59,10 @@ class BytePairTokenizer:
       ValueError: the vocabulary has no end-of-document token of a known name.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    kind = "tokenizers"
+
+    def __init__(self, content: bytes):
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -57,6 +71,7 @@ class BytePairTokenizer:
         if not named:
             raise ValueError(f"it has no end token: add one of {', '.join(_END_NAMES)}")
         self._tokenizer = tokenizer
+        self.sha256: str = hashlib.sha256(content).hexdigest()
         self.eos_id: int = named[0]
         self.vocab_size: int = max(ids.values()) + 1
 
@@ -75,15 +90,18 @@ class SentencePieceTokenizer:
       ValueError: the model cannot be read or has no end token.
     """
 
-    def __init__(self, path: Path):
+    kind = "SentencePiece"
+
+    def __init__(self, content: bytes):
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"not a SentencePiece model ({error})") from error
         if self._model.eos_id() < 0:
             raise ValueError("it has no end token: train it with an eos_id")
+        self.sha256: str = hashlib.sha256(content).hexdigest()
         self.eos_id: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
 
@@ -106,10 +124,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: expected a file ending in .model or .json")
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer {path} does not exist: check the path")
+    kinds = {".model": SentencePieceTokenizer, ".json": BytePairTokenizer}
     try:
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(path)
-        return BytePairTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        return kinds[path.suffix](path.read_bytes())
     except Exception as error:  # The class that `tokenizers` raises for a bad file.
         raise ValueError(
             f"tokenizer {path} cannot be used: {error}; replace the file, or delete it "
@@ -122,12 +139,14 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens; every text round-trips exactly.
 
-    It is trained on the first documents that make up 32 Mi characters. The same
+    It is trained on the first documents that make up 32 Mi characters, words longer
+    than 1,000 cut into such (a merge takes the square of a word's length). The same
     documents give the same tokenizer; it is kept in `cache_dir` (by default
     `lowrank_optax` in the user's cache folder) under a hash of what it was trained on.
 
     Raises:
-      ValueError: `vocab_size` cannot hold the 256 bytes and the end token.
+      ValueError: `vocab_size` cannot hold the 256 bytes and the end token, or the
+        cache folder cannot be written.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -147,7 +166,7 @@ def train_tokenizer(
             initial_alphabet=sorted(alphabet),
             show_progress=sys.stderr.isatty(),
         )
-        tokenizer.train_from_iterator(sample, trainer, length=len(sample))
+        tokenizer.train_from_iterator(_short_words(sample), trainer, length=len(sample))
         _write_atomically(path, tokenizer.to_str())
     return open_tokenizer(path)
 
@@ -162,8 +181,18 @@ def _sample(documents: Iterable[str]) -> list[str]:
     return sample
 
 
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        start = 0
+        for match in _TOO_LONG.finditer(text):
+            yield text[start : match.end()]
+            start = match.end()
+        yield text[start:]
+
+
 def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Path:
-    settings = ["byte-level BPE", tokenizers.__version__, _END, vocab_size]
+    method = f"byte-level BPE, words up to {_LONGEST_WORD}"
+    settings = [method, tokenizers.__version__, _END, vocab_size]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for text in sample:
         content = text.encode()
@@ -175,9 +204,15 @@ def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Pa
 
 def _write_atomically(path: Path, content: str) -> None:
     """Several processes may write the same path at once; each write is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ValueError(
+            f"the tokenizer cannot be kept in {path.parent} ({error}): free space or "
+            "name another cache_dir"
+        ) from error
