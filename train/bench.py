@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +29,10 @@ from train.config import (
     resolve,
 )
 from train.loop import Program, build_program, initial, kinds_of_steps
+from train.main import usage_errors
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
-from train.optimizer import make_optimizer
+from train.optimizer import check_optimizer, make_optimizer
 from train.step import TrainState, Work
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
@@ -62,8 +64,8 @@ class BenchConfig:
       size: the LLaMA.
       batch_size: windows in a step.
       seq_len: tokens in a window.
-      rank: dimension of the subspaces.
-      optimizers: which, after adamw; galore+sara is GaLore with SARA's basis.
+      rank: dimension of the subspaces, as the trainer takes it.
+      optimizers: which, beside adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
       weight_dtype: how weights are kept.
       basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
@@ -79,7 +81,7 @@ class BenchConfig:
     size: Size = "tiny"
     batch_size: int = 16
     seq_len: int = 256
-    rank: int = 32
+    rank: int | float | str = 32
     optimizers: tuple[str, ...] = ("galore", "galore+sara", "fira", "grass_jump")
     layerwise: tuple[Layerwise, ...] = ("off",)
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -93,8 +95,23 @@ class BenchConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
+        for field in ("batch_size", "seq_len", "steps"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be above 0")
+        if not self.layerwise:
+            raise ValueError("layerwise: name off, on, or both")
         for name in self.optimizers:
-            named(name, OptimizerConfig())
+            named(name, OptimizerConfig(rank=self.rank))
+        if self.basis_dtype != "float32" and not any("+" in x for x in self.optimizers):
+            raise ValueError(
+                f"basis_dtype={self.basis_dtype!r} is for optimizers with a basis by "
+                "name, such as galore+svd; name one"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all optimizers, adamw first, each once."""
+        return tuple(dict.fromkeys(("adamw", *self.optimizers)))
 
 
 def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
@@ -269,7 +286,7 @@ def bench(config: BenchConfig) -> list[Row]:
     peak, of which there is one for the process, is each one's in turn.
     """
     ways = ("-",) if config.update_alone else config.layerwise
-    cases = [*itertools.product(("adamw", *config.optimizers), ways)]
+    cases = [*itertools.product(config.names, dict.fromkeys(ways))]
     rows: list[Row] = [{"optimizer": name, "layerwise": way} for name, way in cases]
 
     def attempt(row: Row, run: Callable[[], T]) -> T | None:
@@ -342,11 +359,32 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def check(config: BenchConfig) -> None:
+    """What can be wrong and is known before anything is compiled.
+
+    Raises:
+      OSError: the file for the results cannot be written to.
+      ValueError: an optimizer cannot be built, or the batch not be cut for the devices.
+    """
+    for name in config.names:
+        work = work_of(config, name, "off")
+        check_optimizer(work)
+        make_mesh(work)
+    if config.out is not None:
+        config.out.open("a").close()
+
+
 def main() -> None:
     config = parse(BenchConfig, DESCRIPTION, None, "python -m train.bench")
+    with usage_errors():
+        check(config)
     device = jax.devices()[0].device_kind
     print(f"LLaMA-{config.size}, {config.batch_size} x {config.seq_len}, {device}")
-    rows = bench(config)
+    try:
+        rows = bench(config)
+    except KeyboardInterrupt:
+        print("stopped: the rows above are all that was measured", file=sys.stderr)
+        sys.exit(130)
     print("\n" + table(rows))
     if config.out is not None:
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -38,6 +38,15 @@ class Tokenizer(Protocol):
         """The text of ids; begin and end tokens vanish."""
         ...
 
+    @property
+    def suffix(self) -> str:
+        """Of a file with what `to_bytes` gives: ".json" or ".model"."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """A file that `open_tokenizer` makes the same tokenizer of."""
+        ...
+
 
 class BytePairTokenizer:
     """A tokenizer of the `tokenizers` package (`tokenizer.json`).
@@ -47,6 +56,8 @@ class BytePairTokenizer:
     Raises:
       ValueError: the vocabulary has no end-of-document token of a known name.
     """
+
+    suffix = ".json"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         tokenizer.no_truncation()
@@ -67,6 +78,9 @@ class BytePairTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in tokens])
 
+    def to_bytes(self) -> bytes:
+        return self._tokenizer.to_str().encode()
+
 
 class SentencePieceTokenizer:
     """A SentencePiece `.model`; texts begin with its begin token if it has one.
@@ -74,6 +88,8 @@ class SentencePieceTokenizer:
     Raises:
       ValueError: the model cannot be read or has no end token.
     """
+
+    suffix = ".model"
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -92,6 +108,9 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._model.decode([int(token) for token in tokens])
+
+    def to_bytes(self) -> bytes:
+        return self._model.serialized_model_proto()
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
