@@ -24,15 +24,16 @@ from train.config import (
     ModelConfig,
     OptimizerConfig,
     Size,
+    check_numbers,
     model_config,
     parse,
     resolve,
 )
 from train.loop import Program, build_program, initial, kinds_of_steps
-from train.main import usage_errors
+from train.main import check_writable, usage_errors
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
-from train.optimizer import check_optimizer, make_optimizer
+from train.optimizer import check_meant, check_optimizer, make_optimizer
 from train.step import TrainState, Work
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
@@ -95,18 +96,18 @@ class BenchConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "seq_len", "steps"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be above 0")
+        check_numbers(self, positive=("batch_size", "seq_len", "steps"))
         if not self.layerwise:
             raise ValueError("layerwise: name off, on, or both")
-        for name in self.optimizers:
-            named(name, OptimizerConfig(rank=self.rank))
-        if self.basis_dtype != "float32" and not any("+" in x for x in self.optimizers):
-            raise ValueError(
-                f"basis_dtype={self.basis_dtype!r} is for optimizers with a basis by "
-                "name, such as galore+svd; name one"
-            )
+        base = OptimizerConfig(rank=self.rank, basis_dtype=self.basis_dtype)
+        check_meant(
+            dataclasses.replace(base, rank=None),
+            [named(name, base) for name in self.names],
+        )
+        for field in ("layerwise", "weight_dtype", "remat", "compile_only"):
+            given = getattr(self, field) != getattr(BenchConfig, field)
+            if self.update_alone and given:
+                raise ValueError(f"update_alone has no model: leave out {field}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,14 +119,12 @@ def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     """A run of the trainer, resolved: no clipping."""
     optimizer = OptimizerConfig(
         rank=config.rank,
+        basis_dtype=config.basis_dtype,
         refresh_every=REFRESH_EVERY,
         clip_norm=None,
         precision=config.precision,
         learning_rate=1e-3,
     )
-    optimizer = named(name, optimizer)
-    if optimizer.basis != "default":
-        optimizer = dataclasses.replace(optimizer, basis_dtype=config.basis_dtype)
     model = ModelConfig(
         size=config.size, weight_dtype=config.weight_dtype, remat=config.remat
     )
@@ -136,7 +135,7 @@ def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
             seq_len=config.seq_len,
             layerwise=layerwise,
             model=model,
-            optimizer=optimizer,
+            optimizer=named(name, optimizer),
         )
     )
 
@@ -364,13 +363,15 @@ def check(config: BenchConfig) -> None:
 
     Raises:
       OSError: the file for the results cannot be written to.
-      ValueError: an optimizer cannot be built, or the batch not be cut for the devices.
+      ValueError: an optimizer cannot be built, or the batch not cut for the devices.
     """
     for name in config.names:
         work = work_of(config, name, "off")
         check_optimizer(work)
         make_mesh(work)
     if config.out is not None:
+        check_writable(config.out.parent)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.open("a").close()
 
 

@@ -113,6 +113,8 @@ class Comparison:
 def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
 
+    Without what it has no use for, which may be another's of the same comparison.
+
     Raises:
       ValueError: a name, basis or rate that does not exist.
     """
@@ -129,8 +131,14 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
         learning_rate = float(rate) if rate else base.learning_rate
     except ValueError as error:
         raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
+    lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
     return dataclasses.replace(
-        base, name=method, basis=basis, learning_rate=learning_rate
+        base,
+        name=method,
+        basis=basis,
+        basis_dtype="float32" if basis == "default" else base.basis_dtype,
+        learning_rate=learning_rate,
+        **dict.fromkeys(lacking),
     )
 
 

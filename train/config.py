@@ -64,7 +64,7 @@ class ModelConfig:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, positive=("vocab_size",))
+        check_numbers(self, positive=("vocab_size",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         above = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
         above += ("clip_norm", "max_skipped")
-        _check_numbers(self, positive=above, not_negative=("weight_decay",))
+        check_numbers(self, positive=above, not_negative=("weight_decay",))
         if self.rank is not None:
             parse_rank(self.rank)
         for field in ("warmup", "b1", "b2"):
@@ -170,7 +170,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         at_least_0 = ("eval_every", "checkpoint_every", "sample_tokens")
-        _check_numbers(self, positive=("log_every", "keep"), not_negative=at_least_0)
+        check_numbers(self, positive=("log_every", "keep"), not_negative=at_least_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ class ProcessConfig:
             raise ValueError(
                 f"{', '.join(given)}: means nothing without --distributed; add it"
             )
-        _check_numbers(self, positive=("process_count",), not_negative=("process_id",))
+        check_numbers(self, positive=("process_count",), not_negative=("process_id",))
         count, own = self.process_count, self.process_id
         if count is not None and own is not None and own >= count:
             raise ValueError(f"process_id={own} must be below process_count={count}")
@@ -245,11 +245,18 @@ class Config:
     processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
-        _check_numbers(self, positive=("steps", "batch_size", "microbatches"))
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        check_numbers(self, positive=("steps", "batch_size", "microbatches"))
+        if self.steps >= 2**31:
+            raise ValueError(f"steps={self.steps} must be below 2**31")
+        check_seed(self.seed)
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len}: a window needs 2 tokens or more")
+        sources = (self.data.source, self.data.eval_source or "")
+        if self.data.data_dir and not any(s.startswith("tfds:") for s in sources):
+            raise ValueError(
+                f"data_dir={self.data.data_dir} is for prepared TFDS data sets; name "
+                "files by --source"
+            )
         if self.batch_size % self.microbatches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
@@ -373,7 +380,7 @@ def from_json(text: str) -> Config:
         raise ValueError(f"it is no config of this version ({error})") from error
 
 
-def _check_numbers(
+def check_numbers(
     config: "DataclassInstance",
     positive: Sequence[str] = (),
     not_negative: Sequence[str] = (),
@@ -387,3 +394,8 @@ def _check_numbers(
             raise ValueError(f"{name}={value} must be above 0")
         if name in not_negative and value is not None and value < 0:
             raise ValueError(f"{name}={value} must not be negative")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie in [0, 2**32)")

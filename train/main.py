@@ -1,8 +1,8 @@
 """The command line of the trainer."""
 
 import dataclasses
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +62,10 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:  # the system's own
+            said = f"{error.filename}: {error.strerror}"
+        sys.exit(f"error: {said}")
 
 
 def check_writable(folder: Path) -> None:
@@ -72,17 +75,27 @@ def check_writable(folder: Path) -> None:
         raise NotADirectoryError(
             f"out: {nearest} is a file, so {folder} cannot be a folder; give another"
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
         raise PermissionError(
-            f"out: {nearest} may not be written to; give a folder that may"
-        )
+            f"out: {nearest} cannot be written to ({error.strerror}); give another"
+        ) from error
 
 
 def join_processes(config: ProcessConfig) -> None:
-    if config.distributed:
+    """Raises ValueError if they are not found."""
+    if not config.distributed:
+        return
+    try:
         jax.distributed.initialize(
             config.coordinator, config.process_count, config.process_id
         )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"distributed: the processes did not find each other ({error}); give each "
+            "the same --coordinator HOST:PORT and --process-count, and its --process-id"
+        ) from error
 
 
 def open_text(config: Config) -> Data:

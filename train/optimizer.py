@@ -274,12 +274,14 @@ def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> No
             continue
         flag = "--" + option.replace("_", "-")
         who = ", ".join(map(label, chosen))
-        own = METHODS[chosen[0].name].own.get(option) if len(chosen) == 1 else None
-        if own is not None:
-            raise ValueError(
-                f"{who} has a {option} of its own ({own}); leave out {flag}"
-            )
-        raise ValueError(f"{who} has no {option}: leave out {flag}")
+        own = any(option in METHODS[c.name].own for c in chosen)
+        has = f"decides {option} by itself" if own else f"has no {option}"
+        raise ValueError(f"{who} {has}: leave out {flag}")
+    if given.basis_dtype != "float32" and all(c.basis == "default" for c in chosen):
+        raise ValueError(
+            f"basis_dtype={given.basis_dtype!r} needs a basis by name: --basis svd, or "
+            "galore+svd where several optimizers are named"
+        )
 
 
 def check_optimizer(config: Config) -> None:
@@ -292,17 +294,18 @@ def check_optimizer(config: Config) -> None:
         check_ranks(resolved(config.optimizer, "rank"), smaller_sides(params))
     if METHODS[name].uses("precision"):
         check_precision(config.optimizer.precision)
+    layer = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p), params)
+    state = jax.eval_shape(tx.init, layer)
+    jax.eval_shape(functools.partial(tx.update, refresh=True), layer, state, layer)
     if config.layerwise == "off" or config.microbatches == 1:
         return
 
-    def step(params: Any) -> Any:
-        layer = jax.tree.map(lambda x: x[0], params)
-        state = tx.init(layer)
+    def summed(layer: Any, state: Any) -> Any:
         low = lro.project_gradient(tx, layer, state, layer).low
         return tx.update(low, state, layer, refresh=False, projected=True)
 
     try:
-        jax.eval_shape(step, params)
+        jax.eval_shape(summed, layer, state)
     except ValueError as error:
         raise ValueError(
             f"layerwise=on with microbatches={config.microbatches} sums a layer's "
@@ -325,14 +328,21 @@ def smaller_sides(params: Any) -> dict[str, int]:
 def check_precision(precision: str) -> None:
     """ValueError unless JAX knows it, and this device has it."""
     x = jnp.ones((8, 8))
-    try:
-        jnp.matmul(x, x, precision=precision).block_until_ready()
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        names = [preset.name for preset in jax.lax.DotAlgorithmPreset]
+
+    def has(precision: str) -> bool:
+        try:
+            jnp.matmul(x, x, precision=precision).block_until_ready()
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return False
+        return True
+
+    if not has(precision):
+        names = (preset.name for preset in jax.lax.DotAlgorithmPreset)
+        known = ", ".join(("default", "high", "highest", *filter(has, names)))
         raise ValueError(
-            f"precision={precision!r} is not one that a {jax.default_backend()} has: "
-            f"take default, high, highest or one of {', '.join(names)} that it has"
-        ) from error
+            f"precision={precision!r} is none that a {jax.default_backend()} has here; "
+            f"it has {known}"
+        )
 
 
 def make_method(

@@ -31,7 +31,7 @@ class Progress:
     def __init__(self, name: str, start: int, last: int) -> None:
         bar, lines = sys.stderr.isatty(), sys.stdout.isatty()
         main = jax.process_index() == 0
-        self._name, self._last = name, last
+        self._name, self._start, self._last = name, start, last
         self._lines = main and not (bar and lines)
         self._waiter = ThreadPoolExecutor(1)
         self._bar = tqdm(
@@ -50,10 +50,9 @@ class Progress:
 
     def _done(self, loss: jax.Array) -> None:
         loss.block_until_ready()
-        first = self._bar.n == self._bar.initial
+        if self._bar.n == self._start:
+            self._bar.initial, self._bar.start_t = self._start + 1, time.time()
         self._bar.update()
-        if first:
-            self._bar.initial, self._bar.start_t = self._bar.n, time.time()
 
     def record(self, record: Record) -> None:
         """What was measured since the record before."""

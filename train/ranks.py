@@ -57,35 +57,37 @@ def check_ranks(rank: int | float | str, sides: Mapping[str, int]) -> None:
     """
     parsed = parse_rank(rank)
     rules = parsed if isinstance(parsed, list) else [(".", parsed)]
-    used = set()
-    for path, side in sides.items():
-        which = [i for i, (pattern, _) in enumerate(rules) if re.search(pattern, path)]
+    found = {
+        path: [i for i, (pattern, _) in enumerate(rules) if re.search(pattern, path)]
+        for path in sides
+    }
+    deciding = {which[0] for which in found.values() if which}
+    for i, (pattern, _) in enumerate(rules):
+        if i not in deciding:
+            raise ValueError(
+                f"rank={rank}: {pattern!r} decides for no matrix (the first expression "
+                f"that is found in a path does, of {', '.join(sides)})"
+            )
+    for path, which in found.items():
         if not which:
             raise ValueError(
                 f"rank={rank}: no expression is found in {path}; add one for it, or "
-                "one for all that is left, as in mlp=64,.=full"
+                f"one for all that is left: {rank},.=full"
             )
-        used.add(which[0])
-        value = rules[which[0]][1]
-        if isinstance(value, int) and value > side:
-            raise ValueError(
-                f"rank={rank}: {value} is more than {path} has, whose smaller side is "
-                f"{side}: {side} is full rank, {side - 1} the largest that saves "
-                "anything; " + _all(sides)
-            )
-    for i, (pattern, _) in enumerate(rules):
-        if i not in used:
-            raise ValueError(
-                f"rank={rank}: {pattern!r} decides for no matrix (the first expression "
-                "that is found in a path does); " + _all(sides)
-            )
+    _check_sides({path: (rules[found[path][0]][1], m) for path, m in sides.items()})
 
 
-def _all(sides: Mapping[str, int]) -> str:
-    """The matrices, those of one size together."""
-    by_side: dict[int, list[str]] = {}
-    for path, side in sides.items():
-        by_side.setdefault(side, []).append(path)
-    return "the smaller sides are " + "; ".join(
-        f"{side} of {', '.join(paths)}" for side, paths in by_side.items()
-    )
+def _check_sides(matrices: Mapping[str, tuple[Number, int]]) -> None:
+    """ValueError that names all matrices whose rank is above their smaller side."""
+    above = {
+        path: (rank, side)
+        for path, (rank, side) in matrices.items()
+        if isinstance(rank, int) and rank > side
+    }
+    if above:
+        rank, side = min(above.values(), key=lambda x: x[1])
+        these = ", ".join(path for path, pair in above.items() if pair == (rank, side))
+        raise ValueError(
+            f"rank {rank} is above the smaller side, {side}, of {these}; {side} would "
+            f"be full rank, and {side - 1} is the largest that saves anything"
+        )

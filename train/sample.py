@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import tyro
 
 from models import LlamaConfig, Params, generate
-from train.config import parse
+from train.config import check_numbers, check_seed, parse
 from train.restore import load_run
 from train.tokenizer import Tokenizer
 
@@ -41,14 +41,8 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens} must be above 0")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be a number of at least 0"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        check_numbers(self, positive=("tokens",), not_negative=("temperature",))
+        check_seed(self.seed)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -194,7 +194,12 @@ def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Pa
 
 def _write_atomically(path: Path, content: str) -> None:
     """Several processes may write the same path at once; each write is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir {path.parent} cannot be made ({error.strerror}): give another"
+        ) from error
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
     ) as file:
