@@ -71,6 +71,7 @@ def finished(flags, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_files(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+        "tokenizer.json",
         *("loss.png", "memory.txt", "sample.txt", "summary.json"),
     }
     assert is_picture(finished / "loss.png")

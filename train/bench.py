@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,16 @@ from train.config import (
     ModelConfig,
     OptimizerConfig,
     Size,
+    check_numbers,
     model_config,
     parse,
     resolve,
 )
 from train.loop import Program, build_program, initial, kinds_of_steps
+from train.main import check_writable, usage_errors
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
-from train.optimizer import make_optimizer
+from train.optimizer import check_meant, check_optimizer, make_optimizer
 from train.step import TrainState, Work
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
@@ -62,8 +65,8 @@ class BenchConfig:
       size: the LLaMA.
       batch_size: windows in a step.
       seq_len: tokens in a window.
-      rank: dimension of the subspaces.
-      optimizers: which, after adamw; galore+sara is GaLore with SARA's basis.
+      rank: dimension of the subspaces, as the trainer takes it.
+      optimizers: which, beside adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
       weight_dtype: how weights are kept.
       basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
@@ -79,7 +82,7 @@ class BenchConfig:
     size: Size = "tiny"
     batch_size: int = 16
     seq_len: int = 256
-    rank: int = 32
+    rank: int | float | str = 32
     optimizers: tuple[str, ...] = ("galore", "galore+sara", "fira", "grass_jump")
     layerwise: tuple[Layerwise, ...] = ("off",)
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -93,22 +96,35 @@ class BenchConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in self.optimizers:
-            named(name, OptimizerConfig())
+        check_numbers(self, positive=("batch_size", "seq_len", "steps"))
+        if not self.layerwise:
+            raise ValueError("layerwise: name off, on, or both")
+        base = OptimizerConfig(rank=self.rank, basis_dtype=self.basis_dtype)
+        check_meant(
+            dataclasses.replace(base, rank=None),
+            [named(name, base) for name in self.names],
+        )
+        for field in ("layerwise", "weight_dtype", "remat", "compile_only"):
+            given = getattr(self, field) != getattr(BenchConfig, field)
+            if self.update_alone and given:
+                raise ValueError(f"update_alone has no model: leave out {field}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all optimizers, adamw first, each once."""
+        return tuple(dict.fromkeys(("adamw", *self.optimizers)))
 
 
 def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     """A run of the trainer, resolved: no clipping."""
     optimizer = OptimizerConfig(
         rank=config.rank,
+        basis_dtype=config.basis_dtype,
         refresh_every=REFRESH_EVERY,
         clip_norm=None,
         precision=config.precision,
         learning_rate=1e-3,
     )
-    optimizer = named(name, optimizer)
-    if optimizer.basis != "default":
-        optimizer = dataclasses.replace(optimizer, basis_dtype=config.basis_dtype)
     model = ModelConfig(
         size=config.size, weight_dtype=config.weight_dtype, remat=config.remat
     )
@@ -119,7 +135,7 @@ def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
             seq_len=config.seq_len,
             layerwise=layerwise,
             model=model,
-            optimizer=optimizer,
+            optimizer=named(name, optimizer),
         )
     )
 
@@ -269,7 +285,7 @@ def bench(config: BenchConfig) -> list[Row]:
     peak, of which there is one for the process, is each one's in turn.
     """
     ways = ("-",) if config.update_alone else config.layerwise
-    cases = [*itertools.product(("adamw", *config.optimizers), ways)]
+    cases = [*itertools.product(config.names, dict.fromkeys(ways))]
     rows: list[Row] = [{"optimizer": name, "layerwise": way} for name, way in cases]
 
     def attempt(row: Row, run: Callable[[], T]) -> T | None:
@@ -342,11 +358,34 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def check(config: BenchConfig) -> None:
+    """What can be wrong and is known before anything is compiled.
+
+    Raises:
+      OSError: the file for the results cannot be written to.
+      ValueError: an optimizer cannot be built, or the batch not cut for the devices.
+    """
+    for name in config.names:
+        work = work_of(config, name, "off")
+        check_optimizer(work)
+        make_mesh(work)
+    if config.out is not None:
+        check_writable(config.out.parent)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.open("a").close()
+
+
 def main() -> None:
     config = parse(BenchConfig, DESCRIPTION, None, "python -m train.bench")
+    with usage_errors():
+        check(config)
     device = jax.devices()[0].device_kind
     print(f"LLaMA-{config.size}, {config.batch_size} x {config.seq_len}, {device}")
-    rows = bench(config)
+    try:
+        rows = bench(config)
+    except KeyboardInterrupt:
+        print("stopped: the rows above are all that was measured", file=sys.stderr)
+        sys.exit(130)
     print("\n" + table(rows))
     if config.out is not None:
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))

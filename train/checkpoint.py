@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from train.config import Config, resolved, to_json
+from train.optimizer import why_steps_matter
 from train.step import TrainState
 
 # What may differ between a run and its resumption: where and how it is run, and what
@@ -57,15 +58,20 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) ->
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, "layerwise") if same else FREE
+    fixed = why_steps_matter(given["optimizer"])
+    if fixed is None and old.get("steps", 0) <= new["steps"]:
+        free = (*free, "steps")
     why = {
+        "steps": f" ({fixed or 'a run can be made longer, not shorter'}; begin a new "
+        f"one with the weights of this: --init-from {path.parent} --out ANOTHER)",
         "layerwise": " (a layer is clipped by its own norm, or all by one; and of "
-        "microbatches the first chooses the bases, or all do)"
+        "microbatches the first chooses the bases, or all do)",
     }
     differences = [
         f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
         + why.get(field, "")
         for field in sorted(old.keys() | new.keys())
-        if not field.startswith(free) and old.get(field, ...) != new.get(field, ...)
+        if not field.startswith(free) and old.get(field) != new.get(field)
     ]
     if differences:
         raise ValueError(

@@ -2,24 +2,37 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import tyro
 from jax.sharding import Mesh
 
 from train.checkpoint import check_folder
-from train.config import Config, OptimizerConfig, label, parse, resolve, resolved
+from train.config import (
+    Basis,
+    Config,
+    OptimizerConfig,
+    OptimizerName,
+    ReportConfig,
+    parse,
+    resolve,
+    resolved,
+    title,
+)
 from train.data import Data
 from train.loop import train
-from train.main import join_processes, open_text, usage_errors
+from train.main import check_writable, join_processes, open_text, usage_errors
 from train.mesh import make_mesh
 from train.methods import BASES, METHODS
 from train.metrics import read_metrics
-from train.optimizer import check_optimizer
+from train.optimizer import check_meant, check_optimizer
 from train.picture import draw_runs
-from train.report import summarize
+from train.report import summarize, work_title
+from train.restore import check_start, pinned
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
 batches in the same order, the same schedule.
@@ -29,13 +42,46 @@ Examples:
   python -m train.compare --optimizers grass_jump@1e-3 grass_jump@2e-3 --rank 16
 
 An optimizer is NAME, NAME+BASIS, NAME@RATE or NAME+BASIS@RATE, where RATE is the peak
-learning rate. All other flags are those of "python -m train" and hold for every one.
+learning rate. All other flags are those of "python -m train" and hold for every one
+that has the option.
 
 The folder --out (default: runs/compare) gets results.jsonl, a line for each optimizer
 as it ends, then table.md and losses.png, and a folder for each run, without
 checkpoints."""
 
 Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(OptimizerConfig):
+    """What the optimizers have in common, where they have it at all."""
+
+    name: Annotated[OptimizerName, tyro.conf.Fixed] = "grass_jump"
+    basis: Annotated[Basis, tyro.conf.Fixed] = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(ReportConfig):
+    """How often something is written. There are no checkpoints and no text."""
+
+    checkpoint_every: Annotated[int, tyro.conf.Fixed] = 0
+    keep: Annotated[int, tyro.conf.Fixed] = 1
+    prompt: Annotated[str, tyro.conf.Fixed] = ""
+    sample_tokens: Annotated[int, tyro.conf.Fixed] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedWork(Config):
+    """The work: what is trained, on how much, and where it is kept.
+
+    Attributes:
+      out: folder of the comparison. Default: runs/compare.
+    """
+
+    out: Path | None = None
+    resume: Annotated[bool, tyro.conf.Fixed] = False
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=Shared)
+    report: ReportConfig = dataclasses.field(default_factory=Watched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +93,7 @@ class Comparison:
       optimizers: what to compare, in this order.
     """
 
-    work: Config
+    work: Config = dataclasses.field(default_factory=SharedWork)
     optimizers: tuple[str, ...] = (
         "adamw",
         "galore",
@@ -58,14 +104,16 @@ class Comparison:
     )
 
     def __post_init__(self) -> None:
-        if self.work.resume:
-            raise ValueError("a comparison cannot be resumed; leave out resume")
-        for name in self.optimizers:
-            named(name, self.work.optimizer)
+        chosen = [named(name, self.work.optimizer) for name in self.optimizers]
+        if not chosen:
+            raise ValueError("optimizers: name at least one")
+        check_meant(self.work.optimizer, chosen)
 
 
 def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
+
+    Without what it has no use for, which may be another's of the same comparison.
 
     Raises:
       ValueError: a name, basis or rate that does not exist.
@@ -79,15 +127,19 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
             f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of {', '.join(METHODS)} "
             f"and a BASIS of {', '.join(bases)}"
         )
-    learning_rate = float(rate) if rate else base.learning_rate
+    try:
+        learning_rate = float(rate) if rate else base.learning_rate
+    except ValueError as error:
+        raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
+    lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
     return dataclasses.replace(
-        base, name=method, basis=basis, learning_rate=learning_rate
+        base,
+        name=method,
+        basis=basis,
+        basis_dtype="float32" if basis == "default" else base.basis_dtype,
+        learning_rate=learning_rate,
+        **dict.fromkeys(lacking),
     )
-
-
-def title(config: OptimizerConfig) -> str:
-    """ "galore+sara@0.01", of a resolved config."""
-    return f"{label(config)}@{resolved(config, 'learning_rate'):g}"
 
 
 def expand(comparison: Comparison, folder: Path) -> list[Config]:
@@ -155,24 +207,39 @@ def table(results: Sequence[Result]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the command line says; None reads it from `sys.argv`."""
     comparison = parse(Comparison, DESCRIPTION, argv, "python -m train.compare")
-    join_processes(comparison.work.processes)
     folder = comparison.work.out or Path("runs/compare")
     with usage_errors():
-        configs = expand(comparison, folder)
+        join_processes(comparison.work.processes)
+        configs = [pinned(config) for config in expand(comparison, folder)]
+        check_writable(folder)
         for config in configs:
             check_folder(config)
             check_optimizer(config)
         mesh = make_mesh(configs[0])
         data = open_text(configs[0])
+        check_start(configs[0], data.tokenizer)
     results: list[Result] = []
-    for config in configs:
-        results.append(run(config, data, mesh))
-        if jax.process_index() == 0:
-            with (folder / "results.jsonl").open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+    try:
+        for config in configs:
+            results.append(run(config, data, mesh))
+            if jax.process_index() == 0:
+                with (folder / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    except KeyboardInterrupt:
+        done = f"{len(results)} of {len(configs)} optimizers are done"
+        if results:
+            conclude(configs[: len(results)], results, folder)
+            done += f", and in {folder}"
+        print(f"stopped: {done}", file=sys.stderr)
+        sys.exit(130)
+    conclude(configs, results, folder)
+
+
+def conclude(configs: Sequence[Config], results: list[Result], folder: Path) -> None:
+    """Write and print the table, and draw the losses, of runs that have ended."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
-        draw_runs(runs, folder / "losses.png")
+        draw_runs(runs, folder / "losses.png", work_title(configs[0]))
         (folder / "table.md").write_text(table(results) + "\n")
         print(table(results))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -12,6 +13,7 @@ import tyro
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
 from train.methods import BASES, METHODS, ONCE
+from train.ranks import parse_rank
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,7 +64,7 @@ class ModelConfig:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size")
+        check_numbers(self, positive=("vocab_size",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +81,16 @@ class OptimizerConfig:
         the first gradient's, for good; coordinates: rows chosen at random; default:
         the optimizer's own rule.
       basis_dtype: dtype in which a named basis is kept; the other states are float32.
-      rank: dimension of the subspace. Default: a quarter of the model's hidden size.
+      rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
+        matrix' smaller side; attention=64,mlp=0.25: by the first regular expression
+        found in its path (layers/attention/q/kernel), and =full for full rank. Default:
+        a quarter of the model's hidden size.
       refresh_every: steps between two choices of the subspace.
       learning_rate: the peak. Default: by optimizer.
       warmup: part of the steps with a linearly rising learning rate.
       final: learning rate of the last step, as a part of the peak; cosine in between.
+        1, with a warmup of 0: the same all along, so that a run can be given more steps
+        by --resume.
       b1: decay of the first moment. Default: by optimizer, 0.9 for most.
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
@@ -103,7 +110,7 @@ class OptimizerConfig:
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "grass_jump"
     basis: Basis = "default"
     basis_dtype: Literal["float32", "bfloat16"] = "float32"
-    rank: Annotated[int | None, _unless_own("rank")] = None
+    rank: Annotated[int | float | str | None, _unless_own("rank")] = None
     refresh_every: Annotated[int, _unless_own("refresh_every")] = 50
     learning_rate: float | None = None
     warmup: float = 0.1
@@ -120,12 +127,19 @@ class OptimizerConfig:
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
-        _check_positive(self, "rank", "refresh_every", "learning_rate", "scale")
-        _check_positive(self, "angle", "walk_rank", "clip_norm", "max_skipped")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup} is a part of the steps, in [0, 1)")
-        if not 0 <= self.switch <= 1:
-            raise ValueError(f"switch={self.switch} is a part of the steps, in [0, 1]")
+        above = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
+        above += ("clip_norm", "max_skipped")
+        check_numbers(self, positive=above, not_negative=("weight_decay",))
+        if self.rank is not None:
+            parse_rank(self.rank)
+        for field in ("warmup", "b1", "b2"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{field}={value} must lie in [0, 1)")
+        for field in ("final", "switch"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{field}={value} must lie in [0, 1]")
         if self.basis != "default" and not METHODS[self.name].low_rank:
             raise ValueError(
                 f"{self.name} has no subspace, so basis={self.basis!r} means nothing; "
@@ -155,7 +169,8 @@ class ReportConfig:
     sample_tokens: int = 60
 
     def __post_init__(self) -> None:
-        _check_positive(self, "log_every", "keep")
+        at_least_0 = ("eval_every", "checkpoint_every", "sample_tokens")
+        check_numbers(self, positive=("log_every", "keep"), not_negative=at_least_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +190,18 @@ class ProcessConfig:
     process_count: int | None = None
     process_id: int | None = None
 
+    def __post_init__(self) -> None:
+        named = ("coordinator", "process_count", "process_id")
+        given = [field for field in named if getattr(self, field) is not None]
+        if given and not self.distributed:
+            raise ValueError(
+                f"{', '.join(given)}: means nothing without --distributed; add it"
+            )
+        check_numbers(self, positive=("process_count",), not_negative=("process_id",))
+        count, own = self.process_count, self.process_id
+        if count is not None and own is not None and own >= count:
+            raise ValueError(f"process_id={own} must be below process_count={count}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -183,7 +210,10 @@ class Config:
     Attributes:
       out: folder of the run. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
-        if it was stopped before its first.
+        if it was stopped before its first. Give the same flags; --steps may be more if
+        the learning rate is constant (see --final).
+      init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
+        newest checkpoint, or of that one, and its tokenizer; everything else is new.
       seed: fixes the weights at the start, the order of the data and every random
         subspace.
       steps: optimizer steps. The schedule ends at the last one.
@@ -201,6 +231,7 @@ class Config:
 
     out: Path | None = None
     resume: bool = False
+    init_from: str | None = None
     seed: int = 0
     steps: int = 300
     batch_size: int = 16
@@ -214,9 +245,18 @@ class Config:
     processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "microbatches")
+        check_numbers(self, positive=("steps", "batch_size", "microbatches"))
+        if self.steps >= 2**31:
+            raise ValueError(f"steps={self.steps} must be below 2**31")
+        check_seed(self.seed)
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len}: a window needs 2 tokens or more")
+        sources = (self.data.source, self.data.eval_source or "")
+        if self.data.data_dir and not any(s.startswith("tfds:") for s in sources):
+            raise ValueError(
+                f"data_dir={self.data.data_dir} is for prepared TFDS data sets; name "
+                "files by --source"
+            )
         if self.batch_size % self.microbatches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
@@ -284,6 +324,11 @@ def label(optimizer: OptimizerConfig) -> str:
     return f"{optimizer.name}+{optimizer.basis}".removesuffix("+default")
 
 
+def title(optimizer: OptimizerConfig) -> str:
+    """ "galore+sara@0.01", of a resolved config."""
+    return f"{label(optimizer)}@{resolved(optimizer, 'learning_rate'):g}"
+
+
 def model_config(model: ModelConfig) -> LlamaConfig:
     """The shape of the LLaMA that a resolved `ModelConfig` names."""
     return dataclasses.replace(
@@ -303,7 +348,11 @@ def parse(
         args=argv,
         prog=prog,
         description=description,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.SuppressFixed,
+        ),
     )
 
 
@@ -312,8 +361,41 @@ def to_json(config: "DataclassInstance") -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def _check_positive(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and value <= 0:
-            raise ValueError(f"{field}={value} must be above 0")
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote; a field that is not there has its default.
+
+    Raises:
+      ValueError: it is not JSON, or has fields or values that no config has.
+    """
+    try:
+        stored = json.loads(text)
+        parts: dict[str, Any] = {}
+        for field in dataclasses.fields(Config):
+            make: Any = field.default_factory
+            if make is not dataclasses.MISSING:
+                parts[field.name] = make(**stored.pop(field.name, {}))
+        out = stored.pop("out", None)
+        return Config(**stored, **parts, out=out and Path(out))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"it is no config of this version ({error})") from error
+
+
+def check_numbers(
+    config: "DataclassInstance",
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+) -> None:
+    """ValueError for a number that is NaN or infinite, or too small for its field."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+        if name in positive and value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be above 0")
+        if name in not_negative and value is not None and value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie in [0, 2**32)")

@@ -1,5 +1,6 @@
 """Training and evaluation batches of token windows, from text or from token files."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -338,9 +339,9 @@ def _of_tokenizer(tokenizer: Tokenizer | None) -> Fingerprint | None:
     if tokenizer is None:
         return None
     return {
-        "kind": tokenizer.kind,
+        "kind": tokenizer.suffix,
         "vocab_size": tokenizer.vocab_size,
-        "sha256": tokenizer.sha256,
+        "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
     }
 
 

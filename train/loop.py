@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+import lowrank_optax as lro
 from models import Params
 from train.checkpoint import Checkpoints, store_config
-from train.config import Config, model_config, resolved
+from train.config import Config, model_config, resolved, title
 from train.data import Data
 from train.memory import StepMemory, step_memory
 from train.mesh import by_row, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
+from train.progress import Progress, say
+from train.restore import keep_tokenizer, weights_for
 from train.step import (
     Batch,
     LossSums,
@@ -89,6 +91,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
     """
     folder: Path = resolved(config, "out")
     store_config(config)
+    keep_tokenizer(folder, data.tokenizer)
     model = model_config(config.model)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     rounding_key = jax.random.fold_in(optimizer_key, 0)
@@ -105,25 +108,51 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             microbatches=config.microbatches,
             layerwise=resolved(config, "layerwise") == "on",
         )
-        make, like = initial(work, mesh)
-        kinds = kinds_of_steps(optimizer)
+        given = None if config.init_from is None else partial(weights_for, config)
+        make, like = initial(work, mesh, given)
+        kinds, name = kinds_of_steps(optimizer), title(config.optimizer)
+        say(
+            f"{name}: compiling the training step of LLaMA-{config.model.size}, "
+            f"{config.batch_size} x {config.seq_len} tokens ..."
+        )
         program = build_program(config, mesh, work, like, kinds, beside(config, work))
+        say(f"{name}: compiled in {program.compile_s:.1f} s")
         batches = iter(data.train)
         if checkpoints.latest is None:
             state = make(init_key)
         else:
             state = checkpoints.restore(checkpoints.latest, like, batches)
-        with MetricsWriter(folder, int(state.step)) as writer:
+        start = int(state.step)
+        with (
+            MetricsWriter(folder, start) as writer,
+            Progress(name, start, config.steps) as progress,
+        ):
             state = fit(
-                config, program, state, batches, data.evaluation, writer, checkpoints
+                config,
+                program,
+                state,
+                batches,
+                data.evaluation,
+                writer,
+                checkpoints,
+                progress,
             )
     return Trained(state, work, program)
 
 
-def initial(work: Work, mesh: Mesh) -> tuple[Callable[[jax.Array], TrainState], Any]:
-    """What makes the first state from a key, and the state's shapes and shardings."""
+def initial(
+    work: Work, mesh: Mesh, given: Callable[[], Any] | None = None
+) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    """What makes the first state from a key, and the state's shapes and shardings.
+
+    The key draws the weights, if there is no function that gives them.
+    """
     everywhere = replicated(mesh)
     weights = jax.jit(partial(init_weights, work), out_shardings=everywhere)
+    stored = jax.jit(
+        lambda params: lro.store_weights(params, work.weight_dtype),
+        out_shardings=everywhere,
+    )
     rest = jax.jit(
         partial(init_state, work), out_shardings=everywhere, donate_argnums=0
     )
@@ -132,7 +161,7 @@ def initial(work: Work, mesh: Mesh) -> tuple[Callable[[jax.Array], TrainState], 
         jax.eval_shape(rest, jax.eval_shape(weights, jax.random.key(0))),
     )
     # One after the other: what drawing the weights takes is free again then.
-    return lambda key: rest(weights(key)), like
+    return lambda key: rest(stored(given()) if given else weights(key)), like
 
 
 def beside(config: Config, work: Work) -> Work | None:
@@ -214,6 +243,7 @@ def fit(
     evaluation: Iterable[Rows],
     writer: MetricsWriter,
     checkpoints: Checkpoints,
+    progress: Progress,
 ) -> TrainState:
     """Take the steps that are left.
 
@@ -223,22 +253,22 @@ def fit(
     """
     report, last, start = config.report, config.steps, int(state.step)
     meter = Meter(start, config.batch_size * config.seq_len)
-    bar = progress_bar(start, last)
 
     def write(record: Record | None) -> None:
         if record is not None:
             writer.write(record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            progress.record(record)
             check_finite(record, config.optimizer.max_skipped)
 
     every = program.refresh_every
     until = int(state.until_refresh)
-    for step in bar:
+    for step in range(start + 1, last + 1):
         refresh = every is not None and until == 0
         state, metrics = program.step(state, program.put(next(batches)), refresh)
         if every != 1:
             until = int(state.until_refresh) if refresh else until - 1
         meter.add(metrics)
+        progress.step(metrics)
         evaluating = step == last or is_due(step, report.eval_every)
         saving = is_due(step, report.checkpoint_every, last)
         if step == 1 or evaluating or saving or is_due(step, report.log_every):
@@ -257,17 +287,6 @@ def fit(
 def is_due(step: int, every: int, last: int | None = None) -> bool:
     """Whether something done every so many steps, 0 for never, and at `last` is due."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def progress_bar(start: int, last: int) -> tqdm:
-    """Over the steps that are left; shown by process 0, and on a terminal only."""
-    return tqdm(
-        range(start + 1, last + 1),
-        initial=start,
-        total=last,
-        unit="step",
-        disable=None if jax.process_index() == 0 else True,
-    )
 
 
 def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float:

@@ -1,9 +1,12 @@
 """The command line of the trainer."""
 
+import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 
@@ -12,8 +15,9 @@ from train.config import Config, ProcessConfig, parse, resolve, resolved
 from train.data import Data, open_data
 from train.loop import train
 from train.mesh import make_mesh
-from train.optimizer import check_optimizer
-from train.report import finish
+from train.optimizer import check_meant, check_optimizer
+from train.report import check_prompt, finish
+from train.restore import check_start, pinned, tokenizer_file
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
@@ -22,24 +26,32 @@ Examples:
   python -m train --optimizer adamw --out runs/adamw
   python -m train --optimizer galore --basis sara --rank 32 --refresh-every 50
   python -m train --out runs/tiny-grass_jump --resume
+  python -m train --init-from runs/tiny-grass_jump --source more.txt --out runs/more
   python -m train --size 60m --batch-size 128 --seq-len 256 --microbatches 4
   python -m train.compare --help                     several optimizers, same work
+  python -m train.sample --help                      text from a trained model
+  python -m train.bench --help                       what a step costs
 
-A run leaves in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/,
-loss.png, memory.txt, sample.txt and summary.json."""
+A run leaves in its folder: config.json, tokenizer.json, metrics.jsonl, tensorboard/,
+checkpoints/, loss.png, memory.txt, sample.txt and summary.json."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; None reads it from `sys.argv`."""
     start = time.perf_counter()
     config = parse(Config, DESCRIPTION, argv, "python -m train")
-    join_processes(config.processes)
-    config = resolve(config)
     with usage_errors():
+        join_processes(config.processes)
+        check_meant(config.optimizer, [config.optimizer])
+        config = resolve(config)
+        check_writable(resolved(config, "out"))
+        config = pinned(config)
         check_folder(config)
         check_optimizer(config)
         mesh = make_mesh(config)
         data = open_text(config)
+        check_prompt(config.report, data.tokenizer)
+        check_start(config, data.tokenizer)
     trained = train(config, data, mesh)
     finish(config, data, trained, time.perf_counter() - start)
 
@@ -50,20 +62,46 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:  # the system's own
+            said = f"{error.filename}: {error.strerror}"
+        sys.exit(f"error: {said}")
+
+
+def check_writable(folder: Path) -> None:
+    """OSError unless the folder can be made, or written to; changes nothing."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"out: {nearest} is a file, so {folder} cannot be a folder; give another"
+        )
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise PermissionError(
+            f"out: {nearest} cannot be written to ({error.strerror}); give another"
+        ) from error
 
 
 def join_processes(config: ProcessConfig) -> None:
-    if config.distributed:
+    """Raises ValueError if they are not found."""
+    if not config.distributed:
+        return
+    try:
         jax.distributed.initialize(
             config.coordinator, config.process_count, config.process_id
         )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"distributed: the processes did not find each other ({error}); give each "
+            "the same --coordinator HOST:PORT and --process-count, and its --process-id"
+        ) from error
 
 
 def open_text(config: Config) -> Data:
     """The data of a resolved config, this process' share of it."""
     return open_data(
-        config.data,
+        dataclasses.replace(config.data, tokenizer=tokenizer_file(config)),
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -43,10 +43,20 @@ class Method:
         """Whether it has a subspace."""
         return "rank" in self.options
 
+    def uses(self, option: str, basis: str = "default") -> bool:
+        """Whether an option of a run changes anything, with a basis by its name."""
+        if option in self.own:
+            return False
+        if option in OF_THE_BASIS and basis != "default":
+            return option in inspect.signature(BASES[basis]).parameters
+        return {"switch": "switch_step"}.get(option, option) in self.options
+
 
 def _fira(step: optax.GradientTransformation) -> Make:
     return functools.partial(lro.fira, step=step)
 
+
+OF_THE_BASIS = ("angle", "walk_rank")
 
 ONCE = 2**31 - 1  # a basis is chosen at the first step alone
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,11 @@ import optax
 
 import lowrank_optax as lro
 from lowrank_optax.layerwise import squared_norm
+from lowrank_optax.layout import layout_of, path_of, specs_of
 from models import init_params
-from train.config import Config, OptimizerConfig, model_config, resolved
+from train.config import Config, OptimizerConfig, label, model_config, resolved
 from train.methods import BASES, METHODS, call
+from train.ranks import check_ranks, parse_rank
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
@@ -209,6 +211,21 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
+def why_steps_matter(config: Mapping[str, Any]) -> str | None:
+    """Why a run cannot be given more steps; of a config as JSON has it.
+
+    None if no step depends on how many there are.
+    """
+    if METHODS[config["name"]].uses("switch"):
+        return f"{config['name']} changes its subspace after a part of the steps"
+    if config["warmup"] == 0 and config["final"] == 1:
+        return None
+    return (
+        "the learning rate goes by the number of steps and ends at the last; only with "
+        "--warmup 0 --final 1, from the start, can steps be added"
+    )
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optimizer:
     """The optimizer that a resolved config names, for the models' parameters.
 
@@ -229,7 +246,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         key=key,
         angle=config.angle,
         walk_rank=config.walk_rank,
-        rank=resolved(config, "rank"),
+        rank=parse_rank(resolved(config, "rank")),
         refresh_every=config.refresh_every,
         # Like the rank, it means nothing to a full-rank method in a comparison.
         scale=config.scale if method.low_rank else None,
@@ -246,29 +263,86 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
     return Optimizer(optax.with_extra_args_support(tx), clip, schedule, refresh_every)
 
 
+def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
+    """ValueError for an option that was given, and that no chosen optimizer has."""
+    options = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
+    for option in (*options, "precision", "switch"):
+        untouched = getattr(OptimizerConfig, option)
+        if getattr(given, option) == untouched or any(
+            METHODS[c.name].uses(option, c.basis) for c in chosen
+        ):
+            continue
+        flag = "--" + option.replace("_", "-")
+        who = ", ".join(map(label, chosen))
+        own = any(option in METHODS[c.name].own for c in chosen)
+        has = f"decides {option} by itself" if own else f"has no {option}"
+        raise ValueError(f"{who} {has}: leave out {flag}")
+    if given.basis_dtype != "float32" and all(c.basis == "default" for c in chosen):
+        raise ValueError(
+            f"basis_dtype={given.basis_dtype!r} needs a basis by name: --basis svd, or "
+            "galore+svd where several optimizers are named"
+        )
+
+
 def check_optimizer(config: Config) -> None:
     """ValueError for a resolved config whose optimizer cannot be built, or not used."""
     key = jax.random.key(0)
     tx = make_optimizer(config.optimizer, config.steps, key).method
+    model, name = model_config(config.model), config.optimizer.name
+    params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
+    if METHODS[name].uses("rank"):
+        check_ranks(resolved(config.optimizer, "rank"), smaller_sides(params))
+    if METHODS[name].uses("precision"):
+        check_precision(config.optimizer.precision)
+    layer = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p), params)
+    state = jax.eval_shape(tx.init, layer)
+    jax.eval_shape(functools.partial(tx.update, refresh=True), layer, state, layer)
     if config.layerwise == "off" or config.microbatches == 1:
         return
-    model = model_config(config.model)
-    params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
 
-    def step(params: Any) -> Any:
-        layer = jax.tree.map(lambda x: x[0], params)
-        state = tx.init(layer)
+    def summed(layer: Any, state: Any) -> Any:
         low = lro.project_gradient(tx, layer, state, layer).low
         return tx.update(low, state, layer, refresh=False, projected=True)
 
     try:
-        jax.eval_shape(step, params)
+        jax.eval_shape(summed, layer, state)
     except ValueError as error:
         raise ValueError(
             f"layerwise=on with microbatches={config.microbatches} sums a layer's "
             f"gradients in the subspace, which {config.optimizer.name} does not allow: "
             f"{error}; take microbatches=1, or layerwise=off"
         ) from error
+
+
+def smaller_sides(params: Any) -> dict[str, int]:
+    """The smaller side of each matrix that has a subspace, by its path."""
+    shapes = jax.tree_util.tree_leaves_with_path(params)
+    specs = specs_of(MATRICES, params)
+    return {
+        path: layout_of(path, x.shape, spec).m
+        for path, x in ((path_of(keys), x) for keys, x in shapes)
+        if (spec := specs[path]) is not None
+    }
+
+
+def check_precision(precision: str) -> None:
+    """ValueError unless JAX knows it, and this device has it."""
+    x = jnp.ones((8, 8))
+
+    def has(precision: str) -> bool:
+        try:
+            jnp.matmul(x, x, precision=precision).block_until_ready()
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return False
+        return True
+
+    if not has(precision):
+        names = (preset.name for preset in jax.lax.DotAlgorithmPreset)
+        known = ", ".join(("default", "high", "highest", *filter(has, names)))
+        raise ValueError(
+            f"precision={precision!r} is none that a {jax.default_backend()} has here; "
+            f"it has {known}"
+        )
 
 
 def make_method(

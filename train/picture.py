@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from train.metrics import Record
 
 
-def draw_run(records: Sequence[Record], path: Path) -> None:
+def draw_run(records: Sequence[Record], path: Path, title: str) -> None:
     """Training loss, as logged and smoothed, and evaluation loss of one run."""
-    figure, axes = _figure()
+    figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
@@ -20,9 +20,9 @@ def draw_run(records: Sequence[Record], path: Path) -> None:
     _save(figure, axes, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: Path, title: str) -> None:
     """Smoothed training loss of several runs; a dot is the final evaluation loss."""
-    figure, axes = _figure()
+    figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
         steps, losses = _series(records, "loss")
         (line,) = axes.plot(steps, _smooth(losses), label=name)
@@ -31,10 +31,11 @@ def draw_runs(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     _save(figure, axes, path)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel("step")
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     return figure, axes

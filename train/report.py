@@ -3,19 +3,27 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import lowrank_optax as lro
-from models import generate
-from train.config import Config, label, resolved
+from models import count_params
+from train.config import (
+    Config,
+    ReportConfig,
+    label,
+    model_config,
+    resolved,
+    title,
+)
 from train.data import Data
 from train.loop import Trained
 from train.memory import describe, device_peak
 from train.metrics import read_metrics
 from train.picture import draw_run
+from train.sample import continued, prompt_tokens
+from train.tokenizer import Tokenizer
 
 
 def summarize(config: Config, trained: Trained) -> dict[str, Any]:
@@ -56,22 +64,25 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
-    """Print the outcome; write summary.json, loss.png, memory.txt and sample.txt."""
-    sample = sample_text(config, data, trained)
-    if jax.process_index() != 0:
-        return
+    """Write summary.json, memory.txt, loss.png, then sample.txt; print the outcome."""
     folder: Path = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
     memory = f"{state}\n\n{describe(trained.program.memory, trained.program.adamw)}"
     summary = {**summarize(config, trained), "wall_s": wall_s}
-    (folder / "memory.txt").write_text(memory + "\n")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_run(read_metrics(folder), folder / "loss.png")
-    if sample is not None:
-        (folder / "sample.txt").write_text(sample + "\n")
+    main = jax.process_index() == 0
+    if main:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / "memory.txt").write_text(memory + "\n")
+        heading = f"{work_title(config)}, {title(config.optimizer)}"
+        draw_run(read_metrics(folder), folder / "loss.png", heading)
+    sample = sample_text(config, data, trained)  # all processes together
+    if not main:
+        return
+    if sample.text is not None:
+        (folder / "sample.txt").write_text(sample.text + "\n", encoding="utf-8")
     print(memory)
-    print(f"\n{sample}\n" if sample else "\nno text sample: there is no tokenizer\n")
+    print(f"\n{sample.text or f'no text sample: {sample.why_none}'}\n")
     print(
         f"{summary['optimizer']}: {summary['steps']} steps, held-out loss "
         f"{summary['eval_loss']:.4f} (perplexity {summary['ppl']:.2f}), "
@@ -79,19 +90,44 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     )
 
 
-def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
-    """The prompt and the model's continuation; None without a tokenizer, or length."""
-    steps = config.report.sample_tokens
-    if data.tokenizer is None or steps == 0:
-        return None
-    prompt = jnp.asarray([data.tokenizer.encode(config.report.prompt)], jnp.int32)
-    key = jax.random.key(config.seed)
-    tokens = generate(
-        trained.work.model,
-        trained.weights,
-        prompt,
-        steps=steps,
-        key=key,
-        temperature=0.8,
+def work_title(config: Config) -> str:
+    """ "LLaMA-tiny (1.8M weights), 16 x 128 tokens a step", of a resolved config."""
+    weights = count_params(model_config(config.model)) / 1e6
+    return (
+        f"LLaMA-{config.model.size} ({weights:,.1f}M weights), "
+        f"{config.batch_size} x {config.seq_len} tokens a step"
     )
-    return data.tokenizer.decode(tokens[0].tolist())
+
+
+class Sample(NamedTuple):
+    """The prompt and the model's continuation, or why there is none."""
+
+    text: str | None
+    why_none: str = ""
+
+
+def check_prompt(config: ReportConfig, tokenizer: Tokenizer | None) -> None:
+    """ValueError for a prompt that the model could not continue at the end."""
+    if tokenizer is not None and config.sample_tokens:
+        prompt_tokens(tokenizer, config.prompt)
+
+
+def sample_text(config: Config, data: Data, trained: Trained) -> Sample:
+    """A sample of the model's text; its failure ends nothing."""
+    report = config.report
+    if report.sample_tokens == 0:
+        return Sample(None, "none was asked for (--sample-tokens 0)")
+    if data.tokenizer is None:
+        return Sample(None, "there is no tokenizer")
+    try:
+        text = continued(
+            trained.work.model,
+            trained.weights,
+            data.tokenizer,
+            report.prompt,
+            tokens=report.sample_tokens,
+            seed=config.seed,
+        )
+    except Exception as error:  # of the device's memory, for one; the run is done
+        return Sample(None, f"{type(error).__name__}: {error}")
+    return Sample(text)

@@ -23,13 +23,11 @@ _TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 class Tokenizer(Protocol):
     """Text to token ids and back; ids are below `vocab_size`."""
 
-    kind: ClassVar[str]
-    """The package that it is of."""
+    suffix: ClassVar[str]
+    """Of its kind of file: ".json" or ".model"."""
 
-    @property
-    def sha256(self) -> str:
-        """Of the file that it was read from."""
-        ...
+    content: bytes
+    """The file that it was read from, from which `open_tokenizer` makes it again."""
 
     @property
     def vocab_size(self) -> int:
@@ -59,7 +57,7 @@ class BytePairTokenizer:
       ValueError: the vocabulary has no end-of-document token of a known name.
     """
 
-    kind = "tokenizers"
+    suffix = ".json"
 
     def __init__(self, content: bytes):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -71,7 +69,7 @@ class BytePairTokenizer:
         if not named:
             raise ValueError(f"it has no end token: add one of {', '.join(_END_NAMES)}")
         self._tokenizer = tokenizer
-        self.sha256: str = hashlib.sha256(content).hexdigest()
+        self.content = content
         self.eos_id: int = named[0]
         self.vocab_size: int = max(ids.values()) + 1
 
@@ -90,7 +88,7 @@ class SentencePieceTokenizer:
       ValueError: the model cannot be read or has no end token.
     """
 
-    kind = "SentencePiece"
+    suffix = ".model"
 
     def __init__(self, content: bytes):
         import sentencepiece
@@ -101,7 +99,7 @@ class SentencePieceTokenizer:
             raise ValueError(f"not a SentencePiece model ({error})") from error
         if self._model.eos_id() < 0:
             raise ValueError("it has no end token: train it with an eos_id")
-        self.sha256: str = hashlib.sha256(content).hexdigest()
+        self.content = content
         self.eos_id: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
 

@@ -1,0 +1,106 @@
+"""Text from a trained model: `python -m train.sample --help`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from models import LlamaConfig, Params, generate
+from train.config import check_numbers, check_seed, parse
+from train.restore import load_run
+from train.tokenizer import Tokenizer
+
+DESCRIPTION = """Continue a text with the model of a run.
+
+Examples:
+  python -m train.sample runs/tiny-grass_jump
+  python -m train.sample runs/tiny-grass_jump@200 --prompt "My fellow citizens"
+  python -m train.sample runs/tiny-grass_jump --temperature 0 --tokens 20"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What is continued, and how.
+
+    Attributes:
+      run: a run's folder, for its newest checkpoint, or FOLDER@STEP.
+      prompt: the beginning of the text.
+      tokens: how many tokens to add.
+      temperature: above 1 for more surprise, below for less; 0: always the likeliest
+        token.
+      seed: another seed, another text.
+    """
+
+    run: tyro.conf.Positional[str]
+    prompt: str = "The American people"
+    tokens: int = 60
+    temperature: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("tokens",), not_negative=("temperature",))
+        check_seed(self.seed)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt; ValueError if it has none."""
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError(
+            f"prompt={prompt!r} has no token to begin with; give the first words of a "
+            "text"
+        )
+    return tokens
+
+
+def continued(
+    model: LlamaConfig,
+    weights: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+) -> str:
+    """The prompt and what the model says next."""
+    start = jnp.asarray([prompt_tokens(tokenizer, prompt)], jnp.int32)
+    text = generate(
+        model,
+        weights,
+        start,
+        steps=tokens,
+        key=jax.random.key(seed),
+        temperature=temperature,
+    )
+    return tokenizer.decode(text[0].tolist())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a text as the command line says; None reads it from `sys.argv`."""
+    config = parse(SampleConfig, DESCRIPTION, argv, "python -m train.sample")
+    try:
+        run = load_run(config.run)
+        if run.tokenizer is None:
+            raise ValueError(f"{config.run} has no tokenizer: it was trained on tokens")
+        prompt_tokens(run.tokenizer, config.prompt)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        continued(
+            run.model,
+            run.weights,
+            run.tokenizer,
+            config.prompt,
+            tokens=config.tokens,
+            seed=config.seed,
+            temperature=config.temperature,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
