@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.checkpoint import Checkpoints, check_folder, store_config
+from train.checkpoint import Checkpoints
 from train.config import Config, model_config, parse, resolve, resolved
+from train.folder import check_folder, own_folder
 from train.main import open_text
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
@@ -29,10 +30,16 @@ def config_of(folder: Path, *argv: str) -> Config:
     return resolve(parse(Config, "", ["--out", str(folder), *argv], "python -m train"))
 
 
+def store(config: Config) -> None:
+    """As a run does that begins in its folder."""
+    with own_folder(config, {}):
+        pass
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     config = config_of(tmp_path / "run")
     check_folder(config)
-    store_config(config)
+    store(config)
     with pytest.raises(FileExistsError, match=r"holds a run already; .* --resume"):
         check_folder(config)
     check_folder(config_of(tmp_path / "run", "--resume"))
@@ -46,7 +53,7 @@ def test_resuming_what_is_not_there_is_an_error(tmp_path):
 
 
 def test_another_configuration_is_an_error_that_names_the_fields(tmp_path):
-    store_config(config_of(tmp_path))
+    store(config_of(tmp_path))
     changed = ("--steps", "400", "--optimizer", "galore", "--rank", "16")
     with pytest.raises(ValueError, match="another configuration") as raised:
         check_folder(config_of(tmp_path, "--resume", *changed))
@@ -62,7 +69,7 @@ def test_another_configuration_is_an_error_that_names_the_fields(tmp_path):
 
 
 def test_output_settings_may_change(tmp_path):
-    store_config(config_of(tmp_path))
+    store(config_of(tmp_path))
     flags = "--resume --log-every 3 --eval-every 7 --checkpoint-every 5 --keep 9"
     check_folder(config_of(tmp_path, *flags.split(), "--prompt", "Once"))
 
@@ -70,9 +77,9 @@ def test_output_settings_may_change(tmp_path):
 @pytest.mark.parametrize(("there", "here"), [("on", "off"), ("off", "on")])
 def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, here):
     unclipped = ("--clip-norm", "None", "--layerwise")
-    store_config(config_of(tmp_path / "unclipped", *unclipped, there))
+    store(config_of(tmp_path / "unclipped", *unclipped, there))
     check_folder(config_of(tmp_path / "unclipped", "--resume", *unclipped, here))
-    store_config(config_of(tmp_path / "clipped", "--layerwise", there))
+    store(config_of(tmp_path / "clipped", "--layerwise", there))
     changed = config_of(tmp_path / "clipped", "--resume", "--layerwise", here)
     with pytest.raises(ValueError, match="another configuration") as raised:
         check_folder(changed)
@@ -82,7 +89,7 @@ def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, h
         "first chooses the bases, or all do)"
     ]
     parts = (*unclipped[:2], "--microbatches", "2", "--layerwise")
-    store_config(config_of(tmp_path / "parts", *parts, there))
+    store(config_of(tmp_path / "parts", *parts, there))
     with pytest.raises(ValueError, match="another configuration"):
         check_folder(config_of(tmp_path / "parts", "--resume", *parts, here))
     # Nor while the clipping itself is changed.
@@ -92,7 +99,7 @@ def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, h
 
 
 def test_a_field_that_one_version_lacks_is_a_difference(tmp_path):
-    store_config(config_of(tmp_path))
+    store(config_of(tmp_path))
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["optimizer"]["b2"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -105,8 +112,9 @@ def restore(config: Config, step: int, like=None) -> tuple[Any, np.ndarray]:
     batches = iter(open_text(config).train)
     if like is None:
         like = state_shapes(config, SingleDeviceSharding(jax.devices()[0]))
-    with Checkpoints(resolved(config, "out") / "checkpoints", keep=9) as checkpoints:
-        return checkpoints.restore(step, like, batches), next(batches)["tokens"]
+    with Checkpoints(resolved(config, "out"), keep=9) as checkpoints:
+        restored = checkpoints.restore(step, like, batches)
+        return restored.state, next(batches)["tokens"]
 
 
 def make_init(config: Config):
@@ -219,14 +227,14 @@ def test_a_checkpoint_moves_to_other_devices_and_only_the_latest_stay(tmp_path):
     everywhere = NamedSharding(mesh, PartitionSpec())
     batches = iter(open_text(config).train)
     init = jax.jit(make_init(config), out_shardings=everywhere)
-    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.latest is None
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps == []
         for step in (1, 2, 3):
             state = init(jax.random.key(step))
             next(batches)
             checkpoints.save(step, state, batches)
-    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.latest == 3
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps == [2, 3]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*"))
     assert kept == ["2", "3"]
 

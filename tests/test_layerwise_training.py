@@ -18,9 +18,10 @@ from jax.sharding import AxisType
 import train.loop
 import train.step
 from models import SIZES, LlamaConfig, generate
+from train.checkpoint import Restored
 from train.config import Config, ModelConfig, OptimizerConfig, ReportConfig, resolve
 from train.data import Data
-from train.loop import Trained, fit, initial, kinds_of_steps
+from train.loop import Around, Trained, fit, initial, kinds_of_steps
 from train.memory import describe
 from train.metrics import read_metrics
 from train.optimizer import check_optimizer, make_optimizer
@@ -326,14 +327,17 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
     report = ReportConfig(log_every=3, eval_every=0, checkpoint_every=0)
     Waits.asked = 0
     start = SimpleNamespace(step=0, until_refresh=Waits(0), params=None)
+    ignore = lambda *_: None  # noqa: E731
+    progress = SimpleNamespace(record=ignore, step=ignore)
+    stop = SimpleNamespace(reached=ignore)
+    around = Around(SimpleNamespace(write=ignore), None, progress, stop)  # pyright: ignore
     fit(
         Config(steps=9, report=report),
         program,  # pyright: ignore
-        start,  # pyright: ignore
+        Restored(start, []),  # pyright: ignore
         iter([{}] * 9),  # pyright: ignore
         [{}],
-        SimpleNamespace(write=lambda record: None),  # pyright: ignore
-        None,  # pyright: ignore
+        around,  # pyright: ignore
     )
     assert refreshes == expected
     # At the start, and at refreshes between which there are other steps.

@@ -1,135 +1,270 @@
-"""The folder of a run: whose run it is, and its checkpoints."""
+"""A run's checkpoints: saved aside, checked when they are read, good ones kept."""
 
 import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    LatestN,
+    PreservationPolicy,
+)
 
-from train.config import Config, resolved, to_json
-from train.optimizer import why_steps_matter
+from train.checksum import checksums
+from train.metrics import Record, is_healthy, read_metrics
 from train.step import TrainState
 
-# What may differ between a run and its resumption: where and how it is run, and what
-# it reports. All else decides what the next step does.
-FREE = ("out", "resume", "data.cache_dir", "report.", "processes.")
-# And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
-# alike, and the steps the same to rounding (but for one that is skipped).
-CLIP = "optimizer.clip_norm"
 
+class Restored(NamedTuple):
+    """Where a run begins, or goes on.
 
-def check_folder(config: Config) -> None:
-    """Whether a resolved config may run in its folder; changes nothing.
-
-    Raises:
-      FileExistsError: a new run, but the folder holds one already.
-      FileNotFoundError: `resume`, but the folder holds no run.
-      ValueError: `resume`, but the run there has another configuration; the message
-        names the fields.
+    Attributes:
+      state: of the training.
+      losses: of the steps since the last record of metrics.
     """
-    path = resolved(config, "out") / "config.json"
-    if config.resume:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path.parent} holds no run to resume; leave out --resume to start one"
-            )
-        check_same_run(json.loads(path.read_text()), json.loads(to_json(config)), path)
-    elif path.exists() and jax.process_index() == 0:
-        raise FileExistsError(
-            f"{path.parent} holds a run already; go on with it by --resume, or give "
-            "another folder to --out"
-        )
+
+    state: TrainState
+    losses: list[float]
 
 
-def store_config(config: Config) -> None:
-    """Make a resolved config's folder this run's: the config is kept there as JSON."""
-    if jax.process_index() == 0:
-        folder: Path = resolved(config, "out")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(config))
+class CheckpointError(Exception):
+    """There is no checkpoint that can be used."""
 
 
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
-    """ValueError unless the two configs agree on all that is not FREE."""
-    old, new = _flat(stored), _flat(given)
-    same = all(x.get(CLIP, ...) is None for x in (old, new))
-    same &= all(x.get("microbatches") == 1 for x in (old, new))
-    free = (*FREE, "layerwise") if same else FREE
-    fixed = why_steps_matter(given["optimizer"])
-    if fixed is None and old.get("steps", 0) <= new["steps"]:
-        free = (*free, "steps")
-    why = {
-        "steps": f" ({fixed or 'a run can be made longer, not shorter'}; begin a new "
-        f"one with the weights of this: --init-from {path.parent} --out ANOTHER)",
-        "layerwise": " (a layer is clipped by its own norm, or all by one; and of "
-        "microbatches the first chooses the bases, or all do)",
-    }
-    differences = [
-        f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
-        + why.get(field, "")
-        for field in sorted(old.keys() | new.keys())
-        if not field.startswith(free) and old.get(field) != new.get(field)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} is of a run with another configuration; give the same values, or "
-            "start a new run in another --out:\n" + "\n".join(differences)
-        )
+class KeepHealthy(PreservationPolicy):
+    """Preserves the newest checkpoint at which the run was well.
 
+    That is the newest with a finite loss on held-out text, if there is any, else with
+    a finite gradient at its step: a run that diverged may have only broken newer ones.
+    """
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = {record["step"]: record for record in records}
+
+    def add(self, record: Record) -> None:
+        self._records[record["step"]] = record
+
+    def newest(self, steps: Sequence[int]) -> int | None:
+        """Of these steps, in order."""
+        records = {s: self._records[s] for s in steps if s in self._records}
+        well = [step for step, record in records.items() if is_healthy(record)]
+        evaluated = [step for step in well if "eval_loss" in records[step]]
+        return max(evaluated or well, default=None)
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = self.newest(steps)
+        return [step == newest for step in steps]
 
 
 class Checkpoints:
-    """Saves and restores a training state together with the data iterator's.
+    """Saves and restores a training state together with the data's position.
 
     Saving is asynchronous; leaving the `with` block waits for what is pending. A
-    checkpoint appears under its final name only when it is complete.
+    checkpoint appears under its final name only when it is complete. One that cannot be
+    saved (a full disk) is a warning, and the run goes on; `unsaved` says so at the end
+    if it was the last.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
+        self._folder = folder.absolute() / "checkpoints"
+        self._healthy = KeepHealthy(read_metrics(folder))
+        self._pending: int | None = None
+        self.unsaved: str | None = None
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(keep), self._healthy]
+                ),
+                cleanup_tmp_directories=True,
+            ),
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     @property
-    def latest(self) -> int | None:
-        """Step of the latest complete checkpoint."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Those with a complete checkpoint, in order."""
+        return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
+    @property
+    def healthy(self) -> int | None:
+        """The newest checkpoint at which the run was well."""
+        return self._healthy.newest(self.steps)
+
+    def has(self, step: int) -> bool:
+        """Whether `step` has a checkpoint; waits for what is pending."""
+        self._settle()
+        return step in self.steps
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        record: Record | None = None,
+        losses: Sequence[float] = (),
+    ) -> None:
+        """Begin to save what the run is after `step`.
+
+        Args:
+          step: how many steps are done.
+          state: of the training.
+          data: the iterator of the batches.
+          record: of the metrics at this step.
+          losses: of the steps since the last record.
+        """
+        self._settle()
+        if record is not None:
+            self._healthy.add(record)
+        # Besides the state: where the iterator stands, the same on all processes.
+        position = {"data": data.get_state(), "losses": [float(x) for x in losses]}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
+            position=ocp.args.JsonSave(position),
+            checksums=ocp.args.JsonSave(_seals(state, position)),
         )
-        self._manager.save(step, args=args)
+        self._pending = step
+        try:
+            self._manager.save(step, args=args)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # whatever class the file system's errors come in
+            self._lost(error)
 
-    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> TrainState:
-        """The state saved at `step`; puts the iterator where it was then.
+    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Restored:
+        """What was saved at `step`; puts the iterator where it was then.
 
-        `like` is a tree of `jax.ShapeDtypeStruct` with shardings: without them the
-        state would come back only on the devices it was saved from.
+        Args:
+          step: of the checkpoint.
+          like: a tree of `jax.ShapeDtypeStruct` with shardings: without them the state
+            would come back only on the devices it was saved from.
+          data: an iterator of the same batches.
+
+        Raises:
+          ValueError: an array is not what was saved.
+          Exception: of many classes, for files that are missing or damaged.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(like),
-            data=grain.checkpoint.CheckpointRestore(data),
+            position=ocp.args.JsonRestore(),
+            checksums=ocp.args.JsonRestore(),
         )
-        return self._manager.restore(step, args=args)["state"]
+        saved = self._manager.restore(step, args=args)
+        state, position = saved["state"], saved["position"]
+        if _seals(state, position) != saved["checksums"]:
+            raise ValueError("it does not hold what was saved")
+        data.set_state(position["data"])
+        return Restored(state, position["losses"])
+
+    def restore_newest(
+        self, like: Any, data: grain.DatasetIterator, step: int | None = None
+    ) -> Restored | None:
+        """The newest that can be read; None if there is none at all.
+
+        Those after it are set aside, into the folder `aside`: the run will save others
+        of these steps.
+
+        Args:
+          like, data: as for `restore`.
+          step: this one, rather than the newest.
+
+        Raises:
+          CheckpointError: none can be read, or there is none of `step`.
+        """
+        steps = self.steps if step is None else [s for s in self.steps if s == step]
+        for tried in reversed(steps):
+            try:
+                restored = self.restore(tried, like, data)
+            except jax.errors.JaxRuntimeError:  # of the device's memory
+                raise
+            except Exception as error:  # damaged files give errors of every class
+                _say(f"the checkpoint of step {tried} cannot be used: {_brief(error)}")
+            else:
+                self._set_aside([s for s in self.steps if s > tried])
+                return restored
+        if step is not None:
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} that can be used; there are "
+                f"{self.steps}"
+            )
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._folder} can be used: put one back, "
+                "or start a new run in another --out"
+            )
+        return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        if not steps:
+            return
+        aside = self._folder.parent / "aside"
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                if (aside / str(step)).exists():
+                    shutil.rmtree(aside / str(step))
+                os.replace(self._folder / str(step), aside / str(step))
+            _say(f"set aside into {aside}: the checkpoints of steps {steps}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
+
+    def _settle(self) -> None:
+        """Wait for what is pending, and know whether it came to be."""
+        if self._pending is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._lost(error)
+        else:
+            self._pending = self.unsaved = None
+
+    def _lost(self, error: Exception) -> None:
+        self.unsaved = (
+            f"the checkpoint of step {self._pending} could not be saved: "
+            f"{_brief(error)}"
+        )
+        self._pending = None
+        _say(f"{self.unsaved}; the run goes on, and saves the next")
+        if jax.process_index() == 0:
+            # What it wrote of it may be what fills the disk.
+            for path in self._folder.glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._settle()
         self._manager.close()
+
+
+def _seals(state: Any, position: Any) -> dict[str, Any]:
+    """By which it is known whether they are what was saved."""
+    text = json.dumps(position, sort_keys=True)
+    return {"state": checksums(state), "position": zlib.crc32(text.encode())}
+
+
+def _brief(error: Exception) -> str:
+    """One line, and what kind of error it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0][:200] if lines else 'no more is known'} ({type(error).__name__})"
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from train.checkpoint import check_folder
 from train.config import (
     Basis,
     Config,
@@ -24,8 +24,15 @@ from train.config import (
     title,
 )
 from train.data import Data
+from train.folder import check_folder, own_folder
 from train.loop import train
-from train.main import check_writable, join_processes, open_text, usage_errors
+from train.main import (
+    check_writable,
+    join_processes,
+    open_text,
+    run_errors,
+    usage_errors,
+)
 from train.mesh import make_mesh
 from train.methods import BASES, METHODS
 from train.metrics import read_metrics
@@ -33,6 +40,7 @@ from train.optimizer import check_meant, check_optimizer
 from train.picture import draw_runs
 from train.report import summarize, work_title
 from train.restore import check_start, pinned
+from train.stopping import StoppedError
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
 batches in the same order, the same schedule.
@@ -221,11 +229,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[Result] = []
     try:
         for config in configs:
-            results.append(run(config, data, mesh))
+            with ExitStack() as stack:
+                with usage_errors():
+                    stack.enter_context(own_folder(config, data.fingerprint))
+                with run_errors():
+                    results.append(run(config, data, mesh))
             if jax.process_index() == 0:
                 with (folder / "results.jsonl").open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         done = f"{len(results)} of {len(configs)} optimizers are done"
         if results:
             conclude(configs[: len(results)], results, folder)

@@ -212,6 +212,8 @@ class Config:
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Give the same flags; --steps may be more if
         the learning rate is constant (see --final).
+      resume_from: step of the checkpoint to go on from, rather than the latest; later
+        ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
         newest checkpoint, or of that one, and its tokenizer; everything else is new.
       seed: fixes the weights at the start, the order of the data and every random
@@ -231,6 +233,7 @@ class Config:
 
     out: Path | None = None
     resume: bool = False
+    resume_from: int | None = None
     init_from: str | None = None
     seed: int = 0
     steps: int = 300
@@ -270,6 +273,8 @@ def resolve(config: Config) -> Config:
     Looks at JAX's default backend for what is "auto", so call it after
     `jax.distributed.initialize`.
     """
+    if config.resume_from is not None:
+        config = dataclasses.replace(config, resume=True)
     model, optimizer = config.model, config.optimizer
     size = SIZES[model.size]
     on_cpu = jax.default_backend() == "cpu"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import lowrank_optax as lro
 from models import Params
-from train.checkpoint import Checkpoints, store_config
+from train.checkpoint import Checkpoints, Restored
 from train.config import Config, model_config, resolved, title
 from train.data import Data
 from train.memory import StepMemory, step_memory
@@ -37,6 +37,7 @@ from train.step import (
     loss_sums,
     train_step,
 )
+from train.stopping import Stop, StoppedError
 
 Rows = Mapping[str, np.ndarray]
 """This process' rows of a batch."""
@@ -69,12 +70,30 @@ class Program(NamedTuple):
         return self.memory[min(self.memory)].peak
 
 
+class Around(NamedTuple):
+    """What a run writes to, and whom it listens to."""
+
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: Stop
+
+
+class DataError(Exception):
+    """What a run reads changed under it, or cannot be read any more."""
+
+
 class Trained(NamedTuple):
-    """A run at its end."""
+    """A run at its end.
+
+    Attributes:
+      unsaved: why its last checkpoint could not be saved; None if it could.
+    """
 
     state: TrainState
     work: Work
     program: Program
+    unsaved: str | None = None
 
     @property
     def weights(self) -> Params:
@@ -83,34 +102,26 @@ class Trained(NamedTuple):
 
 
 def train(config: Config, data: Data, mesh: Mesh) -> Trained:
-    """Run, or go on with, the work of a resolved config in its folder.
+    """Run, or go on with, the work of a resolved config in its folder (`own_folder`).
 
     Raises:
+      CheckpointError: no checkpoint can be read, or not the one that was asked for.
+      DataError: the data cannot be read any more.
       FloatingPointError: after `max_skipped` steps in a row without a finite gradient,
         or if the held-out loss is not finite.
+      StoppedError: by a signal.
     """
     folder: Path = resolved(config, "out")
-    store_config(config)
     keep_tokenizer(folder, data.tokenizer)
-    model = model_config(config.model)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
-    rounding_key = jax.random.fold_in(optimizer_key, 0)
-    optimizer = make_optimizer(config.optimizer, config.steps, optimizer_key)
+    work = work_of(config, optimizer_key)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(folder / "checkpoints", config.report.keep) as checkpoints,
+        Checkpoints(folder, config.report.keep) as checkpoints,
     ):
-        work = Work(
-            model,
-            optimizer,
-            rounding_key,
-            weight_dtype=config.model.weight_dtype,
-            microbatches=config.microbatches,
-            layerwise=resolved(config, "layerwise") == "on",
-        )
         given = None if config.init_from is None else partial(weights_for, config)
         make, like = initial(work, mesh, given)
-        kinds, name = kinds_of_steps(optimizer), title(config.optimizer)
+        kinds, name = kinds_of_steps(work.optimizer), title(config.optimizer)
         say(
             f"{name}: compiling the training step of LLaMA-{config.model.size}, "
             f"{config.batch_size} x {config.seq_len} tokens ..."
@@ -118,26 +129,30 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         program = build_program(config, mesh, work, like, kinds, beside(config, work))
         say(f"{name}: compiled in {program.compile_s:.1f} s")
         batches = iter(data.train)
-        if checkpoints.latest is None:
-            state = make(init_key)
-        else:
-            state = checkpoints.restore(checkpoints.latest, like, batches)
-        start = int(state.step)
+        begun = checkpoints.restore_newest(like, batches, config.resume_from)
+        if begun is None:
+            begun = Restored(make(init_key), [])
+        start = int(begun.state.step)
         with (
             MetricsWriter(folder, start) as writer,
             Progress(name, start, config.steps) as progress,
+            Stop() as stop,
         ):
-            state = fit(
-                config,
-                program,
-                state,
-                batches,
-                data.evaluation,
-                writer,
-                checkpoints,
-                progress,
-            )
-    return Trained(state, work, program)
+            around = Around(writer, checkpoints, progress, stop)
+            state = fit(config, program, begun, batches, data.evaluation, around)
+    return Trained(state, work, program, checkpoints.unsaved)
+
+
+def work_of(config: Config, key: jax.Array) -> Work:
+    """What a step of a resolved config does; the key is the optimizer's."""
+    return Work(
+        model_config(config.model),
+        make_optimizer(config.optimizer, config.steps, key),
+        jax.random.fold_in(key, 0),
+        weight_dtype=config.model.weight_dtype,
+        microbatches=config.microbatches,
+        layerwise=resolved(config, "layerwise") == "on",
+    )
 
 
 def initial(
@@ -238,12 +253,10 @@ def kinds_of_steps(optimizer: Optimizer) -> list[bool]:
 def fit(
     config: Config,
     program: Program,
-    state: TrainState,
+    begun: Restored,
     batches: grain.DatasetIterator,
     evaluation: Iterable[Rows],
-    writer: MetricsWriter,
-    checkpoints: Checkpoints,
-    progress: Progress,
+    around: Around,
 ) -> TrainState:
     """Take the steps that are left.
 
@@ -251,20 +264,22 @@ def fit(
     waits where it writes a record, and then for the record before, and at a refresh
     for whether it was accepted: if not, it asks again at the next step.
     """
-    report, last, start = config.report, config.steps, int(state.step)
-    meter = Meter(start, config.batch_size * config.seq_len)
+    writer, checkpoints, progress, stop = around
+    report, last, state = config.report, config.steps, begun.state
+    start = int(state.step)
+    meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
 
     def write(record: Record | None) -> None:
         if record is not None:
             writer.write(record)
             progress.record(record)
-            check_finite(record, config.optimizer.max_skipped)
+            check_finite(record, config.optimizer.max_skipped, checkpoints)
 
     every = program.refresh_every
     until = int(state.until_refresh)
     for step in range(start + 1, last + 1):
         refresh = every is not None and until == 0
-        state, metrics = program.step(state, program.put(next(batches)), refresh)
+        state, metrics = program.step(state, put_next(program, batches), refresh)
         if every != 1:
             until = int(state.until_refresh) if refresh else until - 1
         meter.add(metrics)
@@ -279,9 +294,23 @@ def fit(
                 record["eval_loss"] = evaluate(program, state.params, evaluation)
             write(record)
             if saving:
-                checkpoints.save(step, state, batches)
+                checkpoints.save(step, state, batches, record)
             meter.resume(step)
+        if stop.reached(step) and step < last:
+            write(meter.flush())
+            if report.checkpoint_every and not saving:
+                checkpoints.save(step, state, batches, losses=meter.losses)
+            raise StoppedError(step, saved=checkpoints.has(step))
     return state
+
+
+def put_next(program: Program, batches: grain.DatasetIterator) -> Batch:
+    """The next batch, on its way to the devices."""
+    try:
+        rows = next(batches)
+    except (OSError, ValueError) as error:
+        raise DataError(str(error)) from error
+    return program.put(rows)
 
 
 def is_due(step: int, every: int, last: int | None = None) -> bool:
@@ -305,10 +334,18 @@ def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float
     return loss
 
 
-def check_finite(record: Record, limit: int) -> None:
-    if record["skipped_in_a_row"] >= limit:
-        raise FloatingPointError(
-            f"step {record['step']}: {record['skipped_in_a_row']} steps in a row had a "
-            "gradient that is NaN or infinite, and were skipped; lower --learning-rate "
-            "and start again, or resume the latest checkpoint"
-        )
+def check_finite(record: Record, limit: int, checkpoints: Checkpoints) -> None:
+    if record["skipped_in_a_row"] < limit:
+        return
+    healthy = checkpoints.healthy
+    kept = (
+        "no checkpoint is from before that"
+        if healthy is None
+        else f"the checkpoint of step {healthy} is from before that: a new run can "
+        f"begin with its weights, by --init-from FOLDER@{healthy}"
+    )
+    raise FloatingPointError(
+        f"step {record['step']}: {record['skipped_in_a_row']} steps in a row had a "
+        "gradient that is NaN or infinite, and were skipped; lower --learning-rate "
+        f"and start again ({kept})"
+    )

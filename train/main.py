@@ -5,19 +5,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 
-from train.checkpoint import check_folder
+from train.checkpoint import CheckpointError
 from train.config import Config, ProcessConfig, parse, resolve, resolved
 from train.data import Data, open_data
-from train.loop import train
+from train.folder import check_folder, own_folder
+from train.loop import DataError, train
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer
 from train.report import check_prompt, finish
 from train.restore import check_start, pinned, tokenizer_file
+from train.stopping import ended_by_signals
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
@@ -40,20 +42,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; None reads it from `sys.argv`."""
     start = time.perf_counter()
     config = parse(Config, DESCRIPTION, argv, "python -m train")
-    with usage_errors():
-        join_processes(config.processes)
-        check_meant(config.optimizer, [config.optimizer])
-        config = resolve(config)
-        check_writable(resolved(config, "out"))
-        config = pinned(config)
-        check_folder(config)
-        check_optimizer(config)
-        mesh = make_mesh(config)
-        data = open_text(config)
-        check_prompt(config.report, data.tokenizer)
-        check_start(config, data.tokenizer)
-    trained = train(config, data, mesh)
-    finish(config, data, trained, time.perf_counter() - start)
+    with ended_by_signals(), ExitStack() as stack:
+        with usage_errors():
+            join_processes(config.processes)
+            check_meant(config.optimizer, [config.optimizer])
+            config = resolve(config)
+            check_writable(resolved(config, "out"))
+            config = pinned(config)
+            check_folder(config)
+            check_optimizer(config)
+            mesh = make_mesh(config)
+            data = open_text(config)
+            check_prompt(config.report, data.tokenizer)
+            check_start(config, data.tokenizer)
+            stack.enter_context(own_folder(config, data.fingerprint))
+        with run_errors():
+            trained = train(config, data, mesh)
+            finish(config, data, trained, time.perf_counter() - start)
+        if trained.unsaved is not None:
+            sys.exit(f"error: {trained.unsaved}")
 
 
 @contextmanager
@@ -62,10 +69,30 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        said = str(error)
-        if isinstance(error, OSError) and error.strerror:  # the system's own
-            said = f"{error.filename}: {error.strerror}"
-        sys.exit(f"error: {said}")
+        sys.exit(f"error: {said(error)}")
+
+
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """What ends a run that was in order ends the program with its message too."""
+    try:
+        yield
+    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {said(error)}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"error: the device's memory does not suffice ({str(error).splitlines()[0]}"
+            "); lower --batch-size or --seq-len, or spend less on a step: "
+            "--microbatches 4, --layerwise on, --remat full, --weight-dtype bfloat16"
+        )
+
+
+def said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # the system's own
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def check_writable(folder: Path) -> None:

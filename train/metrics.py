@@ -2,16 +2,18 @@
 
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from train.board import Board
+from train.writing import Appender
 
 Record = dict[str, Any]
 Metrics = Mapping[str, jax.Array]
@@ -20,56 +22,116 @@ Metrics = Mapping[str, jax.Array]
 class MetricsWriter:
     """Appends records to `folder/metrics.jsonl` and `folder/tensorboard`.
 
-    Each line is an object with "step", flushed as it is written; a number that is not
-    finite is null. Opening a folder again cuts it off after `step`, the step that the
-    run resumes from. Only process 0 writes.
+    Each line is an object with "step", on the disk as it is written; a number that is
+    not finite is null. Opening a folder again cuts it off after `step`, the step that
+    the run resumes from. Only process 0 writes.
+
+    No report stops a run: what cannot be written (a full disk) is a warning, once, and
+    is written when that is possible again.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._lines = self._board = None
+        self._outputs: list[_Output] = []
         if jax.process_index() == 0:
-            path = folder / "metrics.jsonl"
-            kept = [r for r in read_metrics(folder) if r["step"] <= step]
-            cut = path.with_suffix(".tmp")
-            cut.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            cut.replace(path)
-            self._lines = path.open("a")
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10
-            )
+            lines = _Lines(folder / "metrics.jsonl", step)
+            board = Board(folder / "tensorboard", purge_step=step + 1)
+            self._outputs = [_Output(lines), _Output(board)]
 
     def write(self, record: Record) -> None:
-        if self._lines is None or self._board is None:
-            return
         numbers = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self._lines.write(json.dumps(numbers) + "\n")
-        self._lines.flush()
-        for name, value in numbers.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, record["step"])
+        for output in self._outputs:
+            output.write(numbers)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._lines is not None and self._board is not None:
-            self._lines.close()
-            self._board.close()
+    def __exit__(self, *_: object) -> None:
+        for output in self._outputs:
+            output.close()
+
+
+class _Output:
+    """One place for records, and those that are still to be written there."""
+
+    def __init__(self, target: "_Lines | Board") -> None:
+        self._target = target
+        self._waiting: list[Record] = []
+        self._warned = False
+
+    def write(self, *records: Record) -> None:
+        self._waiting += records
+        try:
+            self._target.append(self._waiting)
+        except OSError as error:
+            if not self._warned:
+                _warn(
+                    f"{self._target.path} cannot be written ({error.strerror}); the "
+                    "run goes on, and it is written when that is possible"
+                )
+            self._warned = True
+        else:
+            self._waiting = []
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write()
+        if self._waiting:
+            steps = [record["step"] for record in self._waiting]
+            _warn(f"{self._target.path} lacks the records of the steps {steps}")
+
+
+class _Lines:
+    """A file of JSON lines."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self._file = Appender(path, _size_up_to(path, step) if path.exists() else 0)
+
+    def append(self, records: Sequence[Record]) -> None:
+        self._file.append(b"".join(json.dumps(r).encode() + b"\n" for r in records))
+
+
+def _size_up_to(path: Path, step: int) -> int:
+    """Bytes of the lines before a record of a later step, or one that is cut short."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = _parsed(line)
+            if not line.endswith(b"\n") or (record and record["step"] > step):
+                break
+            size += len(line)
+    return size
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_metrics(folder: Path) -> list[Record]:
     """The records of `folder/metrics.jsonl`, in order; none if there is no such file.
 
-    A last line that was cut short, when the process was killed, is left out.
+    A line that is no record is left out, and so is a last one that was cut short, when
+    the process was killed.
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [_parsed(line) for line in lines if line.endswith(b"\n")]
+    return [record for record in records if record is not None]
+
+
+def is_healthy(record: Record) -> bool:
+    """Whether all was finite when it was written, and its step taken."""
+    losses = [record[x] for x in ("loss", "eval_loss") if x in record]
+    finite = all(x is not None and math.isfinite(x) for x in losses)
+    return finite and record.get("skipped_in_a_row", 0) == 0
 
 
 class Meter:
@@ -83,9 +145,11 @@ class Meter:
     some steps ahead by then.
     """
 
-    def __init__(self, step: int, tokens_per_step: int) -> None:
+    def __init__(
+        self, step: int, tokens_per_step: int, losses: Sequence[float] = ()
+    ) -> None:
         self._tokens_per_step = tokens_per_step
-        self._losses: list[jax.Array] = []
+        self._losses: list[Any] = list(losses)
         self._waiter = ThreadPoolExecutor(1)
         self._pending: tuple[int, Future[tuple[Metrics, Any, float]]] | None = None
         self.resume(step)
@@ -96,6 +160,11 @@ class Meter:
 
     def add(self, metrics: Metrics) -> None:
         self._losses.append(metrics["loss"])
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps since the last record that was closed; waits for them."""
+        return [float(x) for x in jax.device_get(self._losses)]
 
     def log(self, step: int, metrics: Metrics) -> Record | None:
         record = self.flush()
