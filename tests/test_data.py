@@ -155,6 +155,23 @@ def test_seed_decides_the_order(tmp_path, write):
     assert (first != take(opened(tmp_path, write, seed=2).train, 6)).any()
 
 
+def test_the_order_stays_as_it_was(tmp_path):
+    """The README's measured runs had it."""
+    np.arange(1600, dtype="<u2").tofile(tmp_path / "a.u16")
+    data = opened(
+        tmp_path,
+        lambda folder: str(folder / "a.u16"),
+        {"eval_fraction": 0.2},
+        vocab_size=None,
+    )
+    starts = take(data.train, 21)[:, :, 0].tolist()
+    assert starts[:2] == [[336, 1232, 496, 1264], [144, 1120, 448, 96]]
+    assert starts[20] == [384, 1152, 16, 832]  # in the second epoch
+    data = opened(tmp_path)
+    visited = documents(data, take(data.train, 6).ravel())
+    assert [int(text[9:11]) for text in visited[:8]] == [22, 38, 32, 14, 9, 48, 29, 6]
+
+
 def test_windows_are_the_documents_in_visiting_order(tmp_path):
     """Each epoch holds every training document once, unbroken, in a new order."""
     data = opened(tmp_path)

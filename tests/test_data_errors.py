@@ -262,15 +262,13 @@ def test_token_files_cut_short_or_overwritten_under_a_run(tmp_path, name):
     """A memory map would end the process, or give zeros."""
     path = tmp_path / name
     tokens = np.arange(20_000, dtype="<u2") % 300
-
-    def write(tokens):
-        tokens.tofile(path) if name == "a.u16" else np.save(path, tokens)
-
-    write(tokens)
+    tokens.tofile(path) if name == "a.u16" else np.save(path, tokens)
     data = open_files(tmp_path, name, seq_len=100, batch_size=4)
     batches = iter(data.train)
     next(batches)
-    write(tokens + 1)
+    with path.open("r+b") as file:
+        file.seek(10_000)
+        file.write(np.full(5_000, 300, "<u2").tobytes())
     with pytest.raises(ValueError, match=f"{name} holds token id 300, outside"):
         list(batches)
     with path.open("r+b") as file:

@@ -104,6 +104,16 @@ def test_another_order_of_the_same_files(folder):
     assert changed(stored, now) == ["source: the files come in another order"]
 
 
+def test_files_of_one_name_in_two_folders(folder):
+    for name in "ab":
+        (folder / name).mkdir()
+        write(folder / name / "0.u16", 0, 50)
+    stored = fingerprint(folder, source=f"{folder}/?/0.u16")
+    write(folder / "a/0.u16", 1, 50)
+    (difference,) = changed(stored, fingerprint(folder, source=f"{folder}/?/0.u16"))
+    assert difference.startswith("source: a/0.u16: sha256 ")
+
+
 def test_a_tokenizer_of_the_same_size(folder):
     stored = fingerprint(folder)
     write_tokenizer(folder, "b")
@@ -177,9 +187,13 @@ def test_tfds_records(tmp_path):
     stored = now("train[:40]")
     assert stored["source"]["data_set"] == "c4/en/3.1.0"
     assert changed(stored, now("train[:40]")) == []
-    differences = changed(stored, now("train[:41]"))[:2]
     name = "c4-train.array_record-00000-of-00001"
-    assert differences == [
+    assert changed(stored, now("train[:41]"))[:3] == [
         "source: documents 40 there, 41 here",
-        f"source: {name}: records 0 to 39 there, 0 to 40 here",
+        f"source: {name}, records 0 to 39, is only there",
+        f"source: {name}, records 0 to 40, is only here",
+    ]
+    assert changed(now("train[:9]+train[20:]"), now("train[:9]+train[20:59]"))[1:3] == [
+        f"source: {name}, records 20 to 59, is only there",
+        f"source: {name}, records 20 to 58, is only here",
     ]

@@ -34,6 +34,9 @@ from train.tokens import (
     windows,
 )
 
+_HELD_OUT_PIECE = 2**16
+"""Tokens of held-out files to read at a time; how they are cut does not matter."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -44,7 +47,8 @@ class DataConfig:
         as paths or globs separated by commas: .txt (a document each), .jsonl (a
         document a line), or tokens as .u16, .bin, .u32, .npy (all but .npy also .xz or
         .gz); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
-        "tfds:c4/en@train[:10%]".
+        "tfds:c4/en@train[:10%]". Every process reads all text, but only its own tokens:
+        they are the better form for many.
       eval_source: what to evaluate on, in the same forms; else part of the source is
         held out.
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
@@ -84,8 +88,8 @@ class Data:
     """None for token files opened without one."""
 
     vocab_size: int
-    """The tokenizer's vocabulary; of token files without one that asked for, or the
-    largest id plus one."""
+    """The tokenizer's vocabulary. For token files without one: the size asked for, or
+    else the largest id plus one."""
 
     fingerprint: Fingerprint
     """What is read, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
@@ -323,7 +327,7 @@ def _open_token_files(
         spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
     return _Opened(
         windows(spans, seq_len),
-        windows(held_out, seq_len, partial=True),
+        windows(held_out, _HELD_OUT_PIECE, partial=True),
         tokenizer,
         tokenizer.vocab_size if tokenizer else size,
         source,

@@ -181,7 +181,7 @@ def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
     """Of the files or TFDS records that `open_documents` read the documents from."""
     if isinstance(documents, _TfdsDocuments):
         parts = [
-            {"name": Path(name).name, "records": f"{start} to {stop - 1}"}
+            {"name": f"{Path(name).name}, records {start} to {stop - 1},"}
             for name, start, stop in documents.spans
         ]
         origin = {"data_set": documents.name, "files": len(parts), **of_parts(parts)}

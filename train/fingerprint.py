@@ -19,13 +19,15 @@ _TOLD = 5
 def of_files(paths: Sequence[Path]) -> Fingerprint:
     """Of files in their order, by name, size, and the first, middle and last 64 KiB.
 
-    Folders do not matter. Quick for any size: no more than that is read.
+    A name begins in the folder that they have in common, wherever that is. Quick for
+    any size: no more than that is read.
 
     Raises:
       OSError: a file cannot be read.
     """
+    folder = os.path.commonpath([path.parent for path in paths])
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(_of_file, paths))
+        parts = list(pool.map(lambda path: _of_file(path, folder), paths))
     total = sum(part["bytes"] for part in parts)
     return {"files": len(parts), "bytes": total, **of_parts(parts)}
 
@@ -36,7 +38,7 @@ def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
     return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
 
 
-def _of_file(path: Path) -> Fingerprint:
+def _of_file(path: Path, folder: str) -> Fingerprint:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -44,7 +46,8 @@ def _of_file(path: Path) -> Fingerprint:
         for start in sorted(starts):
             file.seek(start)
             digest.update(file.read(_BLOCK))
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    name = path.relative_to(folder).as_posix()
+    return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:

@@ -101,7 +101,7 @@ class TokenFile:
 @functools.lru_cache(maxsize=128)
 def _opened(file: TokenFile) -> io.FileIO:
     """Kept open for the next window; few enough for the limit on open files."""
-    return io.FileIO(file.path)
+    return io.FileIO(str(file.path))
 
 
 class Span(NamedTuple):
@@ -174,7 +174,8 @@ def _open_npy(path: Path, vocab_size: int | None) -> TokenFile:
         tokens = np.lib.format.open_memmap(path, mode="r")  # for what its header says
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as .npy ({error}): write it again with numpy.save"
+            f"{path} cannot be read as .npy ({error}): write it again with numpy.save, "
+            "or check its permissions"
         ) from error
     if (
         tokens.ndim != 1
