@@ -1,11 +1,14 @@
 """A run's checkpoints: saved aside, checked when they are read, good ones kept."""
 
+import gc
 import json
+import logging
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,7 +189,8 @@ class Checkpoints:
         steps = self.steps if step is None else [s for s in self.steps if s == step]
         for tried in reversed(steps):
             try:
-                restored = self.restore(tried, like, data)
+                with _without_noise():
+                    restored = self.restore(tried, like, data)
             except jax.errors.JaxRuntimeError:  # of the device's memory
                 raise
             except Exception as error:  # damaged files give errors of every class
@@ -251,6 +255,18 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._settle()
         self._manager.close()
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Nothing about the tasks that an error leaves behind, a page for each."""
+    logger = logging.getLogger("asyncio")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        gc.collect()
+        logger.disabled = before
 
 
 def _seals(state: Any, position: Any) -> dict[str, Any]:

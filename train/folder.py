@@ -16,8 +16,11 @@ from train.optimizer import why_steps_matter
 from train.writing import write_text
 
 # What may differ between a run and its resumption: where and how it is run, and what
-# it reports. All else decides what the next step does.
-FREE = ("out", "resume", "data.cache_dir", "report.", "processes.")
+# it reports. All else decides what the next step does. Data may have moved: whether it
+# is the same is known by its fingerprint.
+FREE = ("out", "resume", "report.", "processes.")
+MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
+FREE += (*MOVED, "data.cache_dir")
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"

@@ -21,6 +21,9 @@ from train.report import check_prompt, finish
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
 
+HEARTBEAT_S = 30
+"""Seconds without a sign of life after which a process is taken for dead."""
+
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
 Examples:
@@ -116,7 +119,10 @@ def join_processes(config: ProcessConfig) -> None:
         return
     try:
         jax.distributed.initialize(
-            config.coordinator, config.process_count, config.process_id
+            config.coordinator,
+            config.process_count,
+            config.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(

@@ -169,10 +169,19 @@ def pinned(config: Config) -> Config:
 def tokenizer_file(config: Config) -> str | None:
     """The tokenizer that a resolved and pinned config names, or inherits.
 
-    A run that goes on has its own, whatever became of the file it was given; one that
+    A run that goes on has its own, if the file that it was given is gone; one that
     begins with another's weights has that one's, unless it names one.
+
+    Raises:
+      ValueError: a run that goes on is given another tokenizer than its own.
     """
     own = kept_tokenizer(resolved(config, "out")) if config.resume else None
+    given = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
+        raise ValueError(
+            f"tokenizer {given} is not the one that the run began with, which is "
+            f"{own}: put that back, or leave it out"
+        )
     if own is None and config.data.tokenizer is None and config.init_from is not None:
         own = kept_tokenizer(run_and_step(config.init_from)[0])
     return config.data.tokenizer if own is None else str(own)

@@ -98,7 +98,8 @@ def ended_by_signals() -> Iterator[None]:
     except KeyboardInterrupt:
         terminate(signal.SIGINT, None)
     except StoppedError as stopped:
-        _say(str(stopped))
+        if jax.process_index() == 0:
+            _say(str(stopped))
         sys.exit(STOPPED if stopped.saved else 128 + signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

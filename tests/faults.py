@@ -1,0 +1,558 @@
+"""What happens to real runs, done to real runs: `python -m tests.faults --help`."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.config import parse
+from train.metrics import Record, read_metrics
+from train.stopping import STOPPED
+
+DESCRIPTION = """Kill, stop, starve and deceive training runs, and see whether each goes
+on with the same bits afterwards as a run that was left alone. Prints a table of what
+was tried and survived; the exit status is 1 if anything was not. CPU.
+
+Examples:
+  python -m tests.faults                    all of it, about half an hour on two cores
+  python -m tests.faults --share 0.05       a twentieth of it
+  python -m tests.faults --only kills disks"""
+
+PATIENCE_S = 240
+"""A process that has not ended by then hangs."""
+
+TIMES = {"ms_per_step", "tokens_per_s"}
+STEPS, SAVE_EVERY = 40, 4
+FLAGS = (
+    *("--optimizer", "grass_jump", "--rank", "8", "--refresh-every", "7"),
+    *("--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16"),
+    *("--log-every", "3", "--eval-every", "20", "--checkpoint-every", str(SAVE_EVERY)),
+    *("--vocab-size", "300", "--weight-decay", "0.1", "--sample-tokens", "0"),
+)
+
+Outcome = str | None
+"""What went wrong, if anything did."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+    """What is tried.
+
+    Attributes:
+      share: part of the full number of each.
+      only: kinds of fault, by their names; all, if there are none.
+      seed: of what is random: when, and where.
+    """
+
+    share: float = 1.0
+    only: tuple[str, ...] = ()
+    seed: int = 0
+
+
+# --- runs ---
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def _trainer(argv: Sequence[str], log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from train.main import main
+
+    main(argv)
+
+
+class Run:
+    """A trainer in a process of its own, in a folder."""
+
+    def __init__(self, work: "Workshop", out: Path, *flags: str) -> None:
+        work.count += 1
+        self.out, self._log = out, work.folder / f"{work.count}.log"
+        argv = [*FLAGS, *work.data, "--out", str(out), *flags]
+        self._process = _context.Process(target=_trainer, args=(argv, self._log))
+        self._process.start()
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def wait_for(self, step: int) -> None:
+        """Until a record of a step from `step` on is there, or the process is not."""
+        end = time.monotonic() + PATIENCE_S
+        while self.alive and last_step(self.out) < step and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, number)
+
+    def end(self, patience: float = PATIENCE_S) -> int | None:
+        """The exit status; None for a process that hung, and was killed."""
+        self._process.join(patience)
+        if self.alive:
+            self._process.kill()
+            self._process.join()
+            return None
+        return self._process.exitcode
+
+    def wrong(self, status: int | None, *expected: int) -> Outcome:
+        if status is None:
+            return f"hung\n{self.log}"
+        if status not in expected:
+            return f"status {status}\n{self.log}"
+        if "Traceback" in self.log and signal.SIGKILL not in map(abs, expected):
+            return f"a traceback\n{self.log}"
+        return None
+
+
+def last_step(out: Path) -> int:
+    records = read_metrics(out) if out.exists() else []
+    return records[-1]["step"] if records else 0
+
+
+def without_times(out: Path) -> list[Record]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out)]
+
+
+class Bits(NamedTuple):
+    """What a finished run computed: every record, and every bit of the last state."""
+
+    records: list[Record]
+    seals: dict[str, Any]
+
+
+def bits(out: Path) -> Bits:
+    seals = out / "checkpoints" / str(STEPS) / "checksums" / "metadata"
+    return Bits(without_times(out), json.loads(seals.read_text()))
+
+
+class Workshop:
+    """A folder with a text, and a run on it that was left alone."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.count = folder, 0
+        self.random = random.Random(seed)
+        self.text = folder / "text.jsonl"
+        write_text(self.text)
+        self.data = (
+            *("--source", str(self.text), "--cache-dir", str(folder / "cache")),
+        )
+        self.alone = folder / "alone"
+        run = Run(self, self.alone)
+        if problem := run.wrong(run.end(), 0):
+            raise RuntimeError(f"the run that was left alone: {problem}")
+        self.bits = bits(self.alone)
+
+    def fresh(self, name: str = "run") -> Path:
+        out = self.folder / name
+        shutil.rmtree(out, ignore_errors=True)
+        return out
+
+    def finished(self, out: Path) -> Outcome:
+        """Whether a run in `out` goes on to its end, to the bits of the one alone."""
+        run = Run(self, out, "--resume")
+        if problem := run.wrong(run.end(), 0):
+            return problem
+        return self.same(out)
+
+    def same(self, out: Path) -> Outcome:
+        found = bits(out)
+        if found.records != self.bits.records:
+            return "other metrics than the run that was left alone"
+        if found.seals != self.bits.seals:
+            return "another state than the run that was left alone"
+        return None
+
+
+def write_text(path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeioubcdfg", k=5)) for _ in range(200)]
+    texts = [" ".join(draw.choices(words, k=120)) for _ in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+# --- faults: each yields an outcome for each time that it was tried ---
+
+
+def kills(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGKILL at any time, many in one run, saves under way included."""
+    out = work.fresh()
+    for _ in range(count):
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        run = Run(work, out, *resume)
+        # From before the first step of this life to some saves later.
+        run.wait_for(last_step(out) + work.random.randint(0, 2 * SAVE_EVERY))
+        time.sleep(work.random.uniform(0, 0.2))
+        run.signal(signal.SIGKILL)
+        problem = run.wrong(run.end(), 0, -signal.SIGKILL)
+        if (out / "summary.json").exists():
+            yield problem or work.same(out)
+            out = work.fresh()
+        else:
+            yield problem
+    if (out / "config.json").exists() and (problem := work.finished(out)):
+        yield problem
+
+
+def stops(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGTERM or SIGINT to a run: it saves, says so, and goes on with --resume."""
+    for i in range(count):
+        out = work.fresh()
+        run = Run(work, out)
+        run.wait_for(work.random.randint(1, STEPS - 4))
+        asked = time.monotonic()
+        run.signal(signal.SIGTERM if i % 3 else signal.SIGINT)
+        problem = run.wrong(run.end(60), STOPPED, 0)
+        if time.monotonic() - asked > 60:
+            problem = problem or "took more than a minute"
+        yield problem or work.finished(out)
+
+
+def stops_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGTERM to one of two processes: both save and end; both, or one, go on."""
+    for i in range(count):
+        out = work.fresh()
+        pair = two(work, out)
+        pair[0].wait_for(work.random.randint(1, STEPS - 8))
+        pair[i % 2].signal(signal.SIGTERM)
+        problems = [run.wrong(run.end(60), STOPPED, 0) for run in pair]
+        if i % 3 == 0:  # one process goes on with what two have done
+            yield problems[0] or problems[1] or work.finished(out)
+            continue
+        pair = two(work, out, "--resume")
+        problems += [run.wrong(run.end(), 0) for run in pair]
+        yield next(filter(None, problems), None) or work.same(out)
+
+
+def two(work: Workshop, out: Path, *flags: str) -> list[Run]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ("--distributed", "--coordinator", f"127.0.0.1:{port}")
+    meeting += ("--process-count", "2", "--process-id")
+    return [Run(work, out, *flags, *meeting, str(i)) for i in range(2)]
+
+
+def deaths_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGKILL to one of two processes ends the other within a minute."""
+    for i in range(count):
+        out = work.fresh()
+        pair = two(work, out)
+        pair[0].wait_for(SAVE_EVERY + 1)
+        pair[i % 2].signal(signal.SIGKILL)
+        pair[i % 2].end()
+        other = pair[1 - i % 2]
+        hung = other.end(60) is None
+        yield "the other went on for a minute" if hung else work.finished(out)
+
+
+def damages(work: Workshop, count: int) -> Iterator[Outcome]:
+    """A file of the newest checkpoint damaged: none is loaded with other numbers."""
+    from train.checksum import checksums
+
+    for _ in range(count):
+        out = work.fresh()
+        shutil.copytree(work.alone, out)
+        newest = out / "checkpoints" / str(STEPS)
+        files = sorted(path for path in newest.rglob("*") if path.is_file())
+        # Most of them in the arrays, where most of the bytes are.
+        sizes = [1 + path.stat().st_size for path in files]
+        path = work.random.choices(files, sizes if work.random.random() < 0.7 else None)
+        told = damage(path[0], work.random)
+        restored = restored_state(work, out)
+        if isinstance(restored, str):
+            yield f"{told}: {restored}"
+            continue
+        seals = work.bits.seals if restored.step == STEPS else None
+        if seals is None:
+            before = work.alone / "checkpoints" / str(int(restored.step))
+            seals = json.loads((before / "checksums" / "metadata").read_text())
+        same = checksums(restored) == seals["state"]
+        yield None if same else f"{told}: other numbers, and not a word"
+
+
+def damage(path: Path, draw: random.Random) -> str:
+    """Do it; what was done."""
+    content = bytearray(path.read_bytes())
+    kind = draw.choice(["flip", "zeros", "cut", "emptied", "zeroed", "gone"])
+    place = draw.randrange(len(content)) if content else 0
+    if kind == "flip" and content:
+        content[place] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        end = min(place + 4096, len(content))
+        content[place:end] = bytes(end - place)
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "emptied":
+        content.clear()
+    elif kind == "zeroed":
+        content[:] = bytes(len(content))
+    if kind == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return f"{kind} at {place} of {path.relative_to(path.parents[3])}"
+
+
+def restored_state(work: Workshop, out: Path) -> Any:
+    """The state that a resume of `out` begins with, or what was said instead."""
+    import jax
+
+    from train.checkpoint import CheckpointError, Checkpoints
+    from train.config import Config, resolve
+    from train.loop import initial, work_of
+    from train.main import open_text
+    from train.mesh import make_mesh
+
+    argv = [*FLAGS, *work.data, "--out", str(out), "--resume"]
+    config = resolve(parse(Config, "", argv, "faults"))
+    mesh = make_mesh(config)
+    _, key = jax.random.split(jax.random.key(config.seed))
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stderr(said),
+        jax.set_mesh(mesh),
+        Checkpoints(out, config.report.keep) as checkpoints,
+    ):
+        _, like = initial(work_of(config, key), mesh)
+        batches = iter(open_text(config).train)
+        try:
+            restored = checkpoints.restore_newest(like, batches)
+        except CheckpointError as error:
+            return str(error)
+    assert restored is not None
+    told = "cannot be used" in said.getvalue()
+    if restored.state.step != STEPS and not told:
+        return "an older checkpoint without a word"
+    return restored.state
+
+
+def disks(work: Workshop, count: int) -> Iterator[Outcome]:
+    """A disk that is full for a while, or until the run ends: it never hangs."""
+    for i in range(count):
+        with small_disk(work) as disk:
+            out, filler = disk / "run", disk / "filler"
+            run = Run(work, out)
+            run.wait_for(work.random.randint(1, STEPS - 8))
+            fill(filler)
+            if i % 2:  # room again, while it goes on
+                run.wait_for(last_step(out) + 8)
+                time.sleep(0.5)
+                filler.unlink()
+                problem = run.wrong(run.end(), 0, 1)
+            else:
+                problem = run.wrong(run.end(), 0, 1)
+                filler.unlink()
+            yield problem or work.finished(out)
+
+
+@contextlib.contextmanager
+def small_disk(work: Workshop) -> Iterator[Path]:
+    """A file system of 24 MB; needs the right to mount one."""
+    disk = work.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    subprocess.run(mount, check=True, capture_output=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
+    """Data, config or folder that changed before a resume: refused with a sentence."""
+    del count  # each is tried once
+    original = work.text.read_bytes()
+    lines = original.splitlines(keepends=True)
+    config = (work.alone / "config.json").read_text()
+    texts = {
+        "a byte": original.replace(b"a", b"e", 1),
+        "the last byte of a text": original[:-4] + b"z" + original[-3:],
+        "a document less": b"".join(lines[:-1]),
+        "a document more": original + lines[0],
+        "another order": b"".join(reversed(lines)),
+        "cut short": b"".join(lines[:30]),
+        "no text at all": b"",
+    }
+    for name, content in texts.items():
+        work.text.write_bytes(content)
+        yield refused(work, name)
+        work.text.write_bytes(original)
+    other = work.folder / "other.jsonl"
+    other.write_bytes(b"".join(lines[:40]))
+    token = work.alone / "tokenizer.json"
+    swapped = work.folder / "swapped.json"
+    swapped.write_text(token.read_text().replace('"<|endoftext|>"', '"<eos>"'))
+    flags = {
+        "another file": ("--source", str(other)),
+        "another held-out part": ("--eval-source", str(other)),
+        "another tokenizer": ("--tokenizer", str(swapped)),
+        "another seed": ("--seed", "1"),
+        "another rate": ("--learning-rate", "0.1"),
+        "more steps": ("--steps", str(2 * STEPS)),
+        "another batch": ("--batch-size", "8"),
+        "another method": ("--optimizer", "galore"),
+    }
+    for name, given in flags.items():
+        yield refused(work, name, *given)
+    folders = {
+        "a config that is lost": lambda out: (out / "config.json").unlink(),
+        "an empty config": lambda out: (out / "config.json").write_text(""),
+        "a config that is cut": lambda out: (out / "config.json").write_text(
+            config[: len(config) // 2]
+        ),
+        "another's config": lambda out: (out / "config.json").write_text(
+            config.replace('"seed": 0', '"seed": 3')
+        ),
+        "no folder": shutil.rmtree,
+    }
+    for name, change in folders.items():
+        yield refused(work, name, change=change)
+
+
+def refused(
+    work: Workshop,
+    name: str,
+    *flags: str,
+    change: Callable[[Path], Any] = lambda out: None,
+) -> Outcome:
+    """None if a resume with this change ends with a sentence, and the folder stays."""
+    from train.main import main
+
+    out = work.fresh()
+    shutil.copytree(work.alone, out)
+    change(out)
+    before = without_times(out) if out.exists() else []
+    said = io.StringIO()
+    argv = [*FLAGS, *work.data, "--out", str(out), "--resume", *flags]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main(argv)
+    except SystemExit as end:
+        message = str(end.code)
+    except Exception as error:
+        return f"{name}: a traceback: {error!r}"
+    else:
+        return f"{name}: unnoticed"
+    if not message.startswith("error: "):
+        return f"{name}: {message}"
+    same = before == (without_times(out) if out.exists() else [])
+    return None if same else f"{name}: refused, but the folder has changed"
+
+
+def pairs_in_one_folder(work: Workshop, count: int) -> Iterator[Outcome]:
+    """Two runs at once in one folder: one works, one is refused."""
+    for i in range(count):
+        out = work.fresh()
+        resumed = ("--resume",) if i % 2 else ()
+        if resumed:
+            first = Run(work, out)
+            first.wait_for(SAVE_EVERY + 1)
+            first.signal(signal.SIGKILL)
+            first.end()
+        pair = [Run(work, out, *resumed) for _ in range(2)]
+        statuses = [run.end() for run in pair]
+        wrong = [r.wrong(s, 0, 1) for r, s in zip(pair, statuses, strict=True)]
+        if sorted(map(str, statuses)) != ["0", "1"]:
+            wrong.append(f"statuses {statuses}")
+        yield next(filter(None, wrong), None) or work.same(out)
+
+
+class Kind(NamedTuple):
+    """A kind of fault, and how often it is tried."""
+
+    fault: Callable[[Workshop, int], Iterator[Outcome]]
+    times: int
+
+
+KINDS = {
+    "kills": Kind(kills, 100),
+    "stops": Kind(stops, 20),
+    "stops_of_two": Kind(stops_of_two, 20),
+    "deaths_of_one_of_two": Kind(deaths_of_one_of_two, 4),
+    "damages": Kind(damages, 100),
+    "disks": Kind(disks, 20),
+    "changed_inputs": Kind(changed_inputs, 20),
+    "pairs_in_one_folder": Kind(pairs_in_one_folder, 10),
+}
+
+
+class Tried(NamedTuple):
+    """What became of one kind."""
+
+    name: str
+    outcomes: list[Outcome]
+    seconds: float
+
+    @property
+    def survived(self) -> int:
+        return sum(outcome is None for outcome in self.outcomes)
+
+
+def run_faults(faults: Faults, folder: Path) -> list[Tried]:
+    # What a process loads is loaded once; programs are compiled once.
+    _context.set_forkserver_preload(["train.main"])
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    work = Workshop(folder, faults.seed)
+    tried = []
+    for name in faults.only or KINDS:
+        kind, outcomes, start = KINDS[name], [], time.monotonic()
+        for outcome in kind.fault(work, max(1, round(faults.share * kind.times))):
+            outcomes.append(outcome)
+            if outcome is not None:
+                print(f"{name}, {len(outcomes)}: {outcome}", file=sys.stderr)
+        tried.append(Tried(name, outcomes, time.monotonic() - start))
+        print(line(tried[-1]), flush=True)
+    return tried
+
+
+def line(tried: Tried) -> str:
+    what = (KINDS[tried.name].fault.__doc__ or "").split("\n")[0].rstrip(".")
+    return (
+        f"| {what} | {len(tried.outcomes)} | {tried.survived} | {tried.seconds:.0f} |"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Try what the command line says; None reads it from `sys.argv`."""
+    faults = parse(Faults, DESCRIPTION, argv, "python -m tests.faults")
+    print("| what | tried | survived | seconds |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        tried = run_faults(faults, Path(folder))
+    if any(x.survived < len(x.outcomes) for x in tried):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
