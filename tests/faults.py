@@ -513,8 +513,8 @@ class Tried(NamedTuple):
         return sum(outcome is None for outcome in self.outcomes)
 
 
-def run_faults(faults: Faults, folder: Path) -> list[Tried]:
-    # What a process loads is loaded once; programs are compiled once.
+def prepare(folder: Path) -> None:
+    """What a process loads is loaded once, and programs are compiled once."""
     _context.set_forkserver_preload(["train.main"])
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -524,6 +524,10 @@ def run_faults(faults: Faults, folder: Path) -> list[Tried]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
+
+
+def run_faults(faults: Faults, folder: Path) -> list[Tried]:
+    prepare(folder)
     work = Workshop(folder, faults.seed)
     tried = []
     for name in faults.only or KINDS:

@@ -1,14 +1,11 @@
 """A run's checkpoints: saved aside, checked when they are read, good ones kept."""
 
-import gc
 import json
-import logging
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.checksum import checksums
 from train.metrics import Record, is_healthy, read_metrics
+from train.noise import quiet
 from train.step import TrainState
 
 
@@ -86,6 +84,7 @@ class Checkpoints:
         self._healthy = KeepHealthy(read_metrics(folder))
         self._pending: int | None = None
         self.unsaved: str | None = None
+        self._quiet = quiet()
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -189,8 +188,7 @@ class Checkpoints:
         steps = self.steps if step is None else [s for s in self.steps if s == step]
         for tried in reversed(steps):
             try:
-                with _without_noise():
-                    restored = self.restore(tried, like, data)
+                restored = self.restore(tried, like, data)
             except jax.errors.JaxRuntimeError:  # of the device's memory
                 raise
             except Exception as error:  # damaged files give errors of every class
@@ -250,23 +248,13 @@ class Checkpoints:
         self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._settle()
         self._manager.close()
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """Nothing about the tasks that an error leaves behind, a page for each."""
-    logger = logging.getLogger("asyncio")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        gc.collect()
-        logger.disabled = before
+        self._quiet.__exit__(None, None, None)
 
 
 def _seals(state: Any, position: Any) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
     the program. Bytes are those of one device.
     """
     records = read_metrics(resolved(config, "out"))
+    if not records or records[-1]["step"] != config.steps:
+        raise OSError(
+            f"{resolved(config, 'out')}/metrics.jsonl lacks the last steps, which "
+            "could not be written: make room, and go on from the checkpoint before, by "
+            "--resume-from"
+        )
     steps = [0, *(r["step"] for r in records)]
     took = [
         r["ms_per_step"] / 1e3 * (step - before)

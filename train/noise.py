@@ -1,0 +1,37 @@
+"""What orbax and tensorstore print of errors that they raise as well."""
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without it a page for each array of a checkpoint that is damaged or unsaved.
+
+    These are orbax' own log of an error, what becomes of the other tasks of a loop that
+    an error has ended, and threads that find this loop closed.
+    """
+    tasks, log = logging.getLogger("asyncio"), logging.getLogger("absl")
+    hook = sys.unraisablehook
+    tasks.disabled, sys.unraisablehook = True, partial(_unless_closed, hook)
+    log.addFilter(_unless_orbax)
+    try:
+        yield
+    finally:
+        gc.collect()  # a task complains when it is collected
+        tasks.disabled, sys.unraisablehook = False, hook
+        log.removeFilter(_unless_orbax)
+
+
+def _unless_closed(hook: Callable[[Any], Any], raised: Any) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+        hook(raised)
+
+
+def _unless_orbax(entry: logging.LogRecord) -> bool:
+    return entry.levelno < logging.ERROR or "orbax" not in entry.pathname
