@@ -334,6 +334,7 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
         [{}],
         SimpleNamespace(write=lambda record: None),  # pyright: ignore
         None,  # pyright: ignore
+        SimpleNamespace(step=lambda x: None, record=lambda x: None),  # pyright: ignore
     )
     assert refreshes == expected
     # At the start, and at refreshes between which there are other steps.
