@@ -266,6 +266,10 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
     check_folder(longer)
     with pytest.raises(ValueError, match=r"made longer, not shorter; begin a new one"):
         check_folder(config_of(tmp_path, *CONSTANT, "--steps", "30", "--resume"))
+    forgotten = config_of(tmp_path, "--steps", "60", "--resume")
+    with pytest.raises(ValueError, match=r"warmup: 0.0 there") as raised:
+        check_folder(forgotten)
+    assert "steps:" not in str(raised.value)
     # Because no step can tell: the rates are the same bits.
     rates = [
         [
