@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import lowrank_optax as lro
 from models import LlamaConfig, Params
@@ -161,7 +162,9 @@ def pinned(config: Config) -> Config:
         if began is not None and step is None and run_and_step(began)[0] == folder:
             return dataclasses.replace(config, init_from=began)
     if not config.resume:
-        step = checked_step(folder, step)
+        # That run may be going on, and the processes look one after the other.
+        newest = multihost_utils.broadcast_one_to_all(checked_step(folder, step))
+        step = int(newest)
     name = folder if step is None else f"{folder}@{step}"
     return dataclasses.replace(config, init_from=str(name))
 
