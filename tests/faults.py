@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train.checkpoint import seals_of
 from train.config import parse
 from train.metrics import Record, read_metrics
 from train.stopping import STOPPED
@@ -140,8 +141,7 @@ class Bits(NamedTuple):
 
 
 def bits(out: Path) -> Bits:
-    seals = out / "checkpoints" / str(STEPS) / "checksums" / "metadata"
-    return Bits(without_times(out), json.loads(seals.read_text()))
+    return Bits(without_times(out), seals_of(out / "checkpoints" / str(STEPS)))
 
 
 class Workshop:
@@ -281,10 +281,7 @@ def damages(work: Workshop, count: int) -> Iterator[Outcome]:
         if isinstance(restored, str):
             yield f"{told}: {restored}"
             continue
-        seals = work.bits.seals if restored.step == STEPS else None
-        if seals is None:
-            before = work.alone / "checkpoints" / str(int(restored.step))
-            seals = json.loads((before / "checksums" / "metadata").read_text())
+        seals = seals_of(work.alone / "checkpoints" / str(int(restored.step)))
         same = checksums(restored) == seals["state"]
         yield None if same else f"{told}: other numbers, and not a word"
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 import train.bench
 from models import SIZES, LlamaConfig
-from train.bench import BenchConfig, bench, table
+from train.bench import BenchConfig, bench, check, table
 from train.memory import GIB
 
 
@@ -115,10 +115,55 @@ def test_an_optimizer_that_does_not_exist_is_an_error_at_once():
         config_of("galore", "sgd")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank=0 must be above 0"),
+        ({"steps": 0}, "steps=0 must be above 0"),
+        ({"layerwise": ()}, "layerwise: name off, on, or both"),
+        ({"basis_dtype": "bfloat16"}, "needs a basis by name"),
+        ({"update_alone": True, "compile_only": True}, "has no model: leave out com"),
+        ({"update_alone": True, "weight_dtype": "int8"}, "has no model: leave out we"),
+    ],
+)
+def test_what_would_mean_nothing_is_an_error_at_once(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("galore", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 17}, "rank 17 is above the smaller side, 16, of layers/"),
+        ({"precision": "foo"}, "precision='foo' is none that a cpu has"),
+        ({"seq_len": 1}, "seq_len=1"),
+    ],
+)
+def test_what_cannot_be_built_is_an_error_before_it_is_compiled(fields, message):
+    with pytest.raises(ValueError, match=message):
+        check(config_of("galore", **fields))
+
+
+def test_adamw_by_name_is_the_row_that_is_there_anyway():
+    assert config_of("adamw", "galore", "galore").names == ("adamw", "galore")
+
+
+def test_a_bench_that_is_stopped_says_so(monkeypatch, capsys):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.bench, "bench", stop)
+    monkeypatch.setattr("sys.argv", ["bench", "--optimizers", "adamw"])
+    with pytest.raises(SystemExit) as stopped:
+        train.bench.main()
+    assert stopped.value.code == 130
+    assert "stopped: the rows above are all" in capsys.readouterr().err
+
+
 def test_the_command_line_appends_its_rows(monkeypatch, tmp_path, capsys):
     row = {"optimizer": "adamw", "layerwise": "off", "step_ms": 1.23456}
     monkeypatch.setattr(train.bench, "bench", lambda config: [row])
-    out = tmp_path / "rows.jsonl"
+    out = tmp_path / "new" / "rows.jsonl"
     argv = ["bench", "--optimizers", "galore", "--layerwise", "off", "on"]
     monkeypatch.setattr("sys.argv", [*argv, "--out", str(out)])
     for count in (1, 2):

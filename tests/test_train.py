@@ -1,6 +1,7 @@
 """Whole runs in one process: what they leave behind, comparisons, NaN losses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +13,14 @@ from matplotlib.image import imread
 
 import train.compare
 import train.main
+import train.picture
+import train.report
 import train.step
+from train.config import Config, resolve
 from train.main import main
 from train.metrics import Meter, MetricsWriter, read_metrics
+from train.picture import draw_run, draw_runs
+from train.report import work_title
 
 
 def strict_lines(path: Path) -> list[dict]:
@@ -204,6 +210,118 @@ def test_a_run_that_is_given_up_is_a_line_of_the_comparison(
     assert (
         "| adamw @ 0.002 | not finite | - | - |" in (tmp_path / "table.md").read_text()
     )
+
+
+def test_a_comparison_that_is_stopped_keeps_what_is_done(
+    finished, flags, tmp_path, monkeypatch, capsys
+):
+    done = {"optimizer": "adamw@0.002", "eval_loss": 4.0, "ppl": 55.0}
+
+    def run(config, data, mesh):
+        if config.optimizer.name == "galore":
+            raise KeyboardInterrupt
+        (config.out).mkdir()
+        (config.out / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n')
+        return {**done, "ms_per_step": 1.0}
+
+    monkeypatch.setattr(train.compare, "run", run)
+    argv = ("--optimizers", "adamw", "galore", "fira", "--out", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        train.compare.main([*flags, *argv])
+    assert stopped.value.code == 130
+    assert "stopped: 1 of 3 optimizers are done, and in " in capsys.readouterr().err
+    assert (
+        "| adamw @ 0.002 | 4.000 | 55.0 | 1.0 |" in (tmp_path / "table.md").read_text()
+    )
+    assert len(strict_lines(tmp_path / "results.jsonl")) == 1
+    assert is_picture(tmp_path / "losses.png")
+
+
+def test_a_prompt_without_tokens_is_an_error_before_the_training(flags, tmp_path):
+    argv = ("--out", str(tmp_path / "run"), "--prompt", "")
+    with pytest.raises(SystemExit, match="prompt='' has no token to begin with"):
+        main([*flags, *argv])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_that_fails_leaves_all_the_rest(
+    finished, flags, tmp_path, monkeypatch, capsys
+):
+    def fail(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+
+    monkeypatch.setattr(train.report, "continued", fail)
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("summary.json", "memory.txt", "loss.png", "sample.txt"):
+        (folder / name).unlink()
+    again = [*flags, "--optimizer", "adamw", "--resume", "--out", str(folder)]
+    main(again)
+    shown = capsys.readouterr().out
+    assert "no text sample: JaxRuntimeError: RESOURCE_EXHAUSTED: 9 GiB" in shown
+    assert "adamw: 12 steps, held-out loss" in shown
+    assert not (folder / "sample.txt").exists()
+    assert is_picture(folder / "loss.png")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert (folder / "memory.txt").stat().st_size > 0
+    main([*again, "--sample-tokens", "0"])
+    assert "none was asked for (--sample-tokens 0)" in capsys.readouterr().out
+
+
+def test_a_longer_run_takes_the_steps_it_would_have_taken(flags, tmp_path):
+    argv = ("--optimizer", "adamw", "--warmup", "0", "--final", "1")
+    argv += ("--sample-tokens", "0", "--eval-every", "4", "--checkpoint-every", "4")
+    whole, grown = (str(tmp_path / name) for name in ("whole", "grown"))
+    main([*flags, *argv, "--out", whole, "--steps", "8"])
+    main([*flags, *argv, "--out", grown, "--steps", "4"])
+    main([*flags, *argv, "--out", grown, "--steps", "8", "--resume"])
+    losses = [
+        [(r["step"], r["loss"], r.get("eval_loss")) for r in read_metrics(Path(folder))]
+        for folder in (whole, grown)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _, _ in losses[0]] == [1, 4, 8]
+
+
+def test_a_run_begins_where_another_ended(finished, flags, tmp_path, capsys):
+    argv = ("--init-from", str(finished), "--steps", "2", "--checkpoint-every", "0")
+    argv += ("--learning-rate", "1e-9", "--optimizer", "adamw", "--sample-tokens", "0")
+    main([*flags, *argv, "--out", str(tmp_path)])
+    first, last = read_metrics(tmp_path)
+    before = read_metrics(finished)[-1]
+    # Nothing is learnt at this rate, so the held-out loss is that of the other's end.
+    assert last["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    assert first["learning_rate"] < 2e-9
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["init_from"] == f"{finished}@12"
+    kept = [(folder / "tokenizer.json").read_bytes() for folder in (finished, tmp_path)]
+    assert kept[0] == kept[1]
+    shown = capsys.readouterr().out
+    assert "adamw@1e-09: compiling the training step of LLaMA-tiny, 8 x 16" in shown
+    assert "adamw@1e-09: step 2/2, loss " in shown
+
+
+def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):
+    titles = []
+    save = train.picture._save
+
+    def keep(figure, axes, path):
+        titles.append((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()))
+        save(figure, axes, path)
+
+    monkeypatch.setattr(train.picture, "_save", keep)
+    records = [{"step": 1, "loss": 4.0, "eval_loss": 4.5}, {"step": 9, "loss": 3.0}]
+    config = resolve(Config())
+    work = work_title(config)
+    assert work == "LLaMA-tiny (1.8M weights), 16 x 128 tokens a step"
+    draw_run(records, tmp_path / "a.png", f"{work}, adamw")
+    draw_runs({"adamw@1": records}, tmp_path / "b.png", work)
+    axes = ("optimizer step", "loss, nats per token")
+    dots = "lines: training, smoothed; dots: held out"
+    assert titles == [(f"{work}, adamw", *axes), (f"{work}\n{dots}", *axes)]
+    assert is_picture(tmp_path / "a.png")
+    assert is_picture(tmp_path / "b.png")
 
 
 def test_a_writer_cuts_off_what_the_resumed_run_will_write_again(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from models import SIZES
-from train.compare import Comparison, expand, named, table, title
+from train.compare import Comparison, expand, named, table
 from train.config import (
     Basis,
     Config,
@@ -19,10 +19,12 @@ from train.config import (
     model_config,
     parse,
     resolve,
+    title,
     to_json,
 )
 from train.main import DESCRIPTION, main
 from train.methods import BASES, METHODS
+from train.optimizer import check_meant, check_optimizer
 
 
 def config_of(*argv: str) -> Config:
@@ -79,7 +81,27 @@ def test_short_flags_reach_their_groups():
         ("--weight-dtype float16", "invalid choice"),
         ("--steps 0", "steps=0 must be above 0"),
         ("--rank 0", "rank=0 must be above 0"),
+        ("--rank 1.5", "rank=1.5 is a fraction"),
+        ("--rank attention", "it is no REGULAR_EXPRESSION=RANK"),
         ("--warmup 1.5", "warmup=1.5"),
+        ("--final -1", "final=-1.0 must lie in [0, 1]"),
+        ("--final 2", "final=2.0 must lie in [0, 1]"),
+        ("--switch 2", "switch=2.0 must lie in [0, 1]"),
+        ("--b1 1.5", "b1=1.5 must lie in [0, 1)"),
+        ("--b2 1", "b2=1.0 must lie in [0, 1)"),
+        ("--learning-rate nan", "learning_rate=nan must be a finite number"),
+        ("--clip-norm inf", "clip_norm=inf must be a finite number"),
+        ("--weight-decay -1", "weight_decay=-1.0 must not be negative"),
+        ("--weight-decay nan", "weight_decay=nan must be a finite number"),
+        ("--eval-every -1", "eval_every=-1 must not be negative"),
+        ("--checkpoint-every -1", "checkpoint_every=-1 must not be negative"),
+        ("--sample-tokens -5", "sample_tokens=-5 must not be negative"),
+        ("--seed -1", "seed=-1 must lie in [0, 2**32)"),
+        ("--steps 9999999999", "steps=9999999999 must be below 2**31"),
+        ("--data-dir texts", "data_dir=texts is for prepared TFDS data sets"),
+        ("--coordinator localhost:1", "coordinator: means nothing without"),
+        ("--process-id 0 --process-count 2", "process_count, process_id: means"),
+        ("--distributed --process-id 2 --process-count 2", "must be below process_c"),
         ("--seq-len 1", "seq_len=1"),
         ("--log-every 0", "log_every=0"),
         ("--scale 0", "scale=0.0 must be above 0"),
@@ -96,6 +118,52 @@ def test_a_bad_flag_is_a_clear_error(argv, message, capsys):
     assert stopped.value.code == 2
     shown = capsys.readouterr().err.replace("│", " ")
     assert message in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--angle 0.5", "grass_jump has no angle: leave out --angle"),
+        ("--walk-rank 3 --basis sara", r"grass_jump\+sara has no walk_rank"),
+        ("--angle 0.5 --optimizer grass_walk --basis svd", "grass_walk.* no angle"),
+        ("--switch 0.3 --optimizer galore", "galore has no switch"),
+        ("--scale 0.5 --optimizer frugal", "frugal has no scale"),
+        ("--b2 0.9 --optimizer msgd", "msgd has no b2"),
+        ("--rank 8 --optimizer adamw", "adamw has no rank"),
+        ("--precision highest --optimizer adamw", "adamw has no precision"),
+        ("--rank 8 --optimizer apollo_mini", "apollo_mini decides rank by itself"),
+        ("--refresh-every 7 --optimizer ldadam", "decides refresh_every by itself"),
+        ("--basis-dtype bfloat16", "needs a basis by name"),
+        ("--rank 200", "rank 200 is above the smaller side, 128, of layers/"),
+        ("--rank attn=8", r"'attn' decides for no matrix .*layers/attention/k/k"),
+        ("--precision foo", "precision='foo' is none that a cpu has here; it has def"),
+        ("--walk-rank 99 --optimizer grass_walk", "walk_rank=99 directions of a b"),
+        ("--distributed", "did not find each other .* --coordinator HOST:PORT"),
+        ("--init-from nowhere", "nowhere holds no run"),
+    ],
+)
+def test_what_would_mean_nothing_or_not_fit_ends_a_run_before_it(
+    argv, message, tmp_path
+):
+    with pytest.raises(SystemExit, match=message):
+        main([*argv.split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--angle 0.5 --basis walk",
+        "--walk-rank 3 --optimizer grass_walk",
+        "--switch 0.3 --optimizer golore",
+        "--basis-dtype bfloat16 --basis svd",
+        "--rank attention=8,mlp=0.25 --optimizer galore",
+    ],
+)
+def test_what_means_something_is_taken(argv):
+    config = config_of(*argv.split())
+    check_meant(config.optimizer, [config.optimizer])
+    check_optimizer(resolve(config))
 
 
 def test_the_choices_are_the_tables_names():
@@ -190,6 +258,55 @@ def test_a_comparison_s_runs_differ_in_optimizer_and_folder_only():
     assert len(same) == 1
     assert same.pop().report.checkpoint_every == 0
     assert [c.optimizer.rank for c in configs] == [8, 8, 8]
+
+
+def comparison_of(*argv: str) -> Comparison:
+    return parse(Comparison, "", argv, "python -m train.compare")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *("--optimizer adamw", "--basis sara", "--resume", "--checkpoint-every 5"),
+        *("--keep 3", "--prompt The", "--sample-tokens 9"),
+    ],
+)
+def test_a_comparison_has_no_flag_that_would_mean_nothing(argv, capsys):
+    with pytest.raises(SystemExit):
+        comparison_of(*argv.split())
+    assert f"Unrecognized options: {argv.split()[0]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        comparison_of("--help")
+    assert f"{argv.split()[0]} " not in capsys.readouterr().out
+
+
+def test_an_option_is_for_those_compared_that_have_it():
+    argv = ("--scale", "0.5", "--b2", "0.9", "--basis-dtype", "bfloat16")
+    names = ("adamw", "galore+svd", "frugal", "msgd")
+    configs = expand(comparison_of("--optimizers", *names, *argv), Path("x"))
+    options = [(c.optimizer.scale, c.optimizer.b2) for c in configs]
+    assert options == [(None, 0.9), (0.5, 0.9), (None, 0.9), (0.5, None)]
+    dtypes = [c.optimizer.basis_dtype for c in configs]
+    assert dtypes == ["float32", "bfloat16", "float32", "float32"]
+    for config in configs:
+        check_optimizer(config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--optimizers adamw --rank 8", "adamw has no rank"),
+        ("--optimizers adamw galore --angle 0.5", "adamw, galore has no angle"),
+        ("--optimizers galore --basis-dtype bfloat16", "needs a basis by name"),
+        ("--optimizers", "optimizers: name at least one"),
+        ("--optimizers adamw@fast", "the rate 'fast' is no number"),
+        ("--optimizers adamw@nan", "learning_rate=nan must be a finite number"),
+    ],
+)
+def test_an_option_that_none_has_is_an_error(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        comparison_of(*argv.split())
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("name", ["sgd", "galore+svdd", "adamw+svd", "fira@fast"])

@@ -192,7 +192,7 @@ class Checkpoints:
             except jax.errors.JaxRuntimeError:  # of the device's memory
                 raise
             except Exception as error:  # damaged files give errors of every class
-                _say(f"the checkpoint of step {tried} cannot be used: {_brief(error)}")
+                _say(f"the checkpoint of step {tried} cannot be used: {brief(error)}")
             else:
                 self._set_aside([s for s in self.steps if s > tried])
                 return restored
@@ -236,8 +236,7 @@ class Checkpoints:
 
     def _lost(self, error: Exception) -> None:
         self.unsaved = (
-            f"the checkpoint of step {self._pending} could not be saved: "
-            f"{_brief(error)}"
+            f"the checkpoint of step {self._pending} could not be saved: {brief(error)}"
         )
         self._pending = None
         _say(f"{self.unsaved}; the run goes on, and saves the next")
@@ -263,7 +262,12 @@ def _seals(state: Any, position: Any) -> dict[str, Any]:
     return {"state": checksums(state), "position": zlib.crc32(text.encode())}
 
 
-def _brief(error: Exception) -> str:
+def seals_of(checkpoint: Path) -> dict[str, Any]:
+    """What is kept in a checkpoint's folder to know that it is whole."""
+    return json.loads((checkpoint / "checksums" / "metadata").read_text())
+
+
+def brief(error: Exception) -> str:
     """One line, and what kind of error it is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0][:200] if lines else 'no more is known'} ({type(error).__name__})"

@@ -89,13 +89,13 @@ class OptimizerConfig:
       learning_rate: the peak. Default: by optimizer.
       warmup: part of the steps with a linearly rising learning rate.
       final: learning rate of the last step, as a part of the peak; cosine in between.
-        1, with a warmup of 0: the same all along, so that a run can be given more steps
-        by --resume.
+        With 1, and no warmup, the rate is constant.
       b1: decay of the first moment. Default: by optimizer, 0.9 for most.
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      angle: the largest angle, in radians, of a step of the walk.
+      angle: the largest angle, in radians, of a step of the walk (grass_walk, or the
+        basis walk).
       walk_rank: how many directions a step of the walk turns. Default: the walk's own.
       precision: of the products with the subspace: JAX's default for the device,
         highest, or a dot algorithm that it knows, such as BF16_BF16_F32 (bfloat16
@@ -127,9 +127,9 @@ class OptimizerConfig:
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
-        above = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
-        above += ("clip_norm", "max_skipped")
-        check_numbers(self, positive=above, not_negative=("weight_decay",))
+        above_0 = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
+        above_0 += ("clip_norm", "max_skipped")
+        check_numbers(self, positive=above_0, not_negative=("weight_decay",))
         if self.rank is not None:
             parse_rank(self.rank)
         for field in ("warmup", "b1", "b2"):
@@ -137,9 +137,8 @@ class OptimizerConfig:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{field}={value} must lie in [0, 1)")
         for field in ("final", "switch"):
-            value = getattr(self, field)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{field}={value} must lie in [0, 1]")
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field}={getattr(self, field)} must lie in [0, 1]")
         if self.basis != "default" and not METHODS[self.name].low_rank:
             raise ValueError(
                 f"{self.name} has no subspace, so basis={self.basis!r} means nothing; "
@@ -194,9 +193,7 @@ class ProcessConfig:
         named = ("coordinator", "process_count", "process_id")
         given = [field for field in named if getattr(self, field) is not None]
         if given and not self.distributed:
-            raise ValueError(
-                f"{', '.join(given)}: means nothing without --distributed; add it"
-            )
+            raise ValueError(f"{', '.join(given)}: means nothing without --distributed")
         check_numbers(self, positive=("process_count",), not_negative=("process_id",))
         count, own = self.process_count, self.process_id
         if count is not None and own is not None and own >= count:
@@ -210,8 +207,8 @@ class Config:
     Attributes:
       out: folder of the run. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
-        if it was stopped before its first. Give the same flags; --steps may be more if
-        the learning rate is constant (see --final).
+        if it was stopped before its first. Give the same flags; steps may be more if
+        the learning rate is constant (warmup 0, final 1).
       resume_from: step of the checkpoint to go on from, rather than the latest; later
         ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's

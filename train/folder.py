@@ -130,7 +130,7 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) ->
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, "layerwise") if same else FREE
-    fixed = why_steps_matter(given["optimizer"])
+    fixed = why_steps_matter(stored["optimizer"])
     if fixed is None and old.get("steps", 0) <= new["steps"]:
         free = (*free, "steps")
     why = {

@@ -216,8 +216,9 @@ def why_steps_matter(config: Mapping[str, Any]) -> str | None:
 
     None if no step depends on how many there are.
     """
-    if METHODS[config["name"]].uses("switch"):
-        return f"{config['name']} changes its subspace after a part of the steps"
+    name = config["name"]
+    if name in METHODS and METHODS[name].uses("switch"):
+        return f"{name} changes its subspace after a part of the steps"
     if config["warmup"] == 0 and config["final"] == 1:
         return None
     return (

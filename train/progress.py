@@ -51,7 +51,8 @@ class Progress:
     def _done(self, loss: jax.Array) -> None:
         loss.block_until_ready()
         if self._bar.n == self._start:
-            self._bar.initial, self._bar.start_t = self._start + 1, time.time()
+            self._bar.initial = self._start + 1
+            self._bar.start_t = self._bar.last_print_t = time.time()
         self._bar.update()
 
     def record(self, record: Record) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -82,13 +82,19 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         (folder / "memory.txt").write_text(memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
-    sample = sample_text(config, data, trained)  # all processes together
+    why = "there is no tokenizer"
+    if config.report.sample_tokens == 0:
+        why = "none was asked for (--sample-tokens 0)"
+    try:
+        sample = sample_text(config, data, trained)  # all processes together
+    except Exception as error:  # of the device's memory, for one; the run is done
+        sample, why = None, f"{type(error).__name__}: {error}"
     if not main:
         return
-    if sample.text is not None:
-        (folder / "sample.txt").write_text(sample.text + "\n", encoding="utf-8")
+    if sample is not None:
+        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     print(memory)
-    print(f"\n{sample.text or f'no text sample: {sample.why_none}'}\n")
+    print(f"\n{f'no text sample: {why}' if sample is None else sample}\n")
     print(
         f"{summary['optimizer']}: {summary['steps']} steps, held-out loss "
         f"{summary['eval_loss']:.4f} (perplexity {summary['ppl']:.2f}), "
@@ -105,35 +111,22 @@ def work_title(config: Config) -> str:
     )
 
 
-class Sample(NamedTuple):
-    """The prompt and the model's continuation, or why there is none."""
-
-    text: str | None
-    why_none: str = ""
-
-
 def check_prompt(config: ReportConfig, tokenizer: Tokenizer | None) -> None:
     """ValueError for a prompt that the model could not continue at the end."""
     if tokenizer is not None and config.sample_tokens:
         prompt_tokens(tokenizer, config.prompt)
 
 
-def sample_text(config: Config, data: Data, trained: Trained) -> Sample:
-    """A sample of the model's text; its failure ends nothing."""
-    report = config.report
-    if report.sample_tokens == 0:
-        return Sample(None, "none was asked for (--sample-tokens 0)")
-    if data.tokenizer is None:
-        return Sample(None, "there is no tokenizer")
-    try:
-        text = continued(
-            trained.work.model,
-            trained.weights,
-            data.tokenizer,
-            report.prompt,
-            tokens=report.sample_tokens,
-            seed=config.seed,
-        )
-    except Exception as error:  # of the device's memory, for one; the run is done
-        return Sample(None, f"{type(error).__name__}: {error}")
-    return Sample(text)
+def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
+    """The prompt and the model's continuation; None without a tokenizer, or length."""
+    steps = config.report.sample_tokens
+    if data.tokenizer is None or steps == 0:
+        return None
+    return continued(
+        trained.work.model,
+        trained.weights,
+        data.tokenizer,
+        config.report.prompt,
+        tokens=steps,
+        seed=config.seed,
+    )

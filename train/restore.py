@@ -1,7 +1,6 @@
 """A run's checkpoint in use: in a notebook, as the start of a new run, for text."""
 
 import dataclasses
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import lowrank_optax as lro
 from models import LlamaConfig, Params
 from models.params import draw_params
+from train.checkpoint import brief, seals_of
+from train.checksum import checksums
 from train.config import Config, from_json, model_config, resolved
+from train.noise import quiet
 from train.tokenizer import Tokenizer, open_tokenizer
+from train.writing import write_bytes
 
 
 class Run(NamedTuple):
@@ -67,22 +71,42 @@ def load_run(folder: str | Path, step: int | None = None) -> Run:
 
 
 def load_weights(folder: Path, step: int) -> Any:
-    """The weights of a checkpoint as they are kept, in the host's memory."""
+    """The weights of a checkpoint as they are kept, in the host's memory.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     config = read_config(folder).model
     store = partial(lro.store_weights, dtype=config.weight_dtype)
     draw = partial(draw_params, model_config(config), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
+    restore = ocp.args.PyTreeRestore(
+        item=like,
+        restore_args=jax.tree.map(
+            lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), like
+        ),
+        partial_restore=True,  # the weights alone, of all that a step changes
+    )
+    path = (folder / "checkpoints" / str(step)).absolute()
     # Not by a CheckpointManager, which would tidy up what a run is writing just now.
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        arguments = ocp.args.PyTreeRestore(
-            item=like,
-            restore_args=jax.tree.map(
-                lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), like
-            ),
-            partial_restore=True,  # the weights alone, of all that a step changes
-        )
-        path = folder / "checkpoints" / str(step) / "state"
-        return checkpointer.restore(path.absolute(), args=arguments)["params"]
+    with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            weights = checkpointer.restore(path / "state", args=restore)["params"]
+            whole = seals_of(path)["state"]
+        except Exception as error:  # damaged files give errors of every class
+            raise _damaged(folder, step, brief(error)) from error
+    found = checksums(weights)
+    if any(whole[f".params{name}"] != value for name, value in found.items()):
+        raise _damaged(folder, step, "it does not hold what was saved")
+    return weights
+
+
+def _damaged(folder: Path, step: int, why: str) -> ValueError:
+    others = [s for s in saved_steps(folder) if s != step]
+    return ValueError(
+        f"the checkpoint of step {step} in {folder} cannot be used: {why}; name "
+        f"another, FOLDER@STEP, of {others}"
+    )
 
 
 def run_and_step(name: str) -> tuple[Path, int | None]:
@@ -138,10 +162,7 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
     """Make a tokenizer a run's, unless it has one: process 0 writes a file of it."""
     if tokenizer is None or jax.process_index() or kept_tokenizer(folder):
         return
-    path = folder / f"tokenizer{tokenizer.suffix}"
-    part = path.with_suffix(".tmp")
-    part.write_bytes(tokenizer.content)
-    os.replace(part, path)
+    write_bytes(folder / f"tokenizer{tokenizer.suffix}", tokenizer.content)
 
 
 def pinned(config: Config) -> Config:
@@ -161,7 +182,9 @@ def pinned(config: Config) -> Config:
         if began is not None and step is None and run_and_step(began)[0] == folder:
             return dataclasses.replace(config, init_from=began)
     if not config.resume:
-        step = checked_step(folder, step)
+        # That run may be going on, and the processes look one after the other.
+        newest = multihost_utils.broadcast_one_to_all(checked_step(folder, step))
+        step = int(newest)
     name = folder if step is None else f"{folder}@{step}"
     return dataclasses.replace(config, init_from=str(name))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class SampleConfig:
       seed: another seed, another text.
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     prompt: str = "The American people"
     tokens: int = 60
     temperature: float = 0.8

@@ -5,14 +5,19 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """All of a file or nothing, under another name first; OSError leaves it as it was.
 
     What is there is never written to.
     """
     part = path.with_name(path.name + ".tmp")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
