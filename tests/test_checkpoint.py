@@ -1,11 +1,7 @@
 """Whose folder it is, and resuming: bit for bit, also after a kill."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.checkpoint import Checkpoints
-from train.config import Config, model_config, parse, resolve, resolved
-from train.folder import check_folder, own_folder
+from train.checkpoint import CheckpointError, Checkpoints, KeepHealthy
+from train.config import Config, model_config, parse, resolve, resolved, to_json
+from train.folder import check_folder
 from train.main import open_text
-from train.metrics import read_metrics
 from train.optimizer import make_optimizer
 from train.step import Work, init_state, init_weights
+from train.writing import write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,8 +28,9 @@ def config_of(folder: Path, *argv: str) -> Config:
 
 def store(config: Config) -> None:
     """As a run does that begins in its folder."""
-    with own_folder(config, {}):
-        pass
+    folder = resolved(config, "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", to_json(config))
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -154,71 +151,6 @@ def write_documents(folder: Path) -> Path:
     return path
 
 
-def start_training(*argv: str) -> subprocess.Popen:
-    # One CPU device and a quick compilation: this is about what is computed, not how
-    # fast, and the eight devices of the test session would only make it slower.
-    quick = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **quick}
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *argv],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    flags = [
-        *("--optimizer", "grass_jump", "--rank", "8", "--refresh-every", "7"),
-        *("--layerwise", "on"),
-        *("--steps", "60", "--batch-size", "4", "--seq-len", "16"),
-        *("--log-every", "4", "--eval-every", "20", "--checkpoint-every", "10"),
-        *("--vocab-size", "300", "--weight-decay", "0.1", "--sample-tokens", "0"),
-        *("--source", str(write_documents(tmp_path))),
-        *("--cache-dir", str(tmp_path / "cache")),
-    ]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start_training(*flags, "--out", str(whole)))
-
-    process = start_training(*flags, "--out", str(killed))
-    while not (killed / "checkpoints" / "20").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    at_kill = [r["step"] for r in read_metrics(killed)]
-    assert 20 <= at_kill[-1] < 60
-    assert not (killed / "summary.json").exists()
-
-    finish(start_training(*flags, "--out", str(killed), "--resume"))
-    config = config_of(whole, *flags)
-    state, next_batch = restore(config, 60)
-    killed_state, killed_next_batch = restore(config_of(killed, *flags), 60)
-    whole_bits, killed_bits = leaf_bytes(state), leaf_bytes(killed_state)
-    assert [k for k in whole_bits if whole_bits[k] != killed_bits[k]] == []
-    for part in ("params", "mu", "nu", "basis", "rng_key"):
-        assert any(part in path for path in whole_bits)
-    np.testing.assert_array_equal(next_batch, killed_next_batch)
-
-    timing = {"ms_per_step", "tokens_per_s"}
-    first, second = (
-        [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
-        for folder in (whole, killed)
-    )
-    assert first == second
-    assert [r["step"] for r in first if "eval_loss" in r] == [20, 40, 60]
-    assert first[-1]["refreshes"] == 9
-
-
 def test_a_checkpoint_moves_to_other_devices_and_only_the_latest_stay(tmp_path):
     source = str(write_documents(tmp_path))
     flags = ("--rank", "4", "--vocab-size", "300", "--seq-len", "16")
@@ -245,3 +177,90 @@ def test_a_checkpoint_moves_to_other_devices_and_only_the_latest_stay(tmp_path):
         np.testing.assert_array_equal(batch, expected)
         assert type(restored) is type(state)
     assert restored.step.sharding == everywhere
+
+
+def saved_run(folder: Path, steps: list[int]) -> tuple[Config, list[Any]]:
+    """A run with these checkpoints, and the states in them."""
+    source = str(write_documents(folder))
+    flags = ("--rank", "4", "--vocab-size", "300", "--seq-len", "16")
+    config = config_of(folder, *flags, "--source", source)
+    init, states = jax.jit(make_init(config)), []
+    batches = iter(open_text(config).train)
+    with Checkpoints(folder, keep=9) as checkpoints:
+        for step in steps:
+            states.append(init(jax.random.key(step)))
+            checkpoints.save(step, states[-1], batches, losses=[step / 4])
+    return config, states
+
+
+def restore_newest(config: Config, step: int | None = None) -> Any:
+    like = state_shapes(config, SingleDeviceSharding(jax.devices()[0]))
+    batches = iter(open_text(config).train)
+    with Checkpoints(resolved(config, "out"), keep=9) as checkpoints:
+        return checkpoints.restore_newest(like, batches, step), checkpoints.steps
+
+
+def test_the_newest_that_is_whole_is_taken_and_later_ones_set_aside(tmp_path, capsys):
+    config, states = saved_run(tmp_path, [1, 2, 3])
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state" / "d")
+    (tmp_path / "checkpoints" / "2" / "position" / "metadata").write_text("{}")
+    restored, steps = restore_newest(config)
+    assert leaf_bytes(restored.state) == leaf_bytes(states[0])
+    assert restored.losses == [0.25]
+    assert steps == [1]
+    kept = sorted(path.name for path in (tmp_path / "aside").iterdir())
+    assert kept == ["2", "3"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in told[:2]] == [
+        " the checkpoint of step 3 cannot be used",
+        " the checkpoint of step 2 cannot be used",
+    ]
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "state")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        restore_newest(config)
+
+
+def test_an_older_one_by_its_step(tmp_path):
+    config, states = saved_run(tmp_path, [1, 2])
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .* \[1, 2\]"):
+        restore_newest(config, 7)
+    restored, steps = restore_newest(config, 1)
+    assert leaf_bytes(restored.state) == leaf_bytes(states[0])
+    assert steps == [1]
+    assert (tmp_path / "aside" / "2" / "state").is_dir()
+    assert config_of(tmp_path, "--resume-from", "1").resume
+
+
+def record(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0, "skipped_in_a_row": 0, **values}
+
+
+@pytest.mark.parametrize(
+    ("records", "kept"),
+    [
+        ([record(1, eval_loss=3.0), record(2), record(3)], 1),
+        ([record(1, eval_loss=3.0), record(2, eval_loss=None), record(3)], 1),
+        ([record(1, eval_loss=3.0), record(2, eval_loss=9.0)], 2),
+        ([record(1), record(2, skipped_in_a_row=1), record(3, loss=None)], 1),
+        ([record(1, loss=float("nan"))], None),
+        ([], None),
+    ],
+)
+def test_the_newest_from_when_the_run_was_well(records, kept):
+    assert KeepHealthy(records).newest([1, 2, 3]) == kept
+
+
+def test_a_run_that_diverges_keeps_one_from_before(tmp_path):
+    config, states = saved_run(tmp_path, [])
+    init = jax.jit(make_init(config))
+    batches = iter(open_text(config).train)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 7):
+            well = record(step, eval_loss=3.0) if step == 2 else None
+            bad = record(step, skipped_in_a_row=step)
+            state = init(jax.random.key(step))
+            checkpoints.save(step, state, batches, well or bad)
+        assert checkpoints.healthy == 2
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps == [2, 5, 6]
+    assert states == []

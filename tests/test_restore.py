@@ -17,8 +17,10 @@ from jax.sharding import AxisType
 import lowrank_optax as lro
 import train.sample
 from models import SIZES, LlamaConfig, forward
-from train.checkpoint import Checkpoints, check_folder, store_config
+from tests.test_checkpoint import store
+from train.checkpoint import Checkpoints
 from train.config import Config, from_json, model_config, parse, resolve, to_json
+from train.folder import check_folder
 from train.loop import initial
 from train.main import check_writable
 from train.optimizer import make_optimizer
@@ -92,12 +94,12 @@ def saved(tmp_path_factory, mesh, tokenizer) -> Callable[[str], Saved]:
     def save(dtype: str) -> Saved:
         folder = tmp_path_factory.mktemp("runs") / "run@0.1"
         config = config_of(folder, "--weight-dtype", dtype)
-        store_config(config)
+        store(config)
         keep_tokenizer(folder, tokenizer)
         batches = iter(grain.MapDataset.range(10).to_iter_dataset())
         state = first_state(config, mesh)
         other = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
-        with Checkpoints(folder / "checkpoints", keep=9) as checkpoints:
+        with Checkpoints(folder, keep=9) as checkpoints:
             checkpoints.save(10, other, batches)
             checkpoints.save(20, state, batches)
         return Saved(config, state)
@@ -107,7 +109,7 @@ def saved(tmp_path_factory, mesh, tokenizer) -> Callable[[str], Saved]:
 
 def empty_run(config: Config, *steps: int) -> None:
     """The folder of a run whose checkpoints nobody reads."""
-    store_config(config)
+    store(config)
     for step in steps:
         (config.out / "checkpoints" / str(step)).mkdir(parents=True)
 
@@ -198,7 +200,7 @@ def test_the_step_is_pinned_at_the_start_and_stays_when_resumed(tmp_path):
     empty_run(source, 10)
     given = ("--init-from", str(source.out))
     new = pinned(config_of(tmp_path / "b", *given))
-    store_config(new)
+    store(new)
     empty_run(source, 30)  # it went on
     resumed = pinned(config_of(tmp_path / "b", *given, "--resume"))
     assert resumed.init_from == new.init_from == f"{source.out}@10"
@@ -261,7 +263,7 @@ CONSTANT = ("--warmup", "0", "--final", "1")
 
 
 def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
-    store_config(config_of(tmp_path, *CONSTANT, "--steps", "40"))
+    store(config_of(tmp_path, *CONSTANT, "--steps", "40"))
     longer = config_of(tmp_path, *CONSTANT, "--steps", "60", "--resume")
     check_folder(longer)
     with pytest.raises(ValueError, match=r"made longer, not shorter; begin a new one"):
@@ -291,7 +293,7 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
     ],
 )
 def test_another_run_cannot_and_the_error_says_why_and_what_to_do(tmp_path, argv, why):
-    store_config(config_of(tmp_path, *argv, "--steps", "40"))
+    store(config_of(tmp_path, *argv, "--steps", "40"))
     longer = config_of(tmp_path, *argv, "--steps", "60", "--resume")
     with pytest.raises(ValueError, match=why) as raised:
         check_folder(longer)

@@ -41,6 +41,7 @@ from train.picture import draw_runs
 from train.report import summarize, work_title
 from train.restore import check_start, pinned
 from train.stopping import StoppedError
+from train.writing import write_text
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
 batches in the same order, the same schedule.
@@ -252,7 +253,7 @@ def conclude(configs: Sequence[Config], results: list[Result], folder: Path) -> 
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))
-        (folder / "table.md").write_text(table(results) + "\n")
+        write_text(folder / "table.md", table(results) + "\n")
         print(table(results))
 
 

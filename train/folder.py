@@ -82,8 +82,9 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
         check_same_data(json.loads(data.read_text()), fingerprint, data)
     else:
         write_text(data, json.dumps(fingerprint, indent=2) + "\n")
-    if not config.resume:
-        write_text(folder / "config.json", to_json(config))
+    path = folder / "config.json"
+    if not config.resume or json.loads(path.read_text())["steps"] != config.steps:
+        write_text(path, to_json(config))
 
 
 def check_folder(config: Config) -> None:

@@ -24,6 +24,7 @@ from train.metrics import read_metrics
 from train.picture import draw_run
 from train.sample import continued, prompt_tokens
 from train.tokenizer import Tokenizer
+from train.writing import write_text
 
 
 def summarize(config: Config, trained: Trained) -> dict[str, Any]:
@@ -78,8 +79,8 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     summary = {**summarize(config, trained), "wall_s": wall_s}
     main = jax.process_index() == 0
     if main:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (folder / "memory.txt").write_text(memory + "\n")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "memory.txt", memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
     why = "there is no tokenizer"
@@ -92,7 +93,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     if not main:
         return
     if sample is not None:
-        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        write_text(folder / "sample.txt", sample + "\n")
     print(memory)
     print(f"\n{f'no text sample: {why}' if sample is None else sample}\n")
     print(
