@@ -37,8 +37,9 @@ Examples:
   python -m train.sample --help                      text from a trained model
   python -m train.bench --help                       what a step costs
 
-A run leaves in its folder: config.json, tokenizer.json, metrics.jsonl, tensorboard/,
-checkpoints/, loss.png, memory.txt, sample.txt and summary.json."""
+A run leaves in its folder: config.json, data.json, tokenizer.json, metrics.jsonl,
+tensorboard/, checkpoints/, loss.png, memory.txt, sample.txt and summary.json.
+SIGTERM and Ctrl-C end a step and save a checkpoint; --resume goes on from it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
