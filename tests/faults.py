@@ -44,7 +44,7 @@ STEPS, SAVE_EVERY = 40, 4
 FLAGS = (
     *("--optimizer", "grass_jump", "--rank", "8", "--refresh-every", "7"),
     *("--layerwise", "on"),
-    *("--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16"),
+    *("--steps", str(STEPS), "--batch-size", "8", "--seq-len", "16"),
     *("--log-every", "3", "--eval-every", "20", "--checkpoint-every", str(SAVE_EVERY)),
     *("--vocab-size", "300", "--weight-decay", "0.1", "--sample-tokens", "0"),
 )
@@ -431,6 +431,12 @@ def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
         "cut short": b"".join(lines[:30]),
         "no text at all": b"",
     }
+    moved = work.folder / "moved" / work.text.name
+    moved.parent.mkdir()
+    moved.write_bytes(original)
+    unnoticed = "the text in another folder: unnoticed"
+    found = refused(work, "the text in another folder", "--source", str(moved))
+    yield None if found == unnoticed else f"moved data was refused: {found}"
     for name, content in texts.items():
         work.text.write_bytes(content)
         yield refused(work, name)
@@ -447,7 +453,7 @@ def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
         "another seed": ("--seed", "1"),
         "another rate": ("--learning-rate", "0.1"),
         "more steps": ("--steps", str(2 * STEPS)),
-        "another batch": ("--batch-size", "8"),
+        "another batch": ("--batch-size", "16"),
         "another method": ("--optimizer", "galore"),
     }
     for name, given in flags.items():

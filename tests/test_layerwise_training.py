@@ -63,7 +63,7 @@ def batches_of(steps: int, poisoned: int | None = None) -> list[dict[str, np.nda
 
 def data_of(batches: list[dict[str, np.ndarray]], tokenizer: Any = None) -> Data:
     stream = grain.MapDataset.source(batches).to_iter_dataset()
-    return Data(stream, batches_of(2), tokenizer, VOCABULARY)  # pyright: ignore
+    return Data(stream, batches_of(2), tokenizer, VOCABULARY, {})  # pyright: ignore
 
 
 MESH = jax.make_mesh(
@@ -330,7 +330,9 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
     ignore = lambda *_: None  # noqa: E731
     progress = SimpleNamespace(record=ignore, step=ignore)
     stop = SimpleNamespace(reached=ignore)
-    around = Around(SimpleNamespace(write=ignore), None, progress, stop)  # pyright: ignore
+    around = Around(
+        SimpleNamespace(write=ignore), SimpleNamespace(healthy=None), progress, stop
+    )  # pyright: ignore
     fit(
         Config(steps=9, report=report),
         program,  # pyright: ignore

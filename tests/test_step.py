@@ -224,9 +224,11 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(name):
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run():
     record = {"step": 40, "skipped_in_a_row": 19}
-    check_finite(record, 20)
-    with pytest.raises(FloatingPointError, match=r"step 40: 20 steps in a row"):
-        check_finite({**record, "skipped_in_a_row": 20}, 20)
+    check_finite(record, 20, None)
+    with pytest.raises(FloatingPointError, match=r"step 40: 20 steps .* no checkpoint"):
+        check_finite({**record, "skipped_in_a_row": 20}, 20, None)
+    with pytest.raises(FloatingPointError, match=r"--init-from FOLDER@20"):
+        check_finite({**record, "skipped_in_a_row": 20}, 20, 20)
 
 
 def test_metrics_are_those_of_the_step():

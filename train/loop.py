@@ -273,7 +273,7 @@ def fit(
         if record is not None:
             writer.write(record)
             progress.record(record)
-            check_finite(record, config.optimizer.max_skipped, checkpoints)
+            check_finite(record, config.optimizer.max_skipped, checkpoints.healthy)
 
     every = program.refresh_every
     until = int(state.until_refresh)
@@ -334,10 +334,13 @@ def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float
     return loss
 
 
-def check_finite(record: Record, limit: int, checkpoints: Checkpoints) -> None:
+def check_finite(record: Record, limit: int, healthy: int | None) -> None:
+    """FloatingPointError for too many steps in a row that were skipped.
+
+    It names the last checkpoint from before that.
+    """
     if record["skipped_in_a_row"] < limit:
         return
-    healthy = checkpoints.healthy
     kept = (
         "no checkpoint is from before that"
         if healthy is None
