@@ -225,7 +225,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(name):
 def test_too_many_skipped_steps_in_a_row_stop_the_run():
     record = {"step": 40, "skipped_in_a_row": 19}
     check_finite(record, 20, None)
-    with pytest.raises(FloatingPointError, match=r"step 40: 20 steps .* no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 40: 20 steps .*\(no checkp"):
         check_finite({**record, "skipped_in_a_row": 20}, 20, None)
     with pytest.raises(FloatingPointError, match=r"--init-from FOLDER@20"):
         check_finite({**record, "skipped_in_a_row": 20}, 20, 20)
