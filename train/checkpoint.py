@@ -6,6 +6,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,8 @@ class Checkpoints:
         self._healthy = KeepHealthy(read_metrics(folder))
         self._pending: int | None = None
         self.unsaved: str | None = None
-        self._quiet = quiet()
+        self._open = ExitStack()
+        self._open.enter_context(quiet())
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -247,13 +249,13 @@ class Checkpoints:
         self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._settle()
         self._manager.close()
-        self._quiet.__exit__(None, None, None)
+        if self.unsaved is None:  # else its threads may still have things to say
+            self._open.close()
 
 
 def _seals(state: Any, position: Any) -> dict[str, Any]:
