@@ -31,7 +31,7 @@ on with the same bits afterwards as a run that was left alone. Prints a table of
 was tried and survived; the exit status is 1 if anything was not. CPU.
 
 Examples:
-  python -m tests.faults                    all of it, about half an hour on two cores
+  python -m tests.faults                    all of it, about 45 minutes on two cores
   python -m tests.faults --share 0.05       a twentieth of it
   python -m tests.faults --only kills disks
   python -m tests.faults --platform cuda --share 0.2 --only stops"""
