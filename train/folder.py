@@ -32,9 +32,9 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
     Kept there: the config and the fingerprint of the data, by which a run that is
     resumed is known to be the same. The lock is the operating system's (flock): one
-    that a dead process held is free. It holds on local disks and on NFS; on a file
-    system without locks, such as a mounted bucket, two runs are not kept apart, and a
-    line says so. Process 0 does it for all.
+    that a dead process held is free. On NFS it is as good as the server's locks (not
+    tried); on a file system without any, such as a mounted bucket, two runs are not
+    kept apart, and a line says so. Process 0 does it for all.
 
     Args:
       config: of the run.
