@@ -464,6 +464,8 @@ def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
         "a config that is cut": lambda out: (out / "config.json").write_text(
             config[: len(config) // 2]
         ),
+        "a fingerprint that is lost": lambda out: (out / "data.json").unlink(),
+        "an empty fingerprint": lambda out: (out / "data.json").write_text(""),
         "another's config": lambda out: (out / "config.json").write_text(
             config.replace('"seed": 0', '"seed": 3')
         ),

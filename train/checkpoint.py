@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from train.checksum import checksums
+from train.console import warn
 from train.metrics import Record, is_healthy, read_metrics
 from train.noise import quiet
 from train.step import TrainState
@@ -194,7 +194,7 @@ class Checkpoints:
             except jax.errors.JaxRuntimeError:  # of the device's memory
                 raise
             except Exception as error:  # damaged files give errors of every class
-                _say(f"the checkpoint of step {tried} cannot be used: {brief(error)}")
+                warn(f"the checkpoint of step {tried} cannot be used: {brief(error)}")
             else:
                 self._set_aside([s for s in self.steps if s > tried])
                 return restored
@@ -220,7 +220,7 @@ class Checkpoints:
                 if (aside / str(step)).exists():
                     shutil.rmtree(aside / str(step))
                 os.replace(self._folder / str(step), aside / str(step))
-            _say(f"set aside into {aside}: the checkpoints of steps {steps}")
+            warn(f"set aside into {aside}: the checkpoints of steps {steps}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
@@ -241,7 +241,7 @@ class Checkpoints:
             f"the checkpoint of step {self._pending} could not be saved: {brief(error)}"
         )
         self._pending = None
-        _say(f"{self.unsaved}; the run goes on, and saves the next")
+        warn(f"{self.unsaved}; the run goes on, and saves the next")
         if jax.process_index() == 0:
             # What it wrote of it may be what fills the disk.
             for path in self._folder.glob("*orbax-checkpoint-tmp*"):
@@ -273,8 +273,3 @@ def brief(error: Exception) -> str:
     """One line, and what kind of error it is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0][:200] if lines else 'no more is known'} ({type(error).__name__})"
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)

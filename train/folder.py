@@ -78,12 +78,12 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
         )
     check_folder(config)
     data = folder / "data.json"
-    if config.resume and data.exists():
-        check_same_data(json.loads(data.read_text()), fingerprint, data)
+    if config.resume:
+        check_same_data(_stored(data), fingerprint, data)
     else:
         write_text(data, json.dumps(fingerprint, indent=2) + "\n")
     path = folder / "config.json"
-    if not config.resume or json.loads(path.read_text())["steps"] != config.steps:
+    if not config.resume or _stored(path)["steps"] != config.steps:
         write_text(path, to_json(config))
 
 
@@ -110,19 +110,22 @@ def check_folder(config: Config) -> None:
             raise FileNotFoundError(
                 f"{folder} holds no run to resume; leave out --resume to start one"
             )
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}): put it back, or start a new run in "
-                "another --out"
-            ) from error
-        check_same_run(stored, json.loads(to_json(config)), path)
+        check_same_run(_stored(path), json.loads(to_json(config)), path)
     elif path.exists() and jax.process_index() == 0:
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume, or give "
             "another folder to --out"
         )
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): put it back, or start a new run in "
+            "another --out"
+        ) from error
 
 
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:

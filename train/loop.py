@@ -19,12 +19,13 @@ import lowrank_optax as lro
 from models import Params
 from train.checkpoint import Checkpoints, Restored
 from train.config import Config, model_config, resolved, title
+from train.console import say
 from train.data import Data
 from train.memory import StepMemory, step_memory
 from train.mesh import by_row, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
-from train.progress import Progress, say
+from train.progress import Progress
 from train.restore import keep_tokenizer, weights_for
 from train.step import (
     Batch,
@@ -300,7 +301,7 @@ def fit(
             write(meter.flush())
             if report.checkpoint_every and not saving:
                 checkpoints.save(step, state, batches, losses=meter.losses)
-            raise StoppedError(step, saved=checkpoints.has(step))
+            raise StoppedError(step, checkpoints.has(step), stop.number)
     return state
 
 

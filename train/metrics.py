@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from train.board import Board
+from train.console import warn
 from train.writing import Appender
 
 Record = dict[str, Any]
@@ -64,7 +64,7 @@ class _Output:
             self._target.append(self._waiting)
         except OSError as error:
             if not self._warned:
-                _warn(
+                warn(
                     f"{self._target.path} cannot be written ({error.strerror}); the "
                     "run goes on, and it is written when that is possible"
                 )
@@ -77,7 +77,7 @@ class _Output:
             self.write()
         if self._waiting:
             steps = [record["step"] for record in self._waiting]
-            _warn(f"{self._target.path} lacks the records of the steps {steps}")
+            warn(f"{self._target.path} lacks the records of the steps {steps}")
 
 
 class _Lines:
@@ -109,10 +109,6 @@ def _parsed(line: bytes) -> Record | None:
         return record if isinstance(record["step"], int) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -8,13 +8,8 @@ from types import TracebackType
 import jax
 from tqdm import tqdm
 
+from train.console import say
 from train.metrics import Metrics, Record
-
-
-def say(text: str) -> None:
-    """Print a line at once; process 0 alone."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 class Progress:

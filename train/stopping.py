@@ -5,7 +5,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -22,10 +23,11 @@ class StoppedError(Exception):
     Attributes:
       step: how many steps were done.
       saved: whether a checkpoint has them.
+      number: of the signal.
     """
 
-    def __init__(self, step: int, saved: bool) -> None:
-        self.step, self.saved = step, saved
+    def __init__(self, step: int, saved: bool, number: int) -> None:
+        self.step, self.saved, self.number = step, saved, number
         kept = (
             "a checkpoint has them: the same command with --resume goes on"
             if saved
@@ -39,13 +41,15 @@ class Stop:
 
     Of several processes all stop after the same step, whichever was told: they agree on
     it through JAX's preemption service, which listens for SIGTERM itself and for the
-    notices of clusters that it knows; an interrupt (Ctrl-C) is handed on to it.
+    notices of clusters that it knows; an interrupt (Ctrl-C) is handed on to it. A
+    second SIGTERM is the service's too, and ends nothing sooner; a second Ctrl-C does.
     """
 
     def __init__(self) -> None:
+        self.number: int = signal.SIGTERM
         self._asked = False
         self._together = jax.process_count() > 1
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def reached(self, step: int) -> bool:
         """Whether to stop now; asked once after every step, by all processes."""
@@ -65,19 +69,14 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self._asked = True
+        self._asked, self.number = True, number
         _say(f"{name}: stopping after this step; once more ends it at once")
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]
+            signal.signal(number, before)
 
 
 @contextmanager
@@ -100,7 +99,7 @@ def ended_by_signals() -> Iterator[None]:
     except StoppedError as stopped:
         if jax.process_index() == 0:
             _say(str(stopped))
-        sys.exit(STOPPED if stopped.saved else 128 + signal.SIGTERM)
+        sys.exit(STOPPED if stopped.saved else 128 + stopped.number)
     finally:
         signal.signal(signal.SIGTERM, before)
 
