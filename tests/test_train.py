@@ -21,6 +21,7 @@ from train.main import main
 from train.metrics import Meter, MetricsWriter, read_metrics
 from train.picture import draw_run, draw_runs
 from train.report import work_title
+from train.stopping import STOPPED
 
 
 def strict_lines(path: Path) -> list[dict]:
@@ -146,12 +147,46 @@ def test_resuming_a_finished_run_only_reports_again(finished, flags):
 
 
 def test_resuming_before_the_first_checkpoint_starts_over(finished, flags, tmp_path):
-    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    for name in ("config.json", "data.json"):
+        (tmp_path / name).write_text((finished / name).read_text())
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 4, "lo')
     argv = ("--optimizer", "adamw", "--sample-tokens", "0", "--checkpoint-every", "0")
     main([*flags, *argv, "--out", str(tmp_path), "--resume"])
     losses = [[r["loss"] for r in read_metrics(f)] for f in (finished, tmp_path)]
     assert losses[0] == losses[1]
+
+
+def test_a_stop_between_two_records_changes_no_record(
+    finished, flags, tmp_path, monkeypatch, capsys
+):
+    """The loss of step 5, before the stop, is in the mean of step 6's record."""
+    argv = [*flags, "--optimizer", "adamw", "--sample-tokens", "0", "--out"]
+    argv += [str(tmp_path / "run"), "--checkpoint-every"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Stop, "reached", lambda _, step: step == 5)
+        with pytest.raises(SystemExit) as stopped:
+            main([*argv, "6"])
+    assert stopped.value.code == STOPPED == 75
+    assert "stopped after 5 steps; a checkpoint has them" in capsys.readouterr().err
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 4]
+    main([*argv, "6", "--resume"])
+    times = {"ms_per_step", "tokens_per_s"}
+    whole, resumed = (
+        [{k: v for k, v in r.items() if k not in times} for r in read_metrics(folder)]
+        for folder in (finished, tmp_path / "run")
+    )
+    assert resumed == whole
+
+
+def test_a_stop_without_checkpoints_says_that_the_steps_are_lost(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train.loop.Stop, "reached", lambda _, step: step == 2)
+    argv = ("--optimizer", "adamw", "--checkpoint-every", "0", "--out", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, *argv])
+    assert stopped.value.code == 143
+    assert "stopped after 2 steps; they are lost" in capsys.readouterr().err
 
 
 def test_a_comparison_gives_each_optimizer_the_same_work(finished, flags, tmp_path):
