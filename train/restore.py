@@ -248,9 +248,9 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def weights_for(config: Config) -> Any:
-    """The weights that `init_from` of a pinned config names, to be kept as it says."""
+    """The weights that `init_from` of a pinned config names, in the host's memory.
+
+    They are as that run kept them.
+    """
     folder, step = run_and_step(resolved(config, "init_from"))
-    stored = load_weights(folder, checked_step(folder, step))
-    # Those in int8 stay the same bits where int8 is asked for.
-    same = config.model.weight_dtype == "int8"
-    return stored if same else lro.dense(stored)
+    return load_weights(folder, checked_step(folder, step))
