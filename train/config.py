@@ -105,8 +105,8 @@ class OptimizerConfig:
         method takes, of most the inputs; megatron: the outputs of o and the inputs of
         q, k and v, which --tensor leaves whole. auto: megatron with --tensor above 1. A
         run that goes on has what it began with, on any mesh.
-      block_shards: into how many parts moments in 8 bits can be cut with no block of
-        numbers on two devices. Default: what --fsdp and --tensor make, at the start.
+      block_shards: into how many parts moments and weights in 8 bits can be cut with no
+        block of numbers on two devices: those of the mesh that the run began on.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
       max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
@@ -129,7 +129,7 @@ class OptimizerConfig:
     precision: str = "default"
     switch: float = 0.5
     square: Literal["auto", "method", "megatron"] = "auto"
-    block_shards: int | None = None
+    block_shards: Annotated[int | None, tyro.conf.Fixed] = None
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     max_skipped: int = 20
@@ -328,7 +328,7 @@ def _on_mesh(config: Config, optimizer: OptimizerConfig) -> OptimizerConfig:
     """The choices that a run makes for the mesh of its start, and keeps on others."""
     mesh, method = config.mesh, METHODS[optimizer.name]
     megatron = mesh.tensor > 1 and method.uses("square")
-    parts = mesh.fsdp * mesh.tensor if method.uses("block_shards") else 1
+    parts = mesh.fsdp * mesh.tensor
     square = "megatron" if megatron else "method"
     if config.resume:
         try:

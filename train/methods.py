@@ -45,7 +45,7 @@ class Method:
             return False
         if option in OF_THE_BASIS and basis != "default":
             return option in inspect.signature(BASES[basis]).parameters
-        return NAMES.get(option, option) in self.options
+        return {"switch": "switch_step"}.get(option, option) in self.options
 
 
 def _fira(step: Make) -> Make:
@@ -65,8 +65,6 @@ def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
     return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
 
 
-# What the library calls an option of a run.
-NAMES = {"switch": "switch_step", "block_shards": "shards"}
 OF_THE_BASIS = ("angle", "walk_rank")
 
 ONCE = 2**31 - 1  # a basis is chosen at the first step alone

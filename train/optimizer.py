@@ -267,7 +267,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         mask=decayed,
     )
     if not method.low_rank:
-        return Optimizer(skip_not_finite(tx), clip, schedule, None)
+        return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON)
     refresh_every = method.own.get("refresh_every", config.refresh_every)
     square = MEGATRON if config.square == "megatron" else method.options["square"]
     tx = optax.with_extra_args_support(tx)
@@ -277,7 +277,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
     """ValueError for an option that was given, and that no chosen optimizer has."""
     options = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-    for option in (*options, "precision", "switch", "square", "block_shards"):
+    for option in (*options, "precision", "switch", "square"):
         untouched = getattr(OptimizerConfig, option)
         if getattr(given, option) == untouched or any(
             METHODS[c.name].uses(option, c.basis) for c in chosen

@@ -76,9 +76,10 @@ def load_weights(folder: Path, step: int) -> Any:
     Raises:
       ValueError: it is damaged.
     """
-    config = read_config(folder).model
-    store = partial(lro.store_weights, dtype=config.weight_dtype)
-    draw = partial(draw_params, model_config(config), store=store)
+    config = read_config(folder)
+    shards = config.optimizer.block_shards or 1
+    store = partial(lro.store_weights, dtype=config.model.weight_dtype, shards=shards)
+    draw = partial(draw_params, model_config(config.model), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
     restore = ocp.args.PyTreeRestore(
         item=like,

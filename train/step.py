@@ -58,6 +58,7 @@ class Work(NamedTuple):
       weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
       microbatches: parts of a batch that go through the model one after the other.
       layerwise: whether each layer is updated when the backward pass has its gradient.
+      block_shards: into how many parts weights of int8 can be cut with whole blocks.
     """
 
     model: LlamaConfig
@@ -66,6 +67,7 @@ class Work(NamedTuple):
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     microbatches: int = 1
     layerwise: bool = False
+    block_shards: int = 1
 
     @property
     def shards(self) -> Shards:
@@ -75,18 +77,13 @@ class Work(NamedTuple):
 
 def init_weights(work: Work, key: jax.Array) -> Any:
     """The weights before the first step, as they are kept."""
-
-    def store(params: Params) -> Any:
-        return lro.store_weights(work.shards.cut(params), work.weight_dtype)
-
-    return draw_params(work.model, key, store)
+    return draw_params(work.model, key, partial(keep_weights, work))
 
 
 def keep_weights(work: Work, params: Any) -> Any:
-    """The weights of any run, as they are kept; int8 stays the same bits."""
-    if work.weight_dtype != "int8":
-        params = lro.dense(params)
-    return lro.store_weights(params, work.weight_dtype)
+    """Weights as this work keeps them, of weights as any other does."""
+    weights = work.shards.cut(lro.dense(params))
+    return lro.store_weights(weights, work.weight_dtype, shards=work.block_shards)
 
 
 def init_state(work: Work, params: Any) -> TrainState:
