@@ -11,6 +11,7 @@ import optax
 from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.bracket import LowRankState
 from lowrank_optax.frame import frames_of, stage
+from lowrank_optax.parallel import over_devices, spreads
 
 Apply = Callable[..., Any]
 
@@ -187,19 +188,31 @@ def _chosen_together(
     extra_args: dict[str, Any],
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
-    """At a refresh, by path: bases best chosen in one call for all layers."""
+    """At a refresh, by path: bases best chosen in one call for all layers.
+
+    On a mesh those are all, and each device chooses those of some layers.
+    """
     if extra_args.get("refresh") is not True:
         return {}
     inner = optax.with_extra_args_support(tx)
+    spread = spreads()
 
     def of_one(i: jax.Array, g: Any, s: Any, stored: Any) -> dict[str, Any]:
         seen: list[Any] = []
         inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
-        return {f.path: f.basis for f in frames_of(seen) if f.together}
+        return {
+            f.path: f.basis
+            for f in frames_of(seen)
+            if f.together or (spread and f.moved is not None)
+        }
 
     # Nothing but those bases is computed under jit.
-    index = jnp.arange(count_of(gradient))
-    return jax.vmap(of_one)(index, gradient, state, params)
+    layers = jnp.arange(count_of(gradient)), gradient, state, params
+    if not spread:
+        return jax.vmap(of_one)(*layers)
+    return over_devices(
+        lambda layers, _: jax.lax.map(lambda layer: of_one(*layer), layers), layers
+    )
 
 
 def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lowrank_optax.frame import (
     timed_stage,
 )
 from lowrank_optax.linalg import Decomposition
+from lowrank_optax.parallel import replicated
 from lowrank_optax.rule import eye_basis
 
 
@@ -145,7 +146,7 @@ def _started(
     """P_0 at the start, and P after it."""
 
     def leading() -> jax.Array:
-        g = linalg.replicated(frame.gradient)
+        g = replicated(frame.gradient)
         return linalg.leading(g, frame.rank, decomposition)
 
     return branch(start, leading, lambda: p)
