@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.bracket import LowRankState
+from lowrank_optax.cut import auto_update
 from lowrank_optax.frame import frames_of, stage
 from lowrank_optax.parallel import over_devices, spreads
 
@@ -82,7 +83,7 @@ def per_layer(
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases), block)
 
-    return stage(init, update)
+    return stage(init, auto_update(update))
 
 
 def _in_blocks(
@@ -165,19 +166,27 @@ def update_layers(
       0.5
     """
 
-    if not bases:
-        bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+    def update(
+        gradient: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        operands, bases = extra_args.pop("operands"), extra_args.pop("bases")
+        if not bases:
+            bases = _chosen_together(tx, gradient, state, params, extra_args, load)
 
-    def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
-        g, chosen = other
-        step = _step(tx, load, apply_updates, _with(extra_args, chosen))
-        return step(i, g, *carry, *operands)
+        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+            g, chosen = other
+            step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+            return step(i, g, *carry, *operands)
 
-    count = count_of(params)
-    block = _even(count if block is None else block, count)
-    if extra_args.get("refresh") is not False:
-        block = 1
-    return _in_blocks(one, (params, state), (gradient, dict(bases)), block)
+        count = count_of(params)
+        size = _even(count if block is None else block, count)
+        if extra_args.get("refresh") is not False:
+            size = 1
+        return _in_blocks(one, (params, state), (gradient, dict(bases)), size)
+
+    extra_args |= {"operands": operands, "bases": bases or {}}
+    on_any_mesh = auto_update(update, of_params=True)
+    return on_any_mesh(gradient, state, params, **extra_args)
 
 
 def _chosen_together(
