@@ -31,7 +31,7 @@ from train.config import (
 from train.loop import Program, build_program, initial, kinds_of_steps, work_of
 from train.main import check_writable, usage_errors
 from train.memory import GIB, device_peak
-from train.mesh import make_mesh
+from train.mesh import by_row, make_mesh
 from train.optimizer import check_meant, check_optimizer, make_optimizer
 from train.step import TrainState
 
@@ -210,7 +210,7 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
         state = compiled.make(jax.random.key(0))
         vocabulary = compiled.model.vocab_size
         tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
-        batch = {"tokens": tokens}
+        batch = {"tokens": jax.device_put(tokens, by_row(compiled.mesh))}
 
         def step(refresh: bool) -> Callable[[], Any]:
             def run() -> Any:
