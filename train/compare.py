@@ -28,7 +28,6 @@ from train.folder import check_folder, own_folder
 from train.loop import train
 from train.main import (
     check_writable,
-    join_processes,
     open_text,
     run_errors,
     usage_errors,
@@ -38,6 +37,7 @@ from train.methods import BASES, METHODS
 from train.metrics import read_metrics
 from train.optimizer import check_meant, check_optimizer
 from train.picture import draw_runs
+from train.processes import join_processes
 from train.report import summarize, work_title
 from train.restore import check_start, pinned
 from train.stopping import StoppedError

@@ -174,12 +174,14 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessConfig:
-    """Several processes, one for each host, each started with the same command.
+    """Several processes, each started with the same command, `out` where all see it.
 
     Attributes:
-      distributed: join the other processes before anything else. On a cluster that
-        JAX knows (Slurm, Cloud TPU and others) the next three are found by themselves.
-      coordinator: HOST:PORT of process 0.
+      distributed: join the other processes before anything else. Under Slurm, Open MPI
+        and Kubernetes, and on Cloud TPU, JAX finds the next three by itself. On GPUs it
+        takes a process for each under Slurm and Open MPI; for one process with all of
+        a host's, set JAX_LOCAL_DEVICE_IDS=0,1,... in the environment.
+      coordinator: HOST:PORT of process 0, a port that is free there.
       process_count: how many processes there are.
       process_id: which of them this one is, from 0.
     """
@@ -195,6 +197,9 @@ class ProcessConfig:
         if given and not self.distributed:
             raise ValueError(f"{', '.join(given)}: means nothing without --distributed")
         check_numbers(self, positive=("process_count",), not_negative=("process_id",))
+        host, _, port = (self.coordinator or "HOST:0").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator={self.coordinator} must be HOST:PORT")
         count, own = self.process_count, self.process_id
         if count is not None and own is not None and own >= count:
             raise ValueError(f"process_id={own} must be below process_count={count}")

@@ -11,18 +11,16 @@ from pathlib import Path
 import jax
 
 from train.checkpoint import CheckpointError
-from train.config import Config, ProcessConfig, parse, resolve, resolved
+from train.config import Config, parse, resolve, resolved
 from train.data import Data, open_data
 from train.folder import check_folder, own_folder
 from train.loop import DataError, train
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer
+from train.processes import join_processes
 from train.report import check_prompt, finish
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
-
-HEARTBEAT_S = 30
-"""Seconds without a sign of life after which a process is taken for dead."""
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
@@ -111,24 +109,6 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise PermissionError(
             f"out: {nearest} cannot be written to ({error.strerror}); give another"
-        ) from error
-
-
-def join_processes(config: ProcessConfig) -> None:
-    """Raises ValueError if they are not found."""
-    if not config.distributed:
-        return
-    try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.process_count,
-            config.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"distributed: the processes did not find each other ({error}); give each "
-            "the same --coordinator HOST:PORT and --process-count, and its --process-id"
         ) from error
 
 
