@@ -89,6 +89,8 @@ class SharedWork(Config):
 
     out: Path | None = None
     resume: Annotated[bool, tyro.conf.Fixed] = False
+    resume_or_start: Annotated[bool, tyro.conf.Fixed] = False
+    resume_from: Annotated[int | None, tyro.conf.Fixed] = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=Shared)
     report: ReportConfig = dataclasses.field(default_factory=Watched)
 

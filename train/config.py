@@ -214,6 +214,8 @@ class Config:
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Give the same flags; steps may be more if
         the learning rate is constant (warmup 0, final 1).
+      resume_or_start: the same if `out` holds a run, and start one if it holds none: for
+        a command that a scheduler runs again as it is.
       resume_from: step of the checkpoint to go on from, rather than the latest; later
         ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
@@ -235,6 +237,7 @@ class Config:
 
     out: Path | None = None
     resume: bool = False
+    resume_or_start: bool = False
     resume_from: int | None = None
     init_from: str | None = None
     seed: int = 0

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and that one run at a time is at work in it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from train.config import Config, resolved, to_json
+from train.console import say
 from train.fingerprint import Fingerprint, changed
 from train.optimizer import why_steps_matter
 from train.writing import write_text
@@ -85,6 +87,18 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
     path = folder / "config.json"
     if not config.resume or _stored(path)["steps"] != config.steps:
         write_text(path, to_json(config))
+
+
+def going_on(config: Config) -> Config:
+    """A resolved config that says by `resume` what `resume_or_start` left open."""
+    if not config.resume_or_start:
+        return config
+    path = resolved(config, "out") / "config.json"
+    there = path.exists()
+    if jax.process_count() > 1:  # the first may have written it before another looks
+        there = bool(multihost_utils.broadcast_one_to_all(there))
+    say(f"{path.parent} holds {'a run: going on with it' if there else 'no run yet'}")
+    return dataclasses.replace(config, resume=there or config.resume)
 
 
 def check_folder(config: Config) -> None:

@@ -13,7 +13,7 @@ import jax
 from train.checkpoint import CheckpointError
 from train.config import Config, parse, resolve, resolved
 from train.data import Data, open_data
-from train.folder import check_folder, own_folder
+from train.folder import check_folder, going_on, own_folder
 from train.loop import DataError, train
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_meant(config.optimizer, [config.optimizer])
             config = resolve(config)
             check_writable(resolved(config, "out"))
-            config = pinned(config)
+            config = pinned(going_on(config))
             check_folder(config)
             check_optimizer(config)
             mesh = make_mesh(config)
