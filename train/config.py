@@ -13,6 +13,7 @@ import tyro
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
 from train.methods import BASES, METHODS, ONCE
+from train.place import RunFolder, place
 from train.ranks import parse_rank
 
 if TYPE_CHECKING:
@@ -210,12 +211,12 @@ class Config:
     """The work: what is trained, on how much, and where it is kept.
 
     Attributes:
-      out: folder of the run. Default: runs/SIZE-OPTIMIZER.
+      out: folder of the run, or gs://BUCKET/FOLDER. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Give the same flags; steps may be more if
         the learning rate is constant (warmup 0, final 1).
-      resume_or_start: the same if `out` holds a run, and start one if it holds none: for
-        a command that a scheduler runs again as it is.
+      resume_or_start: the same if `out` holds a run, and start one if it holds none:
+        for a command that a scheduler runs again as it is.
       resume_from: step of the checkpoint to go on from, rather than the latest; later
         ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
@@ -235,7 +236,7 @@ class Config:
         give no residual back, and the step comes at the end, for all layers.
     """
 
-    out: Path | None = None
+    out: RunFolder | None = None
     resume: bool = False
     resume_or_start: bool = False
     resume_from: int | None = None
@@ -385,7 +386,7 @@ def from_json(text: str) -> Config:
             if make is not dataclasses.MISSING:
                 parts[field.name] = make(**stored.pop(field.name, {}))
         out = stored.pop("out", None)
-        return Config(**stored, **parts, out=out and Path(out))
+        return Config(**stored, **parts, out=out and place(out))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is no config of this version ({error})") from error
 

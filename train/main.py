@@ -6,9 +6,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import jax
+from upath import UPath
 
 from train.checkpoint import CheckpointError
 from train.config import Config, parse, resolve, resolved
@@ -17,10 +17,12 @@ from train.folder import check_folder, going_on, own_folder
 from train.loop import DataError, train
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer
+from train.place import Place
 from train.processes import join_processes
 from train.report import check_prompt, finish
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
+from train.writing import write_bytes
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
@@ -97,8 +99,19 @@ def said(error: Exception) -> str:
     return str(error)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Place) -> None:
     """OSError unless the folder can be made, or written to; changes nothing."""
+    if isinstance(folder, UPath):
+        probe = folder / f"writable-{jax.process_index()}"
+        try:
+            write_bytes(probe, b"")
+            probe.unlink()
+        except OSError as error:
+            raise PermissionError(
+                f"out: {folder} cannot be written to ({error.strerror}); check its "
+                "name and your credentials, or give another"
+            ) from error
+        return
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(
