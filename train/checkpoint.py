@@ -20,7 +20,7 @@ from train.checksum import checksums
 from train.console import warn
 from train.metrics import Record, is_healthy, read_metrics
 from train.noise import quiet
-from train.place import Place, for_orbax
+from train.place import Place, for_orbax, move_folder
 from train.step import TrainState
 
 
@@ -79,7 +79,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Place, keep: int) -> None:
-        self._folder = for_orbax(folder) / "checkpoints"
+        self._aside = folder / "aside"
+        self._steps = folder / "checkpoints"
+        self._folder = for_orbax(self._steps)
         self._healthy = KeepHealthy(read_metrics(folder))
         self._pending: int | None = None
         self.unsaved: str | None = None
@@ -211,14 +213,10 @@ class Checkpoints:
     def _set_aside(self, steps: Sequence[int]) -> None:
         if not steps:
             return
-        aside = self._folder.parent / "aside"
         if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                if (aside / str(step)).exists():
-                    (aside / str(step)).rmtree()
-                (self._folder / str(step)).rename(aside / str(step))
-            warn(f"set aside into {aside}: the checkpoints of steps {steps}")
+            for step in map(str, steps):
+                move_folder(self._steps / step, self._aside / step)
+            warn(f"set aside into {self._aside}: the checkpoints of steps {steps}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
         self._manager.reload()

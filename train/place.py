@@ -1,7 +1,8 @@
 """Where files are: on this machine or, named by a URL, in a bucket or the like."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import fsspec
 import tyro
@@ -50,6 +51,21 @@ def run_folder(name: str) -> Place:
 def for_orbax(folder: Place) -> epath.Path:
     """The absolute path that orbax asks for."""
     return epath.Path(str(folder) if isinstance(folder, UPath) else folder.absolute())
+
+
+def move_folder(folder: Place, to: Place) -> None:
+    """What is at `to` is replaced. In a bucket object by object, first as copies."""
+    if isinstance(folder, UPath):
+        fs: Any = folder.fs
+        target = UPath(to)
+        if target.exists():
+            fs.rm(target.path, recursive=True)
+        fs.copy(folder.path, target.path, recursive=True)
+        for_orbax(folder).rmtree()  # by what remembers for orbax what is there
+        return
+    to.parent.mkdir(exist_ok=True)
+    for_orbax(to).rmtree(missing_ok=True)
+    os.replace(str(folder), str(to))
 
 
 RunFolder = Annotated[
