@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from tests.faults import FLAGS, Workshop, devices_flag, last_step, prepare
-from train.config import ProcessConfig
 from train.metrics import read_metrics
-from train.processes import join_processes
+from train.processes import ProcessConfig, join_processes
 
 STEPS, SAVE_EVERY, KILLED_AFTER = 8, 4, 5
 SHORT = ("--steps", str(STEPS), "--eval-every", "0", "--log-every", "1")
@@ -108,3 +107,12 @@ def test_processes_that_nobody_started_are_a_sentence(monkeypatch):
 def test_a_coordinator_is_a_host_and_a_port(coordinator):
     with pytest.raises(ValueError, match="must be HOST:PORT"):
         ProcessConfig(distributed=True, coordinator=coordinator)
+
+
+@pytest.mark.parametrize(
+    ("count", "own", "message"),
+    [(0, None, "above 0"), (2, 2, "below process_count=2"), (2, -1, "not negative")],
+)
+def test_a_process_is_one_of_them(count, own, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessConfig(distributed=True, process_count=count, process_id=own)

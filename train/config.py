@@ -14,6 +14,7 @@ from models import SIZES, LlamaConfig
 from train.data import DataConfig
 from train.methods import BASES, METHODS, ONCE
 from train.place import RunFolder, place
+from train.processes import ProcessConfig
 from train.ranks import parse_rank
 
 if TYPE_CHECKING:
@@ -171,39 +172,6 @@ class ReportConfig:
     def __post_init__(self) -> None:
         at_least_0 = ("eval_every", "checkpoint_every", "sample_tokens")
         check_numbers(self, positive=("log_every", "keep"), not_negative=at_least_0)
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessConfig:
-    """Several processes, each started with the same command, `out` where all see it.
-
-    Attributes:
-      distributed: join the other processes before anything else. Under Slurm, Open MPI
-        and Kubernetes, and on Cloud TPU, JAX finds the next three by itself. On GPUs it
-        takes a process for each under Slurm and Open MPI; for one process with all of
-        a host's, set JAX_LOCAL_DEVICE_IDS=0,1,... in the environment.
-      coordinator: HOST:PORT of process 0, a port that is free there.
-      process_count: how many processes there are.
-      process_id: which of them this one is, from 0.
-    """
-
-    distributed: bool = False
-    coordinator: str | None = None
-    process_count: int | None = None
-    process_id: int | None = None
-
-    def __post_init__(self) -> None:
-        named = ("coordinator", "process_count", "process_id")
-        given = [field for field in named if getattr(self, field) is not None]
-        if given and not self.distributed:
-            raise ValueError(f"{', '.join(given)}: means nothing without --distributed")
-        check_numbers(self, positive=("process_count",), not_negative=("process_id",))
-        host, _, port = (self.coordinator or "HOST:0").rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"coordinator={self.coordinator} must be HOST:PORT")
-        count, own = self.process_count, self.process_id
-        if count is not None and own is not None and own >= count:
-            raise ValueError(f"process_id={own} must be below process_count={count}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The processes of a run find each other, or it is said why not."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -9,7 +10,6 @@ from threading import Timer
 
 import jax
 
-from train.config import ProcessConfig
 from train.console import say
 
 HEARTBEAT_S = 30
@@ -17,6 +17,42 @@ HEARTBEAT_S = 30
 
 WAIT_S = 20
 """Seconds without the others after which a line says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """Several processes, each started with the same command, `out` where all see it.
+
+    Attributes:
+      distributed: join the other processes before anything else. Under Slurm, Open MPI
+        and Kubernetes, and on Cloud TPU, JAX finds the next three by itself. On GPUs it
+        takes a process for each under Slurm and Open MPI; for one process with all of
+        a host's, set JAX_LOCAL_DEVICE_IDS=0,1,... in the environment.
+      coordinator: HOST:PORT of process 0, a port that is free there.
+      process_count: how many processes there are.
+      process_id: which of them this one is, from 0.
+    """
+
+    distributed: bool = False
+    coordinator: str | None = None
+    process_count: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        named = ("coordinator", "process_count", "process_id")
+        given = [field for field in named if getattr(self, field) is not None]
+        if given and not self.distributed:
+            raise ValueError(f"{', '.join(given)}: means nothing without --distributed")
+        host, _, port = (self.coordinator or "HOST:0").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator={self.coordinator} must be HOST:PORT")
+        count, own = self.process_count, self.process_id
+        if count is not None and count < 1:
+            raise ValueError(f"process_count={count} must be above 0")
+        if own is not None and not 0 <= own < (count or sys.maxsize):
+            raise ValueError(
+                f"process_id={own} must be below process_count={count}, not negative"
+            )
 
 
 def join_processes(config: ProcessConfig) -> None:
