@@ -1,9 +1,10 @@
 """A run's checkpoints: saved aside, checked when they are read, good ones kept."""
 
 import json
+import shutil
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import grain
@@ -239,10 +240,9 @@ class Checkpoints:
         self._pending = None
         warn(f"{self.unsaved}; the run goes on, and saves the next")
         if jax.process_index() == 0:
-            # What it wrote of it may be what fills the disk.
+            # What it wrote of it may be what fills the disk. (None in a bucket.)
             for path in self._folder.glob("*orbax-checkpoint-tmp*"):
-                with suppress(OSError):
-                    path.rmtree()
+                shutil.rmtree(path, ignore_errors=True)
         self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":

@@ -33,6 +33,7 @@ Examples:
   python -m train --out runs/tiny-grass_jump --resume
   python -m train --init-from runs/tiny-grass_jump --source more.txt --out runs/more
   python -m train --size 60m --batch-size 128 --seq-len 256 --microbatches 4
+  mpirun -n 2 python -m train --distributed          two processes
   python -m train.compare --help                     several optimizers, same work
   python -m train.sample --help                      text from a trained model
   python -m train.bench --help                       what a step costs
