@@ -70,11 +70,8 @@ class TokenFile:
     def _read(self, first: int, count: int) -> bytes:
         end = first + count
         try:
-            remote = isinstance(self.path, UPath)
-            content = (
-                read_range(self.path, first, end) if remote else self._pread(first, end)
-            )
-            size = len(content) == count or self.path.stat().st_size
+            content = self._bytes(first, end)
+            size = end if len(content) == count else self.path.stat().st_size
         except Exception as error:  # of as many classes as there are stores
             raise ValueError(
                 f"{self.path} cannot be read ({error}): check the disk and its "
@@ -87,7 +84,10 @@ class TokenFile:
             )
         return content
 
-    def _pread(self, position: int, end: int) -> bytes:
+    def _bytes(self, position: int, end: int) -> bytes:
+        """Fewer, if the file ends before."""
+        if isinstance(self.path, UPath):
+            return read_range(self.path, position, end)
         parts, file = [], _opened(self)
         while position < end:
             part = os.pread(file.fileno(), end - position, position)
