@@ -48,7 +48,7 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
     adamw, fira, galore = rows
     assert fira["error"] == "RESOURCE_EXHAUSTED: 3 GiB"
     memory = {"weights", "state", "gradients", "temporaries", "peak"}
-    times = {"compile_s", "step_ms", "mean_ms", "ratio", "mean_ratio"}
+    times = {"compile_s", "step_ms", "mean_ms", "ratio", "mean_ratio", "tokens_per_s"}
     # The device's peak was 7 bytes from its row on, so the next row has none.
     assert galore["device_peak"] * GIB == 7
     assert adamw.keys() == {"optimizer", "layerwise", *times, *memory}
@@ -56,6 +56,7 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
     assert adamw["ratio"] == adamw["mean_ratio"] == 1
     assert galore["ratio"] == galore["step_ms"] / adamw["step_ms"]
     assert galore["refresh_ms"] > 0
+    assert galore["tokens_per_s"] == pytest.approx(8 * 12 / galore["step_ms"] * 1e3)
     mean = (199 * galore["step_ms"] + galore["refresh_ms"]) / 200
     assert galore["mean_ms"] == pytest.approx(mean, rel=1e-9)
     assert galore["mean_ratio"] == galore["mean_ms"] / adamw["step_ms"]

@@ -21,6 +21,7 @@ from models import SIZES, LlamaConfig, init_params
 from train.compare import named
 from train.config import (
     Config,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     Size,
@@ -45,6 +46,7 @@ Examples:
   python -m train.bench --size 1b --rank 512 --layerwise off on
   python -m train.bench --size 7b --rank 1024 --compile-only
   python -m train.bench --size 1b --rank 512 --update-alone
+  python -m train.bench --size 7b --rank 1024 --batch-size 32 --fsdp 8
 
 With --update-alone only the optimizer's update and the addition to the weights are
 timed, on random gradients. Run it on an accelerator."""
@@ -71,6 +73,7 @@ class BenchConfig:
       basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
       remat: what the backward pass recomputes.
       precision: of the products with the basis, as the trainer takes it.
+      mesh: over which devices weights are cut; memory is that of one device.
       steps: ordinary steps in a timing; the median of three timings counts.
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.
@@ -88,6 +91,7 @@ class BenchConfig:
     basis_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     precision: str = "default"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     steps: int = 20
     skip_refreshes: bool = False
     compile_only: bool = False
@@ -103,9 +107,10 @@ class BenchConfig:
             dataclasses.replace(base, rank=None),
             [named(name, base) for name in self.names],
         )
-        for field in ("layerwise", "weight_dtype", "remat", "compile_only"):
-            given = getattr(self, field) != getattr(BenchConfig, field)
-            if self.update_alone and given:
+        untouched = {f: getattr(BenchConfig, f) for f in ("layerwise", "weight_dtype")}
+        untouched |= {"remat": "auto", "compile_only": False, "mesh": MeshConfig()}
+        for field, value in untouched.items():
+            if self.update_alone and getattr(self, field) != value:
                 raise ValueError(f"update_alone has no model: leave out {field}")
 
     @property
@@ -134,6 +139,7 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
             seq_len=config.seq_len,
             layerwise=layerwise,
             model=model,
+            mesh=config.mesh,
             optimizer=named(name, optimizer),
         )
     )
@@ -222,6 +228,7 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
 
         jax.block_until_ready(step(kinds[-1])())  # bases first
         row: Row = {"step_ms": 1e3 * median_seconds(step(kinds[0]), config.steps)}
+        row["tokens_per_s"] = 1e3 * tokens.size / row["step_ms"]
         row["mean_ms"] = row["step_ms"]
         if len(kinds) > 1 and not config.skip_refreshes:
             row["refresh_ms"] = 1e3 * seconds(step(True))
@@ -324,7 +331,7 @@ def rounded(row: Row) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; memory in GiB."""
+    """Markdown; memory in GiB on a device, tokens on all of them."""
     columns = {
         "optimizer": "optimizer",
         "layerwise": "layer by layer",
@@ -332,6 +339,7 @@ def table(rows: list[Row]) -> str:
         "ratio": "of AdamW's",
         "refresh_ms": "refresh, ms",
         "mean_ratio": "of AdamW's with refreshes",
+        "tokens_per_s": "tokens/s",
         "weights": "weights",
         "state": "state",
         "gradients": "gradients",
@@ -372,7 +380,10 @@ def main() -> None:
     with usage_errors():
         check(config)
     device = jax.devices()[0].device_kind
-    print(f"LLaMA-{config.size}, {config.batch_size} x {config.seq_len}, {device}")
+    print(
+        f"LLaMA-{config.size}, {config.batch_size} x {config.seq_len}, "
+        f"{jax.device_count()} x {device}"
+    )
     try:
         rows = bench(config)
     except KeyboardInterrupt:
