@@ -204,24 +204,23 @@ def _chosen_together(
     if extra_args.get("refresh") is not True:
         return {}
     inner = optax.with_extra_args_support(tx)
-    spread = spreads()
 
-    def of_one(i: jax.Array, g: Any, s: Any, stored: Any) -> dict[str, Any]:
-        seen: list[Any] = []
+    def of_one(layer: Any, *, together: bool) -> dict[str, Any]:
+        (i, g, s, stored), seen = layer, []
         inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
-        return {
-            f.path: f.basis
-            for f in frames_of(seen)
-            if f.together or (spread and f.moved is not None)
-        }
+        chosen = (f for f in frames_of(seen) if f.moved is not None)
+        return {f.path: f.basis for f in chosen if f.together == together}
 
     # Nothing but those bases is computed under jit.
+    def in_one_call(layers: Any) -> dict[str, Any]:
+        return jax.vmap(partial(of_one, together=True))(layers)
+
+    def all_of_some(layers: Any, _: Any) -> dict[str, Any]:
+        in_turn = jax.lax.map(partial(of_one, together=False), layers)
+        return in_one_call(layers) | in_turn
+
     layers = jnp.arange(count_of(gradient)), gradient, state, params
-    if not spread:
-        return jax.vmap(of_one)(*layers)
-    return over_devices(
-        lambda layers, _: jax.lax.map(lambda layer: of_one(*layer), layers), layers
-    )
+    return over_devices(all_of_some, layers) if spreads() else in_one_call(layers)
 
 
 def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:

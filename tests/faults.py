@@ -79,7 +79,13 @@ class Faults:
 _context = multiprocessing.get_context("forkserver")
 
 
-def _trainer(argv: Sequence[str], log: Path) -> None:
+def devices_flag(devices: int) -> str:
+    """What makes a CPU so many devices, in XLA_FLAGS."""
+    return f"--xla_force_host_platform_device_count={devices}"
+
+
+def _trainer(argv: Sequence[str], log: Path, devices: int) -> None:
+    os.environ["XLA_FLAGS"] = devices_flag(devices)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -93,13 +99,16 @@ def _trainer(argv: Sequence[str], log: Path) -> None:
 
 
 class Run:
-    """A trainer in a process of its own, in a folder."""
+    """A trainer in a process of its own, in a folder; `devices` are a CPU's."""
 
-    def __init__(self, work: "Workshop", out: Path, *flags: str) -> None:
+    def __init__(
+        self, work: "Workshop", out: Path, *flags: str, devices: int = 1
+    ) -> None:
         work.count += 1
         self.out, self._log = out, work.folder / f"{work.count}.log"
         argv = [*FLAGS, *work.data, "--out", str(out), *flags]
-        self._process = _context.Process(target=_trainer, args=(argv, self._log))
+        args = (argv, self._log, devices)
+        self._process = _context.Process(target=_trainer, args=args)
         self._process.start()
 
     @property
@@ -161,7 +170,7 @@ def bits(out: Path) -> Bits:
 
 
 class Workshop:
-    """A folder with a text, and a run on it that was left alone."""
+    """A folder with a text, and runs on it that were left alone."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.count = folder, 0
@@ -171,22 +180,25 @@ class Workshop:
         self.data = (
             *("--source", str(self.text), "--cache-dir", str(folder / "cache")),
         )
-        self.alone = folder / "alone"
-        run = Run(self, self.alone)
-        self._check(run)
-        self.bits = bits(self.alone)
+
+    @functools.cached_property
+    def alone(self) -> Path:
+        """The folder of a run."""
+        return self.finished_in(self.folder / "alone")
+
+    @functools.cached_property
+    def bits(self) -> Bits:
+        return bits(self.alone)
 
     @functools.cached_property
     def bits_of_two(self) -> Bits:
         """Of a run of two processes: two devices add up a gradient in another order."""
         out = self.folder / "two"
-        self._check(*two(self, out))
-        return bits(out)
+        return bits(left_alone(out, *two(self, out)))
 
-    def _check(self, *runs: Run) -> None:
-        for run in runs:
-            if problem := run.wrong(run.end(), 0):
-                raise RuntimeError(f"a run that was left alone: {problem}")
+    def finished_in(self, out: Path, *flags: str, devices: int = 1) -> Path:
+        """The folder, in which a run has come to its end."""
+        return left_alone(out, Run(self, out, *flags, devices=devices))
 
     def fresh(self, name: str = "run") -> Path:
         out = self.folder / name
@@ -197,6 +209,13 @@ class Workshop:
         """Whether a run in `out` goes on to its end, to the bits of the one alone."""
         run = Run(self, out, "--resume")
         return run.wrong(run.end(), 0) or same(out, self.bits)
+
+
+def left_alone(out: Path, *runs: Run) -> Path:
+    for run in runs:
+        if problem := run.wrong(run.end(), 0):
+            raise RuntimeError(f"a run that was left alone: {problem}")
+    return out
 
 
 def same(out: Path, expected: Bits) -> Outcome:

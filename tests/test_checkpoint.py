@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from train.checkpoint import CheckpointError, Checkpoints, KeepHealthy
 from train.config import Config, model_config, parse, resolve, resolved, to_json
-from train.folder import check_folder
+from train.folder import check_folder, going_on
 from train.main import open_text
 from train.optimizer import make_optimizer
 from train.step import Work, init_state, init_weights
@@ -47,6 +47,24 @@ def test_resuming_what_is_not_there_is_an_error(tmp_path):
         FileNotFoundError, match=r"no run to resume; leave out --resume"
     ):
         check_folder(config_of(tmp_path / "run", "--resume"))
+
+
+def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+    config = config_of(tmp_path / "run", "--resume-or-start")
+    first = going_on(config)
+    assert not first.resume
+    check_folder(first)
+    store(first)
+    again = going_on(config)
+    assert again.resume
+    check_folder(again)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" holds ")[1] for line in said] == [
+        "no run yet",
+        "a run: going on with it",
+    ]
+    strict = config_of(tmp_path / "run")
+    assert going_on(strict) == strict
 
 
 def test_another_configuration_is_an_error_that_names_the_fields(tmp_path):

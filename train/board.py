@@ -5,13 +5,14 @@ import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
+from upath import UPath
 
+from train.place import Place
 from train.writing import Appender
 
 Event: Any = event_pb2.Event  # type: ignore[attr-defined]  # made at run time
@@ -25,7 +26,7 @@ class Board:
     record then waits for ever.)
     """
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
+    def __init__(self, folder: Place, purge_step: int) -> None:
         """What the folder's files have from `purge_step` on counts no more."""
         self.path = folder
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
@@ -38,7 +39,8 @@ class Board:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """OSError if there is no room, and then none of them is written."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not isinstance(self.path, UPath):
+            self.path.mkdir(parents=True, exist_ok=True)
         events = [*self._head, *map(_event, records)]
         self._file.append(b"".join(_framed(event) for event in events))
         self._head = []

@@ -1,12 +1,10 @@
 """A run's checkpoints: saved aside, checked when they are read, good ones kept."""
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -23,6 +21,7 @@ from train.checksum import checksums
 from train.console import warn
 from train.metrics import Record, is_healthy, read_metrics
 from train.noise import quiet
+from train.place import Place, for_orbax, move_folder
 from train.step import TrainState
 
 
@@ -80,8 +79,10 @@ class Checkpoints:
     if it was the last.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder.absolute() / "checkpoints"
+    def __init__(self, folder: Place, keep: int) -> None:
+        self._aside = folder / "aside"
+        self._steps = folder / "checkpoints"
+        self._folder = for_orbax(self._steps)
         self._healthy = KeepHealthy(read_metrics(folder))
         self._pending: int | None = None
         self.unsaved: str | None = None
@@ -213,14 +214,10 @@ class Checkpoints:
     def _set_aside(self, steps: Sequence[int]) -> None:
         if not steps:
             return
-        aside = self._folder.parent / "aside"
         if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                if (aside / str(step)).exists():
-                    shutil.rmtree(aside / str(step))
-                os.replace(self._folder / str(step), aside / str(step))
-            warn(f"set aside into {aside}: the checkpoints of steps {steps}")
+            for step in map(str, steps):
+                move_folder(self._steps / step, self._aside / step)
+            warn(f"set aside into {self._aside}: the checkpoints of steps {steps}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
@@ -243,7 +240,7 @@ class Checkpoints:
         self._pending = None
         warn(f"{self.unsaved}; the run goes on, and saves the next")
         if jax.process_index() == 0:
-            # What it wrote of it may be what fills the disk.
+            # What it wrote of it may be what fills the disk. (None in a bucket.)
             for path in self._folder.glob("*orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._manager.reload()
@@ -264,7 +261,7 @@ def _seals(state: Any, position: Any) -> dict[str, Any]:
     return {"state": checksums(state), "position": zlib.crc32(text.encode())}
 
 
-def seals_of(checkpoint: Path) -> dict[str, Any]:
+def seals_of(checkpoint: Place) -> dict[str, Any]:
     """What is kept in a checkpoint's folder to know that it is whole."""
     return json.loads((checkpoint / "checksums" / "metadata").read_text())
 

@@ -28,7 +28,6 @@ from train.folder import check_folder, own_folder
 from train.loop import train
 from train.main import (
     check_writable,
-    join_processes,
     open_text,
     run_errors,
     usage_errors,
@@ -38,10 +37,12 @@ from train.methods import BASES, METHODS
 from train.metrics import read_metrics
 from train.optimizer import check_meant, check_optimizer
 from train.picture import draw_runs
+from train.place import Place, RunFolder
+from train.processes import join_processes
 from train.report import summarize, work_title
 from train.restore import check_start, pinned
 from train.stopping import StoppedError
-from train.writing import write_text
+from train.writing import Appender, write_text
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
 batches in the same order, the same schedule.
@@ -87,8 +88,10 @@ class SharedWork(Config):
       out: folder of the comparison. Default: runs/compare.
     """
 
-    out: Path | None = None
+    out: RunFolder | None = None
     resume: Annotated[bool, tyro.conf.Fixed] = False
+    resume_or_start: Annotated[bool, tyro.conf.Fixed] = False
+    resume_from: Annotated[int | None, tyro.conf.Fixed] = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=Shared)
     report: ReportConfig = dataclasses.field(default_factory=Watched)
 
@@ -151,7 +154,7 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     )
 
 
-def expand(comparison: Comparison, folder: Path) -> list[Config]:
+def expand(comparison: Comparison, folder: Place) -> list[Config]:
     """A resolved config for each optimizer; they differ in optimizer and folder only.
 
     Raises:
@@ -236,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with run_errors():
                     results.append(run(config, data, mesh))
             if jax.process_index() == 0:
-                with (folder / "results.jsonl").open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+                line = json.dumps(results[-1]) + "\n"
+                Appender(folder / "results.jsonl").append(line.encode())
     except (KeyboardInterrupt, StoppedError):
         done = f"{len(results)} of {len(configs)} optimizers are done"
         if results:
@@ -248,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     conclude(configs, results, folder)
 
 
-def conclude(configs: Sequence[Config], results: list[Result], folder: Path) -> None:
+def conclude(configs: Sequence[Config], results: list[Result], folder: Place) -> None:
     """Write and print the table, and draw the losses, of runs that have ended."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}

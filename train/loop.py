@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -25,6 +24,7 @@ from train.memory import StepMemory, step_memory
 from train.mesh import by_row, on_mesh, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
+from train.place import Place
 from train.progress import Progress
 from train.restore import keep_tokenizer, weights_for
 from train.step import (
@@ -113,7 +113,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         or if the held-out loss is not finite.
       StoppedError: by a signal.
     """
-    folder: Path = resolved(config, "out")
+    folder: Place = resolved(config, "out")
     keep_tokenizer(folder, data.tokenizer)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)

@@ -6,23 +6,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import jax
+from upath import UPath
 
 from train.checkpoint import CheckpointError
-from train.config import Config, ProcessConfig, parse, resolve, resolved
+from train.config import Config, parse, resolve, resolved
 from train.data import Data, open_data
-from train.folder import check_folder, own_folder
+from train.folder import check_folder, going_on, own_folder
 from train.loop import DataError, train
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer
+from train.place import Place
+from train.processes import join_processes
 from train.report import check_prompt, finish
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
-
-HEARTBEAT_S = 30
-"""Seconds without a sign of life after which a process is taken for dead."""
+from train.writing import write_bytes
 
 DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
@@ -33,6 +33,7 @@ Examples:
   python -m train --out runs/tiny-grass_jump --resume
   python -m train --init-from runs/tiny-grass_jump --source more.txt --out runs/more
   python -m train --size 60m --batch-size 128 --seq-len 256 --microbatches 4
+  mpirun -n 2 python -m train --distributed          two processes
   python -m train.compare --help                     several optimizers, same work
   python -m train.sample --help                      text from a trained model
   python -m train.bench --help                       what a step costs
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_meant(config.optimizer, [config.optimizer])
             config = resolve(config)
             check_writable(resolved(config, "out"))
-            config = pinned(config)
+            config = pinned(going_on(config))
             check_folder(config)
             check_optimizer(config)
             mesh = make_mesh(config)
@@ -99,8 +100,19 @@ def said(error: Exception) -> str:
     return str(error)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Place) -> None:
     """OSError unless the folder can be made, or written to; changes nothing."""
+    if isinstance(folder, UPath):
+        probe = folder / f"writable-{jax.process_index()}"
+        try:
+            write_bytes(probe, b"")
+            probe.unlink()
+        except OSError as error:
+            raise PermissionError(
+                f"out: {folder} cannot be written to ({error.strerror}); check its "
+                "name and your credentials, or give another"
+            ) from error
+        return
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(
@@ -111,24 +123,6 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise PermissionError(
             f"out: {nearest} cannot be written to ({error.strerror}); give another"
-        ) from error
-
-
-def join_processes(config: ProcessConfig) -> None:
-    """Raises ValueError if they are not found."""
-    if not config.distributed:
-        return
-    try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.process_count,
-            config.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"distributed: the processes did not find each other ({error}); give each "
-            "the same --coordinator HOST:PORT and --process-count, and its --process-id"
         ) from error
 
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 
 from train.board import Board
 from train.console import warn
+from train.place import Place
 from train.writing import Appender
 
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ class MetricsWriter:
     is written when that is possible again.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Place, step: int) -> None:
         self._outputs: list[_Output] = []
         if jax.process_index() == 0:
             lines = _Lines(folder / "metrics.jsonl", step)
@@ -83,7 +83,7 @@ class _Output:
 class _Lines:
     """A file of JSON lines."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Place, step: int) -> None:
         self.path = path
         self._file = Appender(path, _size_up_to(path, step) if path.exists() else 0)
 
@@ -91,7 +91,7 @@ class _Lines:
         self._file.append(b"".join(json.dumps(r).encode() + b"\n" for r in records))
 
 
-def _size_up_to(path: Path, step: int) -> int:
+def _size_up_to(path: Place, step: int) -> int:
     """Bytes of the lines before a record of a later step, or one that is cut short."""
     size = 0
     with path.open("rb") as file:
@@ -111,7 +111,7 @@ def _parsed(line: bytes) -> Record | None:
         return None
 
 
-def read_metrics(folder: Path) -> list[Record]:
+def read_metrics(folder: Place) -> list[Record]:
     """The records of `folder/metrics.jsonl`, in order; none if there is no such file.
 
     A line that is no record is left out, and so is a last one that was cut short, when

@@ -1,16 +1,18 @@
 """Loss curves as PNG."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.metrics import Record
+from train.place import Place
+from train.writing import write_bytes
 
 
-def draw_run(records: Sequence[Record], path: Path, title: str) -> None:
+def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
     """Training loss, as logged and smoothed, and evaluation loss of one run."""
     figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
@@ -20,7 +22,7 @@ def draw_run(records: Sequence[Record], path: Path, title: str) -> None:
     _save(figure, axes, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Record]], path: Path, title: str) -> None:
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
     """Smoothed training loss of several runs; a dot is the final evaluation loss."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
@@ -41,9 +43,11 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> None:
+def _save(figure: Figure, axes: Axes, path: Place) -> None:
     axes.legend()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_bytes(path, image.getvalue())
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:

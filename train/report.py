@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from train.loop import Trained
 from train.memory import describe, device_peak
 from train.metrics import read_metrics
 from train.picture import draw_run
+from train.place import Place
 from train.sample import continued, prompt_tokens
 from train.tokenizer import Tokenizer
 from train.writing import write_text
@@ -73,7 +73,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     """Write summary.json, memory.txt, loss.png, then sample.txt; print the outcome."""
-    folder: Path = resolved(config, "out")
+    folder: Place = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
     memory = f"{state}\n\n{describe(trained.program.memory, trained.program.adamw)}"

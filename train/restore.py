@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from train.checkpoint import brief, seals_of
 from train.checksum import checksums
 from train.config import Config, from_json, model_config, resolved
 from train.noise import quiet
+from train.place import Place, for_orbax, place
 from train.tokenizer import Tokenizer, open_tokenizer
 from train.writing import write_bytes
 
@@ -41,7 +41,7 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(folder: str | Path, step: int | None = None) -> Run:
+def load_run(folder: str | Place, step: int | None = None) -> Run:
     """A run as one of its checkpoints has it; changes nothing in its folder.
 
     The devices may be others than those it was trained on, and the run may still be
@@ -70,7 +70,7 @@ def load_run(folder: str | Path, step: int | None = None) -> Run:
     return Run(config, model, weights, kept and open_tokenizer(kept), step)
 
 
-def load_weights(folder: Path, step: int) -> Any:
+def load_weights(folder: Place, step: int) -> Any:
     """The weights of a checkpoint as they are kept, in the host's memory.
 
     Raises:
@@ -88,11 +88,13 @@ def load_weights(folder: Path, step: int) -> Any:
         ),
         partial_restore=True,  # the weights alone, of all that a step changes
     )
-    path = (folder / "checkpoints" / str(step)).absolute()
+    path = folder / "checkpoints" / str(step)
     # Not by a CheckpointManager, which would tidy up what a run is writing just now.
     with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            weights = checkpointer.restore(path / "state", args=restore)["params"]
+            weights = checkpointer.restore(for_orbax(path) / "state", args=restore)[
+                "params"
+            ]
             whole = seals_of(path)["state"]
         except Exception as error:  # damaged files give errors of every class
             raise _damaged(folder, step, brief(error)) from error
@@ -102,7 +104,7 @@ def load_weights(folder: Path, step: int) -> Any:
     return weights
 
 
-def _damaged(folder: Path, step: int, why: str) -> ValueError:
+def _damaged(folder: Place, step: int, why: str) -> ValueError:
     others = [s for s in saved_steps(folder) if s != step]
     return ValueError(
         f"the checkpoint of step {step} in {folder} cannot be used: {why}; name "
@@ -110,15 +112,15 @@ def _damaged(folder: Path, step: int, why: str) -> ValueError:
     )
 
 
-def run_and_step(name: str) -> tuple[Path, int | None]:
+def run_and_step(name: str) -> tuple[Place, int | None]:
     """The folder and the step that RUN_FOLDER or RUN_FOLDER@STEP names."""
     folder, _, step = name.rpartition("@")
-    if step.isdigit() and folder and not Path(name).exists():
-        return Path(folder).expanduser(), int(step)
-    return Path(name).expanduser(), None
+    if step.isdigit() and folder and not place(name).exists():
+        return place(folder), int(step)
+    return place(name), None
 
 
-def checked_step(folder: Path, step: int | None) -> int:
+def checked_step(folder: Place, step: int | None) -> int:
     """The step, which has a checkpoint; the newest for None.
 
     Raises:
@@ -138,13 +140,12 @@ def checked_step(folder: Path, step: int | None) -> int:
     return there[-1] if step is None else step
 
 
-def saved_steps(folder: Path) -> list[int]:
+def saved_steps(folder: Place) -> list[int]:
     """Those of a run's complete checkpoints, in order."""
-    names = (path.name for path in (folder / "checkpoints").glob("*/"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(ocp.utils.checkpoint_steps(for_orbax(folder) / "checkpoints"))
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Place) -> Config:
     """A run's resolved config."""
     path = folder / "config.json"
     try:
@@ -153,13 +154,13 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def kept_tokenizer(folder: Path) -> Path | None:
+def kept_tokenizer(folder: Place) -> Place | None:
     """The file of a run's tokenizer, if it has one."""
     found = (folder / f"tokenizer{suffix}" for suffix in (".json", ".model"))
-    return next(filter(Path.is_file, found), None)
+    return next((path for path in found if path.is_file()), None)
 
 
-def keep_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+def keep_tokenizer(folder: Place, tokenizer: Tokenizer | None) -> None:
     """Make a tokenizer a run's, unless it has one: process 0 writes a file of it."""
     if tokenizer is None or jax.process_index() or kept_tokenizer(folder):
         return
@@ -177,7 +178,7 @@ def pinned(config: Config) -> Config:
     if config.init_from is None:
         return config
     folder, step = run_and_step(config.init_from)
-    own: Path = resolved(config, "out")
+    own: Place = resolved(config, "out")
     if config.resume and (own / "config.json").is_file():
         began = read_config(own).init_from
         if began is not None and step is None and run_and_step(began)[0] == folder:
@@ -200,7 +201,7 @@ def tokenizer_file(config: Config) -> str | None:
       ValueError: a run that goes on is given another tokenizer than its own.
     """
     own = kept_tokenizer(resolved(config, "out")) if config.resume else None
-    given = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    given = config.data.tokenizer and place(config.data.tokenizer)
     if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
         raise ValueError(
             f"tokenizer {given} is not the one that the run began with, which is "

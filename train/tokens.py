@@ -2,28 +2,33 @@
 
 import functools
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
 from tqdm import tqdm
+from upath import UPath
 
-from train.files import content_suffix, find_files, read_file
+from train.files import content_suffix, find_files, read_file, read_range
+from train.place import Place
 
 _RAW = {".u16": "<u2", ".bin": "<u2", ".u32": "<u4"}
 TOKEN_SUFFIXES = (*_RAW, ".npy")
 _BLOCK = 2**18
 _CHECKED_BLOCKS = 1024
+_NPY_HEADER = 2**12
+"""Bytes with room for the header of a vector."""
 
 
 class TokenFile:
     """A vector of token ids in a file; a slice reads it and checks its ids.
 
-    Reads go through the file system each time, for a memory map of a file that is cut
-    short meanwhile would end the process. A compressed file's content is held instead.
+    Reads go through the file system, or to the bucket, each time, for a memory map of a
+    file that is cut short meanwhile would end the process. A compressed file's content
+    is held instead.
 
     Raises:
       ValueError: from a slice, if the file has become shorter or cannot be read, or
@@ -32,7 +37,7 @@ class TokenFile:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         dtype: np.dtype,
         length: int,
         *,
@@ -63,24 +68,33 @@ class TokenFile:
         return tokens.astype(np.int32)
 
     def _read(self, first: int, count: int) -> bytes:
-        parts, position, end = [], first, first + count
+        end = first + count
         try:
-            file = _opened(self)
-            while position < end:
-                part = os.pread(file.fileno(), end - position, position)
-                if not part:
-                    size = os.fstat(file.fileno()).st_size
-                    raise ValueError(
-                        f"{self.path} has {size} bytes, but had at least {end} when it "
-                        "was opened: put the whole file back and resume"
-                    )
-                parts.append(part)
-                position += len(part)
-        except OSError as error:
+            content = self._bytes(first, end)
+            size = end if len(content) == count else self.path.stat().st_size
+        except Exception as error:  # of as many classes as there are stores
             raise ValueError(
                 f"{self.path} cannot be read ({error}): check the disk and its "
                 "permissions"
             ) from error
+        if len(content) < count:
+            raise ValueError(
+                f"{self.path} has {size} bytes, but had at least {end} when it was "
+                "opened: put the whole file back and resume"
+            )
+        return content
+
+    def _bytes(self, position: int, end: int) -> bytes:
+        """Fewer, if the file ends before."""
+        if isinstance(self.path, UPath):
+            return read_range(self.path, position, end)
+        parts, file = [], _opened(self)
+        while position < end:
+            part = os.pread(file.fileno(), end - position, position)
+            if not part:
+                break
+            parts.append(part)
+            position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _check(self, tokens: np.ndarray) -> None:
@@ -146,7 +160,7 @@ def _blocks_to_check(
         yield from ((file, start) for start in starts)
 
 
-def _open(path: Path, vocab_size: int | None) -> TokenFile:
+def _open(path: Place, vocab_size: int | None) -> TokenFile:
     suffix = content_suffix(path)
     if path.suffix == ".npy":
         return _open_npy(path, vocab_size)
@@ -169,25 +183,33 @@ def _open(path: Path, vocab_size: int | None) -> TokenFile:
     return TokenFile(path, dtype, length, content=content, vocab_size=vocab_size)
 
 
-def _open_npy(path: Path, vocab_size: int | None) -> TokenFile:
+def _open_npy(path: Place, vocab_size: int | None) -> TokenFile:
     try:
-        tokens = np.lib.format.open_memmap(path, mode="r")  # for what its header says
-    except (OSError, ValueError, EOFError) as error:
+        shape, dtype, offset = _npy_header(path)
+        lacking = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
+        if lacking > 0:
+            raise ValueError(f"it is {lacking} bytes too short")
+    except Exception as error:  # of a store, or of what is no such file
         raise ValueError(
             f"{path} cannot be read as .npy ({error}): write it again with numpy.save, "
             "or check its permissions"
         ) from error
-    if (
-        tokens.ndim != 1
-        or tokens.dtype not in (np.uint16, np.uint32)
-        or not len(tokens)
-    ):
+    if len(shape) != 1 or dtype not in (np.uint16, np.uint32) or not shape[0]:
         raise ValueError(
-            f"{path} holds {tokens.dtype} of shape {tokens.shape}: expected a "
-            "non-empty vector of uint16 or uint32"
+            f"{path} holds {dtype} of shape {shape}: expected a non-empty vector of "
+            "uint16 or uint32"
         )
-    offset, length = tokens.offset, len(tokens)
-    return TokenFile(path, tokens.dtype, length, offset=offset, vocab_size=vocab_size)
+    return TokenFile(path, dtype, shape[0], offset=offset, vocab_size=vocab_size)
+
+
+def _npy_header(path: Place) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype, and where the numbers begin."""
+    file = io.BytesIO(read_range(path, 0, min(_NPY_HEADER, path.stat().st_size)))
+    if np.lib.format.read_magic(file) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    return shape, dtype, file.tell()
 
 
 def count_tokens(spans: Iterable[Span]) -> int:

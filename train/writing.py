@@ -1,19 +1,26 @@
 """Writing files so that none is ever half written, on a full disk or in a crash."""
 
+import errno
 import os
 from pathlib import Path
 
+from upath import UPath
 
-def write_text(path: Path, text: str) -> None:
+from train.place import Place
+
+
+def write_text(path: Place, text: str) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Place, content: bytes) -> None:
     """All of a file or nothing, under another name first; OSError leaves it as it was.
 
-    What is there is never written to.
+    What is there is never written to. A bucket replaces an object whole by itself.
     """
+    if isinstance(path, UPath):
+        return _put(path, content)
     part = path.with_name(path.name + ".tmp")
     try:
         with part.open("wb") as file:
@@ -26,19 +33,40 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-class Appender:
-    """Appends to a file all of a content, or after an OSError nothing."""
+def _put(path: UPath, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except Exception as error:  # stores have classes of their own
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(errno.EIO, what[:200], str(path)) from error
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
+
+class Appender:
+    """Appends to a file all of a content, or after an OSError nothing.
+
+    An object of a bucket cannot be appended to: it is kept here, and written whole.
+    """
+
+    def __init__(self, path: Place, size: int | None = None) -> None:
         """Cut the file off after `size` bytes, if there is one."""
         self.path = path
         self._size = 0
-        if path.exists():
+        self._whole = b""
+        if isinstance(path, UPath):
+            self._whole = path.read_bytes()[:size] if path.exists() else b""
+        elif path.exists():
             self._size = path.stat().st_size if size is None else size
             os.truncate(path, self._size)
 
     def append(self, content: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
+        if isinstance(self.path, UPath):
+            _put(self.path, self._whole + content)
+            self._whole += content
+        else:
+            self._append(self.path, content)
+
+    def _append(self, path: Path, content: bytes) -> None:
+        with path.open("ab", buffering=0) as file:
             left = memoryview(content)
             try:
                 while left:
