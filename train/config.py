@@ -264,17 +264,17 @@ class Config:
             )
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, platform: str | None = None) -> Config:
     """The same work with every default filled in, as it is stored beside the run.
 
-    Looks at JAX's default backend for what is "auto", so call it after
-    `jax.distributed.initialize`.
+    What is "auto" goes by the platform, by default that of JAX's default backend: then
+    call it after `jax.distributed.initialize`.
     """
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume=True)
     model, optimizer = config.model, config.optimizer
     size = SIZES[model.size]
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     if model.compute_dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
         model = dataclasses.replace(model, compute_dtype=dtype)

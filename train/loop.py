@@ -191,6 +191,24 @@ def beside(config: Config, work: Work) -> Work | None:
     return work._replace(optimizer=optimizer, layerwise=False)
 
 
+def lower_step(
+    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
+) -> jax.stages.Lowered:
+    """The training step for states of the shapes in `like`, not yet compiled.
+
+    Allocates nothing, so the mesh may be of devices that are not here.
+    """
+    everywhere = replicated(mesh)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+    step = jax.jit(
+        partial(train_step, work, refresh=refresh),
+        in_shardings=(everywhere, by_row(mesh)),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+    return step.lower(like, {"tokens": tokens})
+
+
 def build_program(
     config: Config,
     mesh: Mesh,
@@ -206,17 +224,8 @@ def build_program(
     nothing to do it with meanwhile.
     """
     everywhere, rows = replicated(mesh), by_row(mesh)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     start = time.perf_counter()
-
-    def lower(work: Work, like: Any, refresh: bool) -> jax.stages.Lowered:
-        return jax.jit(
-            partial(train_step, work, refresh=refresh),
-            in_shardings=(everywhere, rows),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        ).lower(like, {"tokens": tokens})
-
+    lower = partial(lower_step, config, mesh)
     lowered: dict[Any, jax.stages.Lowered] = {
         refresh: lower(work, like, refresh) for refresh in kinds
     }

@@ -1,6 +1,7 @@
 """Data parallelism: one mesh axis, weights everywhere, the batch cut into rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from train.config import Config
 
 
-def make_mesh(config: Config) -> Mesh:
-    """All devices of all processes on the axis "data".
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices, by default those of all processes, on the axis "data".
 
     The axis is Auto (the compiler places what is between inputs and outputs):
     `jax.make_mesh` alone makes Explicit axes, under which a product contracted over
@@ -20,13 +21,15 @@ def make_mesh(config: Config) -> Mesh:
     Raises:
       ValueError: if the batch cannot be cut evenly over devices and microbatches.
     """
-    devices = jax.device_count()
-    if config.batch_size % (devices * config.microbatches):
+    count = jax.device_count() if devices is None else len(devices)
+    if config.batch_size % (count * config.microbatches):
         raise ValueError(
-            f"batch_size={config.batch_size} is not a multiple of {devices} devices x "
+            f"batch_size={config.batch_size} is not a multiple of {count} devices x "
             f"{config.microbatches} microbatches; make it one"
         )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh(
+        (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
