@@ -77,6 +77,7 @@ from lowrank_optax.residual import recover_residual, sign_residual
 from lowrank_optax.rows import coordinates, sample_rows
 from lowrank_optax.rule import BasisRule, BasisState
 from lowrank_optax.scaling import scale_channels, scale_tensor
+from lowrank_optax.sharding import square_sides, state_shardings
 from lowrank_optax.singular import dominant_svd, sara_sample
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
 from lowrank_optax.storage import QuantizedBasis, cast_basis, quantize_basis
@@ -188,6 +189,8 @@ __all__ = [
     "scale_channels",
     "scale_tensor",
     "sign_residual",
+    "square_sides",
+    "state_shardings",
     "static_args",
     "store_weights",
     "subtrack",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.cut import cut_along, cut_of
 from lowrank_optax.frame import frames_of, simple_stage
 from lowrank_optax.layout import Rules, match, path_of
 from lowrank_optax.moments import register_moments
@@ -90,7 +91,7 @@ def scale_by_adam_mini(
                     f"{path}: blocks of shape {block} do not divide the shape {shape}"
                 )
             counts = [d // b for d, b in zip(shape, block, strict=True)]
-            return jnp.zeros(counts, x.dtype)
+            return cut_along(jnp.zeros(counts, x.dtype), cut_of(x), of=x)
 
         return AdamMiniState(
             count=jnp.zeros([], jnp.int32),

@@ -10,6 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from lowrank_optax import linalg
+from lowrank_optax.cut import cut_basis, cut_matrices
 from lowrank_optax.frame import (
     Clock,
     Frame,
@@ -121,9 +122,10 @@ def follow(rule: Rule) -> BasisRule:
 
         def first(frame: Frame) -> Chosen:
             begun = jnp.full(frame.batch, not rule.from_gradient)
-            return unmoved(
-                frame, begun, rule.storage.pack(frame, rule.first(frame), key)
-            )
+            kept = rule.storage.pack(frame, rule.first(frame), key)
+            if not rule.coordinates and not rule.storage.shared:
+                kept = jax.tree.map(partial(cut_basis, frame), kept)
+            return unmoved(frame, cut_matrices(frame, begun), kept)
 
         chosen = on_subspaces(rule, first, params)
         if rule.storage.shared and key is not None:

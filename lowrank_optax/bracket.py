@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.cut import auto_update
 from lowrank_optax.frame import (
     BASIS_RULE,
     Clock,
@@ -25,9 +26,10 @@ from lowrank_optax.frame import (
 from lowrank_optax.layout import (
     DimensionNumbers,
     Rank,
-    Side,
+    Square,
     check_matrix,
     check_rank,
+    check_square,
 )
 from lowrank_optax.leaf import Leaf, decide_leaves, is_leaf, tell
 from lowrank_optax.moments import with_momentum
@@ -57,7 +59,7 @@ def low_rank(
     rank: Rank,
     refresh_every: int,
     dimension_numbers: DimensionNumbers = None,
-    square: Side = "input",
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
@@ -128,8 +130,10 @@ def low_rank(
         (regular expression, `MuonDimensionNumbers` | "matrix" | None), a tree of
         them, or a function from the tree of parameters to one.
       square: the side of a square matrix that is projected, its "input" (reduction)
-        or its "output" axis. Of torch's (out, in) weights galore-torch projects the
-        input side, LDAdam the output side.
+        or its "output" axis, or pairs (regular expression, side). Of torch's (out, in)
+        weights galore-torch projects the input side, LDAdam the output side. Where
+        weights are cut over devices it had better be the side that is not cut, which
+        `square_sides` finds; the choice changes what is trained.
       precision: of the products with S, as `jax.lax.dot_general` takes it; None is
         JAX's default for the backend. Factorisations always run at the highest.
 
@@ -156,8 +160,7 @@ def low_rank(
     """
     check_rank(rank)
     refresh_every = _check_interval(refresh_every)
-    if square not in ("input", "output"):
-        raise ValueError(f'square={square!r}: choose "input" or "output"')
+    check_square(square)
     inner = optax.with_extra_args_support(inner)
 
     decide = functools.partial(
@@ -224,7 +227,7 @@ def low_rank(
         refused = state._replace(skipped=state.skipped + 1)
         return if_accepted(accept, steps), if_accepted(accept, new, refused)
 
-    return stage(init, update)
+    return stage(init, auto_update(update))
 
 
 def _check_interval(refresh_every: int) -> int:

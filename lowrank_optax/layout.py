@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
+
+from lowrank_optax.cut import cut_of, merged
 
 Rules = Sequence[tuple[str, Any]]
 # MuonDimensionNumbers, "matrix" or None; rules or a tree of these; a function to one.
@@ -25,6 +28,7 @@ DimensionNumbers = (
 )
 Rank = int | float | Rules
 Side = Literal["input", "output"]
+Square = Side | Rules
 
 STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 """The last two axes are the matrix; any axes before them are layers."""
@@ -76,7 +80,13 @@ class Layout:
         return self.axes[-1] < self.axes[len(self.batch)]
 
     def to_matrix(self, x: jax.Array) -> jax.Array:
-        return x.transpose(self.axes).reshape(*self.batch, self.m, self.n)
+        x = x.transpose(self.axes)
+        if x.ndim == len(self.batch) + 2:
+            return x
+        shape = (*self.batch, self.m, self.n)
+        if not any(cut_of(x)):
+            return x.reshape(shape)
+        return jnp.reshape(x, shape, out_sharding=P(*merged(x, shape)))
 
     def from_matrix(self, y: jax.Array) -> jax.Array:
         inverse = tuple(int(i) for i in np.argsort(self.axes))
@@ -87,7 +97,7 @@ def layout_of(
     path: str,
     shape: tuple[int, ...],
     spec: MuonDimensionNumbers,
-    square: Side = "input",
+    square: Square = "input",
 ) -> Layout:
     """The layout of a leaf; ValueError when the spec does not fit its shape.
 
@@ -234,6 +244,24 @@ def rank_of(rank: Rank, path: str, layout: Layout) -> int | None:
     if isinstance(value, numbers.Integral):
         return min(int(value), layout.m)
     return max(1, round(float(value) * layout.m))
+
+
+def side_of(square: Square, path: str) -> Side:
+    """The side of a square matrix that is projected."""
+    if square == "input" or square == "output":
+        return square
+    return match(square, path, "square")
+
+
+def check_square(square: object) -> None:
+    """ValueError unless it is a side, or rules."""
+    sides = [side for _, side in square] if _is_rules(square) else [square]
+    for side in sides:
+        if side not in ("input", "output"):
+            raise ValueError(
+                f'square={side!r}: choose "input" or "output", or give (regular '
+                "expression, side) pairs"
+            )
 
 
 def check_rank(rank: object, path: str = "low_rank") -> None:

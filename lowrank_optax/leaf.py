@@ -13,10 +13,11 @@ from lowrank_optax.layout import (
     DimensionNumbers,
     Layout,
     Rank,
-    Side,
+    Square,
     layout_of,
     path_of,
     rank_of,
+    side_of,
     specs_of,
 )
 
@@ -43,7 +44,10 @@ class Leaf(NamedTuple):
 
 
 def decide_leaves(
-    tree: optax.Params, dimension_numbers: DimensionNumbers, rank: Rank, square: Side
+    tree: optax.Params,
+    dimension_numbers: DimensionNumbers,
+    rank: Rank,
+    square: Square,
 ) -> optax.Params:
     """The tree with a `Leaf` in place of each leaf."""
     specs = specs_of(dimension_numbers, tree)
@@ -51,7 +55,7 @@ def decide_leaves(
     def leaf(keys: jax.tree_util.KeyPath, x: jax.Array) -> Leaf:
         path = path_of(keys)
         if (spec := specs[path]) is not None:
-            layout = layout_of(path, x.shape, spec, square)
+            layout = layout_of(path, x.shape, spec, side_of(square, path))
             if (r := rank_of(rank, path, layout)) is not None:
                 return Leaf(path, x.shape, layout, r)
         return Leaf(path, x.shape, None, 0)

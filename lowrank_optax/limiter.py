@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.cut import cut_matrices
 from lowrank_optax.frame import Frame, map_frames, nothing, simple_stage, update_frames
 from lowrank_optax.published import Arithmetic
 
@@ -29,7 +30,8 @@ def limited_stage(
 
     def init(params: optax.Params) -> LimiterState:
         def before(frame: Frame) -> jax.Array:
-            return jnp.full(frame.batch, -1.0, frame.gradient.dtype)
+            none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
+            return cut_matrices(frame, none)
 
         return LimiterState(map_frames(before, params, plain=nothing))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
+from lowrank_optax.cut import cut_basis, cut_matrices
 from lowrank_optax.frame import (
     Clock,
     Frame,
@@ -80,11 +81,8 @@ def online_pca(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> OnlinePCAState:
-        basis = _on_subspaces(eye_basis, params)
-        loss, drift = (
-            _on_subspaces(lambda f: jnp.zeros(f.batch, f.gradient.dtype), params)
-            for _ in range(2)
-        )
+        basis = _on_subspaces(lambda f: cut_basis(f, eye_basis(f)), params)
+        loss, drift = (_on_subspaces(_number, params) for _ in range(2))
         return OnlinePCAState(basis, optimizer.init(basis), loss, drift)
 
     def update(
@@ -116,6 +114,11 @@ def online_pca(
         return frames, OnlinePCAState(new, inner_state, loss, drift)
 
     return timed_stage(init, update)
+
+
+def _number(frame: Frame) -> jax.Array:
+    """Zero, for each matrix."""
+    return cut_matrices(frame, jnp.zeros(frame.batch, frame.gradient.dtype))
 
 
 def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:

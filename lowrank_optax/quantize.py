@@ -1,6 +1,7 @@
 """Step: moments stored in 8 bits a number."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.cut import cut_along, cut_of, on_auto_axes
 from lowrank_optax.frame import nothing, stage
 from lowrank_optax.linalg import fence
 from lowrank_optax.moments import register_storage
@@ -92,6 +94,14 @@ def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
     )
 
 
+def blocks_of(n: int, size: int, shards: int = 1) -> int:
+    """How many blocks of `size` at most: see `quantize_moments`."""
+    if shards == 1 or n % shards or not n:
+        return math.ceil(n / size)
+    part = n // shards
+    return n // max(d for d in range(1, min(size, part) + 1) if part % d == 0)
+
+
 def in_blocks(x: jax.Array, blocks: int) -> jax.Array:
     """(..., n) to (..., blocks, ceil(n / blocks)), the end filled up with zeros."""
     n = x.shape[-1]
@@ -129,15 +139,22 @@ def _dequantized(state: QuantizedState) -> optax.OptState:
     )
 
 
+def _quantized_by(blocks: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Fenced, or XLA spends seconds on folding the zeros of a large first state.
+    codes, scales = quantize_array(fence(x), blocks)
+    return codes, scales
+
+
 def _quantized_like(
     state: QuantizedState, inner_state: optax.OptState
 ) -> QuantizedState:
     """`inner_state` with its arrays quantised where `state` has them so."""
     leaves, structure = jax.tree.flatten(inner_state)
     scales, inside = jax.tree.flatten(state.scales)
-    # Fenced, or XLA spends seconds on folding the zeros of a large first state.
     pairs = [
-        quantize_array(fence(x), s.shape[-1]) if s.dtype != jnp.bool_ else (x, s)
+        on_auto_axes(partial(_quantized_by, s.shape[-1]), x, like=(x, s))
+        if s.dtype != jnp.bool_
+        else (x, s)
         for x, s in zip(leaves, scales, strict=True)
     ]
     return QuantizedState(
@@ -150,7 +167,11 @@ register_storage(QuantizedState, unpack=_dequantized, pack=_quantized_like)
 
 
 def quantize_moments(
-    inner: optax.GradientTransformation, *, block_size: int = 256, min_size: int = 4096
+    inner: optax.GradientTransformation,
+    *,
+    block_size: int = 256,
+    shards: int = 1,
+    min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` with its state in 8 bits a number, block by block.
 
@@ -181,12 +202,16 @@ def quantize_moments(
     Args:
       inner: any optax transformation, `optax.scale_by_adam()` for example.
       block_size: how many numbers along the last axis share a scale at most.
+      shards: into how many parts the last axis may be cut over devices with no block on
+        two of them: blocks are then as long as the largest divisor of n / shards up to
+        `block_size`. Where n is no multiple of it, it does not count. The numbers that
+        come of it depend on it, and not on how many devices there are.
       min_size: arrays of fewer numbers stay as they are; so do scalars, integers, keys,
         arrays that would not get smaller, and those that belong to no parameter. Shapes
         alone decide, at init.
 
     Raises:
-      ValueError: a block_size or min_size below 1.
+      ValueError: a block_size, shards or min_size below 1.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -196,7 +221,8 @@ def quantize_moments(
       >>> mu["w"].dtype.name, mu["b"].dtype.name
       ('uint8', 'float32')
     """
-    for name, value in (("block_size", block_size), ("min_size", min_size)):
+    sizes = {"block_size": block_size, "shards": shards, "min_size": min_size}
+    for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
     inner = optax.with_extra_args_support(inner)
@@ -205,12 +231,14 @@ def quantize_moments(
         """Zeros where the array is to be quantised."""
         if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
             return nothing()
-        blocks = math.ceil(x.shape[-1] / block_size)
+        blocks = blocks_of(x.shape[-1], block_size, shards)
         scales = x.size // max(x.shape[-1], 1) * blocks
         smaller = x.size + x.dtype.itemsize * scales < x.size * x.dtype.itemsize
         if x.size < min_size or not smaller:
             return nothing()
-        return jnp.zeros((*x.shape[:-1], blocks), x.dtype)
+        zeros = jnp.zeros((*x.shape[:-1], blocks), x.dtype)
+        cut = cut_of(x) if x.shape[-1] % blocks == 0 else cut_of(x)[:-1]
+        return cut_along(zeros, cut, of=x)
 
     def init(params: optax.Params) -> QuantizedState:
         state = inner.init(params)

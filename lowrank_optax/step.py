@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.basis import select
+from lowrank_optax.cut import low_zeros
 from lowrank_optax.frame import (
     BASIS_RULE,
     Frame,
@@ -109,9 +110,7 @@ def in_subspace(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
-        return inner.init(
-            map_frames(lambda f: jnp.zeros(f.low_shape, f.gradient.dtype), params)
-        )
+        return inner.init(map_frames(low_zeros, params))
 
     def update(
         updates: optax.Updates,

@@ -18,6 +18,12 @@ from models.config import LlamaConfig
 # Of functions of arrays; a module is one in a scan, which hands it its arrays.
 REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda block: block,
+    # What devices keep in parts is not kept whole.
+    "gathers": partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=lambda operation, *_, **__: operation.name != "sharding_constraint",
+    ),
     # A scan already keeps XLA from merging the recomputation with the forward pass.
     "full": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(

@@ -109,14 +109,25 @@ def embed(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     return x_BTD.astype(config.compute_dtype)
 
 
-def run_layer(config: LlamaConfig, layer: Params, x: jax.Array) -> jax.Array:
-    """One layer, its part of `params["layers"]` without the layer axis: (B, T, D)."""
+def run_layer(
+    config: LlamaConfig,
+    layer: Params,
+    x: jax.Array,
+    gather: Callable[[Params], Params] | None = None,
+) -> jax.Array:
+    """One layer, its part of `params["layers"]` without the layer axis: (B, T, D).
+
+    `gather` makes whole weights of those that are cut over devices, by sharding
+    constraints: the backward pass does it again, and whole ones are never stored.
+    """
     angle_TP = rotary_angles(x.shape[1], config.head_size, config.rope_theta)
 
     def run(layer: Params, x: jax.Array) -> jax.Array:
+        layer = gather(layer) if gather else layer
         return nnx.merge(_abstract(config).graphs["layer"], layer)(x, angle_TP)
 
-    return REMAT[config.remat](run)(layer, x)
+    remat = "gathers" if gather and config.remat == "none" else config.remat
+    return REMAT[remat](run)(layer, x)
 
 
 def finish(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:

@@ -4,19 +4,18 @@ import json
 
 import jax
 import pytest
-from jax.sharding import AxisType
 
 import train.bench
 from models import SIZES, LlamaConfig
 from train.bench import BenchConfig, bench, check, table
+from train.config import Config
 from train.memory import GIB
+from train.mesh import make_mesh
 
 
 @pytest.fixture(autouse=True)
 def one_device_and_a_small_model(monkeypatch):
-    mesh = jax.make_mesh(
-        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-    )
+    mesh = make_mesh(Config(), jax.devices()[:1])
     monkeypatch.setattr(train.bench, "make_mesh", lambda config: mesh)
     model = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2)
     monkeypatch.setitem(SIZES, "micro", model)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
 import train.loop
 import train.step
@@ -30,6 +29,7 @@ from train.config import (
 from train.data import Data
 from train.loop import Around, Trained, fit, initial, kinds_of_steps
 from train.memory import describe
+from train.mesh import make_mesh
 from train.metrics import read_metrics
 from train.optimizer import check_optimizer, make_optimizer
 from train.report import sample_text
@@ -73,9 +73,7 @@ def data_of(batches: list[dict[str, np.ndarray]], tokenizer: Any = None) -> Data
     return Data(stream, batches_of(2), tokenizer, VOCABULARY, {})  # pyright: ignore
 
 
-MESH = jax.make_mesh(
-    (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-)
+MESH = make_mesh(Config(), jax.devices()[:1])
 build_program = train.loop.build_program
 PROGRAMS: dict[Config, Any] = {}
 
@@ -236,7 +234,8 @@ def check_small_weights(config: Config, trained: Trained, eval_loss: float) -> N
         np.testing.assert_array_equal(kernel, stored.dequantize())
     else:
         assert dtypes == {"bfloat16"}
-    sums = [loss_sums(model, weights, batch) for batch in batches_of(2)]
+    work = trained.work._replace(model=model)
+    sums = [loss_sums(work, weights, batch) for batch in batches_of(2)]
     loss = sum(float(x) for x, _ in sums) / sum(float(w) for _, w in sums)
     assert eval_loss == pytest.approx(loss, rel=1e-5)
 
@@ -379,9 +378,9 @@ def nan_in_backward(run_layer: Any) -> Any:
 
     poison.defvjp(lambda scale: (scale, scale), backward)
 
-    def run(config: Any, layer: Any, x: jax.Array) -> jax.Array:
+    def run(config: Any, layer: Any, x: jax.Array, gather: Any) -> jax.Array:
         scale = poison(layer["mlp_norm"]["scale"])
-        return run_layer(config, {**layer, "mlp_norm": {"scale": scale}}, x)
+        return run_layer(config, {**layer, "mlp_norm": {"scale": scale}}, x, gather)
 
     return run
 

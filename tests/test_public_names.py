@@ -115,6 +115,8 @@ NAMES = [
     "scale_channels",
     "scale_tensor",
     "sign_residual",
+    "square_sides",
+    "state_shardings",
     "static_args",
     "store_weights",
     "subtrack",

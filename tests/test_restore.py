@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 import lowrank_optax as lro
 import train.sample
@@ -23,6 +22,7 @@ from train.config import Config, from_json, model_config, parse, resolve, to_jso
 from train.folder import check_folder
 from train.loop import initial
 from train.main import check_writable
+from train.mesh import make_mesh
 from train.optimizer import make_optimizer
 from train.restore import (
     check_start,
@@ -65,9 +65,7 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-    )
+    return make_mesh(Config(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

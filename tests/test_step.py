@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
 import train.step
 from models import LlamaConfig, bind, forward, init_params
 from train.config import Config, OptimizerConfig, resolve
-from train.loop import build_program, check_finite, evaluate, kinds_of_steps
+from train.loop import (
+    build_program,
+    check_finite,
+    evaluate,
+    kinds_of_steps,
+    like_of,
+)
 from train.mesh import make_mesh, replicated
 from train.optimizer import make_optimizer
 from train.step import (
@@ -64,7 +69,7 @@ def refresh_due(state: TrainState) -> bool:
 
 
 gradient_in_parts = jax.jit(
-    partial(mean_gradient, partial(loss_sums, MODEL)), static_argnums=2
+    partial(mean_gradient, partial(loss_sums, work_of("adamw"))), static_argnums=2
 )
 
 
@@ -113,7 +118,7 @@ def test_evaluation_is_a_mean_over_tokens_not_over_batches():
         weights[:, :kept] = 1
         batches.append({"tokens": tokens_of(seed), "weights": weights})
     program = SimpleNamespace(
-        loss_sums=jax.jit(partial(loss_sums, MODEL)), put=lambda batch: batch
+        loss_sums=jax.jit(partial(loss_sums, work_of("adamw"))), put=lambda batch: batch
     )
     sums, means = [], []
     for batch in batches:
@@ -137,10 +142,10 @@ def test_the_first_token_of_a_window_is_no_target_and_nothing_follows_the_last()
     weights = np.zeros((16, 12), np.float32)
     weights[:, 0] = 1
     loss, weight = loss_sums(
-        MODEL, params, {"tokens": tokens_of(0), "weights": weights}
+        work_of("adamw"), params, {"tokens": tokens_of(0), "weights": weights}
     )
     assert (float(loss), float(weight)) == (0.0, 0.0)
-    _, weight = loss_sums(MODEL, params, {"tokens": tokens_of(0)})
+    _, weight = loss_sums(work_of("adamw"), params, {"tokens": tokens_of(0)})
     assert float(weight) == 16 * 11
 
 
@@ -153,9 +158,9 @@ def test_the_loss_in_blocks_is_that_of_all_logits(monkeypatch):
     expected = (numpy_losses(params, tokens) * weights[:, 1:]).sum()
     # Float32 sums of some hundred terms, against float64's.
     for params_of_head in (params, {"head": params["head"]}):
-        loss = head_loss(MODEL, params_of_head, x, batch)
+        loss = head_loss(work_of("adamw"), params_of_head, x, batch)
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    total, weight = loss_sums(MODEL, params, batch)
+    total, weight = loss_sums(work_of("adamw"), params, batch)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_allclose(weight, weights[:, 1:].sum(), rtol=1e-6)
 
@@ -167,13 +172,11 @@ def test_eight_devices_take_the_steps_of_one(how):
     work = work_of("grass_jump", **how)
     config = Config(batch_size=16, seq_len=12, microbatches=work.microbatches)
     start, losses = make("grass_jump")[-1], []
-    one = jax.make_mesh(
-        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-    )
-    for mesh in (make_mesh(config), one):
+    for mesh in (make_mesh(config), make_mesh(config, jax.devices()[:1])):
         with jax.set_mesh(mesh):
             kinds = kinds_of_steps(work.optimizer)
-            program = build_program(config, mesh, work, start, kinds)
+            like = like_of(work, mesh)
+            program = build_program(config, mesh, work, like, kinds)
             # A copy, since the step consumes the state it is given.
             copy = jax.tree.map(jnp.copy, start)
             state = jax.device_put(copy, replicated(mesh))

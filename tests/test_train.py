@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from matplotlib.image import imread
 
 import train.compare
@@ -18,6 +17,7 @@ import train.report
 import train.step
 from train.config import Config, resolve
 from train.main import main
+from train.mesh import make_mesh
 from train.metrics import Meter, MetricsWriter, read_metrics
 from train.picture import draw_run, draw_runs
 from train.report import work_title
@@ -42,9 +42,7 @@ def is_picture(path: Path) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """One of the eight virtual devices: they share two cores, and all would refresh."""
-    mesh = jax.make_mesh(
-        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-    )
+    mesh = make_mesh(Config(), jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         for module in (train.main, train.compare):
             patch.setattr(module, "make_mesh", lambda config: mesh)
@@ -216,8 +214,8 @@ def test_a_comparison_gives_each_optimizer_the_same_work(finished, flags, tmp_pa
 def test_a_loss_that_stays_nan_stops_the_run(flags, tmp_path, monkeypatch):
     loss_sums = train.step.loss_sums
 
-    def poisoned(model, params, batch, *load):
-        loss, weight = loss_sums(model, params, batch, *load)
+    def poisoned(work, params, batch):
+        loss, weight = loss_sums(work, params, batch)
         return loss * jnp.log(-params["norm"]["scale"][0]), weight
 
     monkeypatch.setattr(train.step, "loss_sums", poisoned)

@@ -25,17 +25,16 @@ from train.config import (
     OptimizerConfig,
     Size,
     check_numbers,
-    model_config,
     parse,
     resolve,
 )
-from train.loop import Program, build_program, initial, kinds_of_steps
+from train.loop import Program, build_program, initial, kinds_of_steps, work_of
 from train.main import usage_errors
 from train.memory import GIB, device_peak
 from train.mesh import make_mesh
 from train.optimizer import check_meant, check_optimizer, make_optimizer
 from train.rows import Row, append, check_out, markdown, rounded
-from train.step import TrainState, Work
+from train.step import TrainState
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
 compiles them, for every optimizer in one process: milliseconds of an ordinary step, of
@@ -115,7 +114,7 @@ class BenchConfig:
         return tuple(dict.fromkeys(("adamw", *self.optimizers)))
 
 
-def work_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
+def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     """A run of the trainer, resolved: no clipping."""
     optimizer = OptimizerConfig(
         rank=config.rank,
@@ -179,17 +178,10 @@ class Compiled(NamedTuple):
 
 
 def compile_step(config: BenchConfig, name: str, layerwise: Layerwise) -> Compiled:
-    run = work_of(config, name, layerwise)
+    run = run_of(config, name, layerwise)
     mesh = make_mesh(run)
-    optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
-    work = Work(
-        model_config(run.model),
-        optimizer,
-        jax.random.key(1),
-        weight_dtype=run.model.weight_dtype,
-        layerwise=layerwise == "on",
-    )
-    kinds = kinds_of_steps(optimizer)
+    work = work_of(run, jax.random.key(0))
+    kinds = kinds_of_steps(work.optimizer)
     if config.compile_only:
         kinds = kinds[:1]
     with jax.set_mesh(mesh):
@@ -243,7 +235,7 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
 
 def bench_update(config: BenchConfig, name: str) -> Row:
     """One row of the update alone: times in ms."""
-    run = work_of(config, name, "off")
+    run = run_of(config, name, "off")
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
     tx, every = optimizer.tx, optimizer.refresh_every
     key_w, key_g = jax.random.split(jax.random.key(0))
@@ -354,7 +346,7 @@ def check(config: BenchConfig) -> None:
       ValueError: an optimizer cannot be built, or the batch not cut for the devices.
     """
     for name in config.names:
-        work = work_of(config, name, "off")
+        work = run_of(config, name, "off")
         check_optimizer(work)
         make_mesh(work)
     if config.out is not None:

@@ -25,7 +25,7 @@ from train.config import (
     parse,
     resolve,
 )
-from train.loop import initial, kinds_of_steps, lower_step, work_of
+from train.loop import kinds_of_steps, like_of, lower_step, work_of
 from train.main import usage_errors
 from train.memory import GIB
 from train.mesh import make_mesh
@@ -129,8 +129,7 @@ def case_of(config: Config, chips: Sequence[Any]) -> Case:
     work = work_of(config, jax.random.key(0))
     # "auto" would look for the kernels of this machine.
     work = work._replace(model=dataclasses.replace(work.model, attention="xla"))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return Case(config, mesh, work, initial(work, mesh)[1])
+    return Case(config, mesh, work, like_of(work, mesh))
 
 
 def compile_step(case: Case, refresh: bool, available: float) -> Row:
@@ -147,9 +146,7 @@ def compile_step(case: Case, refresh: bool, available: float) -> Row:
     row["state"] = shard_bytes(case.like.opt_state) / GIB
     start = time.perf_counter()
     try:
-        # Traced as on these chips; what JAX itself computes meanwhile is here.
-        with jax.sharding.use_abstract_mesh(case.mesh.abstract_mesh):
-            step = lower_step(case.config, case.mesh, case.work, case.like, refresh)
+        step = lower_step(case.config, case.mesh, case.work, case.like, refresh)
         compiled = step.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         if refused := refusal(error):

@@ -101,6 +101,12 @@ class OptimizerConfig:
         highest, or a dot algorithm that it knows, such as BF16_BF16_F32 (bfloat16
         operands, float32 sums).
       switch: part of the steps after which golore's subspace is random.
+      square: which side of a square matrix has the subspace. method: the one that the
+        method takes, of most the inputs; megatron: the outputs of o and the inputs of
+        q, k and v, which --tensor leaves whole. auto: megatron with --tensor above 1. A
+        run that goes on has what it began with, on any mesh.
+      block_shards: into how many parts moments and weights in 8 bits can be cut with no
+        block of numbers on two devices: those of the mesh that the run began on.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
       max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
@@ -122,13 +128,15 @@ class OptimizerConfig:
     walk_rank: int | None = None
     precision: str = "default"
     switch: float = 0.5
+    square: Literal["auto", "method", "megatron"] = "auto"
+    block_shards: Annotated[int | None, tyro.conf.Fixed] = None
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
         above_0 = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
-        above_0 += ("clip_norm", "max_skipped")
+        above_0 += ("block_shards", "clip_norm", "max_skipped")
         check_numbers(self, positive=above_0, not_negative=("weight_decay",))
         if self.rank is not None:
             parse_rank(self.rank)
@@ -170,6 +178,26 @@ class ReportConfig:
     def __post_init__(self) -> None:
         at_least_0 = ("eval_every", "checkpoint_every", "sample_tokens")
         check_numbers(self, positive=("log_every", "keep"), not_negative=at_least_0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Over which devices weights are cut. A run may go on with other values.
+
+    Attributes:
+      fsdp: devices that share weights, gradients and the optimizer's state: each keeps
+        its part, a layer is put together where it is computed, and each has its own
+        rows of the batch.
+      tensor: devices that compute the same rows together, each with its part of the
+        attention heads and of the MLP; they are of one process. All devices are fsdp x
+        tensor, or a multiple, which then has as many copies of the weights.
+    """
+
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("fsdp", "tensor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +270,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
@@ -284,17 +313,35 @@ def resolve(config: Config, platform: str | None = None) -> Config:
     if config.layerwise == "auto":
         on = not on_cpu and config.microbatches == 1 and large_layers(size)
         config = dataclasses.replace(config, layerwise="on" if on else "off")
+    config = _filled(config, out=Path("runs") / f"{model.size}-{label(optimizer)}")
     method = METHODS[optimizer.name]
     optimizer = _filled(
-        optimizer,
+        _on_mesh(config, optimizer),
         rank=size.hidden_size // 4,
         learning_rate=method.rate,
         **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
     )
-    return _filled(
-        dataclasses.replace(config, model=model, optimizer=optimizer),
-        out=Path("runs") / f"{model.size}-{label(optimizer)}",
-    )
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def _on_mesh(config: Config, optimizer: OptimizerConfig) -> OptimizerConfig:
+    """The choices that a run makes for the mesh of its start, and keeps on others."""
+    mesh, method = config.mesh, METHODS[optimizer.name]
+    megatron = mesh.tensor > 1 and method.uses("square")
+    parts = mesh.fsdp * mesh.tensor
+    square = "megatron" if megatron else "method"
+    if config.resume:
+        try:
+            path = resolved(config, "out") / "config.json"
+            begun = from_json(path.read_text()).optimizer
+        except (OSError, ValueError):
+            pass  # `check_folder` says what is wrong there
+        else:
+            square = "method" if begun.square == "auto" else begun.square
+            parts = begun.block_shards or 1
+    if optimizer.square == "auto":
+        optimizer = dataclasses.replace(optimizer, square=square)
+    return _filled(optimizer, block_shards=parts)
 
 
 def large_layers(model: LlamaConfig) -> bool:

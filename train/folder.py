@@ -18,12 +18,14 @@ from train.writing import write_text
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does. Data may have moved: whether it
 # is the same is known by its fingerprint.
-FREE = ("out", "resume", "report.", "processes.")
+FREE = ("out", "resume", "report.", "mesh.", "processes.")
 MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
 FREE += (*MOVED, "data.cache_dir")
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
+# What a run did that was begun before there was a choice.
+BEFORE = {"optimizer.square": "method", "optimizer.block_shards": 1}
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
-    old, new = _flat(stored), _flat(given)
+    old, new = BEFORE | _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, "layerwise") if same else FREE

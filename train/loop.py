@@ -22,7 +22,7 @@ from train.config import Config, model_config, resolved, title
 from train.console import say
 from train.data import Data
 from train.memory import StepMemory, step_memory
-from train.mesh import by_row, replicated, to_devices
+from train.mesh import by_row, on_mesh, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
 from train.progress import Progress
@@ -35,6 +35,7 @@ from train.step import (
     dense,
     init_state,
     init_weights,
+    keep_weights,
     loss_sums,
     train_step,
 )
@@ -153,6 +154,7 @@ def work_of(config: Config, key: jax.Array) -> Work:
         weight_dtype=config.model.weight_dtype,
         microbatches=config.microbatches,
         layerwise=resolved(config, "layerwise") == "on",
+        block_shards=resolved(config.optimizer, "block_shards"),
     )
 
 
@@ -161,23 +163,41 @@ def initial(
 ) -> tuple[Callable[[jax.Array], TrainState], Any]:
     """What makes the first state from a key, and the state's shapes and shardings.
 
-    The key draws the weights, if there is no function that gives them.
+    It is cut as it is made. The key draws the weights, if there is no function that
+    gives them, in the host's memory and as any run keeps them.
     """
-    everywhere = replicated(mesh)
-    weights = jax.jit(partial(init_weights, work), out_shardings=everywhere)
-    stored = jax.jit(
-        lambda params: lro.store_weights(params, work.weight_dtype),
-        out_shardings=everywhere,
-    )
-    rest = jax.jit(
-        partial(init_state, work), out_shardings=everywhere, donate_argnums=0
-    )
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(rest, jax.eval_shape(weights, jax.random.key(0))),
-    )
+    like = like_of(work, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    draw = jax.jit(partial(init_weights, work), out_shardings=shardings.params)
+    store = jax.jit(partial(keep_weights, work), out_shardings=shardings.params)
+    rest = jax.jit(partial(init_state, work), out_shardings=shardings, donate_argnums=0)
+
+    def make(key: jax.Array) -> TrainState:
+        if given is None:
+            return rest(draw(key))
+        weights = given()
+        return rest(store(on_mesh(work.shards.shardings(mesh, weights), weights)))
+
     # One after the other: what drawing the weights takes is free again then.
-    return lambda key: rest(stored(given()) if given else weights(key)), like
+    return make, like
+
+
+def like_of(work: Work, mesh: Mesh) -> Any:
+    """The shapes of a `TrainState`, and their shardings; allocates nothing."""
+    params = jax.eval_shape(partial(init_weights, work), jax.random.key(0))
+    weights = jax.eval_shape(partial(dense, work), params)
+    state = jax.eval_shape(partial(init_state, work), params)
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)._replace(
+        params=work.shards.shardings(mesh, params),
+        opt_state=lro.state_shardings(
+            work.optimizer.tx, weights, work.shards.shardings(mesh, weights)
+        ),
+    )
+    return jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+        state,
+        shardings,
+    )
 
 
 def beside(config: Config, work: Work) -> Work | None:
@@ -189,24 +209,6 @@ def beside(config: Config, work: Work) -> Work | None:
     )
     optimizer = make_optimizer(adamw, config.steps, jax.random.key(0))
     return work._replace(optimizer=optimizer, layerwise=False)
-
-
-def lower_step(
-    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
-) -> jax.stages.Lowered:
-    """The training step for states of the shapes in `like`, not yet compiled.
-
-    Allocates nothing, so the mesh may be of devices that are not here.
-    """
-    everywhere = replicated(mesh)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
-    step = jax.jit(
-        partial(train_step, work, refresh=refresh),
-        in_shardings=(everywhere, by_row(mesh)),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-    return step.lower(like, {"tokens": tokens})
 
 
 def build_program(
@@ -223,15 +225,13 @@ def build_program(
     for `adamw`, whose memory alone is looked at, except on a CPU, which would have
     nothing to do it with meanwhile.
     """
-    everywhere, rows = replicated(mesh), by_row(mesh)
     start = time.perf_counter()
-    lower = partial(lower_step, config, mesh)
     lowered: dict[Any, jax.stages.Lowered] = {
-        refresh: lower(work, like, refresh) for refresh in kinds
+        refresh: lower_step(config, mesh, work, like, refresh) for refresh in kinds
     }
-    like_adamw = None if adamw is None else initial(adamw, mesh)[1]
+    like_adamw = None if adamw is None else like_of(adamw, mesh)
     if adamw is not None and jax.default_backend() != "cpu":
-        lowered["adamw"] = lower(adamw, like_adamw, False)
+        lowered["adamw"] = lower_step(config, mesh, adamw, like_adamw, False)
     with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
@@ -239,18 +239,39 @@ def build_program(
     beside_it = compiled.pop("adamw", None)
     seconds = time.perf_counter() - start
 
-    def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(work.model, params, batch, partial(dense, work))
-
+    cuts = jax.tree.map(lambda x: x.sharding, like.params)
     return Program(
         step=lambda state, batch, refresh: compiled[refresh](state, batch),
-        loss_sums=jax.jit(sums, in_shardings=(everywhere, rows)),
+        loss_sums=jax.jit(
+            partial(loss_sums, work),
+            in_shardings=(cuts, by_row(mesh)),
+            out_shardings=replicated(mesh),
+        ),
         put=partial(to_devices, mesh),
         refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
         memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
         adamw=adamw and step_memory(adamw, like_adamw, beside_it),
     )
+
+
+def lower_step(
+    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
+) -> jax.stages.Lowered:
+    """The training step for states like `like_of(work, mesh)`, to be compiled.
+
+    Allocates nothing; the mesh may be of devices that are not here.
+    """
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    step = jax.jit(
+        partial(train_step, work, refresh=refresh),
+        in_shardings=(shardings, by_row(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(like, {"tokens": tokens})
 
 
 def kinds_of_steps(optimizer: Optimizer) -> list[bool]:

@@ -1,7 +1,6 @@
 """The methods and the basis rules by the names that the command line gives them."""
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,13 +29,10 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """The options that it takes, with their defaults; None where it has none."""
-        options = {
+        return {
             key: None if option.default is option.empty else option.default
             for key, option in inspect.signature(self.make).parameters.items()
         }
-        if isinstance(self.make, functools.partial) and "step" in self.make.keywords:
-            del options["b1"], options["b2"]  # the step's own affair
-        return options
 
     @property
     def low_rank(self) -> bool:
@@ -52,8 +48,21 @@ class Method:
         return {"switch": "switch_step"}.get(option, option) in self.options
 
 
-def _fira(step: optax.GradientTransformation) -> Make:
-    return functools.partial(lro.fira, step=step)
+def _fira(step: Make) -> Make:
+    """Fira with the step that `step` makes of its options, in place of Adam's."""
+    of_fira, own = (inspect.signature(f).parameters for f in (lro.fira, step))
+
+    def make(*args: Any, **options: Any) -> optax.GradientTransformation:
+        given = {name: options.pop(name) for name in own if name in options}
+        return lro.fira(*args, **options, step=step(**given))
+
+    kept = [p for name, p in of_fira.items() if name not in ("step", "b1", "b2")]
+    vars(make)["__signature__"] = inspect.Signature([*kept, *own.values()])
+    return make
+
+
+def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
+    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
 
 
 OF_THE_BASIS = ("angle", "walk_rank")
@@ -73,12 +82,12 @@ METHODS = {
     "msgd": Method(lro.msgd, 1e-1),
     "fira": Method(lro.fira, 3e-3),
     "fira_adafactor": Method(
-        _fira(lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor()))), 3e-3
+        _fira(lambda: lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor()))), 3e-3
     ),
-    "fira_adam_mini": Method(_fira(lro.in_subspace(lro.scale_by_adam_mini())), 3e-3),
-    "fira_adam8bit": Method(
-        _fira(lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))), 3e-3
+    "fira_adam_mini": Method(
+        _fira(lambda: lro.in_subspace(lro.scale_by_adam_mini())), 3e-3
     ),
+    "fira_adam8bit": Method(_fira(_adam8bit), 3e-3),
     "grass_walk": Method(lro.grass_walk, 2e-3),
     "grass_jump": Method(lro.grass_jump, 2e-3),
     "subtrack": Method(lro.subtrack, 2e-3),

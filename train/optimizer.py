@@ -12,7 +12,7 @@ import optax
 
 import lowrank_optax as lro
 from lowrank_optax.layerwise import squared_norm
-from lowrank_optax.layout import layout_of, path_of, specs_of
+from lowrank_optax.layout import Square, layout_of, path_of, specs_of
 from models import init_params
 from train.config import Config, OptimizerConfig, label, model_config, resolved
 from train.methods import BASES, METHODS, call
@@ -24,6 +24,10 @@ MATRICES = (
     (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
     (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
 )
+
+# The side that is projected of square matrices, with square=megatron: that which
+# Megatron's cut leaves whole (`lowrank_optax.square_sides`).
+MEGATRON = ((r"attention/o/", "output"), ("", "input"))
 
 
 class Parts(NamedTuple):
@@ -59,12 +63,14 @@ class Optimizer:
       clip: of gradients; has no state.
       schedule: step, from 0, to learning rate.
       refresh_every: steps between two bases; None for adamw, which has none.
+      square: the side of square matrices that is projected.
     """
 
     method: optax.GradientTransformationExtraArgs
     clip: optax.GradientTransformation
     schedule: optax.Schedule
     refresh_every: int | None
+    square: Square = "input"
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -253,21 +259,25 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         scale=config.scale if method.low_rank else None,
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
+        square=MEGATRON if config.square == "megatron" else None,
+        shards=config.block_shards,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
         mask=decayed,
     )
     if not method.low_rank:
-        return Optimizer(skip_not_finite(tx), clip, schedule, None)
+        return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON)
     refresh_every = method.own.get("refresh_every", config.refresh_every)
-    return Optimizer(optax.with_extra_args_support(tx), clip, schedule, refresh_every)
+    square = MEGATRON if config.square == "megatron" else method.options["square"]
+    tx = optax.with_extra_args_support(tx)
+    return Optimizer(tx, clip, schedule, refresh_every, square)
 
 
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
     """ValueError for an option that was given, and that no chosen optimizer has."""
     options = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-    for option in (*options, "precision", "switch"):
+    for option in (*options, "precision", "switch", "square"):
         untouched = getattr(OptimizerConfig, option)
         if getattr(given, option) == untouched or any(
             METHODS[c.name].uses(option, c.basis) for c in chosen

@@ -76,9 +76,10 @@ def load_weights(folder: Path, step: int) -> Any:
     Raises:
       ValueError: it is damaged.
     """
-    config = read_config(folder).model
-    store = partial(lro.store_weights, dtype=config.weight_dtype)
-    draw = partial(draw_params, model_config(config), store=store)
+    config = read_config(folder)
+    shards = config.optimizer.block_shards or 1
+    store = partial(lro.store_weights, dtype=config.model.weight_dtype, shards=shards)
+    draw = partial(draw_params, model_config(config.model), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
     restore = ocp.args.PyTreeRestore(
         item=like,
@@ -248,9 +249,9 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def weights_for(config: Config) -> Any:
-    """The weights that `init_from` of a pinned config names, to be kept as it says."""
+    """The weights that `init_from` of a pinned config names, in the host's memory.
+
+    They are as that run kept them.
+    """
     folder, step = run_and_step(resolved(config, "init_from"))
-    stored = load_weights(folder, checked_step(folder, step))
-    # Those in int8 stay the same bits where int8 is asked for.
-    same = config.model.weight_dtype == "int8"
-    return stored if same else lro.dense(stored)
+    return load_weights(folder, checked_step(folder, step))

@@ -18,6 +18,7 @@ from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
 from train.config import large_layers
 from train.optimizer import Optimizer, Parts, joined, parted
+from train.shards import Shards, cut_weights, looked_up, rows, shares
 
 Batch = dict[str, jax.Array]
 LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -57,6 +58,7 @@ class Work(NamedTuple):
       weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
       microbatches: parts of a batch that go through the model one after the other.
       layerwise: whether each layer is updated when the backward pass has its gradient.
+      block_shards: into how many parts weights of int8 can be cut with whole blocks.
     """
 
     model: LlamaConfig
@@ -65,13 +67,23 @@ class Work(NamedTuple):
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     microbatches: int = 1
     layerwise: bool = False
+    block_shards: int = 1
+
+    @property
+    def shards(self) -> Shards:
+        """Where the weights are on a mesh."""
+        return Shards(self.optimizer.square, self.model.compute_dtype)
 
 
 def init_weights(work: Work, key: jax.Array) -> Any:
     """The weights before the first step, as they are kept."""
-    return draw_params(
-        work.model, key, lambda params: lro.store_weights(params, work.weight_dtype)
-    )
+    return draw_params(work.model, key, partial(keep_weights, work))
+
+
+def keep_weights(work: Work, params: Any) -> Any:
+    """Weights as this work keeps them, of weights as any other does."""
+    weights = work.shards.cut(lro.dense(params))
+    return lro.store_weights(weights, work.weight_dtype, shards=work.block_shards)
 
 
 def init_state(work: Work, params: Any) -> TrainState:
@@ -97,39 +109,45 @@ def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return targets, weights.at[:, -1].set(0.0)
 
 
-def head_loss(
-    model: LlamaConfig, params: Params, x: jax.Array, batch: Batch
-) -> jax.Array:
+def embedded(work: Work, rest: Params, tokens: jax.Array) -> jax.Array:
+    """What the first layer reads: int (B, T) -> (B, T, D)."""
+    weights = work.shards.gather({"embed": rest["embed"]})
+    embedding = weights["embed"]["embedding"]
+    return looked_up(partial(embed, work.model, weights), embedding, tokens)
+
+
+def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
+    """One layer, its weights put together for as long as it is computed."""
+    gather = work.shards.gather if cut_weights() else None
+    return rows(run_layer(work.model, layer, x, gather))
+
+
+def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
     """Weighted sum of the cross-entropy, in nats, from what the head reads."""
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    kernel = work.shards.gather({"head": rest["head"]})["head"]["kernel"]
     return head_cross_entropy(
-        x,
-        params["head"]["kernel"],
+        rows(x),
+        kernel,
         *targets_of(batch),
-        compute_dtype=model.compute_dtype,
-        block_tokens=LOGIT_TOKENS * devices,
+        compute_dtype=work.model.compute_dtype,
+        block_tokens=LOGIT_TOKENS * shares(),
     )
 
 
-def loss_sums(
-    model: LlamaConfig,
-    params: Any,
-    batch: Batch,
-    load: Callable[[Any], Any] = lambda params: params,
-) -> tuple[jax.Array, jax.Array]:
+def loss_sums(work: Work, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the next-token cross-entropy, in nats, and of the weights.
 
     Kept apart, so that a mean over several batches is exact: add up both, divide once.
-    `load` makes weights of what is kept of them, one layer at a time.
+    `params` are as they are kept, or as the model takes them.
     """
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        return run_layer(model, load(layer), x), None
+        return through_layer(work, dense(work, layer), x), None
 
-    rest = load(parted(params).rest)
-    x = embed(model, rest, batch["tokens"])
+    rest = dense(work, parted(params).rest)
+    x = embedded(work, rest, batch["tokens"])
     x, _ = jax.lax.scan(body, x, params["layers"])
-    loss = head_loss(model, rest, finish(model, rest, x), batch)
+    loss = head_loss(work, rest, finish(work.model, rest, x), batch)
     return loss, jnp.sum(targets_of(batch)[1])
 
 
@@ -228,9 +246,10 @@ def whole_step(
         state, loss, gradient, bases = projected_gradient(work, state, batch, refresh)
         how = {"bases": bases, "projected": True}
     else:
-        sums = partial(loss_sums, work.model)
         params = dense(work, state.params)
+        sums = partial(loss_sums, work)
         loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
+        gradient = work.shards.cut(gradient)
         how = {}
     squared = squared_norm(gradient)
     method, accept = work.optimizer.method, jnp.isfinite(squared)
@@ -277,7 +296,7 @@ def projected_gradient(
 
     def add(carry: Any, part: Batch, *, first: bool) -> tuple[Any, None]:
         layer = lro.sum_in_backward(
-            lambda weights, x: run_layer(work.model, weights["layers"], x),
+            lambda weights, x: through_layer(work, weights["layers"], x),
             method,
             load=load,
             refresh=refresh,
@@ -285,7 +304,7 @@ def projected_gradient(
         )
 
         def loss(rest: Params) -> jax.Array:
-            return loss_through(work.model, layer, layers, rest, part) / weight
+            return loss_through(work, layer, layers, rest, part) / weight
 
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(rest)), None
 
@@ -307,7 +326,7 @@ def projected_gradient(
 
 
 def loss_through(
-    model: LlamaConfig,
+    work: Work,
     layer: Callable[..., jax.Array],
     layers: Any,
     rest: Params,
@@ -318,9 +337,9 @@ def loss_through(
     def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         return layer(index, layers, x), None
 
-    x = embed(model, rest, batch["tokens"])
-    x, _ = jax.lax.scan(body, x, jnp.arange(model.num_layers))
-    return head_loss(model, rest, finish(model, rest, x), batch)
+    x = embedded(work, rest, batch["tokens"])
+    x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
+    return head_loss(work, rest, finish(work.model, rest, x), batch)
 
 
 def layerwise_step(
@@ -334,7 +353,7 @@ def layerwise_step(
     old, method = parted(state.params), work.optimizer.clipped_method
     layers = lro.open_layers(old.layers, state.opt_state.layers, key)
     layer = lro.update_in_backward(
-        lambda weights, x: run_layer(work.model, weights["layers"], x),
+        lambda weights, x: through_layer(work, weights["layers"], x),
         method,
         load=partial(dense, work),
         apply_updates=added,
@@ -342,7 +361,7 @@ def layerwise_step(
     )
 
     def mean_loss(rest: Params) -> jax.Array:
-        total = loss_through(work.model, layer, layers, rest, batch)
+        total = loss_through(work, layer, layers, rest, batch)
         return total / jnp.sum(targets_of(batch)[1])
 
     rest = dense(work, old.rest)

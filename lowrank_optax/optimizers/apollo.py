@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.projection import project
 from lowrank_optax.published import Mask, Variant, arithmetic_of
@@ -27,6 +32,7 @@ def apollo(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,7 +58,7 @@ def apollo(
       scale: alpha; its root multiplies the step.
       limit: zeta, the step's largest growth from step to step.
       learning_rate, rank, refresh_every, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision, variant: as in `galore`.
+        dimension_numbers, square, precision, variant: as in `galore`.
 
     Raises:
       ValueError: neither or both of `key` and `basis`; an unknown variant; and as
@@ -73,6 +79,7 @@ def apollo(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )
@@ -93,6 +100,7 @@ def apollo_mini(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,7 +118,7 @@ def apollo_mini(
       key, basis, limit: as in `apollo`.
       scale: alpha, 128 in the source; its root multiplies the step.
       learning_rate, refresh_every, b1, b2, eps, weight_decay, mask, dimension_numbers,
-        precision, variant: as in `galore`.
+        square, precision, variant: as in `galore`.
 
     Raises:
       ValueError: as `apollo` does.
@@ -130,6 +138,7 @@ def apollo_mini(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

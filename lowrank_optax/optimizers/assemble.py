@@ -9,7 +9,12 @@ import optax
 
 from lowrank_optax.bracket import LowRankState, if_accepted, low_rank
 from lowrank_optax.frame import stage
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank, Side
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.published import (
     Mask,
     Number,
@@ -31,6 +36,7 @@ _STATIC = {
     "residual",
     "heads",
     "block_size",
+    "shards",
     "min_size",
     "bits",
     "walk_rank",
@@ -123,7 +129,7 @@ def low_rank_optimizer(
     weight_decay: Number = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
-    square: Side = "input",
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     after: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:

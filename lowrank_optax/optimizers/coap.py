@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.momentum_bases import correlation_aware
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.projection import project, project_back
@@ -25,6 +30,7 @@ def coap(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """COAP: GaLore with a basis that is corrected by gradient steps between sketches.
@@ -46,7 +52,7 @@ def coap(
       recompute_every: refreshes from one recomputation to the next.
       step_size: of the basis' gradient step.
       learning_rate, rank, refresh_every, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -65,6 +71,7 @@ def coap(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

@@ -5,7 +5,12 @@ import optax
 
 from lowrank_optax.dct import dct_columns
 from lowrank_optax.feedback import error_feedback
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.projection import project, project_back
@@ -25,6 +30,7 @@ def dct_adamw(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DCT-AdamW: Adam on the cosine transform's columns that the gradient is long in.
@@ -46,7 +52,7 @@ def dct_adamw(
       feedback: whether what the projection lost is added to the next gradient.
       scale: on the matrices' step; 1 in the source.
       learning_rate, rank, b1, b2, eps, weight_decay, mask, dimension_numbers,
-        precision: as in `galore`.
+        square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -67,6 +73,7 @@ def dct_adamw(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

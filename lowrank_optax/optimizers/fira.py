@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import adam_or, basis_or, low_rank_optimizer
 from lowrank_optax.projection import project
 from lowrank_optax.published import Mask, Variant, arithmetic_of
@@ -26,6 +31,7 @@ def fira(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,7 +53,7 @@ def fira(
     Args:
       limit: zeta, the residual's largest growth from step to step.
       learning_rate, rank, refresh_every, basis, step, scale, b1, b2, eps, weight_decay,
-        mask, dimension_numbers, precision, variant: as in `galore`.
+        mask, dimension_numbers, square, precision, variant: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does, and for an unknown variant.
@@ -67,6 +73,7 @@ def fira(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

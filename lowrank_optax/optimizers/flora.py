@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.projection import project, project_back
@@ -23,6 +28,7 @@ def flora(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """FLora: momentum compressed by a random projection that is redrawn now and then.
@@ -47,7 +53,7 @@ def flora(
       b1: decay rate of M.
       scale: on the matrices' step; 1 in the source.
       learning_rate, rank, refresh_every, weight_decay, mask, dimension_numbers,
-        precision: as in `galore`.
+        square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -68,6 +74,7 @@ def flora(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

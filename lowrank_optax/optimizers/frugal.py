@@ -5,7 +5,12 @@ from typing import Literal
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.projection import project
 from lowrank_optax.published import Mask
@@ -28,6 +33,7 @@ def frugal(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """FRUGAL: Adam in the subspace, signSGD on all the rest.
@@ -52,7 +58,7 @@ def frugal(
       residual: the rest's optimizer, "sign" or "sgd".
       residual_scale: the rest's learning rate, as a part of the matrices'.
       learning_rate, rank, refresh_every, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: an unknown residual; and as `low_rank` does.
@@ -71,6 +77,7 @@ def frugal(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import adam_or, basis_or, low_rank_optimizer
 from lowrank_optax.projection import project, project_back
 from lowrank_optax.published import Mask, Variant, arithmetic_of
@@ -24,6 +29,7 @@ def galore(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,6 +62,7 @@ def galore(
       weight_decay: decoupled, times the learning rate.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       dimension_numbers: which leaves are low-rank matrices (`low_rank`).
+      square: the side of a square matrix that is projected (`low_rank`).
       precision: of the products with S (`low_rank`).
       variant: "paper" or "published".
 
@@ -78,6 +85,7 @@ def galore(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         after=arithmetic.after(learning_rate, weight_decay, mask, b1, b2),
     )

@@ -6,7 +6,12 @@ import jax
 import optax
 
 from lowrank_optax.adam_mini import adam_mini_blocks, check_heads, scale_by_adam_mini
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.projection import project, project_back
 from lowrank_optax.published import Mask
@@ -60,6 +65,7 @@ def galore_adafactor(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Adafactor: Adafactor on the gradient's projection.
@@ -81,7 +87,7 @@ def galore_adafactor(
       decay_rate: of the second moment's schedule, 1 - t^-decay_rate.
       clip: the largest root mean square of a matrix's low-rank step.
       learning_rate, rank, refresh_every, basis, scale, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -101,6 +107,7 @@ def galore_adafactor(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
@@ -121,6 +128,7 @@ def galore_adam_mini(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Adam-mini: Adam with one second moment per block of the projection.
@@ -142,7 +150,7 @@ def galore_adam_mini(
       heads: pairs (regular expression, size of a head) for projections whose output
         axis survives, which is the larger side.
       learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: heads that are projected away or do not fit; and as `low_rank` does.
@@ -162,6 +170,7 @@ def galore_adam_mini(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
@@ -175,6 +184,7 @@ def galore_adam8bit(
     refresh_every: int,
     basis: optax.GradientTransformation | None = None,
     block_size: int = 256,
+    shards: int = 1,
     min_size: int = 4096,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
@@ -183,6 +193,7 @@ def galore_adam8bit(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Adam 8-bit: the projection's moments stored in one byte each.
@@ -200,9 +211,10 @@ def galore_adam8bit(
 
     Args:
       block_size: numbers that share a scale.
+      shards: as in `quantize_moments`.
       min_size: arrays with fewer numbers stay as they are.
       learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -214,7 +226,10 @@ def galore_adam8bit(
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     inner = quantize_moments(
-        optax.scale_by_adam(b1, b2, eps), block_size=block_size, min_size=min_size
+        optax.scale_by_adam(b1, b2, eps),
+        block_size=block_size,
+        shards=shards,
+        min_size=min_size,
     )
     rule = basis_or(basis, dominant_svd)
     return low_rank_optimizer(
@@ -223,6 +238,7 @@ def galore_adam8bit(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

@@ -4,7 +4,12 @@ import jax
 import optax
 
 from lowrank_optax.grassmann import grassmann_walk
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.projection import project
@@ -30,6 +35,7 @@ def grass_walk(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GrassWalk: a random walk of S, moments rotated, residual recovered.
@@ -57,7 +63,7 @@ def grass_walk(
       scale: on the part inside the subspace; 1 in the paper.
       limit: zeta; the paper gives no value, 1.01 is Fira's.
       learning_rate, rank, refresh_every, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
@@ -79,6 +85,7 @@ def grass_walk(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
@@ -100,6 +107,7 @@ def grass_jump(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GrassJump: a random S at each refresh, moments rotated, residual recovered.
@@ -115,7 +123,7 @@ def grass_jump(
       key: a seed or a typed key for the jumps; required unless `basis` is given.
       basis: another basis rule in place of the jump.
       learning_rate, rank, refresh_every, scale, limit, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `grass_walk`.
+        dimension_numbers, square, precision: as in `grass_walk`.
 
     Raises:
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
@@ -134,6 +142,7 @@ def grass_jump(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.projection import project, project_back
 from lowrank_optax.published import Mask
@@ -24,6 +29,7 @@ def grass_sparse(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Grass: Adam on r sampled rows of the gradient.
@@ -44,7 +50,7 @@ def grass_sparse(
     Args:
       key: a seed or a typed key for the samples.
       learning_rate, rank, refresh_every, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -62,6 +68,7 @@ def grass_sparse(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

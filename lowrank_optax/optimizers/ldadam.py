@@ -4,7 +4,12 @@ import jax
 import optax
 
 from lowrank_optax.feedback import error_feedback
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.momentum_bases import power_iterate
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
@@ -26,6 +31,7 @@ def ldadam(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "output",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LDAdam: a basis that moves every step, moments that follow, error feedback.
@@ -34,9 +40,9 @@ def ldadam(
     turn with it, and what the projection and the turn lost is added to the next
     gradient (Robert et al. 2025, "LDAdam"; equations in `power_iterate`,
     `rotate_moments`, `error_feedback`). This is what the released code computes step
-    for step; of a square matrix it projects the output side, as that does. State of a
-    matrix: mr + 2nr numbers, and mn for the error; about seven products and one QR a
-    step.
+    for step; of a square matrix it projects the output side, as that does, unless
+    `square` says otherwise. State of a matrix: mr + 2nr numbers, and mn for the error;
+    about seven products and one QR a step.
 
     When to choose it: for the lowest loss where time and memory allow; small ranks.
     When not: to save memory, with feedback (its error is as large as the gradient;
@@ -48,7 +54,7 @@ def ldadam(
       feedback: whether the error is fed back.
       scale: on the matrices' step; 1 in the source.
       learning_rate, rank, b1, b2, eps, weight_decay, mask, dimension_numbers,
-        precision: as in `galore`.
+        square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -69,8 +75,8 @@ def ldadam(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
-        square="output",
     )

@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.projection import project, project_back
@@ -23,6 +28,7 @@ def msgd(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """MSGD-SARA: momentum SGD in a sampled subspace, with momentum re-projection.
@@ -42,7 +48,7 @@ def msgd(
       basis: another basis rule in place of `sara_sample(key)`.
       scale: on the matrices' step; 1 in the paper.
       learning_rate, rank, refresh_every, b1, weight_decay, mask, dimension_numbers,
-        precision: as in `galore`.
+        square, precision: as in `galore`.
 
     Raises:
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
@@ -61,6 +67,7 @@ def msgd(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.pca import online_pca
 from lowrank_optax.projection import project, project_back
@@ -26,6 +31,7 @@ def online_subspace_descent(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Online subspace descent: GaLore with a basis trained by online PCA.
@@ -46,7 +52,7 @@ def online_subspace_descent(
         by default `optax.adamw(1 / 200, weight_decay=0.01)` (see `online_pca`).
       penalty: lambda on ||P^T P - I||_F^2; 0 in the released code.
       learning_rate, rank, scale, b1, b2, eps, weight_decay, mask, dimension_numbers,
-        precision: as in `galore`.
+        square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -65,6 +71,7 @@ def online_subspace_descent(
         rank=rank,
         refresh_every=NEVER,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

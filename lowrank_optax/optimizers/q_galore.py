@@ -3,7 +3,12 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.projection import project, project_back
 from lowrank_optax.published import Mask
@@ -22,6 +27,7 @@ def q_galore(
     basis: optax.GradientTransformation | None = None,
     bits: int = 4,
     threshold: float | jax.Array = 0.4,
+    shards: int = 1,
     min_size: int = 4096,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
@@ -30,6 +36,7 @@ def q_galore(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore: 4-bit bases, 8-bit moments, fewer refreshes where a basis stands still.
@@ -48,10 +55,11 @@ def q_galore(
     Args:
       basis: a basis rule to store in few bits; `dominant_svd()` by default.
       bits: 4 or 8.
+      shards: as in `quantize_moments`.
       min_size: moments with fewer numbers stay as they are.
       threshold: the mean similarity from which on a leaf's interval doubles.
       learning_rate, rank, refresh_every, scale, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: bits other than 4 and 8; and as `low_rank` does.
@@ -65,13 +73,14 @@ def q_galore(
     rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)
     adam = optax.scale_by_adam(b1, b2, eps)
-    step = in_subspace(quantize_moments(adam, min_size=min_size))
+    step = in_subspace(quantize_moments(adam, shards=shards, min_size=min_size))
     return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,

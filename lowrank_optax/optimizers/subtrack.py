@@ -4,7 +4,12 @@ import jax
 import optax
 
 from lowrank_optax.grassmann import grassmann_track
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rank
+from lowrank_optax.layout import (
+    TRANSFORMER_MATRICES,
+    DimensionNumbers,
+    Rank,
+    Square,
+)
 from lowrank_optax.moments import rotate_moments
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.projection import project
@@ -26,6 +31,7 @@ def subtrack(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SubTrack++: a tracked subspace, rotated moments, the residual given back.
@@ -48,7 +54,7 @@ def subtrack(
     Args:
       step_size: eta of `grassmann_track`; None chooses the angle by a line search.
       learning_rate, rank, refresh_every, scale, limit, b1, b2, eps, weight_decay, mask,
-        dimension_numbers, precision: as in `galore`.
+        dimension_numbers, square, precision: as in `galore`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -67,6 +73,7 @@ def subtrack(
         rank=rank,
         refresh_every=refresh_every,
         dimension_numbers=dimension_numbers,
+        square=square,
         precision=precision,
         weight_decay=weight_decay,
         mask=mask,
