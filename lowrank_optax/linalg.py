@@ -133,8 +133,9 @@ def triangular_inverse(lower: jax.Array) -> jax.Array:
 def qr_by_panels(x: jax.Array) -> jax.Array:
     """An orthonormal basis of the columns' span, (m, r), of any matrix with r <= m.
 
-    Gram-Schmidt for panels of columns, twice, with a Householder QR in each. Rounding
-    of x's own size in x gives what it lacks of rank, as Householder's reflections do.
+    Gram-Schmidt for panels of columns, each with a Householder QR, three times over:
+    what is left of a panel after the first may be rounding alone. A noise of the size
+    of rounding gives x what it lacks of rank.
     """
     m, r = x.shape
     panels = -(-r // PANEL)

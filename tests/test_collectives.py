@@ -11,8 +11,8 @@ from train.collectives import bytes_of, group_size, traffic_of
 from train.topology import chips_of
 
 # As a compiler for TPUs writes them, much shortened: one all-gather in three pieces
-# within a loop of six turns, a reduce-scatter as a fusion, one that is started and done,
-# a conditional, and a loop that goes on until the data say so.
+# within a loop of six turns, a reduce-scatter as a fusion, a permute in two halves, a
+# conditional, and a loop that goes on until the data say so.
 PROGRAM = """HloModule step, is_scheduled=true
 
 %piece.1 (p: bf16[8,64]) -> bf16[32,64] {

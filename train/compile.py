@@ -43,7 +43,9 @@ step and of a refresh, of each optimizer in turn. No array is made, and nothing 
 Examples:
   python -m train.compile --topology v5e:2x2 --size 60m --batch-size 16 --seq-len 256
   python -m train.compile --topology v5e:4x4 --size 1b --batch-size 64 --seq-len 512 \\
-    --optimizers adamw galore+sara grass_jump --out runs/v5e.jsonl
+    --fsdp 16 --optimizers adamw galore+sara grass_jump --out runs/v5e.jsonl
+  python -m train.compile --topology v5e:16x16 --size 7b --batch-size 256 \\
+    --seq-len 2048 --fsdp 256 --optimizers adamw grass_jump
 
 A topology is a generation and its chips: v5e:2x2, v5e:16x16, v5p:2x2x1, v5p:4x8x8,
 v6e:16x16. An optimizer is NAME or NAME+BASIS. All other flags are those of "python -m
@@ -241,8 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(compile_step(case, refresh, available))
             print(json.dumps(rounded(rows[-1])), flush=True)
             if config.rows is not None:
-                done = {"topology": config.topology, "config": case.config}
-                append(config.rows, rows[-1:], done)
+                full = dataclasses.asdict(case.config)
+                settings = {"topology": config.topology, "config": full}
+                append(config.rows, rows[-1:], settings)
     except KeyboardInterrupt:
         print("stopped: the rows above are all that was compiled", file=sys.stderr)
         sys.exit(130)
