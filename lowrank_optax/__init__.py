@@ -18,6 +18,7 @@ from lowrank_optax.adam_mini import (
 )
 from lowrank_optax.basis import basis_rule
 from lowrank_optax.bracket import LowRankState, low_rank
+from lowrank_optax.data_parallel import average_gradients
 from lowrank_optax.dct import dct_columns
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
@@ -120,6 +121,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "apply_updates",
+    "average_gradients",
     "basis_rule",
     "cast_basis",
     "check_heads",

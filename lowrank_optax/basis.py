@@ -27,8 +27,9 @@ from lowrank_optax.frame import (
 )
 from lowrank_optax.keys import canonical_key, check_key, split
 from lowrank_optax.linalg import Decomposition, transpose
+from lowrank_optax.parallel import replicated
 from lowrank_optax.rule import BasisRule, BasisState, Choose, Rule
-from lowrank_optax.together import chosen_in_batches, flat_batch, in_one_call
+from lowrank_optax.together import choose, chosen_in_batches, in_one_call, select
 
 
 def basis_rule(
@@ -56,7 +57,8 @@ def basis_rule(
       choose: from a Frame of L matrices (gradient G_t (L, m, n), basis S_{t-1}
         (L, m, r), momentum (L, r, n) or None; L = 1 for a single matrix), L keys
         (None without `key`) and the `Clock` to S_t (L, m, r), orthonormal also for a
-        zero or a rank-deficient gradient. `linalg.per_matrix` or `jax.vmap` make it
+        zero or a rank-deficient gradient. It treats each matrix by itself: on a mesh it
+        is asked with some of a leaf's, or of several leaves of one shape. `linalg.per_matrix` or `jax.vmap` make it
         from a function of one matrix.
       key: a seed or a typed key.
       orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
@@ -146,7 +148,8 @@ def follow(rule: Rule) -> BasisRule:
             def anew(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
                 return choose_anew(rule, frame, begun, kept, sub, now, due)
 
-            asked = chosen_in_batches(rule, frames, sub, now)
+            kept = each_kept(rule, jax.tree.structure(frames), state.basis)
+            asked = chosen_in_batches(rule, frames, kept, state.begun, sub, now)
             chosen = on_subspaces(rule, anew, asked, state)
             kept = sub if rule.storage.shared else chosen.kept
             return BasisState(key, kept, chosen.begun), chosen
@@ -220,8 +223,8 @@ def with_bases(
         frame
         if not is_frame(frame) or frame.whole
         else frame.replace(
-            previous=rule.storage.unpack(frame, before),
-            basis=rule.storage.unpack(frame, after),
+            previous=replicated(rule.storage.unpack(frame, before)),
+            basis=replicated(rule.storage.unpack(frame, after)),
             turn=turn,
             moved=moved,
             orthonormal=rule.orthonormal,
@@ -275,48 +278,14 @@ def choose_anew(
     old = unpack(frame, kept)
     s = frame.chosen
     if s is None:
-        s = choose_flat(rule, frame, old, begun, key, now)
+        s = choose(rule, frame, kept, begun, key, now)
     new = pack(frame, s, key)
     if not shared:
         # A rule may keep its basis at a refresh; to round it again would move it.
         stays = ~moved | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
         new = jax.tree.map(lambda x, y: select(stays, x, y), kept, new)
-    turn = turn_between(unpack(frame, new), old, frame.gradient.dtype)
-    return Chosen(now_begun, select(moved, turn, frame.still()), moved, new)
-
-
-def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """x for the matrices for which `which` (*batch,) holds, y for the others."""
-    return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, y)
-
-
-def choose_flat(
-    rule: Rule,
-    frame: Frame,
-    old: jax.Array,
-    begun: jax.Array,
-    key: jax.Array | None,
-    now: Clock,
-) -> jax.Array:
-    """What the rule chooses, asked with one batch axis: (*batch, m, r)."""
-    flat = partial(flat_batch, frame)
-    seen = frame.replace(
-        gradient=flat(frame.gradient),
-        momentum=None if frame.momentum is None else flat(frame.momentum),
-        basis=flat(old),
+    # Whole, as everything that uses S: the same bits on every sharding.
+    turn = turn_between(
+        replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype
     )
-    keys = None if key is None else frame.keys(key)
-
-    def choose() -> jax.Array:
-        return rule.choose(seen, keys, now)
-
-    def leading() -> jax.Array:
-        return linalg.leading(seen.gradient, frame.rank, rule.decomposition)
-
-    if isinstance(rule.svd_until, int) and rule.svd_until == 0:
-        return choose().reshape(old.shape)
-    # Layers of one kernel may begin at different steps; where they do, both are asked.
-    early = ~begun.reshape(-1) | (now.step < rule.svd_until)
-    first = jax.lax.cond(jnp.any(early), leading, lambda: flat(old))
-    later = jax.lax.cond(jnp.all(early), lambda: flat(old), choose)
-    return select(early, first, later).reshape(old.shape)
+    return Chosen(now_begun, select(moved, turn, frame.still()), moved, new)

@@ -79,8 +79,13 @@ def has_explicit_axes() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def auto_update(update: Callable[..., Any]) -> Callable[..., Any]:
-    """A transformation's `update`, `on_auto_axes`."""
+def auto_update(
+    update: Callable[..., Any], *, of_params: bool = False
+) -> Callable[..., Any]:
+    """A transformation's `update`, `on_auto_axes`.
+
+    `of_params` says whether what comes back is like the parameters.
+    """
 
     def on_any_mesh(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -97,7 +102,7 @@ def auto_update(update: Callable[..., Any]) -> Callable[..., Any]:
         return on_auto_axes(
             lambda u, s, p, arrays: update(u, s, p, **static, **arrays),
             *(updates, state, params, arrays),
-            like=(params if static.get("projected") else updates, state),
+            like=(params if of_params or static.get("projected") else updates, state),
         )
 
     return on_any_mesh

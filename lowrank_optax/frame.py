@@ -262,9 +262,10 @@ class ProjectedAway:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ValueError(
-            f"{self.path}: a stage needs the gradient itself, and of micro-batches "
-            "that are summed in the subspace S^T G alone is there; take a method that "
-            "gives no residual back, such as galore(), or sum whole gradients"
+            f"{self.path}: a stage needs the gradient itself, and where gradients (of "
+            "micro-batches, or devices) are summed in the subspace S^T G alone is "
+            "there; take a method that gives no residual back, such as galore(), or "
+            "sum whole gradients"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse

@@ -1,12 +1,13 @@
 """Where: given bases, to compare optimizers on one trajectory of subspaces."""
 
+import dataclasses
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import basis_rule
+from lowrank_optax.basis import basis_rule, follow
 from lowrank_optax.frame import Clock, Frame, frames_of, stage
 from lowrank_optax.layout import path_of
 from lowrank_optax.rule import BasisRule, BasisState
@@ -53,7 +54,8 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
         s = jnp.asarray(by_path[frame.path], frame.gradient.dtype)
         return jnp.take(s, clock.cycle, 0, mode="clip").reshape(frame.basis_shape)
 
-    rule = basis_rule(choose, orthonormal=orthonormal, from_gradient=False)
+    plain = basis_rule(choose, orthonormal=orthonormal, from_gradient=False)
+    rule = follow(dataclasses.replace(plain.rule, by_path=True))
 
     def init(params: optax.Params) -> BasisState:
         for frame in frames_of(params):

@@ -10,7 +10,9 @@ import optax
 
 from lowrank_optax.backward import Load, in_backward, read, write
 from lowrank_optax.bracket import LowRankState
+from lowrank_optax.cut import auto_update
 from lowrank_optax.frame import frames_of, stage
+from lowrank_optax.parallel import over_devices, spreads
 
 Apply = Callable[..., Any]
 
@@ -81,7 +83,7 @@ def per_layer(
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases), block)
 
-    return stage(init, update)
+    return stage(init, auto_update(update))
 
 
 def _in_blocks(
@@ -164,19 +166,27 @@ def update_layers(
       0.5
     """
 
-    if not bases:
-        bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+    def update(
+        gradient: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        operands, bases = extra_args.pop("operands"), extra_args.pop("bases")
+        if not bases:
+            bases = _chosen_together(tx, gradient, state, params, extra_args, load)
 
-    def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
-        g, chosen = other
-        step = _step(tx, load, apply_updates, _with(extra_args, chosen))
-        return step(i, g, *carry, *operands)
+        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+            g, chosen = other
+            step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+            return step(i, g, *carry, *operands)
 
-    count = count_of(params)
-    block = _even(count if block is None else block, count)
-    if extra_args.get("refresh") is not False:
-        block = 1
-    return _in_blocks(one, (params, state), (gradient, dict(bases)), block)
+        count = count_of(params)
+        size = _even(count if block is None else block, count)
+        if extra_args.get("refresh") is not False:
+            size = 1
+        return _in_blocks(one, (params, state), (gradient, dict(bases)), size)
+
+    extra_args |= {"operands": operands, "bases": bases or {}}
+    on_any_mesh = auto_update(update, of_params=True)
+    return on_any_mesh(gradient, state, params, **extra_args)
 
 
 def _chosen_together(
@@ -187,19 +197,31 @@ def _chosen_together(
     extra_args: dict[str, Any],
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
-    """At a refresh, by path: bases best chosen in one call for all layers."""
+    """At a refresh, by path: bases best chosen in one call for all layers.
+
+    On a mesh those are all, and each device chooses those of some layers.
+    """
     if extra_args.get("refresh") is not True:
         return {}
     inner = optax.with_extra_args_support(tx)
+    spread = spreads()
 
     def of_one(i: jax.Array, g: Any, s: Any, stored: Any) -> dict[str, Any]:
         seen: list[Any] = []
         inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
-        return {f.path: f.basis for f in frames_of(seen) if f.together}
+        return {
+            f.path: f.basis
+            for f in frames_of(seen)
+            if f.together or (spread and f.moved is not None)
+        }
 
     # Nothing but those bases is computed under jit.
-    index = jnp.arange(count_of(gradient))
-    return jax.vmap(of_one)(index, gradient, state, params)
+    layers = jnp.arange(count_of(gradient)), gradient, state, params
+    if not spread:
+        return jax.vmap(of_one)(*layers)
+    return over_devices(
+        lambda layers, _: jax.lax.map(lambda layer: of_one(*layer), layers), layers
+    )
 
 
 def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:

@@ -248,9 +248,8 @@ def rank_of(rank: Rank, path: str, layout: Layout) -> int | None:
 
 def side_of(square: Square, path: str) -> Side:
     """The side of a square matrix that is projected."""
-    if square == "input" or square == "output":
-        return square
-    return match(square, path, "square")
+    rules = [("", square)] if isinstance(square, str) else square
+    return match(rules, path, "square")
 
 
 def check_square(square: object) -> None:

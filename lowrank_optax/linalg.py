@@ -300,18 +300,3 @@ def fix_signs(u: jax.Array) -> jax.Array:
         u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2
     )
     return u * jnp.where(largest < 0, -1, 1).astype(u.dtype)
-
-
-def replicated(x: jax.Array) -> jax.Array:
-    """`x`, whole on every device of the mesh in context, so that sums over it round
-    the same way whatever its sharding; unchanged outside a mesh context.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = set(mesh.axis_types) if not mesh.empty else set()
-    if types == {jax.sharding.AxisType.Auto}:
-        # Fenced, or the compiler would keep what `x` is made of whole as well, and with
-        # it the moments and the update of every step.
-        return jax.lax.with_sharding_constraint(fence(x), jax.sharding.PartitionSpec())
-    if types == {jax.sharding.AxisType.Explicit}:
-        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-    return x

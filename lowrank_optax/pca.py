@@ -18,6 +18,7 @@ from lowrank_optax.frame import (
     timed_stage,
 )
 from lowrank_optax.linalg import Decomposition
+from lowrank_optax.parallel import over_devices, replicated
 from lowrank_optax.rule import eye_basis
 
 
@@ -145,8 +146,9 @@ def _started(
     """P_0 at the start, and P after it."""
 
     def leading() -> jax.Array:
-        g = linalg.replicated(frame.gradient)
-        return linalg.leading(g, frame.rank, decomposition)
+        g = frame.gradient.reshape(-1, *frame.gradient.shape[-2:])
+        s = over_devices(lambda g, _: linalg.leading(g, frame.rank, decomposition), g)
+        return replicated(s).reshape(frame.basis_shape)
 
     return branch(start, leading, lambda: p)
 

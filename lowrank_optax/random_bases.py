@@ -21,7 +21,7 @@ def random_basis(frame: Frame, keys: jax.Array) -> jax.Array:
 def gaussian_matrix(frame: Frame, keys: jax.Array) -> jax.Array:
     """X (L, m, r), its entries standard normal."""
     x = linalg.normal(keys, frame.basis_shape[-2:], frame.gradient.dtype)
-    return fence(linalg.replicated(x))
+    return fence(x)
 
 
 def grassmann_jump(

@@ -63,6 +63,7 @@ class Rule:
       once: whether a basis is for good.
       together: whether small matrices are best asked for in one batch (`in_one_call`):
         `choose` has no conditional, and looks at nothing but gradients and keys.
+      by_path: whether `choose` goes by a leaf's path, and must see all of its matrices.
     """
 
     choose: Choose
@@ -75,6 +76,7 @@ class Rule:
     storage: Storage = AS_IT_IS
     once: bool = False
     together: bool = False
+    by_path: bool = False
 
     def first(self, frame: Frame) -> jax.Array:
         if self.coordinates:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.basis import select
 from lowrank_optax.cut import low_zeros
 from lowrank_optax.frame import (
     BASIS_RULE,
@@ -18,6 +17,7 @@ from lowrank_optax.frame import (
     map_frames,
     stage,
 )
+from lowrank_optax.together import select
 
 
 def per_matrix(

@@ -1,6 +1,7 @@
-"""Where: the bases of many small matrices, chosen in one call."""
+"""Where: bases of many matrices, chosen in one call, or each device some of them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,46 +9,133 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.frame import Clock, Frame, frames_of, map_frames
-from lowrank_optax.linalg import replicated
+from lowrank_optax.frame import Clock, Frame, is_frame
+from lowrank_optax.parallel import over_devices, replicated, spreads
 from lowrank_optax.rule import Rule
 
 
-def flat_batch(frame: Frame, x: jax.Array) -> jax.Array:
-    """x (*batch, ...) with one batch axis, whole on every device."""
-    # The same bits on every sharding: factorise whole matrices.
-    return replicated(x).reshape(math.prod(frame.batch), *x.shape[len(frame.batch) :])
-
-
 def in_one_call(rule: Rule, frame: Frame) -> bool:
+    """Whether its matrices are better asked for together with those of other leaves."""
+    if spreads():
+        return not rule.by_path
     return rule.together and frame.basis_shape[-2] <= linalg.TOGETHER
 
 
 def chosen_in_batches(
-    rule: Rule, frames: optax.Updates, key: jax.Array | None, now: Clock
+    rule: Rule,
+    frames: optax.Updates,
+    kept: Sequence[Any],
+    begun: optax.Params,
+    key: jax.Array | None,
+    now: Clock,
 ) -> optax.Updates:
     """The Frames, those `in_one_call` with what the rule chooses, asked once for all
     that have one shape.
+
+    Args:
+      rule: the rule.
+      frames: a tree of Frames and other leaves.
+      kept: what is kept of each leaf's basis, in a list.
+      begun: as in `BasisState`.
+      key: of the refresh.
+      now: the time.
     """
-    groups: dict[Any, list[Frame]] = {}
-    for frame in frames_of(frames):
-        if in_one_call(rule, frame) and not frame.whole and frame.chosen is None:
+    leaves, structure = jax.tree.flatten(frames)
+    groups: dict[Any, list[int]] = {}
+    for i, frame in enumerate(leaves):
+        if not is_frame(frame) or frame.whole or frame.chosen is not None:
+            continue
+        if in_one_call(rule, frame):
             m, n = frame.gradient.shape[-2:]
-            group = m, n, frame.rank, frame.gradient.dtype
-            groups.setdefault(group, []).append(frame)
+            group = m, n, frame.rank, frame.gradient.dtype, frame.momentum is None
+            groups.setdefault(group, []).append(i)
+    begins = structure.flatten_up_to(begun)
+    for group in groups.values():
+        rows = [flat(rule, leaves[i], kept[i], begins[i], key) for i in group]
+        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
+        ends = [
+            sum(len(row["begun"]) for row in rows[: i + 1]) for i in range(len(rows))
+        ]
+        parts = jnp.split(ask(rule, leaves[group[0]], joined, now), ends[:-1])
+        for i, s in zip(group, parts, strict=True):
+            s = s.reshape(leaves[i].batch + s.shape[1:])
+            leaves[i] = leaves[i].replace(chosen=s)
+    return structure.unflatten(leaves)
 
-    def ask(group: list[Frame]) -> list[jax.Array]:
-        flat = [flat_batch(frame, frame.gradient) for frame in group]
-        keys = None
-        if key is not None:
-            keys = jnp.concatenate([frame.keys(key) for frame in group])
-        all_of_it = group[0].replace(gradient=jnp.concatenate(flat))
-        ends = [sum(map(len, flat[: i + 1])) for i in range(len(flat) - 1)]
-        return jnp.split(rule.choose(all_of_it, keys, now), ends)
 
-    chosen = {
-        frame.path: s.reshape(frame.basis_shape)
-        for group in groups.values()
-        for frame, s in zip(group, ask(group), strict=True)
+def choose(
+    rule: Rule,
+    frame: Frame,
+    kept: Any,
+    begun: jax.Array,
+    key: jax.Array | None,
+    now: Clock,
+) -> jax.Array:
+    """What the rule chooses for one leaf: (*batch, m, r)."""
+    s = ask(rule, frame, flat(rule, frame, kept, begun, key), now)
+    return s.reshape(frame.batch + s.shape[1:])
+
+
+def flat(
+    rule: Rule, frame: Frame, kept: Any, begun: jax.Array, key: jax.Array | None
+) -> dict[str, jax.Array]:
+    """What a rule looks at, of each matrix of a leaf, with one batch axis."""
+    count = math.prod(frame.batch)
+    each = {
+        "gradient": frame.gradient,
+        "momentum": frame.momentum,
+        "basis": rule.storage.unpack(frame, kept),
+        "begun": begun,
     }
-    return map_frames(lambda f: f.replace(chosen=chosen.get(f.path, f.chosen)), frames)
+    each = {
+        name: x.reshape(count, *x.shape[len(frame.batch) :])
+        for name, x in each.items()
+        if x is not None
+    }
+    return each if key is None else each | {"keys": frame.keys(key)}
+
+
+def ask(rule: Rule, frame: Frame, each: dict[str, jax.Array], now: Clock) -> jax.Array:
+    """What the rule chooses for matrices like those of a Frame: (L, m, r)."""
+
+    def some(each: dict[str, jax.Array], now: Clock) -> jax.Array:
+        seen = frame.replace(
+            gradient=each["gradient"],
+            momentum=each.get("momentum"),
+            basis=each["basis"],
+        )
+        return _ask(rule, seen, each["begun"], each.get("keys"), now)
+
+    if rule.by_path:
+        return some(jax.tree.map(replicated, each), now)
+    # A refresh that the caller asked for is a Python bool.
+    static = {"refresh": now.refresh} if isinstance(now.refresh, bool) else {}
+    return over_devices(
+        lambda each, arrays: some(each, now._replace(**arrays, **static)),
+        each,
+        {k: x for k, x in now._asdict().items() if k not in static},
+    )
+
+
+def _ask(
+    rule: Rule, seen: Frame, begun: jax.Array, keys: jax.Array | None, now: Clock
+) -> jax.Array:
+    if isinstance(rule.svd_until, int) and rule.svd_until == 0:
+        return rule.choose(seen, keys, now)
+    old = seen.need("basis", "a basis rule")
+    # Layers of one kernel may begin at different steps; where they do, both are asked.
+    early = ~begun | (now.step < rule.svd_until)
+    first = jax.lax.cond(
+        jnp.any(early),
+        lambda: linalg.leading(seen.gradient, seen.rank, rule.decomposition),
+        lambda: old,
+    )
+    later = jax.lax.cond(
+        jnp.all(early), lambda: old, lambda: rule.choose(seen, keys, now)
+    )
+    return select(early, first, later)
+
+
+def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x for the matrices for which `which` (*batch,) holds, y for the others."""
+    return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, y)

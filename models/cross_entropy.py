@@ -1,18 +1,41 @@
 """Cross-entropy of a language model's head whose logits are never all there.
 
 Array names end in their axes: B batch, T tokens, S tokens of a block, D hidden,
-V vocabulary.
+V vocabulary, G groups of the batch's rows.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Spread(NamedTuple):
+    """How the work is spread over the mesh that is set.
+
+    Attributes:
+      groups: into how many groups of rows a batch is cut.
+      rows: the mesh axes that cut it; None for no mesh.
+      kernel: how the kernel is cut, and its gradient.
+      used: how it is while it is used, its rows whole.
+    """
+
+    groups: int = 1
+    rows: tuple[str, ...] | None = None
+    kernel: P = P()
+    used: P = P()
+
+    def put(self, x: jax.Array, spec: P) -> jax.Array:
+        return x if self.rows is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+ALONE = Spread()
 
 
 def head_cross_entropy(
@@ -23,6 +46,7 @@ def head_cross_entropy(
     *,
     compute_dtype: DTypeLike,
     block_tokens: int,
+    spread: Spread = ALONE,
 ) -> jax.Array:
     """Weighted sum of the next-token cross-entropy, in nats, in blocks of tokens.
 
@@ -36,7 +60,9 @@ def head_cross_entropy(
     (Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
 
     A block is some positions of every row, so a batch whose rows are spread over
-    devices stays so. As long as all tokens fit one block, there is no loop.
+    devices stays so. As long as all tokens fit one block, there is no loop. Each group
+    of rows has a sum of its own of the kernel's gradient, so that devices exchange it
+    once, and not for every block.
 
     Args:
       x_BTD: float (B, T, D), what the head reads.
@@ -47,6 +73,7 @@ def head_cross_entropy(
       compute_dtype: dtype of the product's inputs.
       block_tokens: about how many of the B * T tokens have their logits at a time;
         a block has one position at least.
+      spread: over which devices; its groups divide B.
 
     Returns:
       () float32. The gradients have the dtypes of x, kernel and weights; a weight's is
@@ -85,6 +112,7 @@ def head_cross_entropy(
     return _loss(
         jnp.dtype(compute_dtype),
         -(-T // blocks),
+        spread,
         x_BTD,
         kernel_DV,
         targets_BT,
@@ -128,16 +156,23 @@ def _block_losses(
     return (normalizer_BS1 - target_BS1)[..., 0], normalizer_BS1, logits_BSV
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow(kernel_DV: jax.Array, dtype: jnp.dtype, spread: Spread) -> jax.Array:
+    """The kernel as the product takes it: rounded first, then it travels."""
+    kernel_DV = spread.put(kernel_DV, spread.kernel).astype(dtype)
+    return spread.put(kernel_DV, spread.used)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(
     dtype: jnp.dtype,
     S: int,
+    spread: Spread,
     x_BTD: jax.Array,
     kernel_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> jax.Array:
-    kernel_DV = kernel_DV.astype(dtype)
+    kernel_DV = _narrow(kernel_DV, dtype, spread)
 
     def step(losses_BT: jax.Array, cut: Any, put: Any, _: Any) -> jax.Array:
         losses_BS, _, _ = _block_losses(
@@ -152,20 +187,22 @@ def _loss(
 def _forward(
     dtype: jnp.dtype,
     S: int,
+    spread: Spread,
     x_BTD: jax.Array,
     kernel_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     id_V = jnp.arange(kernel_DV.shape[1])
-    narrow_DV = kernel_DV.astype(dtype)
+    narrow_DV = _narrow(kernel_DV, dtype, spread)
+    of_groups = P(spread.rows, *spread.used)
     # The logits' gradient is rounded before its two products, which then run at the
     # speed of 16 bits; JAX's own rule rounds the products instead, by as much. But
     # float16 has no exponents for small probabilities: it gets float32.
     slope_dtype = jnp.promote_types(dtype, jnp.bfloat16)
 
     def step(carry: Any, cut: Any, put: Any, fresh_S: jax.Array) -> Any:
-        losses_BT, dx_BTD, dkernel_DV = carry
+        losses_BT, dx_BTD, dkernel_GDV = carry
         x_BSD, targets_BS = cut(x_BTD).astype(dtype), cut(targets_BT)
         losses_BS, normalizer_BS1, logits_BSV = _block_losses(
             x_BSD, narrow_DV, targets_BS
@@ -177,24 +214,34 @@ def _forward(
         weights_BS1 = jnp.where(fresh_S, cut(weights_BT), 0)[..., None]
         slope_BSV = (weights_BS1 * slope_BSV).astype(slope_dtype)
         dx_BSD = _einsum("bsv,dv->bsd", slope_BSV, narrow_DV).astype(dx_BTD.dtype)
+        x, slope = (
+            y.reshape(spread.groups, -1, *y.shape[1:]) for y in (x_BSD, slope_BSV)
+        )
+        dkernel_GDV += _einsum("gbsd,gbsv->gdv", x, slope)
         return (
             put(losses_BT, losses_BS),
             put(dx_BTD, dx_BSD),
-            dkernel_DV + _einsum("bsd,bsv->dv", x_BSD, slope_BSV),
+            spread.put(dkernel_GDV, of_groups),
         )
 
+    zeros_GDV = jnp.zeros((spread.groups, *kernel_DV.shape), jnp.float32)
     zeros = (
         jnp.zeros_like(weights_BT),
         jnp.zeros_like(x_BTD),
-        jnp.zeros_like(kernel_DV, jnp.float32),
+        spread.put(zeros_GDV, of_groups),
     )
-    losses_BT, dx_BTD, dkernel_DV = _fold(x_BTD.shape[1], S, step, zeros)
+    losses_BT, dx_BTD, dkernel_GDV = _fold(x_BTD.shape[1], S, step, zeros)
+    dkernel_DV = spread.put(jnp.sum(dkernel_GDV, axis=0), spread.kernel)
     gradients = dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT
     return jnp.sum(losses_BT * weights_BT), gradients
 
 
 def _backward(
-    dtype: jnp.dtype, S: int, gradients: tuple[jax.Array, ...], g: jax.Array
+    dtype: jnp.dtype,
+    S: int,
+    spread: Spread,
+    gradients: tuple[jax.Array, ...],
+    g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     # In float32: g rounded to a gradient's 16 bits would skew all of it.
     dx_BTD, dkernel_DV, dweights_BT = ((g * x).astype(x.dtype) for x in gradients)

@@ -46,6 +46,7 @@ NAMES = [
     "apollo",
     "apollo_mini",
     "apply_updates",
+    "average_gradients",
     "basis_rule",
     "cast_basis",
     "check_heads",

@@ -124,6 +124,9 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         given = None if config.init_from is None else partial(weights_for, config)
         make, like = initial(work, mesh, given)
         kinds, name = kinds_of_steps(work.optimizer), title(config.optimizer)
+        weights = jax.eval_shape(partial(dense, work), like.params)
+        for remark in work.shards.remarks(mesh, weights):
+            say(f"{name}: {remark}")
         say(
             f"{name}: compiling the training step of LLaMA-{config.model.size}, "
             f"{config.batch_size} x {config.seq_len} tokens ..."

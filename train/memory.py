@@ -36,7 +36,9 @@ def step_memory(
 ) -> StepMemory:
     """That of a step which takes a state of the shapes in `like`, and consumes it."""
     weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
-    parts = parted(jax.eval_shape(partial(dense, work), like.params))
+    gradient = jax.eval_shape(partial(dense, work), like.params)
+    cuts = work.shards.shardings(like.step.sharding.mesh, gradient)
+    parts = parted(jax.tree.map(lambda x, cut: x.update(sharding=cut), gradient, cuts))
     at_once = work.model.num_layers if work.layerwise else 1
     gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)
     memory = None if compiled is None else compiled.memory_analysis()
@@ -56,7 +58,7 @@ def describe(memory: dict[bool, StepMemory], adamw: StepMemory | None) -> str:
     rows = {("a refresh" if kind else "ordinary"): x for kind, x in memory.items()}
     if adamw is not None:
         rows["adamw, ordinary"] = adamw
-    lines = ["step, MiB       " + "".join(f"{x:>13}" for x in StepMemory._fields)]
+    lines = ["MiB on a device " + "".join(f"{x:>13}" for x in StepMemory._fields)]
     for kind, numbers in rows.items():
         cells = ("-" if x is None else f"{x / MIB:,.1f}" for x in numbers)
         lines.append(f"{kind:<16}" + "".join(f"{x:>13}" for x in cells))
@@ -66,8 +68,12 @@ def describe(memory: dict[bool, StepMemory], adamw: StepMemory | None) -> str:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Of all arrays, on every device that has a copy once."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Of what one device has of all arrays; their types say how they are cut."""
+
+    def size(x: Any) -> int:
+        return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def device_peak() -> int | None:

@@ -32,7 +32,8 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
     `train_s` is the time of all steps, without compilation, evaluation and saving;
     `ms_per_step` and `tokens_per_s` leave out the first step too, which also loads
-    the program. Bytes are those of one device.
+    the program. The bytes of a state are those of all devices together, the others
+    those of one.
     """
     records = read_metrics(resolved(config, "out"))
     if not records or records[-1]["step"] != config.steps:

@@ -16,7 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from lowrank_optax.cut import devices_of, names_of
 from lowrank_optax.layout import Square, path_of, side_of
+from models.cross_entropy import Spread
 from train.mesh import ROWS
 
 IN, OUT = -2, -1
@@ -44,8 +46,8 @@ class Kept(NamedTuple):
 
 def place(
     path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
-) -> Kept:
-    """Where a weight is on a mesh of these sizes.
+) -> Kept | None:
+    """Where a weight is on a mesh of these sizes; None for one that is never cut.
 
     The axis "fsdp" cuts the side that a subspace is not of, the larger one or, of a
     square matrix, the one that is not projected: so an ordinary step of the optimizer
@@ -56,7 +58,7 @@ def place(
     if re.search(EMBEDDING, path):
         orders = {"fsdp": (OUT, IN), "tensor": (OUT, IN)}
     elif axis is None:
-        return Kept()
+        return None  # a norm's scale
     else:
         wide = shape[IN] < shape[OUT]
         if shape[IN] == shape[OUT]:
@@ -103,8 +105,10 @@ class Shards:
         """Of the weights as they are kept, or dense: a tree like them."""
 
         def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
-            cut = place(path_of(keys), w.shape, mesh.shape, self.square).cut
-            return jax.tree.map(lambda x: NamedSharding(mesh, _fitted(cut, x, mesh)), w)
+            kept = place(path_of(keys), w.shape, mesh.shape, self.square) or Kept()
+            return jax.tree.map(
+                lambda x: NamedSharding(mesh, _fitted(kept.cut, x, mesh)), w
+            )
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
 
@@ -130,17 +134,38 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
+    def remarks(self, mesh: Mesh, weights: Any) -> list[str]:
+        """What the mesh does less of than it might, since sides do not divide."""
+        parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
+        for keys, w in jax.tree_util.tree_leaves_with_path(weights):
+            path = path_of(keys)
+            kept = place(path, w.shape, mesh.shape, self.square)
+            if kept is None:
+                continue
+            found = math.prod(devices_of(entry, mesh) for entry in kept.cut)
+            if found < parts:
+                fewer.append(f"{path} ({found})")
+            if mesh.shape["tensor"] > 1 and "tensor" not in str(kept.used):
+                together.append(path)
+        remarks = {
+            f"cut into fewer parts than {parts}": fewer,
+            "not parallel along tensor": together,
+        }
+        return [f"{what}: {', '.join(x)}" for what, x in remarks.items() if x]
+
+    def spread(self, kernel: jax.Array) -> Spread:
+        """How the output head's work is spread."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return Spread()
+        kept = place("head/kernel", kernel.shape, mesh.shape, self.square) or Kept()
+        return Spread(devices_of(ROWS, mesh), ROWS, *kept)
+
     def _kept(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> Kept | None:
         mesh = _cutting_mesh()
         if mesh is None:
             return None
         return place(path_of(keys), w.shape, mesh.shape, self.square)
-
-
-def shares() -> int:
-    """Into how many parts the rows of a batch are cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in ROWS if not mesh.empty)
 
 
 def cut_weights() -> bool:
@@ -164,11 +189,12 @@ def looked_up(
     mesh = _cutting_mesh()
     if mesh is None:
         return embed(tokens)
-    used = place("embed/embedding", embedding.shape, mesh.shape, "input").used
+    kept = place("embed/embedding", embedding.shape, mesh.shape, "input") or Kept()
+    names = names_of(kept.used[1])
     x = embed(_constrained(tokens, P("data")))
     # First those of tensor: both at once are no exchange that the compiler knows.
-    for entry in (used[1], "fsdp" if "fsdp" in (used[1] or ()) else None):
-        x = _constrained(x, P("data", None, entry))
+    for parts in (names, tuple(name for name in names if name == "fsdp")):
+        x = _constrained(x, P("data", None, parts))
     return rows(x)
 
 
@@ -206,13 +232,8 @@ def _cutting_mesh() -> Any:
 
 def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
     """The spec for what is kept of a weight: axes that it does not divide are whole."""
-
-    def parts(entry: Any) -> int:
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        return math.prod(mesh.shape[name] for name in names)
-
     entries = zip(spec, x.shape, strict=False)
-    return P(*(e if size % parts(e) == 0 else None for e, size in entries))
+    return P(*(e if size % devices_of(e, mesh) == 0 else None for e, size in entries))
 
 
 def _is_quantized(x: object) -> bool:

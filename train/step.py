@@ -18,7 +18,7 @@ from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
 from train.config import large_layers
 from train.optimizer import Optimizer, Parts, joined, parted
-from train.shards import Shards, cut_weights, looked_up, rows, shares
+from train.shards import Shards, cut_weights, looked_up, rows
 
 Batch = dict[str, jax.Array]
 LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -124,13 +124,15 @@ def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
 
 def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
     """Weighted sum of the cross-entropy, in nats, from what the head reads."""
-    kernel = work.shards.gather({"head": rest["head"]})["head"]["kernel"]
+    kernel = rest["head"]["kernel"]
+    spread = work.shards.spread(kernel)
     return head_cross_entropy(
         rows(x),
         kernel,
         *targets_of(batch),
         compute_dtype=work.model.compute_dtype,
-        block_tokens=LOGIT_TOKENS * shares(),
+        block_tokens=LOGIT_TOKENS * spread.groups,
+        spread=spread,
     )
 
 
