@@ -58,8 +58,8 @@ def basis_rule(
         (L, m, r), momentum (L, r, n) or None; L = 1 for a single matrix), L keys
         (None without `key`) and the `Clock` to S_t (L, m, r), orthonormal also for a
         zero or a rank-deficient gradient. It treats each matrix by itself: on a mesh it
-        is asked with some of a leaf's, or of several leaves of one shape. `linalg.per_matrix` or `jax.vmap` make it
-        from a function of one matrix.
+        is asked with some of a leaf's, or of several leaves of one shape.
+        `linalg.per_matrix` or `jax.vmap` make it from a function of one matrix.
       key: a seed or a typed key.
       orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
         refuse it.

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import LlamaConfig, bind, init_params
-from models.cross_entropy import head_cross_entropy
+from models.cross_entropy import ALONE, Spread, head_cross_entropy
 
 B, T, D, V = 3, 13, 16, 41
 # Float32 rounding (6e-8) of sums over D, V or B * T terms, relative to the whole.
@@ -32,16 +32,21 @@ def draw(B=B, T=T, D=D, V=V, seed=0):
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def loss(dtype, block_tokens, x, kernel, targets, weights):
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def loss(dtype, block_tokens, x, kernel, targets, weights, spread=ALONE):
     return head_cross_entropy(
-        x, kernel, targets, weights, compute_dtype=dtype, block_tokens=block_tokens
+        *(x, kernel, targets, weights),
+        compute_dtype=dtype,
+        block_tokens=block_tokens,
+        spread=spread,
     )
 
 
 @cache
-def loss_and_gradients(dtype, block_tokens):
-    f = partial(loss, dtype, block_tokens)
+def loss_and_gradients(dtype, block_tokens, spread=ALONE):
+    def f(*inputs):
+        return loss(dtype, block_tokens, *inputs, spread)
+
     return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 3)))
 
 
@@ -254,8 +259,12 @@ def test_rows_spread_over_devices_stay_there(length):
         jax.device_put(a, s)
         for a, s in zip(inputs, (rows, everywhere, rows, rows), strict=True)
     ]
-    for f in (loss_and_gradients("float32", 64), jax.jit(partial(loss, "float32", 64))):
-        compiled = f.lower(*placed).compile()
+    spread, whole = Spread(8, ("data",)), loss_and_gradients("float32", 64)
+    with_gradients = loss_and_gradients("float32", 64, spread)
+    without = jax.jit(lambda *inputs: loss("float32", 64, *inputs, spread))
+    for f in (with_gradients, without):
+        with jax.set_mesh(mesh):
+            compiled = f.lower(*placed).compile()
         # Sums over devices are all that travels: of the loss, and of the gradient of
         # the kernel, which every device has.
         text = str(compiled.as_text())
@@ -266,11 +275,16 @@ def test_rows_spread_over_devices_stay_there(length):
         for shapes, move in moves:
             assert move == "all-reduce"
             assert set(re.findall(r"\[(.*?)\]", shapes)) <= {"", f"{D},{V}"}
+        # Once, and not in the loop over blocks.
+        loops = [part for part in text.split("\n\n") if "ENTRY" not in part]
+        assert not any(" all-reduce(" in part and f"{D},{V}" in part for part in loops)
         assert f"f32[2,4,{V}]" in text
-        found, alone = compiled(*placed), f(*inputs)
+        alone = whole if f is with_gradients else jax.jit(partial(loss, "float32", 64))
+        found, alone = compiled(*placed), alone(*inputs)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
             assert error(a, b) < FLOAT32
-    _, (dx, dkernel, _) = loss_and_gradients("float32", 64)(*placed)
+    with jax.set_mesh(mesh):
+        _, (dx, dkernel, _) = with_gradients(*placed)
     assert dx.sharding.is_equivalent_to(rows, 3)
     assert dkernel.sharding.is_equivalent_to(everywhere, 2)
 
