@@ -3,10 +3,11 @@
 A compiler for TPUs rarely leaves a collective as one instruction: it hides an
 all-gather behind products, as a chain of fusions that hold a copy of it each, makes a
 reduce-scatter of an all-reduce in a fusion with a cut, and sums up many tensors in one.
-But whatever becomes of a collective, all pieces of it have its channel. So channels are
-counted, not instructions:
+But whatever becomes of a collective, all pieces of it have its channel and size. So
+these are counted, not instructions:
 
-  * once in a loop's body, or outside all loops, however many pieces it has there;
+  * once in a loop's body, or outside all loops, however many pieces it has there, in
+    smaller loops too (an all-gather may be hidden behind several);
   * as often as the loop runs, where its condition is "counter < constant": such a loop
     is taken to count from 0 by ones, as JAX's scans do. A loop whose length the data
     decide counts as one turn, and is named (`Traffic.unknown_loops`);
@@ -30,6 +31,9 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
+
+COMBINED = "1"
+"""The channel of whatever was made of several collectives, which has no pieces."""
 
 Computations = dict[str, dict[str, str]]
 """Of a program, by name: of each the instructions, by name."""
@@ -59,7 +63,7 @@ class Traffic(NamedTuple):
     """All that a program moves.
 
     Attributes:
-      moved: its collectives, by channel and loop.
+      moved: its collectives, by channel and size.
       unknown_loops: names of loops of unknown length that move something.
     """
 
@@ -98,11 +102,14 @@ def traffic_of(text: str) -> Traffic:
 
 def _of(program: Computations, name: str) -> Traffic:
     """That of one run of a computation."""
-    parts = [*_parts(program, name)]
-    return Traffic(
-        {key: moved for part in parts for key, moved in part.moved.items()},
-        frozenset().union(*(part.unknown_loops for part in parts)),
-    )
+    moved: dict[str, Moved] = {}
+    unknown: set[str] = set()
+    for part in _parts(program, name):
+        for key, one in part.moved.items():
+            # What has pieces in several places is one that goes on meanwhile.
+            moved[key] = one._replace(times=1) if key in moved else one
+        unknown |= part.unknown_loops
+    return Traffic(moved, frozenset(unknown))
 
 
 def _parts(program: Computations, name: str) -> Iterator[Traffic]:
@@ -110,9 +117,10 @@ def _parts(program: Computations, name: str) -> Iterator[Traffic]:
         operation = OPERATION.search(text)
         kind = operation[1].removesuffix("-start") if operation else ""
         if kind in KINDS:
-            channel = re.search(r"channel_id=(\d+)", text)
-            key = channel[1] if channel else own
-            yield Traffic({key: _moved(program, name, own)})
+            found = re.search(r"channel_id=(\d+)", text)
+            channel = own if found is None or found[1] == COMBINED else found[1]
+            moved = _moved(program, name, own)
+            yield Traffic({f"{channel} {moved.kind} {moved.sent:g}": moved})
         elif kind == "while":
             yield _loop(program, own, text)
         elif kind == "conditional":
@@ -157,8 +165,7 @@ def _loop(program: Computations, own: str, text: str) -> Traffic:
     body = _of(program, _named("body", text))
     turns = turns_of(program[_named("condition", text)])
     moved = {
-        f"{own}/{key}": x._replace(times=x.times * (turns or 1))
-        for key, x in body.moved.items()
+        key: x._replace(times=x.times * (turns or 1)) for key, x in body.moved.items()
     }
     unknown = {own} if moved and turns is None else set()
     return Traffic(moved, body.unknown_loops | unknown)
