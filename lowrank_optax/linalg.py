@@ -85,12 +85,77 @@ def orthonormalize(x: jax.Array) -> jax.Array:
         lower = jnp.linalg.cholesky(gram(x))
         return jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
 
-    q = cholesky_qr(cholesky_qr(x))
+    def by_inverse(_: int, x: jax.Array) -> jax.Array:
+        lower = jnp.linalg.cholesky(gram(x))
+        return matmul(x, transpose(triangular_inverse(lower)))
+
+    def householder(x: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(
+            x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
+        )
+
+    q = jax.lax.platform_dependent(
+        x,
+        tpu=lambda x: jax.lax.fori_loop(0, 2, by_inverse, x),
+        default=lambda x: cholesky_qr(cholesky_qr(x)),
+    )
     # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN fails the comparison too.
     accurate = orthonormality_error(q) < 50 * jnp.finfo(x.dtype).eps
-    return jax.lax.cond(
-        accurate, lambda: q, lambda: per_matrix(lambda a: jnp.linalg.qr(a)[0], x)
-    )
+    return jax.lax.cond(accurate, lambda: q, lambda: per_matrix(householder, x))
+
+
+# For TPUs XLA unrolls a triangular solve and a QR into code that grows with the square
+# of their size, and compiles it for minutes at rank 1024. So there they are kept to
+# PANEL columns, and what is done twice is a loop.
+PANEL = 128
+
+
+def triangular_inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of lower triangular matrices, (*batch, r, r).
+
+    Of [A 0; B C] it is [A^-1 0; -C^-1 B A^-1 C^-1], and the two halves are a batch.
+    """
+    r = lower.shape[-1]
+    if r <= PANEL:
+        one = jnp.broadcast_to(jnp.eye(r, dtype=lower.dtype), lower.shape)
+        return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+    if r % 2:  # one more row and column, of the identity
+        around = [(0, 0)] * (lower.ndim - 2) + [(0, 1)] * 2
+        larger = jnp.pad(lower, around).at[..., r, r].set(1)
+        return triangular_inverse(larger)[..., :r, :r]
+    h = r // 2
+    halves = jnp.stack([lower[..., :h, :h], lower[..., h:, h:]])
+    a, c = triangular_inverse(halves)
+    below = -matmul(matmul(c, lower[..., h:, :h]), a)
+    return jnp.block([[a, jnp.zeros_like(a)], [below, c]])
+
+
+def qr_by_panels(x: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns' span, (m, r), of any matrix with r <= m.
+
+    Gram-Schmidt for panels of columns, each with a Householder QR, three times over:
+    what is left of a panel after the first may be rounding alone. A noise of the size
+    of rounding gives x what it lacks of rank.
+    """
+    m, r = x.shape
+    panels = -(-r // PANEL)
+    width = -(-r // panels)
+    noise = jax.random.normal(jax.random.key(0), (m, panels * width), x.dtype)
+    x = jnp.pad(x, ((0, 0), (0, panels * width - r)))
+    length = jnp.sqrt(jnp.max(jnp.sum(x**2, axis=0)))
+    x = x + jnp.finfo(x.dtype).eps * jnp.where(length > 0, length, 1) * noise
+
+    def step(i: jax.Array, q: jax.Array) -> jax.Array:
+        panel = jax.lax.dynamic_slice_in_dim(x, i * width, width, 1)
+        panel = jax.lax.fori_loop(
+            0,
+            3,
+            lambda _, p: jnp.linalg.qr(p - matmul(q, matmul(transpose(q), p)))[0],
+            panel,
+        )
+        return jax.lax.dynamic_update_slice_in_dim(q, panel, i * width, 1)
+
+    return jax.lax.fori_loop(0, panels, step, jnp.zeros_like(x))[:, :r]
 
 
 def polish(s: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Work on many matrices at once, spread over the devices of a mesh."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -9,6 +10,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lowrank_optax.linalg import fence
+
+_sharing: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+def sharing() -> bool:
+    """Whether what is traced is one device's share of `over_devices`."""
+    return _sharing.get()
 
 
 def spreads() -> bool:
@@ -41,7 +49,15 @@ def over_devices(f: Callable[..., Any], each: Any, whole: Any = ()) -> Any:
         # Fenced: no one else is to have it so.
         return jax.lax.with_sharding_constraint(fence(jnp.take(x, index, 0)), share)
 
-    work = jax.shard_map(f, in_specs=(share, P()), out_specs=share, check_vma=False)
+    def on_each(each: Any, whole: Any) -> Any:
+        token = _sharing.set(True)
+        try:
+            return f(each, whole)
+        finally:
+            _sharing.reset(token)
+
+    specs = {"in_specs": (share, P()), "out_specs": share}
+    work = jax.shard_map(on_each, **specs, check_vma=False)
 
     def back(x: jax.Array) -> jax.Array:
         fits = [i for i in range(1, x.ndim) if x.shape[i] % devices == 0]

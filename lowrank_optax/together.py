@@ -10,15 +10,22 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.frame import Clock, Frame, is_frame
-from lowrank_optax.parallel import over_devices, replicated, spreads
+from lowrank_optax.parallel import over_devices, replicated, sharing, spreads
 from lowrank_optax.rule import Rule
 
 
 def in_one_call(rule: Rule, frame: Frame) -> bool:
-    """Whether its matrices are better asked for together with those of other leaves."""
-    if spreads():
-        return not rule.by_path
+    """Whether its matrices take less time in one batch than one after the other."""
     return rule.together and frame.basis_shape[-2] <= linalg.TOGETHER
+
+
+def joins(rule: Rule, frame: Frame) -> bool:
+    """Whether its matrices are asked for together with those of other leaves.
+
+    On a mesh they are, so that there are enough for all devices, and in a device's
+    share, so that the program has one factorisation for all of one shape.
+    """
+    return in_one_call(rule, frame) or ((spreads() or sharing()) and not rule.by_path)
 
 
 def chosen_in_batches(
@@ -29,8 +36,8 @@ def chosen_in_batches(
     key: jax.Array | None,
     now: Clock,
 ) -> optax.Updates:
-    """The Frames, those `in_one_call` with what the rule chooses, asked once for all
-    that have one shape.
+    """The Frames, those that are asked for together (`joins`) with what the rule
+    chooses, asked once for all that have one shape.
 
     Args:
       rule: the rule.
@@ -45,7 +52,7 @@ def chosen_in_batches(
     for i, frame in enumerate(leaves):
         if not is_frame(frame) or frame.whole or frame.chosen is not None:
             continue
-        if in_one_call(rule, frame):
+        if joins(rule, frame):
             m, n = frame.gradient.shape[-2:]
             group = m, n, frame.rank, frame.gradient.dtype, frame.momentum is None
             groups.setdefault(group, []).append(i)

@@ -1,4 +1,4 @@
-"""LLaMA language models in Flax NNX, from 60M to 7B parameters."""
+"""LLaMA language models in Flax NNX, from 60M to 13B parameters."""
 
 from models.config import SIZES, LlamaConfig
 from models.generate import generate

@@ -116,7 +116,8 @@ class LlamaConfig:
 
 
 # The widths of the GaLore paper's pre-training runs (Zhao et al., 2024,
-# https://arxiv.org/abs/2403.03507), and "tiny", which trains on a laptop's CPU.
+# https://arxiv.org/abs/2403.03507); "tiny", which trains on a laptop's CPU; and LLaMA's
+# own next size.
 SIZES: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(4096, 128, 344, num_heads=4, num_layers=4),
     "60m": LlamaConfig(32000, 512, 1376, num_heads=8, num_layers=8),
@@ -124,4 +125,5 @@ SIZES: dict[str, LlamaConfig] = {
     "350m": LlamaConfig(32000, 1024, 2736, num_heads=16, num_layers=24),
     "1b": LlamaConfig(32000, 2048, 5461, num_heads=32, num_layers=24),
     "7b": LlamaConfig(32000, 4096, 11008, num_heads=32, num_layers=32),
+    "13b": LlamaConfig(32000, 5120, 13824, num_heads=40, num_layers=40),
 }

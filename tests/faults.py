@@ -369,10 +369,11 @@ def damage(path: Path, draw: random.Random) -> str:
 def restored_state(work: Workshop, out: Path) -> Any:
     """The state that a resume of `out` begins with, or what was said instead."""
     from train.checkpoint import CheckpointError, Checkpoints
-    from train.config import Config, resolve
+    from train.config import Config
     from train.loop import initial, work_of
     from train.main import open_text
     from train.mesh import make_mesh
+    from train.resolve import resolve
 
     argv = [*FLAGS, *work.data, "--out", str(out), "--resume"]
     config = resolve(parse(Config, "", argv, "faults"))

@@ -12,10 +12,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from train.checkpoint import CheckpointError, Checkpoints, KeepHealthy
-from train.config import Config, model_config, parse, resolve, resolved, to_json
+from train.config import (
+    Config,
+    model_config,
+    parse,
+    resolved,
+    to_json,
+)
 from train.folder import check_folder, going_on
 from train.main import open_text
 from train.optimizer import make_optimizer
+from train.resolve import resolve
 from train.step import Work, init_state, init_weights
 from train.writing import write_text
 

@@ -23,7 +23,6 @@ from train.config import (
     ModelConfig,
     OptimizerConfig,
     ReportConfig,
-    resolve,
     to_json,
 )
 from train.data import Data
@@ -33,6 +32,7 @@ from train.mesh import make_mesh
 from train.metrics import read_metrics
 from train.optimizer import check_optimizer, make_optimizer
 from train.report import sample_text
+from train.resolve import resolve
 from train.step import Work, added, init_state, init_weights, loss_sums, train_step
 
 VOCABULARY, LAYERS, T = 64, 3, 4

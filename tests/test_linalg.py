@@ -81,6 +81,43 @@ def test_one_bad_matrix_does_not_spoil_its_batch(bad):
         assert subspace_angles(good, np.asarray(q[i, 0], np.float64)).max() < 4e-5
 
 
+# --- what a TPU takes in place of a triangular solve and a QR ---
+
+
+@pytest.mark.parametrize("r", [3, 4, 5, 13, 16])
+def test_the_inverse_of_a_triangular_matrix(r, dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "PANEL", 4)
+    lower = np.linalg.cholesky(np.cov(np.random.default_rng(r).normal(size=(r, 3 * r))))
+    batch = np.stack([lower, 2 * lower])
+    inverse = linalg.triangular_inverse(jnp.asarray(batch, dtype))
+    assert (inverse.shape, inverse.dtype) == ((2, r, r), dtype)
+    assert not np.triu(inverse, 1).any()
+    # The residual of an inverse is eps times the condition number, at most 30 here.
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(inverse @ batch, [np.eye(r)] * 2, atol=100 * eps)
+
+
+@pytest.mark.parametrize(("x"), [pytest.param(x, id=name) for name, x in bad_inputs()])
+def test_a_qr_by_panels_is_orthonormal_and_keeps_the_span(x, dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "PANEL", 5)
+    x = jnp.asarray(x, dtype)
+    x = x / linalg.largest(x)  # as `orthonormalize` hands it over
+    q = jax.jit(linalg.qr_by_panels)(x)
+    assert (q.shape, q.dtype) == (x.shape, dtype)
+    assert orthonormality_error(q) < ORTHONORMAL[dtype]
+    # What of x is not in the span of q is rounding, of the longest column's size.
+    lost = x - linalg.matmul(q, linalg.matmul(linalg.transpose(q), x))
+    assert jnp.abs(lost).max() < 100 * jnp.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("r", [5, 37, M])
+def test_a_qr_by_panels_completes_a_basis(r, monkeypatch):
+    """Of ones, which have rank 1: up to as many columns as there are rows."""
+    monkeypatch.setattr(linalg, "PANEL", 5)
+    q = jax.jit(linalg.qr_by_panels)(jnp.ones((M, r)))
+    assert orthonormality_error(q) < ORTHONORMAL[jnp.float32]
+
+
 def test_polish_squares_the_error(dtype):
     rng = np.random.default_rng(1)
     s = rotation(rng, M, R)

@@ -249,6 +249,7 @@ def test_bf16_compute_sums_a_frequent_tokens_gradient_in_float32():
         ("350m", 32000, 1024, 2736, 24, 64, 367_969_280),
         ("1b", 32000, 2048, 5461, 24, 64, 1_339_082_752),
         ("7b", 32000, 4096, 11008, 32, 128, 6_738_415_616),
+        ("13b", 32000, 5120, 13824, 40, 128, 13_015_864_320),
     ],
 )
 def test_paths_shapes_and_count_of_every_size(name, V, D, F, L, head_size, count):

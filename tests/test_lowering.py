@@ -36,6 +36,19 @@ def test_on_a_tpu(rule):
     assert calls(rule, "tpu") == (TPU if rule == "jump" else {"Eigh"})
 
 
+def test_no_qr_and_no_triangular_solve_of_a_large_rank_on_a_tpu():
+    """The compiler unrolls them: at rank 1024 it would take minutes for each."""
+    x = jax.ShapeDtypeStruct((2, 1024, 384), "float32")
+    traced = jax.jit(lro.linalg.orthonormalize).trace(x)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    columns = [
+        *re.findall(r"custom_call @Qr.*?: \(tensor<\d+x(\d+)xf32>", text),
+        *re.findall(r"triangular_solve.*?: \(tensor<(?:\d+x)+(\d+)xf32>", text),
+    ]
+    assert len(columns) >= 2
+    assert {int(n) for n in columns} <= {96, 128}
+
+
 @pytest.mark.parametrize("rule", ["svd", "sara"])
 def test_accelerators_factorise_the_gram_matrix_and_a_cpu_the_gradient(rule):
     assert calls(rule, "cuda") == {"cusolver_syevd_ffi"}

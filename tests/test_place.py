@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from train.config import Config, from_json, parse, resolve
+from train.config import Config, from_json, parse
 from train.data import DataConfig, open_data
 from train.files import find_files, read_file, read_range
 from train.fingerprint import of_files
@@ -20,6 +20,7 @@ from train.main import check_writable
 from train.metrics import MetricsWriter, read_metrics
 from train.picture import draw_run
 from train.place import move_folder, place, run_folder
+from train.resolve import resolve
 from train.restore import run_and_step
 from train.tokens import open_tokens
 from train.writing import Appender, write_bytes

@@ -5,9 +5,10 @@ import pytest
 
 import lowrank_optax as lro
 from models import LlamaConfig, init_params
-from train.config import Config, OptimizerConfig, resolve
+from train.config import Config, OptimizerConfig
 from train.optimizer import make_optimizer, parted, smaller_sides
 from train.ranks import check_ranks, parse_rank
+from train.resolve import resolve
 
 SIDES = {"layers/attention/q/kernel": 16, "layers/mlp/up/kernel": 24}
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")

@@ -18,12 +18,19 @@ import train.sample
 from models import SIZES, LlamaConfig, forward
 from tests.test_checkpoint import store
 from train.checkpoint import Checkpoints
-from train.config import Config, from_json, model_config, parse, resolve, to_json
+from train.config import (
+    Config,
+    from_json,
+    model_config,
+    parse,
+    to_json,
+)
 from train.folder import check_folder
 from train.loop import initial
 from train.main import check_writable
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
+from train.resolve import resolve
 from train.restore import (
     check_start,
     keep_tokenizer,

@@ -12,7 +12,7 @@ import pytest
 
 import train.step
 from models import LlamaConfig, bind, forward, init_params
-from train.config import Config, OptimizerConfig, resolve
+from train.config import Config, OptimizerConfig
 from train.loop import (
     build_program,
     check_finite,
@@ -22,6 +22,7 @@ from train.loop import (
 )
 from train.mesh import make_mesh, replicated
 from train.optimizer import make_optimizer
+from train.resolve import resolve
 from train.step import (
     TrainState,
     Work,

@@ -15,12 +15,13 @@ import train.main
 import train.picture
 import train.report
 import train.step
-from train.config import Config, resolve
+from train.config import Config
 from train.main import main
 from train.mesh import make_mesh
 from train.metrics import Meter, MetricsWriter, read_metrics
 from train.picture import draw_run, draw_runs
 from train.report import work_title
+from train.resolve import resolve
 from train.stopping import STOPPED
 
 

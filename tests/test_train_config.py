@@ -18,13 +18,13 @@ from train.config import (
     Size,
     model_config,
     parse,
-    resolve,
     title,
     to_json,
 )
 from train.main import DESCRIPTION, main
 from train.methods import BASES, METHODS
 from train.optimizer import check_meant, check_optimizer
+from train.resolve import resolve
 
 
 def config_of(*argv: str) -> Config:

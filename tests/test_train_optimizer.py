@@ -12,10 +12,11 @@ import pytest
 import lowrank_optax as lro
 from models import LlamaConfig, init_params
 from train.compare import named
-from train.config import Config, OptimizerConfig, resolve
+from train.config import Config, OptimizerConfig
 from train.loop import kinds_of_steps
 from train.methods import BASES, METHODS, ONCE, Method
 from train.optimizer import Optimizer, decayed, make_optimizer, make_schedule
+from train.resolve import resolve
 
 LOW_RANK = [name for name in METHODS if name != "adamw"]
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")

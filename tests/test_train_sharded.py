@@ -20,7 +20,6 @@ from train.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    resolve,
     to_json,
 )
 from train.folder import check_folder
@@ -28,6 +27,7 @@ from train.loop import initial, kinds_of_steps, lower_step, work_of
 from train.memory import step_memory, tree_bytes
 from train.mesh import make_mesh, to_devices
 from train.optimizer import check_meant
+from train.resolve import resolve
 from train.shards import Kept, place
 
 D, F, V, ROWS, T, STEPS = 32, 64, 96, 16, 12, 5

@@ -27,13 +27,14 @@ from train.config import (
     Size,
     check_numbers,
     parse,
-    resolve,
 )
 from train.loop import Program, build_program, initial, kinds_of_steps, work_of
-from train.main import check_writable, usage_errors
+from train.main import usage_errors
 from train.memory import GIB, device_peak
 from train.mesh import by_row, make_mesh
 from train.optimizer import check_meant, check_optimizer, make_optimizer
+from train.resolve import resolve
+from train.rows import Row, append, check_out, markdown, rounded
 from train.step import TrainState
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
@@ -54,7 +55,6 @@ timed, on random gradients. Run it on an accelerator."""
 REFRESH_EVERY = 200
 
 T = TypeVar("T")
-Row = dict[str, Any]
 Layerwise = Literal["off", "on"]
 
 
@@ -326,10 +326,6 @@ def bench(config: BenchConfig) -> list[Row]:
     return rows
 
 
-def rounded(row: Row) -> Row:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-
-
 def table(rows: list[Row]) -> str:
     """Markdown; memory in GiB on a device, tokens on all of them."""
     columns = {
@@ -347,15 +343,7 @@ def table(rows: list[Row]) -> str:
         "peak": "peak, GiB",
         "device_peak": "the device's own",
     }
-    shown = {k: title for k, title in columns.items() if any(k in row for row in rows)}
-
-    def cell(row: Row, key: str) -> str:
-        value = row.get(key, "-")
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-    lines = [" | ".join(shown.values()), "|".join("---" for _ in shown)]
-    lines += [" | ".join(cell(row, key) for key in shown) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown(rows, columns)
 
 
 def check(config: BenchConfig) -> None:
@@ -370,9 +358,7 @@ def check(config: BenchConfig) -> None:
         check_optimizer(work)
         make_mesh(work)
     if config.out is not None:
-        check_writable(config.out.parent)
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.open("a").close()
+        check_out(config.out)
 
 
 def main() -> None:
@@ -391,11 +377,7 @@ def main() -> None:
         sys.exit(130)
     print("\n" + table(rows))
     if config.out is not None:
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        with config.out.open("a") as file:
-            for row in rows:
-                line = {**settings, "device": device, **rounded(row)}
-                file.write(json.dumps(line) + "\n")
+        append(config.out, rows, {**dataclasses.asdict(config), "device": device})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from train.config import (
     OptimizerName,
     ReportConfig,
     parse,
-    resolve,
     resolved,
     title,
 )
@@ -40,6 +39,7 @@ from train.picture import draw_runs
 from train.place import Place, RunFolder
 from train.processes import join_processes
 from train.report import summarize, work_title
+from train.resolve import resolve
 from train.restore import check_start, pinned
 from train.stopping import StoppedError
 from train.writing import Appender, write_text

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import jax
 import tyro
 
 from models import SIZES, LlamaConfig
@@ -227,9 +225,10 @@ class Config:
       layerwise: whether each layer is updated as soon as the backward pass has its
         gradient, so that there is never more than one layer's. Then each layer is
         clipped by its own norm, and skipped by itself. auto: on where it was found to
-        be faster too, on an accelerator with layers as large as 7b's. With
-        microbatches: a layer's gradients are summed in the subspace, for methods that
-        give no residual back, and the step comes at the end, for all layers.
+        be faster too, on an accelerator with layers as large as 7b's that fsdp does not
+        cut. With microbatches: a layer's gradients are summed in the subspace, for
+        methods that give no residual back, and the step comes at the end, for all
+        layers.
     """
 
     out: RunFolder | None = None
@@ -268,73 +267,6 @@ class Config:
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"microbatches={self.microbatches}; change either"
             )
-
-
-def resolve(config: Config) -> Config:
-    """The same work with every default filled in, as it is stored beside the run.
-
-    Looks at JAX's default backend for what is "auto", so call it after
-    `jax.distributed.initialize`.
-    """
-    if config.resume_from is not None:
-        config = dataclasses.replace(config, resume=True)
-    model, optimizer = config.model, config.optimizer
-    size = SIZES[model.size]
-    on_cpu = jax.default_backend() == "cpu"
-    if model.compute_dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-        model = dataclasses.replace(model, compute_dtype=dtype)
-    if model.remat == "auto":
-        model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
-    model = _filled(model, vocab_size=size.vocab_size)
-    if config.layerwise == "auto":
-        on = not on_cpu and config.microbatches == 1 and large_layers(size)
-        config = dataclasses.replace(config, layerwise="on" if on else "off")
-    config = _filled(config, out=Path("runs") / f"{model.size}-{label(optimizer)}")
-    method = METHODS[optimizer.name]
-    optimizer = _filled(
-        _on_mesh(config, optimizer),
-        rank=size.hidden_size // 4,
-        learning_rate=method.rate,
-        **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
-    )
-    return dataclasses.replace(config, model=model, optimizer=optimizer)
-
-
-def _on_mesh(config: Config, optimizer: OptimizerConfig) -> OptimizerConfig:
-    """The choices that a run makes for the mesh of its start, and keeps on others."""
-    mesh, method = config.mesh, METHODS[optimizer.name]
-    megatron = mesh.tensor > 1 and method.uses("square")
-    parts = mesh.fsdp * mesh.tensor
-    square = "megatron" if megatron else "method"
-    if config.resume:
-        try:
-            path = resolved(config, "out") / "config.json"
-            begun = from_json(path.read_text()).optimizer
-        except (OSError, ValueError):
-            pass  # `check_folder` says what is wrong there
-        else:
-            square = "method" if begun.square == "auto" else begun.square
-            parts = begun.block_shards or 1
-    if optimizer.square == "auto":
-        optimizer = dataclasses.replace(optimizer, square=square)
-    return _filled(optimizer, block_shards=parts)
-
-
-def large_layers(model: LlamaConfig) -> bool:
-    """Whether a layer is better updated by itself.
-
-    On an H100 that took 5 to 7 % less time at LLaMA-7B, with 200 million weights in a
-    layer, and 3 to 10 % more at LLaMA-1B, with 50 million.
-    """
-    hidden, mlp = model.hidden_size, model.mlp_size
-    return hidden * (4 * hidden + 3 * mlp) >= 100_000_000
-
-
-def _filled(config: C, **defaults: Any) -> C:
-    """The config with a default for each named field that is None."""
-    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
-    return dataclasses.replace(config, **missing)
 
 
 def resolved(config: object, field: str) -> Any:

@@ -11,7 +11,7 @@ import jax
 from upath import UPath
 
 from train.checkpoint import CheckpointError
-from train.config import Config, parse, resolve, resolved
+from train.config import Config, parse, resolved
 from train.data import Data, open_data
 from train.folder import check_folder, going_on, own_folder
 from train.loop import DataError, train
@@ -20,6 +20,7 @@ from train.optimizer import check_meant, check_optimizer
 from train.place import Place
 from train.processes import join_processes
 from train.report import check_prompt, finish
+from train.resolve import resolve
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
 from train.writing import write_bytes

@@ -16,8 +16,8 @@ from lowrank_optax.layerwise import squared_norm
 from models import LlamaConfig, Params
 from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
-from train.config import large_layers
 from train.optimizer import Optimizer, Parts, joined, parted
+from train.resolve import large_layers
 from train.shards import Shards, cut_weights, looked_up, rows
 
 Batch = dict[str, jax.Array]
