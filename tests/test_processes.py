@@ -67,7 +67,7 @@ def mpirun(work: Workshop, out: Path, *flags: str) -> subprocess.Popen:
 @needs_mpirun
 def test_a_job_of_mpirun_that_lost_a_process_goes_on_elsewhere(work, expected):
     out = work.fresh("job")
-    job = mpirun(work, out)
+    job = mpirun(work, out, "--fsdp", "4")  # weights in parts on both processes
     while job.poll() is None and last_step(out) < KILLED_AFTER:
         time.sleep(0.01)
     os.kill(int(out.with_suffix(".1").read_text()), signal.SIGKILL)

@@ -100,7 +100,7 @@ def _lock(folder: Place, stack: ExitStack) -> None:
 
 
 def going_on(config: Config) -> Config:
-    """A resolved config that says by `resume` what `resume_or_start` left open."""
+    """A config with a folder that says by `resume` what `resume_or_start` left open."""
     if not config.resume_or_start:
         return config
     path = resolved(config, "out") / "config.json"

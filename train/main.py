@@ -20,7 +20,7 @@ from train.optimizer import check_meant, check_optimizer
 from train.place import Place
 from train.processes import join_processes
 from train.report import check_prompt, finish
-from train.resolve import resolve
+from train.resolve import resolve, with_folder
 from train.restore import check_start, pinned, tokenizer_file
 from train.stopping import ended_by_signals
 from train.writing import write_bytes
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with usage_errors():
             join_processes(config.processes)
             check_meant(config.optimizer, [config.optimizer])
-            config = resolve(config)
+            config = with_folder(config)
             check_writable(resolved(config, "out"))
-            config = pinned(going_on(config))
+            config = pinned(resolve(going_on(config)))
             check_folder(config)
             check_optimizer(config)
             mesh = make_mesh(config)

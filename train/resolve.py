@@ -33,7 +33,7 @@ def resolve(config: Config, platform: str | None = None) -> Config:
     if model.remat == "auto":
         model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
     model = _filled(model, vocab_size=size.vocab_size)
-    config = _filled(config, out=Path("runs") / f"{model.size}-{label(optimizer)}")
+    config = with_folder(config)
     begun = _begun(config)
     if config.layerwise == "auto":
         one = config.microbatches == 1 and config.mesh.fsdp == 1
@@ -49,6 +49,12 @@ def resolve(config: Config, platform: str | None = None) -> Config:
         **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
     )
     return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def with_folder(config: Config) -> Config:
+    """With the folder that a run has if it names none."""
+    name = f"{config.model.size}-{label(config.optimizer)}"
+    return _filled(config, out=Path("runs") / name)
 
 
 def _begun(config: Config) -> Config | None:
