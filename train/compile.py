@@ -58,6 +58,7 @@ class CompiledWork(Config):
 
     out: Annotated[Path | None, tyro.conf.Fixed] = None
     resume: Annotated[bool, tyro.conf.Fixed] = False
+    resume_or_start: Annotated[bool, tyro.conf.Fixed] = False
     resume_from: Annotated[int | None, tyro.conf.Fixed] = None
     init_from: Annotated[str | None, tyro.conf.Fixed] = None
     seed: Annotated[int, tyro.conf.Fixed] = 0
