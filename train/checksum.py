@@ -22,12 +22,16 @@ def checksums(tree: Any) -> dict[str, int]:
       >>> checksums({"w": jnp.ones(2, jnp.int32)})
       {"['w']": 3281063056}
     """
-    sums = jax.device_get(jax.tree.map(_checksum, tree))
+    sums = jax.device_get(_checksums(tree))
     leaves = jax.tree_util.tree_leaves_with_path(sums)
     return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
 
 
 @jax.jit
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)

@@ -358,7 +358,13 @@ def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float
     Raises:
       FloatingPointError: if it is NaN or infinite.
     """
-    sums = [program.loss_sums(params, program.put(batch)) for batch in batches]
+    sums: list[Any] = []
+    for batch in batches:
+        rows = program.put(batch)
+        # One at a time: of several that exchange sums, and do not need each other's,
+        # the threads of a CPU's virtual devices may each begin another, and wait.
+        jax.block_until_ready(sums[-1:])
+        sums.append(program.loss_sums(params, rows))
     losses, weights = zip(*jax.device_get(sums), strict=True)
     loss = math.fsum(losses) / math.fsum(weights)
     if not math.isfinite(loss):
