@@ -1,6 +1,5 @@
 """How the state is cut over a mesh, as the types of its arrays say."""
 
-import math
 import re
 from typing import Any
 
@@ -9,7 +8,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank_optax.cut import devices_of, padded
+from lowrank_optax.cut import devices_of, names_of, padded
 from lowrank_optax.layout import (
     DimensionNumbers,
     Rules,
@@ -66,8 +65,8 @@ def state_shardings(
       >>> cut = {"mlp": {"kernel": NamedSharding(mesh, P(None, "fsdp"))}}
       >>> tx = lro.grass_jump(2e-3, rank=4, refresh_every=100, key=0)
       >>> shardings = lro.state_shardings(tx, params, cut)
-      >>> optax.tree.get(shardings, "mu")["mlp"]["kernel"].spec
-      PartitionSpec(None, 'fsdp')
+      >>> tuple(optax.tree.get(shardings, "mu")["mlp"]["kernel"].spec)
+      (None, 'fsdp')
     """
     if param_shardings is None:
         param_shardings = jax.tree.map(lambda x: x.sharding, params)
@@ -141,10 +140,12 @@ def square_sides(
     """
     specs = specs_of(dimension_numbers, params)
 
-    def parts(axes: Any, sharding: NamedSharding, ndim: int) -> int:
+    def parts(axes: Any, sharding: NamedSharding, ndim: int) -> tuple[int, int]:
+        """How many devices cut these axes, and by how many names."""
         axes = (axes,) if isinstance(axes, int) else axes
         cut = padded(sharding.spec, ndim)
-        return math.prod(devices_of(cut[a], sharding.mesh) for a in axes)
+        names = [name for a in axes for name in names_of(cut[a])]
+        return devices_of(tuple(names), sharding.mesh), len(names)
 
     def is_cut_along_its_input(path: str, x: Any, sharding: NamedSharding) -> bool:
         if (spec := specs[path]) is None:
