@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lowrank_optax.frame import Frame
+from lowrank_optax.frame import Frame, ProjectedAway
 
 Cut = tuple[Any, ...]
 """One entry for each axis of an array: the mesh axes that cut it, or None."""
@@ -46,7 +46,9 @@ def cut_basis(frame: Frame, x: jax.Array) -> jax.Array:
 
 
 def cut_of(x: Any) -> Cut:
-    """How the type of x says that it is cut."""
+    """How the type of x says that it is cut; a gradient that is away says nothing."""
+    if isinstance(x, ProjectedAway):
+        return (None,) * len(x.shape)
     return padded(jax.typeof(x).sharding.spec, jnp.ndim(x))
 
 
@@ -55,6 +57,8 @@ def cut_along(x: jax.Array, cut: Cut, *, of: Any) -> jax.Array:
 
     `of` is an array on the mesh that `cut` speaks of.
     """
+    if not any(cut):
+        return x
     mesh = jax.typeof(of).sharding.mesh
     fits = [
         entry if size % devices_of(entry, mesh) == 0 else None
