@@ -588,6 +588,18 @@ def prepare(folder: Path, platform: str = "cpu") -> None:
         os.environ |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
+@contextlib.contextmanager
+def workshop(folder: Path) -> Iterator[Workshop]:
+    """For tests: the environment is what it was when the block ends."""
+    before = dict(os.environ)
+    prepare(folder)
+    try:
+        yield Workshop(folder, seed=0)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def run_faults(faults: Faults, folder: Path) -> list[Tried]:
     prepare(folder, faults.platform)
     jax.config.update("jax_platforms", faults.platform)

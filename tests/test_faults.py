@@ -1,24 +1,17 @@
 """What happens to real runs, a few times each (python -m tests.faults: many)."""
 
-import os
 import shutil
 import subprocess
 
 import pytest
 
-from tests.faults import KINDS, Workshop, prepare
+from tests.faults import KINDS, workshop
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    before = dict(os.environ)
-    prepare(folder)
-    try:
-        yield Workshop(folder, seed=0)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with workshop(tmp_path_factory.mktemp("faults")) as work:
+        yield work
 
 
 def may_mount(folder) -> bool:

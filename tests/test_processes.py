@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults import FLAGS, Workshop, devices_flag, last_step, prepare
+from tests.faults import FLAGS, Workshop, devices_flag, last_step, workshop
 from train.metrics import read_metrics
 from train.processes import ProcessConfig, join_processes
 
@@ -27,14 +27,8 @@ needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun of Open MPI 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    before = dict(os.environ)
-    prepare(folder)
-    try:
-        yield Workshop(folder, seed=0)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with workshop(tmp_path_factory.mktemp("processes")) as work:
+        yield work
 
 
 @pytest.fixture(scope="module")

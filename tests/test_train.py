@@ -16,6 +16,7 @@ import train.picture
 import train.report
 import train.step
 from train.config import Config
+from train.loop import evaluate
 from train.main import main
 from train.mesh import make_mesh
 from train.metrics import Meter, MetricsWriter, read_metrics
@@ -388,3 +389,24 @@ def test_the_meter_is_one_record_late_and_averages_the_loss():
     assert (record["step"], record["loss"]) == (14, 13.0)
     assert record["tokens_per_s"] == pytest.approx(1e5 / record["ms_per_step"])
     assert meter.flush() is None
+
+
+def test_an_evaluation_has_one_program_at_a_time():
+    """Of several that exchange sums a CPU's devices may each wait for another."""
+    waited_for = []
+
+    class Sum(float):
+        def block_until_ready(self):
+            waited_for.append(self)
+            return self
+
+    class Fake:
+        def put(self, batch):
+            return batch
+
+        def loss_sums(self, params, batch):
+            # A loss and a weight of every batch before this one.
+            assert len(waited_for) == 2 * batch
+            return Sum(batch), Sum(1)
+
+    assert evaluate(Fake(), None, range(4)) == 1.5
