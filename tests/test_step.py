@@ -129,7 +129,9 @@ def test_evaluation_is_a_mean_over_tokens_not_over_batches():
     expected = np.sum(sums, axis=0)[0] / np.sum(sums, axis=0)[1]
     assert abs(np.mean(means) - expected) > 1e-2
     # The model's logits are float32; both sides add up in float64 or nearly so.
-    np.testing.assert_allclose(evaluate(program, params, batches), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        evaluate(program, params, batches)["eval_loss"], expected, rtol=1e-6
+    )
 
 
 def test_an_evaluation_that_is_not_finite_is_an_error():

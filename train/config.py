@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from models import SIZES, LlamaConfig
 from train.data import DataConfig
 from train.methods import BASES, METHODS, ONCE
 from train.place import RunFolder, place
+from train.presets import PRESETS, from_preset
 from train.processes import ProcessConfig
 from train.ranks import parse_rank
 
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
     OptimizerName = str
     Basis = str
     Size = str
+    Preset = str
 else:  # the names in the tables, which a type checker cannot know
     OptimizerName = Literal[tuple(METHODS)]
     Basis = Literal[("default", *BASES)]
     Size = Literal[tuple(SIZES)]
+    Preset = Literal[tuple(PRESETS)]
 
 C = TypeVar("C", bound="DataclassInstance")
 
@@ -205,6 +209,9 @@ class Config:
     """The work: what is trained, on how much, and where it is kept.
 
     Attributes:
+      preset: a published setting to begin from: size, batch, steps, optimizer, rank,
+        rate, as METHOD-SIZE. With it --help shows what it sets; other flags override
+        it. The data are yours to name: --source, --tokenizer, --windows documents.
       out: folder of the run, or gs://BUCKET/FOLDER. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Give the same flags; steps may be more if
@@ -231,6 +238,7 @@ class Config:
         layers.
     """
 
+    preset: Preset | None = None
     out: RunFolder | None = None
     resume: bool = False
     resume_or_start: bool = False
@@ -300,10 +308,17 @@ def model_config(model: ModelConfig) -> LlamaConfig:
 def parse(
     config_type: type[C], description: str, argv: Sequence[str] | None, prog: str
 ) -> C:
-    """An instance of a config dataclass from the command line's short flags."""
+    """An instance of a config dataclass from the command line's short flags.
+
+    A `--preset` among them says what those have that are not there.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    known = {field.name for field in dataclasses.fields(config_type)}
+    default = from_preset(config_type(), words) if "preset" in known else None
     return tyro.cli(
         config_type,
-        args=argv,
+        args=words,
+        **({} if default is None else {"default": default}),
         prog=prog,
         description=description,
         config=(

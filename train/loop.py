@@ -325,7 +325,7 @@ def fit(
         if evaluating or saving:
             record = meter.flush()
             if record is not None and evaluating:
-                record["eval_loss"] = evaluate(program, state.params, evaluation)
+                record |= evaluate(program, state.params, evaluation)
             write(record)
             if saving:
                 checkpoints.save(step, state, batches, record)
@@ -352,8 +352,10 @@ def is_due(step: int, every: int, last: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float:
+def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> Record:
     """Mean loss over all held-out tokens, in nats: sums first, one division.
+
+    And of how many batches.
 
     Raises:
       FloatingPointError: if it is NaN or infinite.
@@ -371,7 +373,7 @@ def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> float
         raise FloatingPointError(
             f"the held-out loss is {loss}; lower --learning-rate and start again"
         )
-    return loss
+    return {"eval_loss": loss, "eval_batches": len(sums)}
 
 
 def check_finite(record: Record, limit: int, healthy: int | None) -> None:

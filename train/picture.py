@@ -1,4 +1,4 @@
-"""Loss curves as PNG."""
+"""Curves and final losses as PNG."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,42 @@ def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> 
     _save(figure, axes, path)
 
 
+def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
+    """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
+    best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(losses)), layout="constrained")
+    axes = figure.subplots()
+    for height, (_, values) in enumerate(best_last):
+        (dots,) = axes.plot(values, [height] * len(values), "o", alpha=0.6)
+        axes.plot(fmean(values), height, "|", color=dots.get_color(), markersize=14)
+    axes.set_yticks(range(len(best_last)), [name for name, _ in best_last])
+    axes.set_xlabel("held-out loss, nats per token")
+    axes.set_title(title)
+    axes.grid(axis="x", alpha=0.3)
+    _write(figure, path)
+
+
+def draw_measured(
+    runs: Mapping[str, Sequence[Record]], prefix: str, path: Place, title: str
+) -> None:
+    """What was measured of subspaces: a panel for each run, a line for each metric."""
+    figure = Figure(figsize=(4 * len(runs) + 1, 4), layout="constrained")
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, (name, records) in zip(panels, runs.items(), strict=True):
+        keys = dict.fromkeys(
+            k for r in records for k in r if k.startswith(f"{prefix}/")
+        )
+        for key in keys:
+            axes.plot(*_series(records, key), label=key.removeprefix(f"{prefix}/"))
+        axes.set_title(name)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(prefix.replace("_", " "))
+    panels[-1].legend(fontsize="small")
+    figure.suptitle(title)
+    _write(figure, path)
+
+
 def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -45,6 +81,10 @@ def _figure(title: str) -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, axes: Axes, path: Place) -> None:
     axes.legend()
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Place) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())

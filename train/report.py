@@ -1,7 +1,6 @@
 """What a finished run leaves behind: numbers, a loss curve, a sample, memory."""
 
 import json
-import math
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from train.data import Data
 from train.loop import Trained
 from train.memory import describe, device_peak
 from train.metrics import read_metrics
+from train.perplexity import perplexity, published_perplexity
 from train.picture import draw_run
 from train.place import Place
 from train.sample import continued, prompt_tokens
@@ -57,7 +57,10 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
         "steps": steps[-1],
         "train_loss": records[-1]["loss"],
         "eval_loss": records[-1]["eval_loss"],
-        "ppl": math.exp(min(records[-1]["eval_loss"], 700.0)),  # e^710 overflows
+        "ppl": perplexity(records[-1]["eval_loss"]),
+        "ppl_published": published_perplexity(
+            records[-1]["eval_loss"], records[-1]["eval_batches"]
+        ),
         "state_bytes": memory.state_bytes,
         "adamw_bytes": memory.adamw_bytes,
         "step_bytes": trained.program.step_bytes,

@@ -1,0 +1,309 @@
+"""The papers' experiments by one command: `python -m train.experiment --help`."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from train.config import Config, from_json, parse
+from train.console import say
+from train.data import DataConfig
+from train.experiments import EXPERIMENTS, SHARED, Experiment, Run, Scale
+from train.main import check_writable, usage_errors
+from train.metrics import read_metrics
+from train.picture import draw_losses, draw_measured, draw_runs
+from train.presets import with_flags
+from train.tables import Row, grouped, table, to_csv
+from train.workers import Command, run_all, slots
+from train.writing import write_text
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(EXPERIMENTS)]
+
+_LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
+
+DESCRIPTION = f"""Run an experiment: every run of it, one table and its pictures.
+
+{_LISTED}
+
+Examples:
+  python -m train.experiment grass-figure-3                   minutes, on a CPU
+  python -m train.experiment grass-figure-3 --scale hour --source train.u16 \\
+      --eval-source valid.u16                                 an hour of one GPU
+  python -m train.experiment sara-table-1 --scale full --source 'c4/*.json.gz' \\
+      --tokenizer t5.model --windows documents                as the paper has it
+  python -m train.experiment sara-table-1 --list              its runs, as commands
+
+Runs are spread over the GPUs that are there, one device each. The same command goes on
+with what is left of an experiment that was stopped. In the folder --out: a folder for
+each run, results.csv (a line for each), table.md (means over seeds, with 95 %
+confidence intervals) and the pictures."""
+
+# What an experiment's runs have in common, whatever they try.
+REPORT: Run = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
+LOW_RANK = ("rank", "refresh_every")  # flags that adamw has not
+# Of a run's summary.
+COLUMNS = (
+    "eval_loss",
+    "ppl",
+    "ppl_published",
+    "steps",
+    "ms_per_step",
+    "tokens_per_s",
+    "train_s",
+    "state_bytes",
+    "step_bytes",
+    "skipped",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Which experiment, and where.
+
+    Attributes:
+      name: the experiment.
+      scale: how large its runs are. minutes: the tiny model on the text that comes with
+        the trainer; hour: LLaMA-60M, name 39 M tokens by --source; full: the paper's
+        models and steps, name its data.
+      out: folder of the experiment. Default: runs/NAME-SCALE.
+      seeds: how often each run is made, with seeds 0, 1, ... Default: the experiment's
+        own, and once at scale full.
+      steps: optimizer steps of each run, if not the experiment's own.
+      only: leave out runs whose name lacks this regular expression.
+      at_once: runs at a time on each device, to fill it.
+      list: print the runs as commands, and end.
+    """
+
+    name: Annotated[Name, tyro.conf.Positional]
+    scale: Scale = "minutes"
+    out: Path | None = None
+    seeds: int | None = None
+    steps: int | None = None
+    only: str | None = None
+    at_once: int = 1
+    list: bool = False
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for field in ("seeds", "steps", "at_once"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field}={value} must be at least 1")
+
+    @property
+    def experiment(self) -> Experiment:
+        return EXPERIMENTS[self.name]
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"{self.name}-{self.scale}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of an experiment.
+
+    Attributes:
+      axes: the flags in which it differs from others, and their values.
+      flags: all of its flags, but for its folder.
+      folder: where it is kept.
+    """
+
+    axes: Run
+    flags: Run
+    folder: Path
+
+    @property
+    def words(self) -> list[str]:
+        """Its flags as a command line has them."""
+        flags = {**self.flags, "out": self.folder}
+        pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items())
+        return [word for pair in pairs for word in pair]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+
+def expand(config: ExperimentConfig) -> list[Cell]:
+    """The runs, all of a seed before those of the next.
+
+    Raises:
+      ValueError: a flag that no run has, two runs that are the same, or none left.
+    """
+    runs = config.experiment.runs[config.scale]
+    if config.scale != "minutes" and config.data.source == DataConfig().source:
+        raise ValueError(
+            f"scale={config.scale} needs more text than comes with the trainer: name "
+            "it by --source"
+        )
+    given = {k: v for k, v in vars(config.data).items() if v != vars(DataConfig())[k]}
+    if config.steps is not None:
+        given["steps"] = config.steps
+    seeds = config.seeds or (1 if config.scale == "full" else config.experiment.seeds)
+    axes = axes_of(runs)
+    cells: dict[Path, Cell] = {}
+    for seed, run in itertools.product(range(seeds), runs):
+        flags = {**SHARED[config.scale], **REPORT, **run, **given, "seed": seed}
+        if flags.get("optimizer") == "adamw":
+            flags = {k: v for k, v in flags.items() if k not in LOW_RANK}
+        with_flags(Config(), flags)
+        own = {k: run[k] for k in axes if k in run}
+        folder = config.folder / f"{name_of(own)}-{seed}"
+        if folder in cells:
+            raise ValueError(f"two runs are {folder.name}")
+        cells[folder] = Cell(own, flags, folder)
+    chosen = [c for c in cells.values() if re.search(config.only or "", c.folder.name)]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(name_of(c.axes) for c in cells.values()))
+        raise ValueError(f"only={config.only!r} leaves no run of {names}")
+    return chosen
+
+
+def axes_of(runs: Sequence[Run]) -> list[str]:
+    """The flags in which runs differ; of a single one, its optimizer."""
+    flags = dict.fromkeys(k for run in runs for k in run)
+    differ = [k for k in flags if len({str(run.get(k, ...)) for run in runs}) > 1]
+    return differ or ["optimizer"]
+
+
+def name_of(axes: Run) -> str:
+    """A name for a folder: "galore,sara" of optimizer and basis, else "rank=64"."""
+    words = (
+        str(v) if k in ("optimizer", "basis", "preset") else f"{k}={v}"
+        for k, v in axes.items()
+    )
+    return re.sub(r"[^\w=.+,-]", "_", ",".join(words))
+
+
+def row_of(cell: Cell) -> Row:
+    """What the table has of a run: its axes, its numbers, or why there are none."""
+    row: Row = {**cell.axes, "seed": cell.flags["seed"]}
+    if not cell.done:
+        return {**row, "error": last_words(log_of(cell))}
+    summary = json.loads((cell.folder / "summary.json").read_text())
+    records = read_metrics(cell.folder)
+    measured = {k: v for k, v in records[-1].items() if "/" in k} if records else {}
+    return {**row, **{k: summary[k] for k in COLUMNS}, **measured}
+
+
+def log_of(cell: Cell) -> Path:
+    return cell.folder.parent / "logs" / f"{cell.folder.name}.txt"
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log; what a run says of why it ended."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "not run")
+
+
+def check_same(cells: Sequence[Cell]) -> None:
+    """ValueError where a folder has a run with other flags.
+
+    (`--resume-or-start` looks at that too, but not of a run that has ended.)
+    """
+    for cell in cells:
+        path = cell.folder / "config.json"
+        if not path.exists():
+            continue
+        stored = from_json(path.read_text())
+        wanted = with_flags(Config(), cell.flags)
+        if changed := differences(stored, wanted):
+            raise ValueError(
+                f"{cell.folder} has a run with other settings ({changed}): give "
+                "another --out, or delete it"
+            )
+
+
+def differences(stored: Config, wanted: Config) -> str:
+    """What was asked for, and is otherwise in a config that is resolved."""
+    default, parts = Config(), []
+    for part in ("optimizer", "model", "data"):
+        old, new, own = (vars(getattr(c, part)) for c in (stored, wanted, default))
+        parts += [k for k in new if new[k] != own[k] and new[k] != old[k]]
+    work = ("steps", "batch_size", "seq_len", "seed")
+    parts += [k for k in work if getattr(stored, k) != getattr(wanted, k)]
+    return ", ".join(parts)
+
+
+def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
+    """Write the tables and pictures of what is done; whether all is."""
+    rows = [row_of(cell) for cell in cells]
+    axes = axes_of([cell.axes for cell in cells])
+    experiment = config.experiment
+    against = None if experiment.against is None else dict([experiment.against])
+    text = table(rows, axes, against)
+    write_text(config.folder / "results.csv", to_csv(rows))
+    heading = f"{experiment.about}\n(scale: {config.scale})"
+    write_text(config.folder / "table.md", f"{heading}\n\n{text}\n")
+    runs = {
+        name_of(cell.axes): read_metrics(cell.folder)
+        for cell in reversed(cells)  # of several seeds, the first
+        if cell.done
+    }
+    if runs:
+        draw_runs(runs, config.folder / "losses.png", heading)
+        losses = [
+            (name_of(a), [r["eval_loss"] for r in g if "eval_loss" in r])
+            for a, g in grouped(rows, axes)
+        ]
+        draw_losses(
+            {k: v for k, v in losses if v}, config.folder / "final.png", heading
+        )
+        for prefix in experiment.measured:
+            draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
+    print(text)
+    return all(cell.done for cell in cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run an experiment as the command line says; None reads it from `sys.argv`."""
+    config = parse(ExperimentConfig, DESCRIPTION, argv, "python -m train.experiment")
+    with usage_errors():
+        cells = expand(config)
+        if config.list:
+            for cell in cells:
+                print("python -m train", shlex.join(cell.words))
+            return
+        check_writable(config.folder)
+        check_same(cells)
+        left = [cell for cell in cells if not cell.done]
+        places = slots(config.at_once) if left else []
+    commands = [
+        Command(
+            cell.folder.name,
+            [sys.executable, "-m", "train", *cell.words, "--resume-or-start"],
+            log_of(cell),
+        )
+        for cell in left
+    ]
+    say(f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time")
+    by_name = {cell.folder.name: cell for cell in left}
+    try:
+        with tqdm(total=len(left), unit="run", disable=None) as bar:
+            for ended in run_all(commands, places):
+                row = row_of(by_name[ended.name])
+                told = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
+                bar.write(f"{ended.name}: {told}", file=sys.stderr)
+                bar.update()
+    except KeyboardInterrupt:
+        conclude(config, cells)
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if not conclude(config, cells):
+        sys.exit(f"error: some runs failed; see {config.folder / 'logs'}")
+
+
+if __name__ == "__main__":
+    main()
