@@ -49,9 +49,14 @@ def transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
+def size(x: jax.Array) -> jax.Array:
+    """max |x| of each matrix, (*batch, 1, 1)."""
+    return jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+
+
 def largest(x: jax.Array) -> jax.Array:
-    """max |x| of each matrix, (*batch, 1, 1), and 1 for a zero one."""
-    scale = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    """`size`, and 1 for a zero matrix."""
+    scale = size(x)
     return jnp.where(scale > 0, scale, 1)
 
 

@@ -54,10 +54,7 @@ def orthogonalize(
             return x
         tall = x.shape[-2] > x.shape[-1]
         wide = linalg.transpose(x) if tall else x
-        if method == "eigh":
-            o = linalg.polar(wide)
-        else:
-            o = newton_schulz(wide, iterations)
+        o = linalg.polar(wide) if method == "eigh" else newton_schulz(wide, iterations)
         return linalg.transpose(o) if tall else o
 
     return optax.stateless(lambda updates, _: jax.tree.map(one, updates))

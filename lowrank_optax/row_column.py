@@ -98,7 +98,9 @@ def scale_rows_and_columns(
         q, s = fitted(G, iterations)
         rows = jnp.where(some, decay * rows + (1 - decay) * q, rows)
         columns = jnp.where(some, decay * columns + (1 - decay) * s, columns)
-        scaled = _inverse_root(rows)[..., None] * G * _inverse_root(columns)[..., None, :]
+        scaled = (
+            _inverse_root(rows)[..., None] * G * _inverse_root(columns)[..., None, :]
+        )
         norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
         factor, norm = limit_growth(
             jnp.ones_like(norm)[..., None], norm, last, limit, arithmetic_of("paper")
@@ -118,7 +120,9 @@ def scale_rows_and_columns(
 def fitted(g: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     """q (*batch, m) and s (*batch, n) of a gradient; zeros for a zero one."""
     size = linalg.largest(g)
-    squares = jnp.square(g / size)  # s is of fourth order on the way, and would overflow
+    squares = jnp.square(
+        g / size
+    )  # s is of fourth order on the way, and would overflow
     q = jnp.ones(g.shape[:-1], g.dtype)
     s = jnp.zeros((*g.shape[:-2], g.shape[-1]), g.dtype)
     for _ in range(iterations):

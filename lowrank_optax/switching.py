@@ -81,6 +81,8 @@ def switch_basis(
         m, r = frame.basis_shape[-2:]
         kept = _kept(frame, keep)
         s = leading_of_step(frame)
+        if kept == r:
+            return s
         others = linalg.complement(s)
         index = sample_indices(keys, jnp.ones((*frame.batch, m - r)), r - kept)
         drawn = jnp.take_along_axis(others, index[..., None, :], axis=-1)
@@ -138,7 +140,7 @@ class TrackingState(NamedTuple):
 def track_gram(
     stages: optax.GradientTransformation, *, decay: float | jax.Array = 0.999
 ) -> optax.GradientTransformationExtraArgs:
-    """A running mean of G~ G~^T, for a basis that follows more than one gradient (Alice).
+    """A running mean of G~ G~^T, for a basis that follows all gradients (Alice).
 
     Around a basis rule and `project`:
 
@@ -149,8 +151,8 @@ def track_gram(
     (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
     As there Q~ stays as it is when the basis moves, though its coordinates are then
     others: with r - l of them new, and a decay of 0.999, much of it is of directions
-    that were left. The paper's own ablation finds little in tracking (Table 5). State of
-    a matrix: r^2 numbers.
+    that were left. The paper's own ablation finds little in tracking (Table 5). State
+    of a matrix: r^2 numbers.
 
     Args:
       stages: a basis rule, then `project()`, chained.

@@ -125,8 +125,10 @@ RULES: dict[str, Any] = {
     "frozen": lambda key: lro.frozen(lro.sara_sample(key)),
     "lazy": lambda key: lro.lazy_refresh(lro.sara_sample(key), window=1),
     "4 bits": lambda key: lro.quantize_basis(lro.sara_sample(key)),
+    "switch": lambda key: lro.switch_basis(key),
 }
 DRAWN = {
+    "switch",
     "coordinates",
     "sample_rows",
     "gaussian",
