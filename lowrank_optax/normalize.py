@@ -14,12 +14,12 @@ def normalize_outputs() -> optax.GradientTransformation:
     """The gradient, the weights of each output with a root mean square of one (SCALE).
 
     step_ij = G_ij / sqrt(mean_i G_ij^2), i over the inputs of output j (Glentis et al.
-    2025, "A Minimalist Optimizer Design for LLM Pretraining"). Which axes are inputs and
-    outputs the dimension numbers say; an embedding's inputs are the tokens. The paper
-    writes the norm, and its released code takes the root mean square, as here, which is
-    sqrt(inputs) times as large; its learning rates are for that. An output without a
-    gradient stays where it is. It has no state, and stands in `whole_matrices`, or in
-    `low_rank` in place of all other stages.
+    2025, "A Minimalist Optimizer Design for LLM Pretraining"). Which axes are inputs
+    and outputs the dimension numbers say; an embedding's inputs are the tokens. The
+    paper divides by the norm, and its released code by the root mean square, as here,
+    whose step is sqrt(inputs) times as large; its learning rates are for that. An
+    output without a gradient stays where it is. It has no state, and stands in
+    `whole_matrices`, or in `low_rank` in place of all other stages.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

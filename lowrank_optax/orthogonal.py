@@ -21,8 +21,8 @@ def orthogonalize(
     """Each matrix's polar factor: M = U diag(s) V^T to U V^T.
 
     The steepest descent step in the spectral norm, U V^T = (M M^T)^(-1/2) M, of the
-    last two axes of a leaf (Refael et al. 2025, "SUMO", section 3.2; Jordan et al. 2024,
-    "Muon"). Leaves of fewer than two axes stay. It has no state: chained after
+    last two axes of a leaf (Refael et al. 2025, "SUMO", section 3.2; Jordan et al.
+    2024, "Muon"). Leaves of fewer than two axes stay. It has no state: chained after
     `optax.trace` inside `rotate_moments`, the moment turns with the basis, and the step
     is orthonormal in it.
 

@@ -105,24 +105,33 @@ def _kept(frame: Frame, keep: float) -> int:
 
 def leading_of_step(frame: Frame) -> jax.Array:
     """S' after one power step, its columns by their Rayleigh quotients, descending."""
-    g, t = frame.gradient, frame.tracked
-    s = frame.need("basis", BASIS_RULE)
-    if t is None:
-        t = jnp.zeros((*frame.batch, frame.rank, frame.rank), g.dtype)
-    # Of unit size: no product over- or underflows, and the directions are the same.
-    size = jnp.maximum(linalg.size(g), jnp.sqrt(linalg.size(t)))
-    size = jnp.where(size > 0, size, 1)
-    g, t = linalg.fence(g / size), linalg.fence(t / size / size)
+    s, g = frame.need("basis", BASIS_RULE), frame.gradient
+    g, t = _of_unit_size(g, frame.tracked)
 
-    def gram(low: jax.Array, turn: jax.Array) -> jax.Array:
-        """X^T Q X from X^T G and X^T S."""
-        return matmul(low, transpose(low)) + matmul(matmul(turn, t), transpose(turn))
+    def through(x: jax.Array) -> jax.Array:
+        """Q X."""
+        seen = matmul(g, transpose(matmul(transpose(x), g)))
+        if t is None:
+            return seen
+        return linalg.fence(seen + matmul(s, matmul(t, matmul(transpose(s), x))))
 
-    step = matmul(g, transpose(matmul(transpose(s), g))) + matmul(s, t)
-    new = linalg.orthonormalize(step)
-    seen = gram(matmul(transpose(new), g), matmul(transpose(new), s))
-    _, vectors = linalg.eigh(seen)
+    new = linalg.orthonormalize(through(s))
+    _, vectors = linalg.eigh(matmul(transpose(new), through(new)))
     return linalg.fix_signs(matmul(new, vectors[..., ::-1]))
+
+
+def _of_unit_size(
+    g: jax.Array, t: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """G / c and T / c^2, the larger of size one: the directions are the same, and no
+    product of them over- or underflows.
+    """
+    if t is None:
+        return linalg.unit_largest(g), None
+    c = jnp.maximum(linalg.size(g), jnp.sqrt(linalg.size(t)))
+    c = linalg.fence(jnp.where(c > 0, c, 1))
+    # Fenced, or the compiler would divide once, by a square that may be zero.
+    return linalg.fence(g / c), linalg.fence(linalg.fence(t / c) / c)
 
 
 class TrackingState(NamedTuple):

@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Any] = {
     "flora": named(lro.flora, slower(0.2), key=8),
     "coap": named(lro.coap),
     "alice": named(lro.alice, key=9),
-    "alice_0": named(lro.alice, key=9, tracking=False),
+    "alice_0": named(lro.alice, key=9, b3=None),
     "sumo": named(lro.sumo),
     "dct_adamw": named(lro.dct_adamw),
     "online_subspace_descent": lambda every: lro.online_subspace_descent(

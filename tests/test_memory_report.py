@@ -198,7 +198,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
         lambda m, n, r: m * r + 2 * n * r + n + 1 + r * r + 2 / 3,
     ),
     "alice_0": (
-        partial(lro.alice, key=0, tracking=False),
+        partial(lro.alice, key=0, b3=None),
         lambda m, n, r: m * r + 2 * n * r + n + 1 + 2 / 3,
     ),
     "sumo": (lro.sumo, lambda m, n, r: m * r + n * r + 1 + 2 / 3),

@@ -71,7 +71,7 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "flora": (lro.flora, {"key": 1}),
     "coap": (lro.coap, {}),
     "alice": (lro.alice, {"key": 1, "keep": 1}),
-    "alice_0": (lro.alice, {"key": 1, "tracking": False}),
+    "alice_0": (lro.alice, {"key": 1, "b3": None}),
     "sumo": (lro.sumo, {}),
     "sumo_newton_schulz": (lro.sumo, {"method": "newton_schulz"}),
     "racs": (lro.racs, {}),
@@ -446,6 +446,7 @@ def numbers_of(name: str) -> dict[str, Any]:
     make, options = options_of(name)
     replaced = {"b1", "b2", "eps"} if "step" in options else set()
     replaced |= {"angle"} if "basis" in options else set()
+    replaced |= {key for key, value in options.items() if value is None}
     default_eps = 1e-6 if "variant" in options else 1e-8
     numbers = {}
     for key, parameter in inspect.signature(make).parameters.items():

@@ -255,7 +255,7 @@ def alice(grads: list[Array], bases: list[Array], b3: float | None) -> list[Arra
     s, out = np.zeros_like(bases[0]), []
     tracked = np.zeros((RANK, RANK))
     for t, g in enumerate(grads):
-        rows, columns = g.shape
+        rows = len(g)
         if t == 0:
             s = svd(0, g, None, None)
         elif t % EVERY == 0:
@@ -383,7 +383,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
         lambda g, bases: alice(g, bases, 0.7),
     ),
     "alice_0": (
-        lro.alice(1.0, tracking=False, **KEY, **COMMON),
+        lro.alice(1.0, b3=None, **KEY, **COMMON),
         lambda g, bases: alice(g, bases, None),
     ),
     "sumo": (lro.sumo(1.0, b1=0.8, scale=0.5, **COMMON), lambda g, bases: sumo(g)),

@@ -108,7 +108,7 @@ METHODS = {
     "flora": Method(lro.flora, 2e-3),
     "coap": Method(lro.coap, 1e-2),
     "alice": Method(lro.alice, 2e-2),
-    "alice_0": Method(functools.partial(lro.alice, tracking=False), 2e-2),
+    "alice_0": Method(functools.partial(lro.alice, b3=None), 2e-2),
     "sumo": Method(lro.sumo, 2e-3),
     "racs": Method(lro.racs, 2e-2),
     "scale_sgd": Method(

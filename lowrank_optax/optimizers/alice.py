@@ -26,13 +26,12 @@ def alice(
     key: jax.Array | int | None = None,
     keep: float = 0.3125,
     basis: optax.GradientTransformation | None = None,
-    tracking: bool = True,
     scale: float | jax.Array = 0.3,
     residual_scale: float | jax.Array = 0.4,
     limit: float | jax.Array = 1.01,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.9,
-    b3: float | jax.Array = 0.999,
+    b3: float | jax.Array | None = 0.999,
     eps: float | jax.Array = 1e-8,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float | jax.Array = 0.0,
@@ -48,9 +47,9 @@ def alice(
     moments are left as they are; and C is what the projection lost, each column over
     its running norm (Gong et al. 2025, "Towards Efficient Optimizer Design for LLM via
     Structured Fisher Approximation with a Low-Rank Extension", Algorithm 4; equations
-    in `switch_basis`, `track_gram` and `compensate_columns`). `tracking=False` is
-    Alice-0, whose basis follows the gradient of the refresh alone. State of a matrix:
-    mr + 2nr + n + 1 numbers, and r^2 with tracking; two products a step.
+    in `switch_basis`, `track_gram` and `compensate_columns`). `b3=None` is Alice-0,
+    whose basis follows the gradient of the refresh alone. State of a matrix: mr + 2nr +
+    n + 1 numbers, and r^2 with tracking; two products a step.
 
     When to choose it: where the head is trained so too, for the lowest losses that its
     paper reports of low-rank methods, most of it by the compensation (its Table 5); a
@@ -70,12 +69,11 @@ def alice(
       keep: how many directions stay, an int or a fraction of the rank (`switch_basis`).
       basis: another basis rule in place of the switch; only `switch_basis` follows what
         is tracked.
-      tracking: whether a running mean of G~ G~^T is kept.
       scale: alpha, on the matrices' step.
       residual_scale: alpha_c, on the lost part besides.
       limit: the largest growth of the lost part's norm from step to step.
       b1: decay rate of M, and of the lost part's column norms.
-      b3: decay rate of what is tracked.
+      b3: decay rate of the running mean of G~ G~^T; None for none.
       rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
       learning_rate, rank, refresh_every, b2, eps, weight_decay, mask,
         dimension_numbers, square, precision: as in `galore`.
@@ -92,7 +90,7 @@ def alice(
     """
     rule = one_of(key, basis, lambda key: switch_basis(key, keep=keep))
     where = optax.chain(rule, project())
-    if tracking:
+    if b3 is not None:
         where = track_gram(where, decay=b3)
     step = in_subspace(scale_by_uncorrected_adam(b1, b2, eps))
     back = compensate_columns(

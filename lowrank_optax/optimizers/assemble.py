@@ -44,7 +44,6 @@ _STATIC = {
     "shards",
     "min_size",
     "keep",
-    "tracking",
     "iterations",
     "method",
     "momentum",

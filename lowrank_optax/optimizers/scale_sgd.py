@@ -36,9 +36,9 @@ def scale_sgd(
     method with more state should be compared with it. When not: with small batches,
     whose noise no momentum averages.
 
-    Embedding and head are matrices here, as in the released code, which takes the root
-    mean square where the paper writes the norm; so does this, with its learning rate
-    of 1e-3. Norms and biases take Adam's step, as there.
+    Embedding and head are matrices here, as in the released code, which divides by the
+    root mean square where the paper writes the norm; so does this, with its learning
+    rate of 1e-3. Norms and biases take Adam's step, as there.
 
     Args:
       momentum: a regular expression: matrices by their paths that have momentum; by

@@ -60,9 +60,9 @@ def sumo(
     the m rows; here, as everywhere, the smaller side. The factor sqrt(max(m, n)) is in
     the text and not in Algorithm 1; it is on the whole step. No value of its decay is
     given: 0.95 is Muon's. The limiter, optional there, bites only while M's rank grows,
-    for ||O|| is sqrt(r) otherwise. Its bases are of a randomized SVD or an SVD: here the
-    latter, and the former is `basis=dominant_svd(decomposition="randomized", key=key)`.
-    Leaves of full rank take Adam's step: so embedding, norms and head do by default.
+    for ||O|| is sqrt(r) otherwise. Its bases are of a randomized SVD or an SVD: here of
+    an SVD, else `basis=dominant_svd(decomposition="randomized", key=key)`. Leaves of
+    full rank take Adam's step: so embedding, norms and head do by default.
 
     Args:
       basis: the basis rule, of orthonormal bases; `dominant_svd()` by default.
