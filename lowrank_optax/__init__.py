@@ -17,7 +17,8 @@ from lowrank_optax.adam_mini import (
     scale_by_adam_mini,
 )
 from lowrank_optax.basis import basis_rule
-from lowrank_optax.bracket import LowRankState, low_rank
+from lowrank_optax.bracket import LowRankState, low_rank, whole_matrices
+from lowrank_optax.compensation import CompensationState, compensate_columns
 from lowrank_optax.data_parallel import average_gradients
 from lowrank_optax.dct import dct_columns
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
@@ -34,7 +35,7 @@ from lowrank_optax.layerwise import (
     update_layers,
 )
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
-from lowrank_optax.limiter import LimiterState
+from lowrank_optax.limiter import LimiterState, limit_step
 from lowrank_optax.linalg import left_singular
 from lowrank_optax.microbatches import (
     LayerSums,
@@ -46,6 +47,8 @@ from lowrank_optax.microbatches import (
 )
 from lowrank_optax.moments import register_moments, rotate_moments
 from lowrank_optax.momentum_bases import correlation_aware, power_iterate
+from lowrank_optax.normalize import MomentumState, momentum_of, normalize_outputs
+from lowrank_optax.optimizers.alice import alice
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
 from lowrank_optax.optimizers.coap import coap
@@ -67,7 +70,11 @@ from lowrank_optax.optimizers.ldadam import ldadam
 from lowrank_optax.optimizers.msgd import msgd
 from lowrank_optax.optimizers.online import online_subspace_descent
 from lowrank_optax.optimizers.q_galore import q_galore
+from lowrank_optax.optimizers.racs import racs
+from lowrank_optax.optimizers.scale_sgd import scale_sgd
 from lowrank_optax.optimizers.subtrack import subtrack
+from lowrank_optax.optimizers.sumo import sumo
+from lowrank_optax.orthogonal import orthogonalize
 from lowrank_optax.pca import OnlinePCAState, online_pca
 from lowrank_optax.projection import project, project_back
 from lowrank_optax.quantize import QuantizedArray, QuantizedState, quantize_moments
@@ -75,13 +82,16 @@ from lowrank_optax.random_bases import gaussian, grassmann_jump, random_after
 from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
 from lowrank_optax.residual import recover_residual, sign_residual
+from lowrank_optax.rest import RestState, with_rest
+from lowrank_optax.row_column import RowColumnState, scale_rows_and_columns
 from lowrank_optax.rows import coordinates, sample_rows
 from lowrank_optax.rule import BasisRule, BasisState
-from lowrank_optax.scaling import scale_channels, scale_tensor
+from lowrank_optax.scaling import scale_by_shape, scale_channels, scale_tensor
 from lowrank_optax.sharding import square_sides, state_shardings
 from lowrank_optax.singular import dominant_svd, sara_sample
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
 from lowrank_optax.storage import QuantizedBasis, cast_basis, quantize_basis
+from lowrank_optax.switching import TrackingState, switch_basis, track_gram
 from lowrank_optax.weights import (
     QuantizedWeights,
     apply_updates,
@@ -102,6 +112,7 @@ __all__ = [
     "BasisRule",
     "BasisState",
     "Clock",
+    "CompensationState",
     "ErrorFeedbackState",
     "Frame",
     "LayerSums",
@@ -111,13 +122,18 @@ __all__ = [
     "LowRankState",
     "MemoryReport",
     "MemoryRow",
+    "MomentumState",
     "OnlinePCAState",
     "Projected",
     "QuantizedArray",
     "QuantizedBasis",
     "QuantizedState",
     "QuantizedWeights",
+    "RestState",
+    "RowColumnState",
+    "TrackingState",
     "adam_mini_blocks",
+    "alice",
     "apollo",
     "apollo_mini",
     "apply_updates",
@@ -128,6 +144,7 @@ __all__ = [
     "close_layers",
     "close_sums",
     "coap",
+    "compensate_columns",
     "coordinates",
     "correlation_aware",
     "dct_adamw",
@@ -156,16 +173,20 @@ __all__ = [
     "lazy_refresh",
     "ldadam",
     "left_singular",
+    "limit_step",
     "linalg",
     "low_rank",
     "low_rank_optimizer",
     "map_frames",
     "memory_report",
+    "momentum_of",
     "msgd",
+    "normalize_outputs",
     "online_pca",
     "online_subspace_descent",
     "open_layers",
     "open_sums",
+    "orthogonalize",
     "per_layer",
     "per_matrix",
     "power_iterate",
@@ -176,6 +197,7 @@ __all__ = [
     "quantize_basis",
     "quantize_moments",
     "quantize_weights",
+    "racs",
     "random_after",
     "recover_residual",
     "register_moments",
@@ -188,7 +210,10 @@ __all__ = [
     "sara_sample",
     "scale_by_adafactor",
     "scale_by_adam_mini",
+    "scale_by_shape",
     "scale_channels",
+    "scale_rows_and_columns",
+    "scale_sgd",
     "scale_tensor",
     "sign_residual",
     "square_sides",
@@ -197,7 +222,12 @@ __all__ = [
     "store_weights",
     "subtrack",
     "sum_in_backward",
+    "sumo",
+    "switch_basis",
+    "track_gram",
     "update_frames",
     "update_in_backward",
     "update_layers",
+    "whole_matrices",
+    "with_rest",
 ]

@@ -161,16 +161,65 @@ def low_rank(
     check_rank(rank)
     refresh_every = _check_interval(refresh_every)
     check_square(square)
-    inner = optax.with_extra_args_support(inner)
-
     decide = functools.partial(
         decide_leaves, dimension_numbers=dimension_numbers, rank=rank, square=square
     )
+    return _bracket(inner, decide, refresh_every, precision)
+
+
+def whole_matrices(
+    inner: optax.GradientTransformation,
+    *,
+    dimension_numbers: DimensionNumbers = None,
+    square: Square = "input",
+) -> optax.GradientTransformationExtraArgs:
+    """`low_rank` without subspaces: `inner` sees each matrix whole.
+
+    For methods that need no projection, and what `low_rank` does besides: a `Frame` of
+    the gradient, turned so that m <= n, in float32 or wider; batch axes for stacked
+    layers; and a step that is not finite is skipped. Frames have neither a basis nor a
+    low-rank gradient. A stage puts their `step`.
+
+    Args:
+      inner: the stages.
+      dimension_numbers, square: as in `low_rank`.
+
+    Returns:
+      A transformation with a `LowRankState`, in which no refresh is counted.
+
+    Raises:
+      ValueError: as `low_rank` does for leaves and dimension numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> sign = optax.stateless(lambda frames, _: lro.map_frames(
+      ...     lambda f: f.replace(step=jnp.sign(f.gradient)), frames))
+      >>> tx = lro.whole_matrices(sign)
+      >>> g = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+      >>> tx.update(g, tx.init(g))[0]["w"].shape
+      (8, 4)
+    """
+    check_square(square)
+    decide = functools.partial(
+        decide_leaves, dimension_numbers=dimension_numbers, rank=1.0, square=square
+    )
+    return _bracket(inner, decide, None, None)
+
+
+def _bracket(
+    inner: optax.GradientTransformation,
+    decide: Callable[[optax.Params], Any],
+    refresh_every: int | None,
+    precision: jax.lax.PrecisionLike,
+) -> optax.GradientTransformationExtraArgs:
+    """The bracket around `inner`; a `refresh_every` of None for no subspaces."""
+    inner = optax.with_extra_args_support(inner)
     open_frame = functools.partial(_open, precision=precision)
 
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
-        tell(jax.tree.leaves(leaves, is_leaf=is_leaf))
+        if refresh_every is not None:
+            tell(jax.tree.leaves(leaves, is_leaf=is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
         # Three arrays: one in several places could not be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
@@ -194,7 +243,9 @@ def low_rank(
         if like is None:
             raise ValueError("projected gradients need the parameters: give params")
         leaves = decide(like)
-        if refresh is None:
+        if refresh_every is None:
+            refresh, see = False, None
+        elif refresh is None:
             refresh = refresh_every == 1 or state.count % refresh_every == 0
         clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
         opened = functools.partial(open_frame, layer=layer, bases=bases or {})

@@ -77,6 +77,8 @@ class Frame:
       precision: of the products with S, as `jax.lax.dot_general` takes it.
       momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
         of S_{t-1}; None for a step that keeps none.
+      tracked: (*batch, r, r), what `track_gram` adds to G~ G~^T, in the coordinates of
+        S_{t-1}; None without it.
       basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
         columns. S_{t-1} until a basis rule has set S_t.
       previous: S_{t-1}, as `basis`.
@@ -102,6 +104,7 @@ class Frame:
     turned: bool = False
     precision: jax.lax.PrecisionLike = None
     momentum: jax.Array | None = None
+    tracked: jax.Array | None = None
     basis: jax.Array | None = None
     previous: jax.Array | None = None
     turn: jax.Array | None = None

@@ -9,11 +9,11 @@ import optax
 
 from lowrank_optax.cut import cut_matrices
 from lowrank_optax.frame import Frame, map_frames, nothing, simple_stage, update_frames
-from lowrank_optax.published import Arithmetic
+from lowrank_optax.published import Arithmetic, arithmetic_of
 
 
 class LimiterState(NamedTuple):
-    """State of `recover_residual`, `scale_channels` and `scale_tensor`.
+    """State of `recover_residual`, `scale_channels`, `scale_tensor` and `limit_step`.
 
     Attributes:
       norm: ||Lambda_{t-1}||_F per matrix, (*batch,); negative before the first step;
@@ -42,6 +42,42 @@ def limited_stage(
         return frames, LimiterState(norm)
 
     return simple_stage(init, update)
+
+
+def limit_step(
+    limit: float | jax.Array = 1.1,
+) -> optax.GradientTransformationExtraArgs:
+    """The step in the subspace, its norm limited to grow by `limit` a step.
+
+    With G~^O and zeta = `limit`, as Fira limits the residual:
+
+        if ||G~^O_t|| > zeta ||G~^O_{t-1}||:
+            G~^O_t <- G~^O_t zeta ||G~^O_{t-1}|| / ||G~^O_t||
+
+    (Refael et al. 2025, "SUMO", Algorithm 1, block 3.) The first step is free, and a
+    zero one leaves the norm that the next one is limited against. State of a matrix:
+    one number.
+
+    Args:
+      limit: zeta, the largest growth of the step's norm from step to step.
+
+    Raises:
+      ValueError: at update, when no step stands before it.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.in_subspace(optax.trace(0.9)), lro.limit_step(), lro.project_back())
+    """
+
+    def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
+        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        norm = jnp.sqrt(jnp.sum(jnp.square(low_step), axis=(-2, -1)))
+        factor = jnp.ones_like(norm)[..., None]
+        factor, norm = limit_growth(factor, norm, last, limit, arithmetic_of("paper"))
+        return frame.replace(low_step=factor[..., None] * low_step), norm
+
+    return limited_stage(one)
 
 
 def limit_growth(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame, map_frames
+from lowrank_optax.frame import Frame, are_coordinates, map_frames
 from lowrank_optax.limiter import (
     column_norms_squared,
     limit_growth,
@@ -149,7 +149,11 @@ def sign_residual(
         frame.check_residual("sign_residual()")
         low = frame.need("low", "project()")
         low_step = frame.need("low_step", "in_subspace() or reset_moments()")
-        residual = frame.gradient - frame.up(low)
+        G, s = frame.gradient, frame.basis
+        if step == "sgd" and s is not None and not are_coordinates(s):
+            kept = frame.up(low_step - jnp.multiply(scale, low))  # two products
+            return frame.replace(step=kept + jnp.multiply(scale, G))
+        residual = G - frame.up(low)
         rest = jnp.sign(residual) if step == "sign" else residual
         return frame.replace(step=frame.up(low_step) + jnp.multiply(scale, rest))
 

@@ -1,10 +1,12 @@
 """Back: the gradient itself, scaled by what the subspace's step did to it (APOLLO)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.frame import Frame
+from lowrank_optax.frame import Frame, map_frames
 from lowrank_optax.limiter import (
     column_norms_squared,
     limit_growth,
@@ -77,6 +79,36 @@ def scale_tensor(
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_tensor(scale=128.0))
     """
     return _scaled("scale_tensor()", False, limit, scale, variant)
+
+
+def scale_by_shape(
+    scale: float | jax.Array = 1.0,
+) -> optax.GradientTransformation:
+    """The step times scale sqrt(max(m, n)), last in the chain.
+
+    A step of orthonormal rows has entries of size 1 / sqrt(n) at most; times sqrt(n)
+    they are those of Adam's, whatever the matrix's shape, and one learning rate does
+    for all (Refael et al. 2025, "SUMO", section 3.2).
+
+    Args:
+      scale: another factor.
+
+    Raises:
+      ValueError: at update, when no way back stands before it.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> step = optax.chain(optax.trace(0.95), lro.orthogonalize())
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.rotate_moments(step), lro.project_back(), lro.scale_by_shape())
+    """
+
+    def one(frame: Frame) -> Frame:
+        step = frame.need("step", "project_back() or another way back")
+        factor = scale * math.sqrt(max(step.shape[-2:]))
+        return frame.replace(step=jnp.multiply(factor, step))
+
+    return optax.stateless(lambda frames, _: map_frames(one, frames))
 
 
 def _scaled(

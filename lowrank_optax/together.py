@@ -54,7 +54,8 @@ def chosen_in_batches(
             continue
         if joins(rule, frame):
             m, n = frame.gradient.shape[-2:]
-            group = m, n, frame.rank, frame.gradient.dtype, frame.momentum is None
+            absent = frame.momentum is None, frame.tracked is None
+            group = m, n, frame.rank, frame.gradient.dtype, absent
             groups.setdefault(group, []).append(i)
     begins = structure.flatten_up_to(begun)
     for group in groups.values():
@@ -91,6 +92,7 @@ def flat(
     each = {
         "gradient": frame.gradient,
         "momentum": frame.momentum,
+        "tracked": frame.tracked,
         "basis": rule.storage.unpack(frame, kept),
         "begun": begun,
     }
@@ -109,6 +111,7 @@ def ask(rule: Rule, frame: Frame, each: dict[str, jax.Array], now: Clock) -> jax
         seen = frame.replace(
             gradient=each["gradient"],
             momentum=each.get("momentum"),
+            tracked=each.get("tracked"),
             basis=each["basis"],
         )
         return _ask(rule, seen, each["begun"], each.get("keys"), now)

@@ -125,8 +125,10 @@ RULES: dict[str, Any] = {
     "frozen": lambda key: lro.frozen(lro.sara_sample(key)),
     "lazy": lambda key: lro.lazy_refresh(lro.sara_sample(key), window=1),
     "4 bits": lambda key: lro.quantize_basis(lro.sara_sample(key)),
+    "switch": lambda key: lro.switch_basis(key),
 }
 DRAWN = {
+    "switch",
     "coordinates",
     "sample_rows",
     "gaussian",
@@ -217,7 +219,8 @@ def test_the_key_decides_the_draw(rule: str) -> None:
     assert same_bits(found.low[0], found.low[1])
     for t in np.flatnonzero(DUE):
         if rule in DRAWN:
-            other = rule == "random_after" and t < 2  # not yet random
+            # Not yet random; a zero gradient's basis is replaced at the next step.
+            other = t < {"random_after": 2, "switch": 1}.get(rule, 0)
             assert same_bits(found.basis[0, t], found.basis[2, t]) == other
         else:
             assert same_bits(found.basis[0, t], found.basis[2, t])

@@ -45,6 +45,9 @@ OPTIMIZERS: dict[str, Any] = {
     "grass_sparse": named(lro.grass_sparse, key=6),
     "flora": named(lro.flora, slower(0.2), key=8),
     "coap": named(lro.coap),
+    "alice": named(lro.alice, key=9),
+    "alice_0": named(lro.alice, key=9, b3=None),
+    "sumo": named(lro.sumo),
     "dct_adamw": named(lro.dct_adamw),
     "online_subspace_descent": lambda every: lro.online_subspace_descent(
         RATE, optimizer_of_basis=optax.adam(0.05), **COMMON

@@ -32,6 +32,7 @@ BASES = {
     "coordinates": lro.coordinates(0),
     "sample_rows": lro.sample_rows(0),
     "dct_columns": lro.dct_columns(),
+    "switch_basis": lro.switch_basis(0),
     "frozen": lro.frozen(lro.dominant_svd()),
     "lazy_refresh": lro.lazy_refresh(lro.sara_sample(0)),
     "quantize_basis": lro.quantize_basis(lro.dominant_svd()),
@@ -53,6 +54,9 @@ STEPS = {
     ),
     "momentum_rotated": lro.rotate_moments(optax.trace(0.9)),
     "lion_rotated": lro.rotate_moments(optax.scale_by_lion()),
+    "orthogonalized": lro.rotate_moments(
+        optax.chain(optax.trace(0.9), lro.orthogonalize())
+    ),
     "accumulated": lro.in_subspace(optax.MultiSteps(ADAM, 2).gradient_transformation()),
 }
 BACKS = {
@@ -61,7 +65,9 @@ BACKS = {
     "sign_residual": lro.sign_residual(),
     "scale_channels": lro.scale_channels(),
     "scale_tensor": lro.scale_tensor(),
+    "compensate_columns": lro.compensate_columns(),
 }
+ORTHONORMAL = ("recover_residual", "sign_residual", "compensate_columns")
 NOT_ORTHONORMAL = {
     "correlation_aware",
     "online_pca",
@@ -76,13 +82,14 @@ def refusal(basis: str, step: str, back: str = "") -> str:
     follows_momentum = basis in ("power_iterate", "correlation_aware")
     if follows_momentum and step == "adafactor_no_momentum":
         return "follows the first moment of the step, and the step keeps none"
-    if "rotated" in step and basis == "online_pca":
+    turned = "rotated" in step or step == "orthogonalized"
+    if turned and basis == "online_pca":
         return "does not say how its basis turns"
     if step == "adam_restarted" and basis == "online_pca":
         return "this basis rule moves its basis at every step"
     if step in ("adam_rotated", "adam_8bit_rotated") and basis in NOT_ORTHONORMAL:
         return "a second moment turns with orthonormal bases only"
-    if back in ("recover_residual", "sign_residual") and basis in NOT_ORTHONORMAL:
+    if back in ORTHONORMAL and basis in NOT_ORTHONORMAL:
         return "the basis is not orthonormal"
     if step == "accumulated" and back not in ("project_back", ""):
         return "the step accumulates gradients"

@@ -77,9 +77,14 @@ OPTIMIZERS = {
     "coap": lambda: lro.coap(0.01, **COMMON),
     "msgd": lambda: lro.msgd(0.01, key=0, **COMMON),
     "dct_adamw": lambda: lro.dct_adamw(0.01, **COMMON),
+    "alice": lambda: lro.alice(0.01, key=0, **COMMON),
+    "sumo": lambda: lro.sumo(0.01, **COMMON),
+    "racs": lambda: lro.racs(0.01, dimension_numbers=lro.STACKED),
+    "scale_sgd": lambda: lro.scale_sgd(0.01, dimension_numbers=lro.STACKED),
 }
 NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
-WITH_QR = {"golore", "ldadam", "coap"}
+NONE |= {"racs", "scale_sgd"}
+WITH_QR = {"golore", "ldadam", "coap", "alice"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

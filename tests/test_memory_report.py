@@ -192,6 +192,16 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
         lambda m, n, r: 2 * n * r + r + m * n,
     ),
     "coap": (lro.coap, lambda m, n, r: m * r + 2 * n * r),
+    # Two thirds: of AdamW for the rest a zero of each moment, for the three layers.
+    "alice": (
+        partial(lro.alice, key=0),
+        lambda m, n, r: m * r + 2 * n * r + n + 1 + r * r + 2 / 3,
+    ),
+    "alice_0": (
+        partial(lro.alice, key=0, b3=None),
+        lambda m, n, r: m * r + 2 * n * r + n + 1 + 2 / 3,
+    ),
+    "sumo": (lro.sumo, lambda m, n, r: m * r + n * r + 1 + 2 / 3),
     "online_subspace_descent": (
         lambda lr, refresh_every, **kw: lro.online_subspace_descent(lr, **kw),
         lambda m, n, r: 3 * m * r + 2 * n * r + 2,
@@ -218,6 +228,35 @@ def test_the_state_of_a_matrix_is_what_the_formula_says(name: str) -> None:
     assert rows["layers"].state_bytes == layers * (4 * numbers(m, n, r) + begun)
     assert rows["layers"].rank == r
     assert rows["norm"].rank is None
+
+
+WHOLE: dict[str, tuple[Any, Any]] = {
+    "racs": (lro.racs, lambda m, n: m + n + 1),
+    "scale_sgd": (lro.scale_sgd, lambda m, n: 0),
+    "scale_sgd_head": (
+        partial(lro.scale_sgd, momentum="layers"),
+        lambda m, n: m * n,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_method_without_a_subspace_is_listed_as_full(name: str) -> None:
+    make, numbers = WHOLE[name]
+    layers, m, n = 3, 64, 256
+    params = {"layers": abstract((layers, n, m)), "norm": abstract((m,))}
+    tx = make(0.01, dimension_numbers=[("", lro.STACKED)])
+    report = lro.memory_report(tx, params)
+    rows = {row.path: row for row in report.rows}
+    # A zero of each of AdamW's moments, and a byte where it has no momentum.
+    unused = 8 + (name == "scale_sgd")
+    assert rows["layers"].state_bytes == layers * 4 * numbers(m, n) + unused
+    assert {row.rank for row in report.rows} == {None}
+    assert "full" in str(report).splitlines()[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it projects nothing, and is not to say so
+        state = tx.init(tree({"layers": (layers, n, m), "norm": (m,)}, jnp.ones))
+    assert report.state_bytes == nbytes(state)
 
 
 def test_rows_follow_mixed_ranks() -> None:

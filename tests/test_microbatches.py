@@ -20,8 +20,9 @@ SUMMED = [
 ]
 REFUSED = [
     *("fira", "grass_jump", "grass_walk", "subtrack", "ldadam", "apollo"),
-    *("apollo_mini", "frugal", "flora", "online_subspace_descent"),
+    *("apollo_mini", "frugal", "flora", "online_subspace_descent", "alice", "sumo"),
 ]
+WITHOUT = ["racs", "scale_sgd"]
 
 
 @pytest.fixture
@@ -161,9 +162,17 @@ def test_a_step_that_needs_the_gradient_is_refused(name: str) -> None:
         tx.update(low, state, params, refresh=False, projected=True)
 
 
-def test_every_named_optimizer_is_one_or_the_other() -> None:
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_subspace_nothing_is_projected(name: str) -> None:
+    tx, params = optimizer(name), {"up": jnp.ones((WIDTH, HIDDEN))}
+    with pytest.raises(ValueError, match="this transformation has 0; sum whole"):
+        lro.project_gradient(tx, params, tx.init(params), params)
+
+
+def test_every_named_optimizer_is_one_of_these() -> None:
     made = {make for make, _ in ALL.values()}
-    assert {ALL[name][0] for name in (*SUMMED, *REFUSED) if name in ALL} == made
+    names = (*SUMMED, *REFUSED, *WITHOUT)
+    assert {ALL[name][0] for name in names if name in ALL} == made
 
 
 def test_what_cannot_be_projected_is_an_error() -> None:

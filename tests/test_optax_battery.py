@@ -70,6 +70,12 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "grass_sparse": (lro.grass_sparse, {"key": 1}),
     "flora": (lro.flora, {"key": 1}),
     "coap": (lro.coap, {}),
+    "alice": (lro.alice, {"key": 1, "keep": 1}),
+    "alice_0": (lro.alice, {"key": 1, "b3": None}),
+    "sumo": (lro.sumo, {}),
+    "sumo_newton_schulz": (lro.sumo, {"method": "newton_schulz"}),
+    "racs": (lro.racs, {}),
+    "scale_sgd": (lro.scale_sgd, {"momentum": "matrix"}),
     "dct_adamw": (lro.dct_adamw, {}),
     "dct_adamw_feedback": (lro.dct_adamw, {"feedback": True, "refresh_every": 1}),
     "online_subspace_descent": (lro.online_subspace_descent, {}),
@@ -440,6 +446,7 @@ def numbers_of(name: str) -> dict[str, Any]:
     make, options = options_of(name)
     replaced = {"b1", "b2", "eps"} if "step" in options else set()
     replaced |= {"angle"} if "basis" in options else set()
+    replaced |= {key for key, value in options.items() if value is None}
     default_eps = 1e-6 if "variant" in options else 1e-8
     numbers = {}
     for key, parameter in inspect.signature(make).parameters.items():

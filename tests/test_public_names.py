@@ -24,6 +24,7 @@ NAMES = [
     "BasisRule",
     "BasisState",
     "Clock",
+    "CompensationState",
     "ErrorFeedbackState",
     "Frame",
     "LAYERS",
@@ -34,15 +35,20 @@ NAMES = [
     "LowRankState",
     "MemoryReport",
     "MemoryRow",
+    "MomentumState",
     "OnlinePCAState",
     "Projected",
     "QuantizedArray",
     "QuantizedBasis",
     "QuantizedState",
     "QuantizedWeights",
+    "RestState",
+    "RowColumnState",
     "STACKED",
     "TRANSFORMER_MATRICES",
+    "TrackingState",
     "adam_mini_blocks",
+    "alice",
     "apollo",
     "apollo_mini",
     "apply_updates",
@@ -53,6 +59,7 @@ NAMES = [
     "close_layers",
     "close_sums",
     "coap",
+    "compensate_columns",
     "coordinates",
     "correlation_aware",
     "dct_adamw",
@@ -81,16 +88,20 @@ NAMES = [
     "lazy_refresh",
     "ldadam",
     "left_singular",
+    "limit_step",
     "linalg",
     "low_rank",
     "low_rank_optimizer",
     "map_frames",
     "memory_report",
+    "momentum_of",
     "msgd",
+    "normalize_outputs",
     "online_pca",
     "online_subspace_descent",
     "open_layers",
     "open_sums",
+    "orthogonalize",
     "per_layer",
     "per_matrix",
     "power_iterate",
@@ -101,6 +112,7 @@ NAMES = [
     "quantize_basis",
     "quantize_moments",
     "quantize_weights",
+    "racs",
     "random_after",
     "recover_residual",
     "register_moments",
@@ -113,7 +125,10 @@ NAMES = [
     "sara_sample",
     "scale_by_adafactor",
     "scale_by_adam_mini",
+    "scale_by_shape",
     "scale_channels",
+    "scale_rows_and_columns",
+    "scale_sgd",
     "scale_tensor",
     "sign_residual",
     "square_sides",
@@ -122,9 +137,14 @@ NAMES = [
     "store_weights",
     "subtrack",
     "sum_in_backward",
+    "sumo",
+    "switch_basis",
+    "track_gram",
     "update_frames",
     "update_in_backward",
     "update_layers",
+    "whole_matrices",
+    "with_rest",
 ]
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(lro, name))]
 CLASSES = [name for name in NAMES if inspect.isclass(getattr(lro, name))]
@@ -135,6 +155,7 @@ SILENT = TREE_HELPERS | {
     "close_sums",
     "dense",
     "memory_report",
+    "normalize_outputs",
     "scale_by_adafactor",
     "static_args",
 }
@@ -149,6 +170,8 @@ ASSEMBLED = [
     for name in FUNCTIONS
     if "learning_rate" in inspect.signature(getattr(lro, name)).parameters
 ]
+# These have no subspace, and so no rank, and no products with one.
+WHOLE = {"racs", "scale_sgd"}
 # The assembly of them takes stages, and is no method to choose.
 OPTIMIZERS = [name for name in ASSEMBLED if name != "low_rank_optimizer"]
 SUBMODULES = sorted(
@@ -227,11 +250,16 @@ def test_optimizers_share_their_signature(name: str) -> None:
     galore = inspect.signature(lro.galore).parameters
     shared = {"learning_rate", "rank", "weight_decay", "mask", "dimension_numbers"}
     shared |= {"precision"}
+    if name in WHOLE:
+        assert not {*ours} & {"rank", "refresh_every", "precision"}
+        shared -= {"rank", "precision"}
     assert shared <= {*ours}
     for key in shared:
         assert kind(ours[key]) == kind(galore[key])
     first = ["stages"] if name not in OPTIMIZERS else []
-    assert [*ours][: len(first) + 2] == [*first, "learning_rate", "rank"]
+    subspace = [] if name in WHOLE else ["rank"]
+    start = [*first, "learning_rate", *subspace]
+    assert [*ours][: len(start)] == start
     keywords = [*ours.values()][len(first) + 1 :]
     assert all(p.kind is p.KEYWORD_ONLY for p in keywords)
 

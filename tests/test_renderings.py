@@ -248,6 +248,57 @@ def ldadam(grads: list[Array], feedback: bool = True) -> list[Array]:
     )
 
 
+def alice(grads: list[Array], bases: list[Array], b3: float | None) -> list[Array]:
+    """The leading direction of each refresh by itself, and the drawn one as it was."""
+    b1, b2, alpha, alpha_c = 0.9, 0.9, 0.3, 0.4
+    m = v = p = last = 0.0
+    s, out = np.zeros_like(bases[0]), []
+    tracked = np.zeros((RANK, RANK))
+    for t, g in enumerate(grads):
+        rows = len(g)
+        if t == 0:
+            s = svd(0, g, None, None)
+        elif t % EVERY == 0:
+            q = g @ g.T
+            if b3 is not None:
+                q = b3 * s @ tracked @ s.T + (1 - b3) * q
+            new = np.linalg.qr(q @ s)[0]
+            values, vectors = np.linalg.eigh(new.T @ q @ new)
+            new = new @ vectors[:, np.argsort(-values)]
+            lead = new[:, :1] * np.sign(new[np.abs(new[:, 0]).argmax(), 0])
+            drawn = bases[t][:, 1:]
+            assert np.abs(new.T @ drawn).max() < 1e-12
+            s = np.concatenate([lead, drawn], axis=1)
+        low = s.T @ g
+        if b3 is not None:
+            tracked = b3 * tracked + (1 - b3) * low @ low.T
+        m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low**2
+        p = b1 * p + (1 - b1) * ((g**2).sum(0) - (low**2).sum(0))
+        c = np.sqrt(rows - RANK) * (g - s @ low) / np.sqrt(p)
+        size = np.linalg.norm(c)
+        c = c * (1.01 / max(float(size) / last, 1.01) if t else 1.0)
+        last = float(np.linalg.norm(c))
+        out.append(alpha * (s @ (m / (np.sqrt(v) + 1e-8)) + alpha_c * c))
+    return out
+
+
+def sumo(grads: list[Array]) -> list[Array]:
+    s, m, last, out = None, np.zeros((RANK, grads[0].shape[1])), np.inf, []
+    for t, g in enumerate(grads):
+        if t % EVERY == 0:
+            old, s = s, svd(t, g, None, None)
+            m = m if old is None else s.T @ old @ m
+        assert s is not None
+        m = 0.8 * m + s.T @ g
+        u, _, vt = np.linalg.svd(m, full_matrices=False)
+        o = u @ vt
+        o = o * min(1.0, 1.1 * last / float(np.linalg.norm(o)))
+        last = float(np.linalg.norm(o))
+        step = g - s @ (s.T @ g - o)
+        out.append(0.5 * np.sqrt(max(g.shape)) * step)
+    return out
+
+
 def of_galore(make: Callable[[], Any], choose: Any = svd, alpha: float = 0.25) -> Any:
     return lambda g, bases: numpy_steps(g, make(), scaled_by(alpha), choose or bases)
 
@@ -327,6 +378,15 @@ METHODS: dict[str, tuple[Any, Any]] = {
             g, Average(0.9), scaled_by(1.0), bases, before=Adafactor(None).rms
         ),
     ),
+    "alice": (
+        lro.alice(1.0, b3=0.7, **KEY, **COMMON),
+        lambda g, bases: alice(g, bases, 0.7),
+    ),
+    "alice_0": (
+        lro.alice(1.0, b3=None, **KEY, **COMMON),
+        lambda g, bases: alice(g, bases, None),
+    ),
+    "sumo": (lro.sumo(1.0, b1=0.8, scale=0.5, **COMMON), lambda g, bases: sumo(g)),
     "coap": (
         lro.coap(1.0, recompute_every=2, **COMMON),
         of_galore(lambda: Adam(eps=1e-6), coap),

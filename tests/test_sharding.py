@@ -219,6 +219,7 @@ OTHER_RULES = {
     "track": lro.grassmann_track(None),
     "walk of one direction": lro.grassmann_walk(3),
     "dct_columns": lro.dct_columns(),
+    "switch_basis": lro.switch_basis(3),
     "4 bits": lro.quantize_basis(lro.sara_sample(3)),
 }
 # Their bases come from sums of every step, which a mesh adds up in another order: the

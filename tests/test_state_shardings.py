@@ -243,7 +243,11 @@ def check_same(name, seen, state):
 
 
 @pytest.mark.parametrize(
-    "name", ["galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"]
+    "name",
+    [
+        *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
+        *("alice", "sumo"),
+    ],
 )
 def test_the_same_steps_on_a_mesh(name):
     tx, mesh = named(name), mesh_of("both")
@@ -357,7 +361,7 @@ def test_adamw_moves_nothing():
 
 
 WHOLE = ("galore", "grass_jump", "subtrack", "ldadam", "coap", "dct_adamw")
-WHOLE += ("grass_sparse", "online_subspace_descent")
+WHOLE += ("grass_sparse", "online_subspace_descent", "alice", "sumo")
 
 
 @pytest.mark.parametrize("name", WHOLE)

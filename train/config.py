@@ -76,8 +76,8 @@ class OptimizerConfig:
     """The optimizer and its schedule. What is None gets the optimizer's own default.
 
     Attributes:
-      name: adamw, or the low-rank method for the matrices of attention and MLP; all
-        other weights then get full-rank AdamW.
+      name: adamw, or the method for the matrices of attention and MLP; all other
+        weights then get full-rank AdamW (scale_sgd: embedding and head do not).
       basis: how the subspace is chosen at a refresh. svd: the dominant singular
         vectors; sketch: the same from a random sketch, much faster for large matrices;
         sara: a sample of them; walk: a step of a random walk; jump: a fresh

@@ -1,6 +1,7 @@
 """The methods and the basis rules by the names that the command line gives them."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ class Method:
 
     make: Make
     rate: float
-    own: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,8 +70,16 @@ OF_THE_BASIS = ("angle", "walk_rank")
 
 ONCE = 2**31 - 1  # a basis is chosen at the first step alone
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best; msgd's was
-# not tried, and adamw's is for the tiny model.
+# SCALE normalises embedding and head too, which for all others have full rank.
+WEIGHT_MATRICES = (
+    (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
+    (r"^(embed|head)/", "matrix"),
+    (r"^norm/|^layers/\w+_norm/", None),
+)
+
+# Peak learning rates: of those tried on the 60M work (README.md) the best; adamw's is
+# for the tiny model, and not tried were msgd's, and alice's, racs' and scale_sgd's,
+# which are the papers', and sumo's.
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "galore": Method(lro.galore, 1e-2),
@@ -98,6 +107,13 @@ METHODS = {
     "grass_sparse": Method(lro.grass_sparse, 1e-2),
     "flora": Method(lro.flora, 2e-3),
     "coap": Method(lro.coap, 1e-2),
+    "alice": Method(lro.alice, 2e-2),
+    "alice_0": Method(functools.partial(lro.alice, b3=None), 2e-2),
+    "sumo": Method(lro.sumo, 2e-3),
+    "racs": Method(lro.racs, 2e-2),
+    "scale_sgd": Method(
+        lro.scale_sgd, 1e-3, own={"dimension_numbers": WEIGHT_MATRICES}
+    ),
     "dct_adamw": Method(lro.dct_adamw, 2e-3, own={"refresh_every": 1}),
     "online_subspace_descent": Method(
         lro.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}

@@ -62,7 +62,7 @@ class Optimizer:
         is not finite.
       clip: of gradients; has no state.
       schedule: step, from 0, to learning rate.
-      refresh_every: steps between two bases; None for adamw, which has none.
+      refresh_every: steps between two bases; None for a method without any.
       square: the side of square matrices that is projected.
     """
 
@@ -255,8 +255,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         walk_rank=config.walk_rank,
         rank=parse_rank(resolved(config, "rank")),
         refresh_every=config.refresh_every,
-        # Like the rank, it means nothing to a full-rank method in a comparison.
-        scale=config.scale if method.low_rank else None,
+        # Like the rank, it means nothing to AdamW in a comparison.
+        scale=config.scale if method.low_rank or method.uses("scale") else None,
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
         square=MEGATRON if config.square == "megatron" else None,

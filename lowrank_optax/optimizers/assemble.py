@@ -7,7 +7,12 @@ from typing import Any, cast
 import jax
 import optax
 
-from lowrank_optax.bracket import LowRankState, if_accepted, low_rank
+from lowrank_optax.bracket import (
+    LowRankState,
+    if_accepted,
+    low_rank,
+    whole_matrices,
+)
 from lowrank_optax.frame import stage
 from lowrank_optax.layout import (
     TRANSFORMER_MATRICES,
@@ -38,6 +43,11 @@ _STATIC = {
     "block_size",
     "shards",
     "min_size",
+    "keep",
+    "iterations",
+    "method",
+    "momentum",
+    "rest",
     "bits",
     "walk_rank",
     "mask",
@@ -171,6 +181,20 @@ def low_rank_optimizer(
     if after is None:
         after = decay_and_rate(learning_rate, weight_decay, mask)
     return _skip_together(bracket, after)
+
+
+def whole_optimizer(
+    stages: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: Number,
+    mask: Mask,
+    dimension_numbers: DimensionNumbers,
+    square: Square = "input",
+) -> optax.GradientTransformationExtraArgs:
+    """`low_rank_optimizer` without subspaces, in `whole_matrices`."""
+    bracket = whole_matrices(stages, dimension_numbers=dimension_numbers, square=square)
+    return _skip_together(bracket, decay_and_rate(learning_rate, weight_decay, mask))
 
 
 def _skip_together(

@@ -1,0 +1,72 @@
+"""Step: every direction of a moment at the same length (SUMO, Muon)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+
+Polar = Literal["eigh", "newton_schulz"]
+
+# Muon's quintic, p(x) = a x + b x^3 + c x^5 (Jordan et al. 2024): steep at zero, and
+# within 0.3 of one after five times, for singular values from 3e-3 to one.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(
+    method: Polar = "eigh", *, iterations: int = 5
+) -> optax.GradientTransformation:
+    """Each matrix's polar factor: M = U diag(s) V^T to U V^T.
+
+    The steepest descent step in the spectral norm, U V^T = (M M^T)^(-1/2) M, of the
+    last two axes of a leaf (Refael et al. 2025, "SUMO", section 3.2; Jordan et al.
+    2024, "Muon"). Leaves of fewer than two axes stay. It has no state: chained after
+    `optax.trace` inside `rotate_moments`, the moment turns with the basis, and the step
+    is orthonormal in it.
+
+    Args:
+      method: "eigh", exact, from two eigendecompositions of the Gram matrix of the
+        smaller side, r x r (`linalg.polar`); or "newton_schulz", Muon's five products,
+        which brings singular values to about 0.7 to 1.2 and small ones less far: SUMO
+        is the case for not taking it, and a device that is slow at eigendecompositions
+        the one for it.
+      iterations: of "newton_schulz".
+
+    Raises:
+      ValueError: another method, or iterations below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.orthogonalize()
+      >>> m = jnp.array([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
+      >>> tx.update(m, tx.init(m))[0].round(3).tolist()
+      [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
+    """
+    if method not in ("eigh", "newton_schulz"):
+        raise ValueError(f'method={method!r}: choose "eigh" or "newton_schulz"')
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
+
+    def one(x: jax.Array) -> jax.Array:
+        if jnp.ndim(x) < 2 or not x.size:
+            return x
+        tall = x.shape[-2] > x.shape[-1]
+        wide = linalg.transpose(x) if tall else x
+        o = linalg.polar(wide) if method == "eigh" else newton_schulz(wide, iterations)
+        return linalg.transpose(o) if tall else o
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
+
+
+def newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
+    """Muon's approximation of the polar factor: (*batch, r, n), r <= n."""
+    a, b, c = QUINTIC
+    x = linalg.unit_largest(x)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+    x = x / jnp.where(norm > 0, norm, 1)
+    for _ in range(iterations):
+        gram = linalg.gram(linalg.transpose(x))
+        x = a * x + linalg.matmul(b * gram + c * linalg.matmul(gram, gram), x)
+    return x
