@@ -72,6 +72,7 @@ from lowrank_optax.optimizers.online import online_subspace_descent
 from lowrank_optax.optimizers.q_galore import q_galore
 from lowrank_optax.optimizers.racs import racs
 from lowrank_optax.optimizers.scale_sgd import scale_sgd
+from lowrank_optax.optimizers.spectral_adam import spectral_adam
 from lowrank_optax.optimizers.subtrack import subtrack
 from lowrank_optax.optimizers.sumo import sumo
 from lowrank_optax.orthogonal import orthogonalize
@@ -89,6 +90,7 @@ from lowrank_optax.rule import BasisRule, BasisState
 from lowrank_optax.scaling import scale_by_shape, scale_channels, scale_tensor
 from lowrank_optax.sharding import square_sides, state_shardings
 from lowrank_optax.singular import dominant_svd, sara_sample
+from lowrank_optax.spectral import spectral_residual
 from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
 from lowrank_optax.storage import QuantizedBasis, cast_basis, quantize_basis
 from lowrank_optax.switching import TrackingState, switch_basis, track_gram
@@ -216,6 +218,8 @@ __all__ = [
     "scale_sgd",
     "scale_tensor",
     "sign_residual",
+    "spectral_adam",
+    "spectral_residual",
     "square_sides",
     "state_shardings",
     "static_args",

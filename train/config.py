@@ -11,7 +11,7 @@ import tyro
 
 from models import SIZES, LlamaConfig
 from train.data import DataConfig
-from train.methods import BASES, METHODS, ONCE
+from train.methods import BACKS, BASES, METHODS, ONCE
 from train.place import RunFolder, place
 from train.presets import PRESETS, from_preset
 from train.processes import ProcessConfig
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     OptimizerName = str
+    Back = str
     Basis = str
     Size = str
     Preset = str
 else:  # the names in the tables, which a type checker cannot know
     OptimizerName = Literal[tuple(METHODS)]
     Basis = Literal[("default", *BASES)]
+    Back = Literal[tuple(BACKS)]
     Size = Literal[tuple(SIZES)]
     Preset = Literal[tuple(PRESETS)]
 
@@ -81,8 +83,9 @@ class OptimizerConfig:
       basis: how the subspace is chosen at a refresh. svd: the dominant singular
         vectors; sketch: the same from a random sketch, much faster for large matrices;
         sara: a sample of them; walk: a step of a random walk; jump: a fresh
-        random subspace; track: SubTrack++'s step along the estimation error; frozen:
-        the first gradient's, for good; coordinates: rows chosen at random; default:
+        random subspace; track: SubTrack++'s step along the estimation error; power:
+        LDAdam's power step towards momentum and gradient; frozen: the first gradient's,
+        for good; coordinates: rows chosen at random; default:
         the optimizer's own rule.
       basis_dtype: dtype in which a named basis is kept; the other states are float32.
       rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
@@ -98,6 +101,12 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
+      rotate: whether the moments of subspace_adam turn with the subspace.
+      back: what subspace_adam gives back of the gradient outside of the subspace.
+        project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
+        signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
+        factor.
+      outside: factor on what is given back by sign, compensate and spectral.
       angle: the largest angle, in radians, of a step of the walk (grass_walk, or the
         basis walk).
       walk_rank: how many directions a step of the walk turns. Default: the walk's own.
@@ -128,6 +137,9 @@ class OptimizerConfig:
     b1: float | None = None
     b2: float | None = None
     scale: float | None = None
+    rotate: Literal["on", "off"] = "on"
+    back: Back = "rescale"
+    outside: float = 1.0
     angle: float = 0.3
     walk_rank: int | None = None
     precision: str = "default"
@@ -139,8 +151,8 @@ class OptimizerConfig:
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
-        above_0 = ("refresh_every", "learning_rate", "scale", "angle", "walk_rank")
-        above_0 += ("block_shards", "clip_norm", "max_skipped")
+        above_0 = ("refresh_every", "learning_rate", "scale", "outside", "angle")
+        above_0 += ("walk_rank", "block_shards", "clip_norm", "max_skipped")
         check_numbers(self, positive=above_0, not_negative=("weight_decay",))
         if self.rank is not None:
             parse_rank(self.rank)

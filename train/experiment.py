@@ -77,8 +77,8 @@ class ExperimentConfig:
         the trainer; hour: LLaMA-60M, name 39 M tokens by --source; full: the paper's
         models and steps, name its data.
       out: folder of the experiment. Default: runs/NAME-SCALE.
-      seeds: how often each run is made, with seeds 0, 1, ... Default: the experiment's
-        own, and once at scale full.
+      seeds: how often each run is made, with seeds 0, 1, ... Default: at the scale hour
+        the experiment's own, once at others.
       steps: optimizer steps of each run, if not the experiment's own.
       only: leave out runs whose name lacks this regular expression.
       at_once: runs at a time on each device, to fill it.
@@ -142,7 +142,7 @@ def expand(config: ExperimentConfig) -> list[Cell]:
     Raises:
       ValueError: a flag that no run has, two runs that are the same, or none left.
     """
-    runs = config.experiment.runs[config.scale]
+    runs = config.experiment.runs(config.scale)
     if config.scale != "minutes" and config.data.source == DataConfig().source:
         raise ValueError(
             f"scale={config.scale} needs more text than comes with the trainer: name "
@@ -151,7 +151,7 @@ def expand(config: ExperimentConfig) -> list[Cell]:
     given = {k: v for k, v in vars(config.data).items() if v != vars(DataConfig())[k]}
     if config.steps is not None:
         given["steps"] = config.steps
-    seeds = config.seeds or (1 if config.scale == "full" else config.experiment.seeds)
+    seeds = config.seeds or (config.experiment.seeds if config.scale == "hour" else 1)
     axes = axes_of(runs)
     cells: dict[Path, Cell] = {}
     for seed, run in itertools.product(range(seeds), runs):

@@ -7,7 +7,7 @@ combinations. There are three scales of the same question: "minutes" for a lapto
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 Scale = Literal["minutes", "hour", "full"]
@@ -36,8 +36,10 @@ class Experiment:
 
     Attributes:
       about: what it is, and where it is from.
-      runs: for each scale, the flags of each run.
-      seeds: how often each is run, with seeds 0, 1, ..., but for "full": once.
+      small: the flags of each run at the scales minutes and hour.
+      full: the same as the paper has it.
+      at_hour: what all runs have at the scale hour besides.
+      seeds: how often each is run at the scale hour, with seeds 0, 1, ...
       against: a flag and its value: every run is compared with the one that has this
         value and is otherwise alike, seed by seed.
       measured: prefixes of metrics ("overlap") that are drawn over the steps.
@@ -46,11 +48,19 @@ class Experiment:
     """
 
     about: str
-    runs: Mapping[Scale, Sequence[Run]]
+    small: Sequence[Run]
+    full: Sequence[Run]
+    at_hour: Run = dataclasses.field(default_factory=dict)
     seeds: int = 3
     against: tuple[str, Any] | None = None
     measured: tuple[str, ...] = ()
     weights_between: tuple[float, float] | None = None
+
+    def runs(self, scale: Scale) -> list[Run]:
+        """The flags of each run, but for those that all runs of a scale share."""
+        if scale == "hour":
+            return with_all(self.small, **self.at_hour)
+        return [*(self.small if scale == "minutes" else self.full)]
 
 
 def grid(**axes: Sequence[Any]) -> list[Run]:
@@ -112,6 +122,7 @@ GRASS_1B: Run = {
     "learning_rate": 1e-4,
     "clip_norm": None,
 }
+SIZE_7B: Run = {"size": "7b", "rank": 1024}
 GRASS_METHODS = (
     "galore",
     "apollo",
@@ -121,143 +132,89 @@ GRASS_METHODS = (
     "grass_walk",
     "grass_jump",
 )
-# What the search tries of every method: as many runs for one as for another.
-RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
+GALORE_PAIR = grid(optimizer=("galore",), basis=SARA_OR_NOT)
+LARGER: Run = {"size": "130m", "steps": 2000, "rank": 256}  # for what is large in full
 
 EXPERIMENTS: dict[str, Experiment] = {
     "sara-table-1": Experiment(
         "SARA, Table 1: sampled against dominant subspaces in five low-rank Adams",
-        {
-            "minutes": [ADAMW, *SARA_PAIRS],
-            "hour": [ADAMW, *SARA_PAIRS],
-            "full": sara_at("60m", "130m", "350m"),
-        },
+        small=[ADAMW, *SARA_PAIRS],
+        full=sara_at("60m", "130m", "350m"),
         against=("basis", "svd"),
     ),
     "sara-table-2": Experiment(
         "SARA, Table 2: GaLore with and without SARA at 1.1B",
-        {
-            "minutes": [ADAMW, *grid(optimizer=("galore",), basis=SARA_OR_NOT)],
-            "hour": with_all(
-                [ADAMW, *grid(optimizer=("galore",), basis=SARA_OR_NOT)],
-                size="130m",
-                steps=2000,
-                rank=256,
-            ),
-            "full": [
-                *presets("adamw-1b"),
-                *presets("galore-sara-1b", basis=SARA_OR_NOT),
-            ],
-        },
+        small=[ADAMW, *GALORE_PAIR],
+        full=[*presets("adamw-1b"), *presets("galore-sara-1b", basis=SARA_OR_NOT)],
+        at_hour=LARGER,
         seeds=1,
         against=("basis", "svd"),
     ),
     "sara-table-3": Experiment(
         "SARA, Table 3: GoLore and online PCA beside GaLore with SARA",
-        {
-            scale: [
-                ADAMW,
-                {"optimizer": "golore"},
-                {"optimizer": "online_subspace_descent"},
-                {"optimizer": "galore", "basis": "sara"},
-            ]
-            for scale in ("minutes", "hour")
-        }
-        | {
-            "full": [
-                *presets("adamw-60m", "adamw-130m"),
-                *presets(
-                    "galore-sara-60m",
-                    "galore-sara-130m",
-                    optimizer=("golore", "online_subspace_descent"),
-                    basis=("default",),
-                ),
-                *presets("galore-sara-60m", "galore-sara-130m"),
-            ]
-        },
+        small=[
+            ADAMW,
+            *grid(optimizer=("golore", "online_subspace_descent")),
+            {"optimizer": "galore", "basis": "sara"},
+        ],
+        full=[
+            *presets("adamw-60m", "adamw-130m"),
+            *presets(
+                "galore-sara-60m",
+                "galore-sara-130m",
+                optimizer=("golore", "online_subspace_descent"),
+                basis=("default",),
+            ),
+            *presets("galore-sara-60m", "galore-sara-130m"),
+        ],
     ),
     "sara-table-4": Experiment(
-        "SARA, Table 4: SlimPajama; give it by --source",
-        {
-            scale: [ADAMW, *grid(optimizer=("galore",), basis=SARA_OR_NOT)]
-            for scale in ("minutes", "hour")
-        }
-        | {
-            "full": [
-                *presets("adamw-60m", "adamw-130m"),
-                *presets("galore-sara-60m", "galore-sara-130m", basis=SARA_OR_NOT),
-            ]
-        },
+        "SARA, Table 4: SlimPajama, which --source names",
+        small=[ADAMW, *GALORE_PAIR],
+        full=[
+            *presets("adamw-60m", "adamw-130m"),
+            *presets("galore-sara-60m", "galore-sara-130m", basis=SARA_OR_NOT),
+        ],
         against=("basis", "svd"),
     ),
     "sara-figures-2-3": Experiment(
         "SARA, Figures 2 and 3: overlap with the subspace before, and with an anchor",
-        {
-            scale: with_all(
-                grid(optimizer=("galore",), basis=SARA_OR_NOT), measure="all"
-            )
-            for scale in ("minutes", "hour")
-        }
-        | {"full": with_all(presets("galore-60m", basis=SARA_OR_NOT), measure="all")},
+        small=with_all(GALORE_PAIR, measure="all"),
+        full=with_all(presets("galore-60m", basis=SARA_OR_NOT), measure="all"),
         seeds=1,
-        against=("basis", "svd"),
         measured=("overlap", "anchor_overlap"),
     ),
     "sara-figure-4": Experiment(
         "SARA, Figure 4: the spectrum of what weights move late in training",
-        {
-            scale: grid(optimizer=("galore",), basis=SARA_OR_NOT)
-            for scale in ("minutes", "hour")
-        }
-        | {"full": presets("galore-60m", basis=SARA_OR_NOT)},
+        small=GALORE_PAIR,
+        full=presets("galore-60m", basis=SARA_OR_NOT),
         seeds=1,
-        against=("basis", "svd"),
         weights_between=(28 / 30, 1.0),
     ),
     "grass-figures-1-2": Experiment(
         "GrassWalk, Figures 1 and 2: energy in the subspace, derivative of the error",
-        {
-            scale: [{"optimizer": "galore", "measure": "all"}]
-            for scale in ("minutes", "hour")
-        }
-        | {"full": [{**GRASS_1B, "optimizer": "galore", "measure": "all"}]},
+        small=[{"optimizer": "galore", "measure": "all"}],
+        full=[{**GRASS_1B, "optimizer": "galore", "measure": "all"}],
         seeds=1,
         measured=("energy", "error_spectrum"),
     ),
     "grass-figure-3": Experiment(
         "GrassWalk, Figure 3: {track, walk, jump, svd, frozen} x rotation x recovery",
-        {
-            "minutes": ABLATION,
-            "hour": with_all(ABLATION, refresh_every=100, learning_rate=2e-3),
-            "full": with_all(ABLATION, **GRASS_1B),
-        },
+        small=ABLATION,
+        full=with_all(ABLATION, **GRASS_1B),
+        at_hour={"refresh_every": 100},
     ),
     "grass-table-1": Experiment(
         "GrassWalk, Table 1 and Figure 4a: the methods at 1B, with memory and time",
-        {
-            "minutes": [ADAMW, *grid(optimizer=GRASS_METHODS)],
-            "hour": with_all(
-                [ADAMW, *grid(optimizer=GRASS_METHODS)], refresh_every=100
-            ),
-            "full": with_all(grid(optimizer=GRASS_METHODS), **GRASS_1B),
-        },
+        small=[ADAMW, *grid(optimizer=GRASS_METHODS)],
+        full=with_all(grid(optimizer=GRASS_METHODS), **GRASS_1B),
+        at_hour={"refresh_every": 100},
     ),
     "grass-table-2": Experiment(
         "GrassWalk, Table 2 and Figure 4b: SubTrack++, GrassWalk and GrassJump at 7B",
-        {
-            "minutes": grid(optimizer=GRASS_METHODS[-3:]),
-            "hour": with_all(
-                grid(optimizer=GRASS_METHODS[-3:]),
-                size="130m",
-                steps=2000,
-                rank=256,
-                refresh_every=100,
-            ),
-            "full": with_all(
-                grid(optimizer=GRASS_METHODS[-3:]),
-                **{**GRASS_1B, "size": "7b", "rank": 1024},
-            ),
-        },
+        small=grid(optimizer=GRASS_METHODS[-3:]),
+        full=with_all(grid(optimizer=GRASS_METHODS[-3:]), **GRASS_1B | SIZE_7B),
+        at_hour={**LARGER, "refresh_every": 100},
         seeds=1,
     ),
 }

@@ -21,14 +21,20 @@ from train.writing import write_text
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does. Data may have moved: whether it
 # is the same is known by its fingerprint.
-FREE = ("out", "resume", "report.", "mesh.", "processes.")
+FREE = ("preset", "out", "resume", "report.", "mesh.", "processes.")
 MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
 FREE += (*MOVED, "data.cache_dir")
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
 # What a run did that was begun before there was a choice.
-BEFORE = {"optimizer.square": "method", "optimizer.block_shards": 1}
+BEFORE = {
+    "optimizer.square": "method",
+    "optimizer.block_shards": 1,
+    "optimizer.rotate": "on",
+    "optimizer.back": "rescale",
+    "optimizer.outside": 1.0,
+}
 
 
 @contextmanager

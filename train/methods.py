@@ -62,6 +62,57 @@ def _fira(step: Make) -> Make:
     return make
 
 
+# What a subspace_adam gives back of the gradient outside of its subspace.
+BACKS: dict[str, Make] = {
+    "project": lambda scale, _: lro.project_back(scale),
+    "rescale": lambda scale, _: lro.recover_residual(scale=scale),
+    "sign": lambda _, outside: lro.sign_residual(outside),
+    "compensate": lambda scale, outside: lro.compensate_columns(
+        scale=scale, residual_scale=outside / scale
+    ),
+    "spectral": lambda scale, outside: lro.spectral_residual(outside, scale=scale),
+}
+
+
+def subspace_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    basis: optax.GradientTransformation | None = None,
+    rotate: str = "on",
+    back: str = "rescale",
+    outside: float = 1.0,
+    scale: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    rank: Any = 0.25,
+    refresh_every: int = 200,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
+    square: Any = "input",
+    precision: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in any subspace, with or without rotation, any way back: for ablations."""
+    turned = lro.rotate_moments if rotate == "on" else lro.in_subspace
+    stages = optax.chain(
+        lro.dominant_svd() if basis is None else basis,
+        lro.project(),
+        turned(optax.scale_by_adam(b1, b2)),
+        BACKS[back](scale, outside),
+    )
+    return lro.low_rank_optimizer(
+        stages,
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        weight_decay=weight_decay,
+        mask=mask,
+        dimension_numbers=dimension_numbers,
+        square=square,
+        precision=precision,
+    )
+
+
 def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
     return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
 
@@ -99,6 +150,8 @@ METHODS = {
     "fira_adam8bit": Method(_fira(_adam8bit), 3e-3),
     "grass_walk": Method(lro.grass_walk, 2e-3),
     "grass_jump": Method(lro.grass_jump, 2e-3),
+    "spectral_adam": Method(lro.spectral_adam, 3e-3),
+    "subspace_adam": Method(subspace_adam, 2e-3),
     "subtrack": Method(lro.subtrack, 2e-3),
     "ldadam": Method(lro.ldadam, 3e-3, own={"refresh_every": 1}),
     "apollo": Method(lro.apollo, 3e-3),
@@ -120,7 +173,7 @@ METHODS = {
     ),
 }
 
-# Of a run's key, angle and walk_rank a rule gets those that it takes.
+# Of a run's key, angle, walk_rank and b1 a rule gets those that it takes.
 BASES: dict[str, Make] = {
     "svd": lambda: lro.dominant_svd(),  # its key is for sketches only
     "sketch": lambda key: lro.dominant_svd(decomposition="randomized", key=key),
@@ -128,6 +181,7 @@ BASES: dict[str, Make] = {
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,
     "track": lro.grassmann_track,
+    "power": lambda b1=0.908: lro.power_iterate(b1=b1),
     "frozen": lambda: lro.frozen(lro.dominant_svd()),
     "coordinates": lro.coordinates,
 }

@@ -256,6 +256,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         rank=parse_rank(resolved(config, "rank")),
         refresh_every=config.refresh_every,
         # Like the rank, it means nothing to AdamW in a comparison.
+        rotate=config.rotate,
+        back=config.back,
+        outside=config.outside,
         scale=config.scale if method.low_rank or method.uses("scale") else None,
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
@@ -277,7 +280,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
     """ValueError for an option that was given, and that no chosen optimizer has."""
     options = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-    for option in (*options, "precision", "switch", "square"):
+    options += ("rotate", "back", "outside", "precision", "switch", "square")
+    for option in options:
         untouched = getattr(OptimizerConfig, option)
         if getattr(given, option) == untouched or any(
             METHODS[c.name].uses(option, c.basis) for c in chosen
@@ -380,10 +384,11 @@ def make_method(
         if options.get(option) is not None and option not in method.options:
             raise ValueError(f"{name} has no {option}: leave it out")
     rule = {"key": key, "angle": angle, "walk_rank": walk_rank}
+    own = {**rule, "b1": options.get("b1")}
     if basis != "default":
         if "basis" not in method.options:
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
-        rule = {"basis": call(BASES[basis], **rule)}
+        rule = {"basis": call(BASES[basis], **own)}
         if basis_dtype != "float32":
             rule["basis"] = lro.cast_basis(rule["basis"], basis_dtype)
     elif basis_dtype != "float32":

@@ -128,7 +128,7 @@ def with_flags(config: C, flags: Flags) -> C:
     this: Any = config
     for field in dataclasses.fields(this):
         part = getattr(config, field.name)
-        if dataclasses.is_dataclass(part):
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
             names = {f.name for f in dataclasses.fields(part)}
             # On the command line the optimizer's name is --optimizer.
             own = {"optimizer": "name"} if field.name == "optimizer" else {}
