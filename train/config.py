@@ -1,6 +1,7 @@
 """What a run is: every choice that the command line offers, typed and checked."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -325,12 +326,10 @@ def parse(
     A `--preset` among them says what those have that are not there.
     """
     words = sys.argv[1:] if argv is None else argv
-    known = {field.name for field in dataclasses.fields(config_type)}
-    default = from_preset(config_type(), words) if "preset" in known else None
-    return tyro.cli(
+    read = functools.partial(
+        tyro.cli,
         config_type,
         args=words,
-        **({} if default is None else {"default": default}),
         prog=prog,
         description=description,
         config=(
@@ -339,6 +338,9 @@ def parse(
             tyro.conf.SuppressFixed,
         ),
     )
+    if "preset" not in {field.name for field in dataclasses.fields(config_type)}:
+        return read()
+    return read(default=from_preset(config_type(), words))
 
 
 def to_json(config: "DataclassInstance") -> str:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from train.config import Config, from_json, parse
-from train.console import say
+from train.config import Config, OptimizerConfig, from_json, parse
 from train.data import DataConfig
 from train.experiments import EXPERIMENTS, SHARED, Experiment, Run, Scale
 from train.main import check_writable, usage_errors
+from train.methods import METHODS
 from train.metrics import read_metrics
+from train.optimizer import NOT_ALL_HAVE
 from train.picture import draw_losses, draw_measured, draw_runs
-from train.presets import with_flags
+from train.presets import PRESETS, with_flags
 from train.tables import Row, grouped, table, to_csv
 from train.workers import Command, run_all, slots
 from train.writing import write_text
@@ -51,7 +52,6 @@ confidence intervals) and the pictures."""
 
 # What an experiment's runs have in common, whatever they try.
 REPORT: Run = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
-LOW_RANK = ("rank", "refresh_every")  # flags that adamw has not
 # Of a run's summary.
 COLUMNS = (
     "eval_loss",
@@ -156,9 +156,7 @@ def expand(config: ExperimentConfig) -> list[Cell]:
     cells: dict[Path, Cell] = {}
     for seed, run in itertools.product(range(seeds), runs):
         flags = {**SHARED[config.scale], **REPORT, **run, **given, "seed": seed}
-        if flags.get("optimizer") == "adamw":
-            flags = {k: v for k, v in flags.items() if k not in LOW_RANK}
-        with_flags(Config(), flags)
+        flags = meant(flags) | saved(config, flags)
         own = {k: run[k] for k in axes if k in run}
         folder = config.folder / f"{name_of(own)}-{seed}"
         if folder in cells:
@@ -169,6 +167,33 @@ def expand(config: ExperimentConfig) -> list[Cell]:
         names = ", ".join(dict.fromkeys(name_of(c.axes) for c in cells.values()))
         raise ValueError(f"only={config.only!r} leaves no run of {names}")
     return chosen
+
+
+def meant(flags: Run) -> Run:
+    """Without what its method has no use for, which others of the experiment have.
+
+    Raises:
+      ValueError: a flag that no run has.
+    """
+    preset = PRESETS.get(flags.get("preset", ""), {})
+    optimizer = with_flags(Config(), {**preset, **flags}).optimizer
+    unused = [
+        option
+        for option in NOT_ALL_HAVE
+        if not METHODS[optimizer.name].uses(option, optimizer.basis)
+    ]
+    # What a preset says is taken back by the default.
+    return {k: v for k, v in flags.items() if k not in unused} | {
+        k: getattr(OptimizerConfig, k) for k in unused if k in preset
+    }
+
+
+def saved(config: ExperimentConfig, flags: Run) -> Run:
+    """How often a run saves: to go on with, or for what its weights move."""
+    steps = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
+    if part := config.experiment.weights_over:
+        return {"checkpoint_every": max(1, round(part * steps.steps)), "keep": 2}
+    return {"checkpoint_every": 1000} if config.scale == "full" else {}
 
 
 def axes_of(runs: Sequence[Run]) -> list[str]:
@@ -288,7 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for cell in left
     ]
-    say(f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time")
+    # Not `say`, which asks JAX for processes, and would take a GPU's memory here.
+    print(
+        f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time", flush=True
+    )
     by_name = {cell.folder.name: cell for cell in left}
     try:
         with tqdm(total=len(left), unit="run", disable=None) as bar:

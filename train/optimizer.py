@@ -29,6 +29,10 @@ MATRICES = (
 # Megatron's cut leaves whole (`lowrank_optax.square_sides`).
 MEGATRON = ((r"attention/o/", "output"), ("", "input"))
 
+# Options of a run that mean nothing to some methods.
+NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
+NOT_ALL_HAVE += ("rotate", "back", "outside", "precision", "switch", "square")
+
 
 class Parts(NamedTuple):
     """Of the weights, or of the optimizer's state: the layers', and the rest's.
@@ -279,9 +283,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
     """ValueError for an option that was given, and that no chosen optimizer has."""
-    options = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-    options += ("rotate", "back", "outside", "precision", "switch", "square")
-    for option in options:
+    for option in NOT_ALL_HAVE:
         untouched = getattr(OptimizerConfig, option)
         if getattr(given, option) == untouched or any(
             METHODS[c.name].uses(option, c.basis) for c in chosen

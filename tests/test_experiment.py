@@ -1,0 +1,120 @@
+"""The papers' experiments: what is run, and that it can be stopped and gone on with."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from train.config import Config, parse
+from train.data import DataConfig
+from train.experiment import ExperimentConfig, expand, main, meant
+from train.experiments import EXPERIMENTS, Experiment
+from train.optimizer import check_meant, make_optimizer
+from train.presets import with_flags
+from train.resolve import resolve
+
+NAMES = [*EXPERIMENTS]
+FILES = DataConfig(source="train.u16", eval_source="valid.u16")
+
+
+@pytest.mark.parametrize("scale", ["minutes", "hour", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_of_every_experiment_is_one(name: str, scale: str) -> None:
+    """Its command line parses to the flags that it says, and its optimizer is built."""
+    import jax
+
+    cells = expand(ExperimentConfig(name, scale=scale, data=FILES))  # type: ignore
+    for cell in {str(c.axes): c for c in cells}.values():
+        config = parse(Config, "", cell.words, "train")
+        assert config.out == cell.folder
+        check_meant(config.optimizer, [config.optimizer])
+        optimizer = resolve(config).optimizer
+        make_optimizer(optimizer, config.steps, jax.random.key(0))
+        for flag, value in cell.axes.items():
+            parts = (config, config.optimizer, config.model, config.report)
+            key = "name" if flag == "optimizer" else flag
+            assert any(getattr(part, key, None) == value for part in parts), flag
+
+
+def test_the_ablation_is_the_papers() -> None:
+    cells = expand(ExperimentConfig("grass-figure-3", scale="hour", data=FILES))
+    axes = Counter(tuple(cell.axes.values()) for cell in cells)
+    assert len(axes) == 4 * 2 * 2 + 2  # a frozen basis has no rotation
+    assert set(axes.values()) == {3}
+    assert [cell.flags["seed"] for cell in cells] == [0] * 18 + [1] * 18 + [2] * 18
+
+
+def test_what_a_method_has_no_use_for_is_left_out() -> None:
+    flags = {"optimizer": "adamw", "rank": 8, "refresh_every": 10, "steps": 5}
+    assert meant(flags) == {"optimizer": "adamw", "steps": 5}
+    of_preset = meant({"preset": "galore-60m", "optimizer": "adamw"})
+    config = with_flags(Config(), of_preset)
+    check_meant(config.optimizer, [config.optimizer])
+    with pytest.raises(ValueError, match="no run has the options"):
+        meant({"optimiser": "adamw"})
+
+
+def test_more_text_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="needs more text"):
+        expand(ExperimentConfig("sara-table-1", scale="hour"))
+    with pytest.raises(ValueError, match=r"only='sarah' leaves no run of adamw, "):
+        expand(ExperimentConfig("sara-table-1", only="sarah"))
+
+
+TINY = ("--steps", "4", "--only", "walk.*rescale")
+
+
+def test_it_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "runs"
+    argv = ("grass-figure-3", *TINY, "--out", str(out))
+    process = subprocess.Popen([sys.executable, "-m", "train.experiment", *argv])
+    first = out / "walk,rotate=off,back=rescale-0"
+    while not (first / "summary.json").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=300) == 130
+    losses = json.loads((first / "summary.json").read_text())["eval_loss"]
+    written = os.stat(first / "summary.json").st_mtime_ns
+
+    main(argv)
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["rotate"] for row in rows] == ["off", "on"]
+    assert float(rows[0]["eval_loss"]) == losses
+    assert os.stat(first / "summary.json").st_mtime_ns == written  # not run again
+    assert float(rows[1]["ppl_published"]) < float(rows[1]["ppl"])
+    text = (out / "table.md").read_text()
+    assert text.startswith("GrassWalk, Figure 3")
+    assert "| on |" in text
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "final.png").stat().st_size > 1000
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="other settings"):
+        main((*argv[:1], *TINY[2:], "--steps", "5", "--out", str(out)))
+
+
+def test_a_run_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = Experiment(
+        "One run of two is no good",
+        small=[
+            {"optimizer": "galore", "source": str(tmp_path / "no.txt")},
+            {"optimizer": "galore", "source": "sotu", "batch_size": 8, "seq_len": 16},
+        ],
+        full=[],
+    )
+    monkeypatch.setitem(EXPERIMENTS, "sara-table-1", bad)
+    with pytest.raises(SystemExit, match="some runs failed"):
+        main(("sara-table-1", "--steps", "2", "--out", str(tmp_path / "out")))
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert "no file matches" in rows[0]["error"]
+    assert rows[1]["eval_loss"]
