@@ -190,7 +190,7 @@ def test_8_bit_blocks_lie_on_one_shard():
 
 # --- the same steps ---
 
-NAMES = [name for name in METHODS if name != "adamw"]
+NAMES = [name for name in METHODS if name != "adamw"]  # also those without a subspace
 LOW_RANK = pytest.mark.parametrize("name", NAMES)
 SUMS = ("ldadam", "coap", "online_subspace_descent")
 
