@@ -49,7 +49,7 @@ def test_leading_ones_are_kept_and_the_others_are_drawn_uniformly() -> None:
     layers = 3000
     one, s = normal(M, N), orthonormal()
     many = [np.broadcast_to(x, (layers, *x.shape)) for x in (one, s)]
-    bases = chosen(lro.switch_basis(7, keep=1), *many)
+    bases = chosen(lro.switch_basis(7, keep=1), many[0], many[1])
     power = np.linalg.qr(one @ one.T @ s)[0]
     values, vectors = np.linalg.eigh(power.T @ one @ one.T @ power)
     first = power @ vectors[:, values.argmax()]
@@ -95,7 +95,7 @@ def test_many_refreshes_stay_orthonormal_and_find_what_lasts() -> None:
     strong = np.linalg.qr(rng.normal(size=(M, 1)))[0]
     g = strong @ rng.normal(size=(1, N)) + 0.05 * rng.normal(size=(400, M, N))
     g[0] -= strong @ (strong.T @ g[0])  # the first basis has not seen it
-    tx = lro.low_rank(
+    tx: Any = lro.low_rank(
         optax.chain(
             lro.switch_basis(3, keep=1),
             lro.project(),
@@ -131,6 +131,7 @@ def test_how_many_are_kept() -> None:
     assert kept(5) == 5
     assert kept(6) == kept(1.0) == 6
     assert kept(0.5, rank=4) == kept(2, rank=4) == 2
+    bad: Any
     for bad in (0, -1, 0.0, 1.5, True, "1"):
         with pytest.raises(ValueError, match=r"keep=.*: give how many directions"):
             lro.switch_basis(0, keep=bad)
@@ -166,7 +167,7 @@ def test_no_product_of_what_is_tracked_leaves_float32(size: float, past: float) 
 
 def test_what_is_tracked_is_a_running_mean() -> None:
     s = orthonormal()
-    tx = lro.low_rank(
+    tx: Any = lro.low_rank(
         optax.chain(
             lro.track_gram(
                 optax.chain(lro.replay({"w": s[None]}), lro.project()), decay=0.75
@@ -313,7 +314,7 @@ def test_a_zero_gradient_moves_nothing_and_binds_nothing() -> None:
 
 
 def test_layers_are_compensated_one_by_one() -> None:
-    g = normal(5, 3, M, N) * np.float32([1, 30, 0]).reshape(3, 1, 1)
+    g = normal(5, 3, M, N) * np.reshape(np.array([1, 30, 0], np.float32), (3, 1, 1))
     s = np.stack([orthonormal(seed=i) for i in range(3)])
     together = run(bracket(s), g)
     for i in range(3):
@@ -323,7 +324,7 @@ def test_layers_are_compensated_one_by_one() -> None:
 
 def test_at_full_rank_nothing_is_lost() -> None:
     g = normal(M, N)
-    tx = lro.alice(1.0, rank=M, refresh_every=2, key=0, dimension_numbers=None)
+    tx: Any = lro.alice(1.0, rank=M, refresh_every=2, key=0, dimension_numbers=None)
     with pytest.warns(UserWarning, match="0 of 1 matrices"):
         state = tx.init({"w": jnp.asarray(g)})
     updates, _ = tx.update({"w": jnp.asarray(g)}, state, {"w": jnp.asarray(g)})
@@ -338,7 +339,7 @@ def test_it_needs_its_stages() -> None:
     replay, back = lro.replay({"w": s}), lro.compensate_columns()
 
     def update(*stages: Any) -> None:
-        tx = lro.low_rank(optax.chain(*stages), rank=R, refresh_every=1)
+        tx: Any = lro.low_rank(optax.chain(*stages), rank=R, refresh_every=1)
         tx.update(g, tx.init(g))
 
     with pytest.raises(ValueError, match=r"w: .*put project\(\) before"):

@@ -246,7 +246,7 @@ def check_same(name, seen, state):
     "name",
     [
         *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
-        *("alice", "sumo"),
+        *("alice_0", "sumo"),
     ],
 )
 def test_the_same_steps_on_a_mesh(name):

@@ -124,7 +124,7 @@ def test_bad_arguments() -> None:
 
 def steps(basis: Any, gradients: Any, **options: Any) -> Any:
     rule = lro.replay({"w": np.asarray(basis)[None]})
-    tx = lro.sumo(
+    tx: Any = lro.sumo(
         1.0, rank=R, refresh_every=99, basis=rule, dimension_numbers=None, **options
     )
     params = {"w": jnp.zeros((M, N))}
@@ -173,11 +173,13 @@ def test_the_limit_is_on_the_growth_of_the_rank() -> None:
 
 
 def test_zero_gradients_and_layers_apart() -> None:
-    tx = lro.sumo(1.0, rank=R, refresh_every=2, dimension_numbers=lro.STACKED)
+    tx: Any = lro.sumo(1.0, rank=R, refresh_every=2, dimension_numbers=lro.STACKED)
     params = {"w": jnp.zeros((2, M, N))}
     state, moved = tx.init(params), []
     for t in range(4):
-        g = normal(2, M, N, seed=t) * np.float32([t > 1, 1]).reshape(2, 1, 1)
+        g = normal(2, M, N, seed=t) * np.reshape(
+            np.array([t > 1, 1], np.float32), (2, 1, 1)
+        )
         updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
         assert jnp.isfinite(updates["w"]).all()
         moved.append([bool(x.any()) for x in np.asarray(updates["w"])])
@@ -185,7 +187,7 @@ def test_zero_gradients_and_layers_apart() -> None:
 
 
 def test_a_limited_step_needs_a_step() -> None:
-    tx = lro.low_rank(
+    tx: Any = lro.low_rank(
         optax.chain(lro.dominant_svd(), lro.limit_step()), rank=R, refresh_every=1
     )
     g = {"w": jnp.ones((M, N))}

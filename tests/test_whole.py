@@ -51,7 +51,7 @@ def weights_of(tx: Any, grads: list[dict[str, Array]]) -> list[dict[str, Array]]
 def racs(w: Array, grads: list[Array]) -> list[Array]:
     """Algorithm 1, with m <= n, and of a square matrix the inputs as rows."""
     turned = w.shape[0] > w.shape[1]
-    rows = columns = last = 0.0
+    rows = columns = last = s = 0.0
     out = []
     for t, full in enumerate(grads):
         g = full.T if turned else full
@@ -155,7 +155,7 @@ def test_a_step_has_the_gradients_sign_and_not_its_size(
 ) -> None:
     g = np.random.default_rng(seed).normal(size=(3, 4, 6)).astype(np.float32)
     g = np.swapaxes(g, 1, 2) if tall else g
-    tx = make(1.0, dimension_numbers=None)
+    tx: Any = make(1.0, dimension_numbers=None)
     factor = np.float32(sign * 10**log_size)
     np.testing.assert_allclose(
         sign * step_of(tx, factor * g), step_of(tx, g), rtol=1e-4, atol=1e-5
@@ -202,7 +202,7 @@ def test_zero_gradients_rows_and_columns_move_nothing(make: Any) -> None:
 
 def test_a_zero_gradient_binds_no_later_step() -> None:
     g = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
-    tx = lro.racs(1.0, dimension_numbers=None)
+    tx: Any = lro.racs(1.0, dimension_numbers=None)
     without = step_of(tx, g)
     with_zeros = step_of(tx, np.stack([0 * g[0], g[0], 0 * g[0], g[1], g[2]]))
     np.testing.assert_array_equal(with_zeros[[1, 3, 4]], without)
@@ -223,7 +223,7 @@ def test_momentum_is_kept_where_it_is_asked_for_and_nowhere_else() -> None:
 
 def test_an_embedding_is_normalised_over_its_tokens() -> None:
     g = {"embedding": np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)}
-    tx = lro.scale_sgd(1.0)
+    tx: Any = lro.scale_sgd(1.0)
     updates, _ = tx.update(g, tx.init(g), g)
     size = np.sqrt(np.mean(np.square(updates["embedding"]), axis=0))
     np.testing.assert_allclose(size, 1, rtol=1e-5)
@@ -266,7 +266,7 @@ def test_each_leaf_has_one_optimizer() -> None:
 
 def test_a_stage_of_whole_matrices_has_no_subspace() -> None:
     g = {"w": jnp.ones((6, 4)), "v": jnp.ones(3)}
-    tx = lro.whole_matrices(lro.project_back())
+    tx: Any = lro.whole_matrices(lro.project_back())
     with pytest.raises(ValueError, match=r"w: the Frame has no `low_step` yet"):
         tx.update(g, tx.init(g))
     seen = []
@@ -284,6 +284,7 @@ def test_a_stage_of_whole_matrices_has_no_subspace() -> None:
 
 
 def test_bad_numbers_of_iterations() -> None:
+    bad: Any
     for bad in (0, -1, 2.5):
         with pytest.raises(ValueError, match="iterations must be an int of at least 1"):
-            lro.racs(0.1, iterations=bad)  # pyright: ignore[reportArgumentType]
+            lro.racs(0.1, iterations=bad)
