@@ -1,5 +1,6 @@
 """Step: every direction of a moment at the same length (SUMO, Muon)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from lowrank_optax import linalg
 
-Polar = Literal["eigh", "newton_schulz"]
+Polar = Literal["eigh", "svd", "newton_schulz"]
 
 # Muon's quintic, p(x) = a x + b x^3 + c x^5 (Jordan et al. 2024): steep at zero, and
 # within 0.3 of one after five times, for singular values from 3e-3 to one.
@@ -27,11 +28,11 @@ def orthogonalize(
     is orthonormal in it.
 
     Args:
-      method: "eigh", exact, from two eigendecompositions of the Gram matrix of the
-        smaller side, r x r (`linalg.polar`); or "newton_schulz", Muon's five products,
-        which brings singular values to about 0.7 to 1.2 and small ones less far: SUMO
-        is the case for not taking it, and a device that is slow at eigendecompositions
-        the one for it.
+      method: "eigh", from two eigendecompositions of the Gram matrix of the smaller
+        side, r x r (`linalg.polar`); "svd", the most exact, for CPUs; or
+        "newton_schulz", Muon's five products, which brings singular values to about
+        0.7 to 1.2 and small ones less far: SUMO is the case for not taking it, and a
+        device that is slow at eigendecompositions the one for it.
       iterations: of "newton_schulz".
 
     Raises:
@@ -44,8 +45,8 @@ def orthogonalize(
       >>> tx.update(m, tx.init(m))[0].round(3).tolist()
       [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
     """
-    if method not in ("eigh", "newton_schulz"):
-        raise ValueError(f'method={method!r}: choose "eigh" or "newton_schulz"')
+    if method not in FACTORS:
+        raise ValueError(f"method={method!r}: choose one of {', '.join(FACTORS)}")
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
 
@@ -54,7 +55,7 @@ def orthogonalize(
             return x
         tall = x.shape[-2] > x.shape[-1]
         wide = linalg.transpose(x) if tall else x
-        o = linalg.polar(wide) if method == "eigh" else newton_schulz(wide, iterations)
+        o = FACTORS[method](wide, iterations)
         return linalg.transpose(o) if tall else o
 
     return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
@@ -70,3 +71,22 @@ def newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
         gram = linalg.gram(linalg.transpose(x))
         x = a * x + linalg.matmul(b * gram + c * linalg.matmul(gram, gram), x)
     return x
+
+
+def by_svd(x: jax.Array) -> jax.Array:
+    """U V^T of a thin SVD: (*batch, r, n)."""
+
+    def one(x: jax.Array) -> jax.Array:
+        # LAPACK's SVD never returns from an Inf, and does from a NaN.
+        x = jnp.where(jnp.isfinite(x), x, jnp.nan)
+        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        return linalg.matmul(u * (s > 0), vt)
+
+    return linalg.per_matrix(one, linalg.unit_largest(x))
+
+
+FACTORS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "eigh": lambda x, _: linalg.polar(x),
+    "svd": lambda x, _: by_svd(x),
+    "newton_schulz": newton_schulz,
+}

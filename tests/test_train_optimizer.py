@@ -18,7 +18,8 @@ from train.methods import BASES, METHODS, ONCE, Method
 from train.optimizer import Optimizer, decayed, make_optimizer, make_schedule
 from train.resolve import resolve
 
-LOW_RANK = [name for name in METHODS if name != "adamw"]
+LOW_RANK = [name for name, method in METHODS.items() if method.low_rank]
+WITHOUT = ["adamw", "racs", "scale_sgd"]
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 
 
@@ -76,7 +77,7 @@ def made(**fields) -> Optimizer:
 def test_every_optimizer_steps_at_the_rank_asked_for(name):
     ranks = ranks_after_a_step(made(name=name))
     rank = {"apollo_mini": 1}.get(name, 4)
-    assert ranks == ({} if name == "adamw" else dict.fromkeys(MATRICES, rank))
+    assert ranks == ({} if name in WITHOUT else dict.fromkeys(MATRICES, rank))
 
 
 # One for each place of the basis in a signature: alone, quantised, beside a key.
@@ -107,6 +108,13 @@ HAVE_THEIR_OWN = {
 }
 
 
+def test_methods_without_a_subspace_refuse_a_basis():
+    assert {*METHODS} == {*LOW_RANK, *WITHOUT}
+    for name in WITHOUT:
+        with pytest.raises(ValueError, match=f"{name} has no subspace, so basis='svd'"):
+            made(name=name, basis="svd")
+
+
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_a_method_whose_basis_is_its_own_refuses_another(name):
     if name not in HAVE_THEIR_OWN:
@@ -130,6 +138,25 @@ def test_adamw_in_a_comparison_ignores_what_is_said_of_the_subspace():
     adamw = made(name="adamw", rank=8, refresh_every=7, scale=0.5, walk_rank=1)
     assert adamw.refresh_every is None
     assert ranks_after_a_step(adamw) == {}
+
+
+def test_scale_embedding_and_head_are_normalised_and_the_head_has_momentum():
+    tx = made(name="scale_sgd").tx
+    state = jax.eval_shape(tx.init, SHAPES)
+    momentum = optax.tree.get_all_with_path(state, "momentum")
+    kept = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+        for _, tree in momentum
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if x.dtype != bool
+    }
+    assert kept == {"head/kernel": SHAPES["head"]["kernel"].shape}
+
+
+@pytest.mark.parametrize("name", ["racs", "alice"])
+def test_a_scale_is_a_run_s(name):
+    (a, b), (c, d) = (updates_of(name=name, scale=s) for s in (0.1, 0.2))
+    np.testing.assert_allclose(np.stack([c, d]), 2 * np.stack([a, b]), rtol=1e-5)
 
 
 def test_a_row_is_all_that_a_new_method_needs(monkeypatch):
@@ -165,7 +192,7 @@ def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
 
 def test_steps_are_of_two_kinds_only_where_some_are_refreshes():
     kinds = {name: kinds_of_steps(made(name=name, refresh_every=7)) for name in METHODS}
-    assert kinds.pop("adamw") == [False]
+    assert all(kinds.pop(name) == [False] for name in WITHOUT)
     assert kinds.pop("ldadam") == kinds.pop("dct_adamw") == [True]
     assert {*map(tuple, kinds.values())} == {(False, True)}
     assert kinds_of_steps(made(name="galore", refresh_every=1)) == [True]

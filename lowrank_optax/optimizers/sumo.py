@@ -66,7 +66,7 @@ def sumo(
 
     Args:
       basis: the basis rule, of orthonormal bases; `dominant_svd()` by default.
-      method: of the polar factor, "eigh" or "newton_schulz" (`orthogonalize`).
+      method: of the polar factor, "eigh", "svd" or "newton_schulz" (`orthogonalize`).
       scale: on the matrices' step, besides sqrt(max(m, n)).
       residual_scale: on the part of the gradient outside of the subspace besides.
       limit: the largest growth of the step's norm from step to step; the paper's 1.1.
