@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
+from lowrank_optax.newton_schulz import check_iterations, newton_schulz
 
 Polar = Literal["eigh", "svd", "newton_schulz"]
-
-# Muon's quintic, p(x) = a x + b x^3 + c x^5 (Jordan et al. 2024): steep at zero, and
-# within 0.3 of one after five times, for singular values from 3e-3 to one.
-QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(
@@ -47,8 +44,7 @@ def orthogonalize(
     """
     if method not in FACTORS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(FACTORS)}")
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
+    check_iterations(iterations)
 
     def one(x: jax.Array) -> jax.Array:
         if jnp.ndim(x) < 2 or not x.size:
@@ -59,18 +55,6 @@ def orthogonalize(
         return linalg.transpose(o) if tall else o
 
     return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
-
-
-def newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
-    """Muon's approximation of the polar factor: (*batch, r, n), r <= n."""
-    a, b, c = QUINTIC
-    x = linalg.unit_largest(x)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-    x = x / jnp.where(norm > 0, norm, 1)
-    for _ in range(iterations):
-        gram = linalg.gram(linalg.transpose(x))
-        x = a * x + linalg.matmul(b * gram + c * linalg.matmul(gram, gram), x)
-    return x
 
 
 def by_svd(x: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, Any] = {
     "grass_walk_all": named(lro.grass_walk, key=1, walk_rank=None),
     "grass_jump": named(lro.grass_jump, key=2),
     "subtrack": named(lro.subtrack, step_size=None),
+    "spectral_adam": named(lro.spectral_adam),
     "ldadam": lambda every: lro.ldadam(RATE, **COMMON),
     "apollo": named(lro.apollo, key=5),
     "apollo_mini": named(lro.apollo_mini, key=5, rank=1, scale=1.0),

@@ -66,8 +66,10 @@ BACKS = {
     "scale_channels": lro.scale_channels(),
     "scale_tensor": lro.scale_tensor(),
     "compensate_columns": lro.compensate_columns(),
+    "spectral_residual": lro.spectral_residual(),
 }
 ORTHONORMAL = ("recover_residual", "sign_residual", "compensate_columns")
+ORTHONORMAL += ("spectral_residual",)
 NOT_ORTHONORMAL = {
     "correlation_aware",
     "online_pca",

@@ -72,6 +72,7 @@ OPTIMIZERS = {
         0.01, rank=4, dimension_numbers=lro.STACKED
     ),
     "subtrack": lambda: lro.subtrack(0.01, **COMMON),
+    "spectral_adam": lambda: lro.spectral_adam(0.01, **COMMON),
     "golore": lambda: lro.golore(0.01, key=0, switch_step=3, **COMMON),
     "ldadam": lambda: lro.ldadam(0.01, rank=4, dimension_numbers=lro.STACKED),
     "coap": lambda: lro.coap(0.01, **COMMON),
@@ -84,7 +85,7 @@ OPTIMIZERS = {
 }
 NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
 NONE |= {"racs", "scale_sgd"}
-WITH_QR = {"golore", "ldadam", "coap", "alice"}
+WITH_QR = {"golore", "ldadam", "coap", "alice", "spectral_adam"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -164,6 +164,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     ),
     "msgd": (partial(lro.msgd, key=0), lambda m, n, r: m * r + n * r),
     "subtrack": (lro.subtrack, lambda m, n, r: m * r + 2 * n * r + 1),
+    "spectral_adam": (lro.spectral_adam, lambda m, n, r: m * r + 2 * n * r),
     "ldadam": (lro.ldadam, lambda m, n, r: m * r + 2 * n * r + m * n),
     "ldadam_no_feedback": (
         partial(lro.ldadam, feedback=False),

@@ -21,6 +21,7 @@ SUMMED = [
 REFUSED = [
     *("fira", "grass_jump", "grass_walk", "subtrack", "ldadam", "apollo"),
     *("apollo_mini", "frugal", "flora", "online_subspace_descent", "alice", "sumo"),
+    "spectral_adam",
 ]
 WITHOUT = ["racs", "scale_sgd"]
 

@@ -61,6 +61,7 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "grass_jump": (lro.grass_jump, {"key": 2}),
     "grass_jump_sara": (lro.grass_jump, SARA),
     "subtrack": (lro.subtrack, {}),
+    "spectral_adam": (lro.spectral_adam, {}),
     "ldadam": (lro.ldadam, {"refresh_every": 1}),
     "apollo": (lro.apollo, {"key": 1}),
     "apollo_published": (lro.apollo, {"key": 1, **PUBLISHED}),

@@ -131,6 +131,8 @@ NAMES = [
     "scale_sgd",
     "scale_tensor",
     "sign_residual",
+    "spectral_adam",
+    "spectral_residual",
     "square_sides",
     "state_shardings",
     "static_args",

@@ -121,3 +121,32 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
         tx.update(g, tx.init(g))
     with pytest.raises(ValueError, match="iterations must be an int of at least 1"):
         lro.spectral_residual(iterations=0)
+
+
+def test_spectral_adam_is_its_chain() -> None:
+    g = {"mlp": {"kernel": jnp.asarray(matrix(0, 6, 10), jnp.float32)}}
+    chain = optax.chain(
+        lro.power_iterate(b1=0.8),
+        lro.project(),
+        lro.rotate_moments(optax.scale_by_adam(0.8, 0.9, 1e-8)),
+        lro.spectral_residual(0.3, scale=0.5, iterations=4),
+    )
+    options = {"rank": 2, "refresh_every": 2, "weight_decay": 0.1}
+    by_hand = lro.low_rank_optimizer(chain, 0.1, **options)  # type: ignore
+    named = lro.spectral_adam(
+        0.1,
+        b1=0.8,
+        b2=0.9,
+        scale=0.5,
+        residual_scale=0.3,
+        iterations=4,
+        **options,  # type: ignore
+    )
+    states = [tx.init(g) for tx in (by_hand, named)]
+    for seed in range(4):
+        grad = {"mlp": {"kernel": jnp.asarray(matrix(seed, 6, 10), jnp.float32)}}
+        for i, tx in enumerate((by_hand, named)):
+            updates, states[i] = tx.update(grad, states[i], g)
+            if i == 0:
+                wanted = updates
+        np.testing.assert_array_equal(wanted["mlp"]["kernel"], updates["mlp"]["kernel"])

@@ -21,8 +21,8 @@ from lowrank_optax.switching import switch_basis, track_gram
 def alice(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     key: jax.Array | int | None = None,
     keep: float = 0.3125,
     basis: optax.GradientTransformation | None = None,

@@ -19,8 +19,8 @@ from lowrank_optax.step import in_subspace
 def coap(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     recompute_every: int = 5,
     step_size: float | jax.Array = 0.1,
     scale: float | jax.Array = 0.25,

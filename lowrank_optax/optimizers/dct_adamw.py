@@ -20,7 +20,7 @@ from lowrank_optax.published import Mask
 def dct_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
+    rank: Rank = 0.25,
     refresh_every: int = 1,
     feedback: bool = False,
     scale: float | jax.Array = 1.0,

@@ -19,8 +19,8 @@ from lowrank_optax.singular import dominant_svd
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     step: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 0.25,

@@ -20,8 +20,8 @@ from lowrank_optax.step import in_full_space, per_matrix
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     key: jax.Array | int,
     b1: float | jax.Array = 0.9,
     scale: float | jax.Array = 1.0,

@@ -22,8 +22,8 @@ from lowrank_optax.step import reset_moments
 def frugal(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     residual: Literal["sign", "sgd"] = "sign",
     residual_scale: float | jax.Array = 1.0,

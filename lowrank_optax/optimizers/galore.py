@@ -18,8 +18,8 @@ from lowrank_optax.singular import dominant_svd
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     step: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 0.25,
@@ -50,8 +50,10 @@ def galore(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r: an int, a fraction of the smaller side, or rules by path (`low_rank`).
-      refresh_every: T, steps between two bases.
+      rank: r: an int, a fraction of the smaller side, or rules by path (`low_rank`); a
+        quarter by default.
+      refresh_every: T, steps between two bases; 200 by default, as released scripts
+        have it.
       basis: the basis rule; `dominant_svd()` by default.
       step: another step than Adam, a stage such as `in_subspace(inner)`; b1, b2 and
         eps are then its own affair.

@@ -55,8 +55,8 @@ def scale_by_adafactor(
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array | None = 0.9,
@@ -117,8 +117,8 @@ def galore_adafactor(
 def galore_adam_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     heads: Sequence[tuple[str, int]] = (),
     scale: float | jax.Array = 0.25,
@@ -180,8 +180,8 @@ def galore_adam_mini(
 def galore_adam8bit(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     block_size: int = 256,
     shards: int = 1,

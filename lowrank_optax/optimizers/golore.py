@@ -19,8 +19,8 @@ from lowrank_optax.random_bases import random_after
 def golore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     switch_step: int | jax.Array,
     key: jax.Array | int,
     scale: float | jax.Array = 0.25,

@@ -21,8 +21,8 @@ from lowrank_optax.residual import recover_residual
 def grass_walk(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 100,
     key: jax.Array | int | None = None,
     angle: float | jax.Array = 0.3,
     walk_rank: int | None = 1,
@@ -95,8 +95,8 @@ def grass_walk(
 def grass_jump(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 100,
     key: jax.Array | int | None = None,
     basis: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 1.0,

@@ -19,8 +19,8 @@ from lowrank_optax.step import reset_moments
 def grass_sparse(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     key: jax.Array | int,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,

@@ -20,7 +20,7 @@ from lowrank_optax.published import Mask
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
+    rank: Rank = 0.25,
     refresh_every: int = 1,
     rho: float | jax.Array = 0.908,
     feedback: bool = True,

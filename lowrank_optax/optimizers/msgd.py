@@ -19,8 +19,8 @@ from lowrank_optax.singular import sara_sample
 def msgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     key: jax.Array | int | None = None,
     basis: optax.GradientTransformation | None = None,
     scale: float | jax.Array = 1.0,

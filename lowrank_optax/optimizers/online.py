@@ -21,7 +21,7 @@ NEVER = 2**31 - 1
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
+    rank: Rank = 0.25,
     optimizer_of_basis: optax.GradientTransformation | None = None,
     penalty: float | jax.Array = 0.0,
     scale: float | jax.Array = 0.25,

@@ -22,8 +22,8 @@ from lowrank_optax.storage import quantize_basis
 def q_galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     bits: int = 4,
     threshold: float | jax.Array = 0.4,

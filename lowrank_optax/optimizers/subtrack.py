@@ -20,8 +20,8 @@ from lowrank_optax.residual import recover_residual
 def subtrack(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     step_size: float | jax.Array | None = 10.0,
     scale: float | jax.Array = 1.0,
     limit: float | jax.Array = 1.01,

@@ -24,8 +24,8 @@ from lowrank_optax.singular import dominant_svd
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     method: Polar = "eigh",
     scale: float | jax.Array = 1.0,
