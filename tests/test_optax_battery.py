@@ -318,6 +318,7 @@ def full_rank(name: str) -> optax.GradientTransformation:
         "msgd": after(momentum),
         "flora": after(second, momentum),
         "ldadam": optax.adamw(RATE, 0.908, 0.99, weight_decay=0.1),
+        "spectral_adam": optax.adamw(RATE, 0.908, 0.99, weight_decay=0.1),
         "coap": optax.adamw(RATE, eps=1e-6, weight_decay=0.1),
     }
     return others.get(name, optax.adamw(RATE, weight_decay=0.1))
