@@ -20,6 +20,7 @@ from lowrank_optax.basis import basis_rule
 from lowrank_optax.bracket import LowRankState, low_rank
 from lowrank_optax.data_parallel import average_gradients
 from lowrank_optax.dct import dct_columns
+from lowrank_optax.extend import add_stage
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
 from lowrank_optax.given import replay
@@ -36,6 +37,12 @@ from lowrank_optax.layerwise import (
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState
 from lowrank_optax.linalg import left_singular
+from lowrank_optax.measure import (
+    Measurement,
+    MeasureState,
+    measure_subspace,
+    measurements,
+)
 from lowrank_optax.microbatches import (
     LayerSums,
     Projected,
@@ -109,6 +116,8 @@ __all__ = [
     "LazyRefreshState",
     "LimiterState",
     "LowRankState",
+    "MeasureState",
+    "Measurement",
     "MemoryReport",
     "MemoryRow",
     "OnlinePCAState",
@@ -118,6 +127,7 @@ __all__ = [
     "QuantizedState",
     "QuantizedWeights",
     "adam_mini_blocks",
+    "add_stage",
     "apollo",
     "apollo_mini",
     "apply_updates",
@@ -160,6 +170,8 @@ __all__ = [
     "low_rank",
     "low_rank_optimizer",
     "map_frames",
+    "measure_subspace",
+    "measurements",
     "memory_report",
     "msgd",
     "online_pca",

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.cut import auto_update
+from lowrank_optax.extend import Extensible, extensible
 from lowrank_optax.frame import (
     BASIS_RULE,
     Clock,
@@ -61,7 +62,7 @@ def low_rank(
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
 
     A stage chain says where the subspace is, how the gradient goes in, which step is
@@ -227,7 +228,17 @@ def low_rank(
         refused = state._replace(skipped=state.skipped + 1)
         return if_accepted(accept, steps), if_accepted(accept, new, refused)
 
-    return stage(init, auto_update(update))
+    def extended(more: optax.GradientTransformation) -> Extensible:
+        return low_rank(
+            optax.chain(inner, more),
+            rank=rank,
+            refresh_every=refresh_every,
+            dimension_numbers=dimension_numbers,
+            square=square,
+            precision=precision,
+        )
+
+    return extensible(stage(init, auto_update(update)), extended)
 
 
 def _check_interval(refresh_every: int) -> int:

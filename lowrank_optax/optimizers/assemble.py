@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lowrank_optax.bracket import LowRankState, if_accepted, low_rank
+from lowrank_optax.extend import Extensible, extensible
 from lowrank_optax.frame import stage
 from lowrank_optax.layout import (
     TRANSFORMER_MATRICES,
@@ -132,7 +133,7 @@ def low_rank_optimizer(
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     after: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """A named optimizer from its stages: `low_rank`, weight decay, learning rate.
 
     W <- W - lr (step + weight_decay W). Leaves of full rank pass through the stages'
@@ -174,8 +175,8 @@ def low_rank_optimizer(
 
 
 def _skip_together(
-    bracket: optax.GradientTransformationExtraArgs, after: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+    bracket: Extensible, after: optax.GradientTransformation
+) -> Extensible:
     """`optax.chain(bracket, after)`, except that `after` skips what `bracket` skips."""
     after = optax.with_extra_args_support(after)
 
@@ -199,4 +200,6 @@ def _skip_together(
         new_rest = if_accepted(accept, new_rest, old_rest)
         return if_accepted(accept, steps), (new, new_rest)
 
-    return stage(init, update)
+    return extensible(
+        stage(init, update), lambda more: _skip_together(bracket.extended(more), after)
+    )
