@@ -1,5 +1,6 @@
 """Measured: how much of the gradient a subspace holds, and how far it moves."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,43 +154,24 @@ def measure_subspace(
     if not (energy or at_refreshes):
         raise ValueError("measure_subspace() has nothing to measure: ask for something")
 
+    asked = {
+        "energy": energy,
+        "overlap": overlap,
+        "anchor_overlap": anchor is not None,
+        "spectrum": spectrum > 0,
+        "begun": at_refreshes,
+        "anchor": anchor is not None,
+    }
+
     def init(params: optax.Params) -> MeasureState:
-        def number(frame: Frame, *shape: int) -> jax.Array:
-            none = jnp.full((*frame.batch, *shape), NONE_YET, frame.gradient.dtype)
-            return cut_matrices(frame, none)
-
-        def values(frame: Frame) -> jax.Array:
-            return number(frame, min(spectrum, frame.rank))
-
-        def begun(frame: Frame) -> jax.Array:
-            return cut_matrices(frame, jnp.zeros(frame.batch, bool))
-
-        def kept(frame: Frame) -> jax.Array:
-            return cut_basis(frame, jnp.zeros(frame.basis_shape, frame.gradient.dtype))
-
-        def tree(make: Any, asked: bool) -> Any:
-            def one(frame: Frame) -> jax.Array:
-                return nothing() if frame.whole else make(frame)
-
-            return map_frames(one, params, plain=nothing) if asked else None
-
-        anchored = anchor is not None
-        return MeasureState(
-            energy=tree(number, energy),
-            overlap=tree(number, overlap),
-            anchor_overlap=tree(number, anchored),
-            spectrum=tree(values, spectrum > 0),
-            begun=tree(begun, at_refreshes),
-            anchor=tree(kept, anchored),
-        )
+        return _empty(params, [name for name, yes in asked.items() if yes], spectrum)
 
     def update(
         frames: optax.Updates, state: MeasureState, now: Clock
     ) -> tuple[optax.Updates, MeasureState]:
         for frame in frames_of(frames):
             _check(frame, of_gradient=energy or spectrum > 0)
-        shares = MeasureState(energy=state.energy)
-        shares = _map(_energy, frames, shares)
+        shares = _map(_energy, frames, MeasureState(energy=state.energy))
         bases = branch(
             _has_moved(frames, now),
             partial(_map, partial(_compared, now=now, anchor=anchor or 0), frames),
@@ -201,9 +183,41 @@ def measure_subspace(
     return timed_stage(init, update)
 
 
-def _map(f: Any, frames: optax.Updates, state: MeasureState) -> MeasureState:
+def _empty(params: optax.Params, fields: list[str], spectrum: int) -> MeasureState:
+    """The state before anything was measured."""
+
+    def number(frame: Frame, *shape: int) -> jax.Array:
+        none = jnp.full((*frame.batch, *shape), NONE_YET, frame.gradient.dtype)
+        return cut_matrices(frame, none)
+
+    def values(frame: Frame) -> jax.Array:
+        return number(frame, min(spectrum, frame.rank))
+
+    def begun(frame: Frame) -> jax.Array:
+        return cut_matrices(frame, jnp.zeros(frame.batch, bool))
+
+    def anchor(frame: Frame) -> jax.Array:
+        return cut_basis(frame, jnp.zeros(frame.basis_shape, frame.gradient.dtype))
+
+    makers = {"spectrum": values, "begun": begun, "anchor": anchor}
+
+    def tree(make: Callable[..., jax.Array]) -> Any:
+        return map_frames(
+            lambda frame: nothing() if frame.whole else make(frame),
+            params,
+            plain=nothing,
+        )
+
+    return MeasureState(**{name: tree(makers.get(name, number)) for name in fields})
+
+
+def _map(
+    f: Callable[..., MeasureState], frames: optax.Updates, state: MeasureState
+) -> MeasureState:
     """The trees of f(frame, what is kept for it), a `MeasureState` of arrays each."""
     kept = {name: tree for name, tree in state._asdict().items() if tree is not None}
+    if not kept:
+        return state
 
     def one(frame: Frame, *old: jax.Array) -> tuple[Any, ...]:
         if frame.whole:
@@ -253,12 +267,11 @@ def _has_moved(frames: optax.Updates, now: Clock) -> bool | jax.Array:
 def _energy(frame: Frame, _: MeasureState) -> MeasureState:
     """||S^T G||_F / ||G||_F (eq. 3)."""
     low = frame.down(frame.gradient) if frame.low is None else frame.low
-    # As the residual sums them, so that both may be one sum.
-    inside, all_of_it = (
-        jnp.sum(column_norms_squared(x), axis=-1) for x in (low, frame.gradient)
-    )
-    share = jnp.minimum(ratio(inside, all_of_it, 0.0), 1)  # above it is rounding
-    return MeasureState(energy=jnp.sqrt(share))
+    inside = jnp.sum(jnp.square(low), axis=(-2, -1))
+    # Fenced, the column sums are the residual's own; else they would be one sum.
+    columns = linalg.fence(column_norms_squared(frame.gradient))
+    share = ratio(inside, jnp.sum(columns, axis=-1), 0.0)
+    return MeasureState(energy=jnp.sqrt(jnp.minimum(share, 1)))  # above: rounding
 
 
 def _compared(frame: Frame, old: MeasureState, now: Clock, anchor: int) -> MeasureState:
