@@ -29,6 +29,7 @@ FREE += (*MOVED, "data.cache_dir")
 CLIP = "optimizer.clip_norm"
 # What a run did that was begun before there was a choice.
 BEFORE = {"optimizer.square": "method", "optimizer.block_shards": 1}
+BEFORE |= {"optimizer.measure": "none", "optimizer.anchor": None}
 
 
 @contextmanager

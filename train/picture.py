@@ -1,7 +1,7 @@
-"""Loss curves as PNG."""
+"""A run's curves as PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -31,6 +31,46 @@ def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> 
         eval_steps, eval_losses = _series(records, "eval_loss")
         axes.plot(eval_steps[-1:], eval_losses[-1:], "o", color=line.get_color())
     _save(figure, axes, path)
+
+
+LABELS = {
+    "overlap": "overlap with the basis before",
+    "anchor": "overlap with the anchor",
+    "energy": "share of the gradient, R",
+    "derivative": "error's derivative, leading",
+}
+
+
+def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
+    """What was measured of one run's subspaces, a line for each kind of layer."""
+    names = {name for record in records for name in record if "/" in name}
+    groups = [group for group in LABELS if _of(group, names)]
+    figure = Figure(figsize=(4 * len(groups) + 2, 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        for name in _of(group, names):
+            axes.plot(*_series(records, name), ".-", label=name.split("/")[1])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LABELS[group])
+        axes.grid(alpha=0.3)
+    _save(figure, panels[-1], path)
+
+
+def draw_spectra(
+    values: Mapping[str, Sequence[float]], path: Place, title: str
+) -> None:
+    """Normalised singular values, descending, a line for each kind of layer."""
+    figure, axes = _figure(title)
+    for kind, line in values.items():
+        axes.plot(range(1, len(line) + 1), line, label=kind)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value over the largest, mean of layers")
+    _save(figure, axes, path)
+
+
+def _of(group: str, names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.startswith(f"{group}/"))
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
