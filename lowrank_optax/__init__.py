@@ -21,6 +21,7 @@ from lowrank_optax.bracket import LowRankState, low_rank, whole_matrices
 from lowrank_optax.compensation import CompensationState, compensate_columns
 from lowrank_optax.data_parallel import average_gradients
 from lowrank_optax.dct import dct_columns
+from lowrank_optax.extend import add_stage
 from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
 from lowrank_optax.given import replay
@@ -37,6 +38,12 @@ from lowrank_optax.layerwise import (
 from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.limiter import LimiterState, limit_step
 from lowrank_optax.linalg import left_singular
+from lowrank_optax.measure import (
+    Measurement,
+    MeasureState,
+    measure_subspace,
+    measurements,
+)
 from lowrank_optax.microbatches import (
     LayerSums,
     Projected,
@@ -122,6 +129,8 @@ __all__ = [
     "LazyRefreshState",
     "LimiterState",
     "LowRankState",
+    "MeasureState",
+    "Measurement",
     "MemoryReport",
     "MemoryRow",
     "MomentumState",
@@ -135,6 +144,7 @@ __all__ = [
     "RowColumnState",
     "TrackingState",
     "adam_mini_blocks",
+    "add_stage",
     "alice",
     "apollo",
     "apollo_mini",
@@ -180,6 +190,8 @@ __all__ = [
     "low_rank",
     "low_rank_optimizer",
     "map_frames",
+    "measure_subspace",
+    "measurements",
     "memory_report",
     "momentum_of",
     "msgd",

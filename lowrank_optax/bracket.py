@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.cut import auto_update
+from lowrank_optax.extend import Extensible, extensible
 from lowrank_optax.frame import (
     BASIS_RULE,
     Clock,
@@ -61,7 +62,7 @@ def low_rank(
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
 
     A stage chain says where the subspace is, how the gradient goes in, which step is
@@ -172,7 +173,7 @@ def whole_matrices(
     *,
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """`low_rank` without subspaces: `inner` sees each matrix whole.
 
     For methods that need no projection, and what `low_rank` does besides: a `Frame` of
@@ -211,7 +212,7 @@ def _bracket(
     decide: Callable[[optax.Params], Any],
     refresh_every: int | None,
     precision: jax.lax.PrecisionLike,
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """The bracket around `inner`; a `refresh_every` of None for no subspaces."""
     inner = optax.with_extra_args_support(inner)
     open_frame = functools.partial(_open, precision=precision)
@@ -278,7 +279,10 @@ def _bracket(
         refused = state._replace(skipped=state.skipped + 1)
         return if_accepted(accept, steps), if_accepted(accept, new, refused)
 
-    return stage(init, auto_update(update))
+    def extended(more: optax.GradientTransformation) -> Extensible:
+        return _bracket(optax.chain(inner, more), decide, refresh_every, precision)
+
+    return extensible(stage(init, auto_update(update)), extended)
 
 
 def _check_interval(refresh_every: int) -> int:

@@ -38,7 +38,7 @@ from train.optimizer import check_meant, check_optimizer
 from train.picture import draw_runs
 from train.place import Place, RunFolder
 from train.processes import join_processes
-from train.report import summarize, work_title
+from train.report import draw_measured, summarize, work_title
 from train.resolve import resolve
 from train.restore import check_start, pinned
 from train.stopping import StoppedError
@@ -144,6 +144,7 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     except ValueError as error:
         raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
     lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
+    nothing = {} if METHODS[method].low_rank else {"measure": "none", "anchor": None}
     return dataclasses.replace(
         base,
         name=method,
@@ -151,6 +152,7 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
         basis_dtype="float32" if basis == "default" else base.basis_dtype,
         learning_rate=learning_rate,
         **dict.fromkeys(lacking),
+        **nothing,
     )
 
 
@@ -256,6 +258,8 @@ def conclude(configs: Sequence[Config], results: list[Result], folder: Place) ->
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))
+        for config in configs:
+            draw_measured(config)
         write_text(folder / "table.md", table(results) + "\n")
         print(table(results))
 

@@ -121,6 +121,14 @@ class OptimizerConfig:
         run that goes on has what it began with, on any mesh.
       block_shards: into how many parts moments and weights in 8 bits can be cut with no
         block of numbers on two devices: those of the mesh that the run began on.
+      measure: what is measured of the subspaces, as the metrics overlap/q, energy/up
+        and so on, means over the layers, and in subspace.png. overlap: of a basis with
+        the one before it (SARA, section 4.3), which costs nothing between refreshes;
+        all: also the gradient's share in the subspace at each step (GrassWalk, eq. 3),
+        and at refreshes the leading singular value of the estimation error's derivative
+        (derivative/q, the largest of the layers'). No step changes.
+      anchor: the refresh, from 0, whose basis later ones are compared with
+        (anchor/q): r numbers for each row of a matrix' smaller side.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
       clip_norm: largest global norm of a gradient; None leaves gradients as they are.
       max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
@@ -147,6 +155,8 @@ class OptimizerConfig:
     switch: float = 0.5
     square: Literal["auto", "method", "megatron"] = "auto"
     block_shards: Annotated[int | None, tyro.conf.Fixed] = None
+    measure: Literal["none", "overlap", "all"] = "none"
+    anchor: int | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     max_skipped: int = 20
@@ -154,7 +164,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         above_0 = ("refresh_every", "learning_rate", "scale", "outside", "angle")
         above_0 += ("walk_rank", "block_shards", "clip_norm", "max_skipped")
-        check_numbers(self, positive=above_0, not_negative=("weight_decay",))
+        not_negative = ("weight_decay", "anchor")
+        check_numbers(self, positive=above_0, not_negative=not_negative)
         if self.rank is not None:
             parse_rank(self.rank)
         for field in ("warmup", "b1", "b2"):

@@ -179,10 +179,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "sara-figures-2-3": Experiment(
         "SARA, Figures 2 and 3: overlap with the subspace before, and with an anchor",
-        small=with_all(GALORE_PAIR, measure="all"),
-        full=with_all(presets("galore-60m", basis=SARA_OR_NOT), measure="all"),
+        small=with_all(GALORE_PAIR, measure="overlap", anchor=2),
+        full=with_all(
+            presets("galore-60m", basis=SARA_OR_NOT),
+            measure="overlap",
+            anchor=10,  # at step 2,000
+        ),
         seeds=1,
-        measured=("overlap", "anchor_overlap"),
+        measured=("overlap", "anchor"),
     ),
     "sara-figure-4": Experiment(
         "SARA, Figure 4: the spectrum of what weights move late in training",
@@ -196,7 +200,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         small=[{"optimizer": "galore", "measure": "all"}],
         full=[{**GRASS_1B, "optimizer": "galore", "measure": "all"}],
         seeds=1,
-        measured=("energy", "error_spectrum"),
+        measured=("energy", "derivative"),
     ),
     "grass-figure-3": Experiment(
         "GrassWalk, Figure 3: {track, walk, jump, svd, frozen} x rotation x recovery",

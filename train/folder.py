@@ -34,6 +34,8 @@ BEFORE = {
     "optimizer.rotate": "on",
     "optimizer.back": "rescale",
     "optimizer.outside": 1.0,
+    "optimizer.measure": "none",
+    "optimizer.anchor": None,
 }
 
 

@@ -37,10 +37,12 @@ Examples:
   mpirun -n 2 python -m train --distributed          two processes
   python -m train.compare --help                     several optimizers, same work
   python -m train.sample --help                      text from a trained model
+  python -m train.spectrum --help                    what changed between checkpoints
   python -m train.bench --help                       what a step costs
 
 A run leaves in its folder: config.json, data.json, tokenizer.json, metrics.jsonl,
-tensorboard/, checkpoints/, loss.png, memory.txt, sample.txt and summary.json.
+tensorboard/, checkpoints/, loss.png, memory.txt, sample.txt and summary.json; with
+--measure also subspace.png.
 SIGTERM and Ctrl-C end a step and save a checkpoint; --resume goes on from it."""
 
 

@@ -15,6 +15,7 @@ from lowrank_optax.layerwise import squared_norm
 from lowrank_optax.layout import Square, layout_of, path_of, specs_of
 from models import init_params
 from train.config import Config, OptimizerConfig, label, model_config, resolved
+from train.measure import check_measured, measured
 from train.methods import BASES, METHODS, call
 from train.ranks import check_ranks, parse_rank
 
@@ -277,7 +278,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON)
     refresh_every = method.own.get("refresh_every", config.refresh_every)
     square = MEGATRON if config.square == "megatron" else method.options["square"]
-    tx = optax.with_extra_args_support(tx)
+    tx = optax.with_extra_args_support(measured(tx, config))
     return Optimizer(tx, clip, schedule, refresh_every, square)
 
 
@@ -294,6 +295,7 @@ def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> No
         own = any(option in METHODS[c.name].own for c in chosen)
         has = f"decides {option} by itself" if own else f"has no {option}"
         raise ValueError(f"{who} {has}: leave out {flag}")
+    check_measured(given, chosen)
     if given.basis_dtype != "float32" and all(c.basis == "default" for c in chosen):
         raise ValueError(
             f"basis_dtype={given.basis_dtype!r} needs a basis by name: --basis svd, or "

@@ -1,7 +1,7 @@
 """Curves and final losses as PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -33,6 +33,42 @@ def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> 
     _save(figure, axes, path)
 
 
+LABELS = {
+    "overlap": "overlap with the basis before",
+    "anchor": "overlap with the anchor",
+    "energy": "share of the gradient, R",
+    "derivative": "error's derivative, leading",
+}
+
+
+def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
+    """What was measured of one run's subspaces, a line for each kind of layer."""
+    names = {name for record in records for name in record if "/" in name}
+    groups = [group for group in LABELS if _of(group, names)]
+    figure = Figure(figsize=(4 * len(groups) + 2, 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        for name in _of(group, names):
+            axes.plot(*_series(records, name), ".-", label=name.split("/")[1])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LABELS[group])
+        axes.grid(alpha=0.3)
+    _save(figure, panels[-1], path)
+
+
+def draw_spectra(
+    values: Mapping[str, Sequence[float]], path: Place, title: str
+) -> None:
+    """Normalised singular values, descending, a line for each kind of layer."""
+    figure, axes = _figure(title)
+    for kind, line in values.items():
+        axes.plot(range(1, len(line) + 1), line, label=kind)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value over the largest, mean of layers")
+    _save(figure, axes, path)
+
+
 def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
     """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
@@ -55,18 +91,19 @@ def draw_measured(
     figure = Figure(figsize=(4 * len(runs) + 1, 4), layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, (name, records) in zip(panels, runs.items(), strict=True):
-        keys = dict.fromkeys(
-            k for r in records for k in r if k.startswith(f"{prefix}/")
-        )
-        for key in keys:
-            axes.plot(*_series(records, key), label=key.removeprefix(f"{prefix}/"))
+        for key in _of(prefix, {k for r in records for k in r}):
+            axes.plot(*_series(records, key), ".-", label=key.split("/")[1])
         axes.set_title(name)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(prefix.replace("_", " "))
+    panels[0].set_ylabel(LABELS[prefix])
     panels[-1].legend(fontsize="small")
     figure.suptitle(title)
     _write(figure, path)
+
+
+def _of(group: str, names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.startswith(f"{group}/"))
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:

@@ -17,10 +17,11 @@ from train.config import (
 )
 from train.data import Data
 from train.loop import Trained
+from train.measure import measures
 from train.memory import describe, device_peak
 from train.metrics import read_metrics
 from train.perplexity import perplexity, published_perplexity
-from train.picture import draw_run
+from train.picture import draw_run, draw_subspaces
 from train.place import Place
 from train.sample import continued, prompt_tokens
 from train.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
-    """Write summary.json, memory.txt, loss.png, then sample.txt; print the outcome."""
+    """Write numbers, memory.txt and pictures, then sample.txt; print the outcome."""
     folder: Place = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
@@ -87,6 +88,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         write_text(folder / "memory.txt", memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
+        draw_measured(config)
     why = "there is no tokenizer"
     if config.report.sample_tokens == 0:
         why = "none was asked for (--sample-tokens 0)"
@@ -105,6 +107,14 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         f"{summary['eval_loss']:.4f} (perplexity {summary['ppl']:.2f}), "
         f"{summary['tokens_per_s']:.0f} tokens/s, {wall_s:.0f} s in all; see {folder}"
     )
+
+
+def draw_measured(config: Config) -> None:
+    """Draw subspace.png of a resolved config's run, if it measures anything."""
+    if measures(config.optimizer):
+        folder: Place = resolved(config, "out")
+        heading = f"{work_title(config)}, {title(config.optimizer)}"
+        draw_subspaces(read_metrics(folder), folder / "subspace.png", heading)
 
 
 def work_title(config: Config) -> str:

@@ -16,6 +16,7 @@ from lowrank_optax.layerwise import squared_norm
 from models import LlamaConfig, Params
 from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
+from train.measure import layer_metrics
 from train.optimizer import Optimizer, Parts, joined, parted
 from train.resolve import large_layers
 from train.shards import Shards, cut_weights, looked_up, rows
@@ -232,6 +233,7 @@ def train_step(
         "refreshes": optimizer.refreshes(taken.opt_state),
         "skipped": new_state.skipped,
         "skipped_in_a_row": new_state.skipped_in_a_row,
+        **layer_metrics(taken.opt_state),
     }
     return new_state, metrics
 

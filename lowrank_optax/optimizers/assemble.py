@@ -13,6 +13,7 @@ from lowrank_optax.bracket import (
     low_rank,
     whole_matrices,
 )
+from lowrank_optax.extend import Extensible, extensible
 from lowrank_optax.frame import stage
 from lowrank_optax.layout import (
     TRANSFORMER_MATRICES,
@@ -142,7 +143,7 @@ def low_rank_optimizer(
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     after: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """A named optimizer from its stages: `low_rank`, weight decay, learning rate.
 
     W <- W - lr (step + weight_decay W). Leaves of full rank pass through the stages'
@@ -191,15 +192,15 @@ def whole_optimizer(
     mask: Mask,
     dimension_numbers: DimensionNumbers,
     square: Square = "input",
-) -> optax.GradientTransformationExtraArgs:
+) -> Extensible:
     """`low_rank_optimizer` without subspaces, in `whole_matrices`."""
     bracket = whole_matrices(stages, dimension_numbers=dimension_numbers, square=square)
     return _skip_together(bracket, decay_and_rate(learning_rate, weight_decay, mask))
 
 
 def _skip_together(
-    bracket: optax.GradientTransformationExtraArgs, after: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+    bracket: Extensible, after: optax.GradientTransformation
+) -> Extensible:
     """`optax.chain(bracket, after)`, except that `after` skips what `bracket` skips."""
     after = optax.with_extra_args_support(after)
 
@@ -223,4 +224,6 @@ def _skip_together(
         new_rest = if_accepted(accept, new_rest, old_rest)
         return if_accepted(accept, steps), (new, new_rest)
 
-    return stage(init, update)
+    return extensible(
+        stage(init, update), lambda more: _skip_together(bracket.extended(more), after)
+    )
