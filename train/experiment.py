@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
+from train.commands import Command, run_all, slots
 from train.config import Config, OptimizerConfig, from_json, parse
 from train.data import DataConfig
 from train.experiments import EXPERIMENTS, SHARED, Experiment, Run, Scale
@@ -20,10 +22,10 @@ from train.main import check_writable, usage_errors
 from train.methods import METHODS
 from train.metrics import read_metrics
 from train.optimizer import NOT_ALL_HAVE
-from train.picture import draw_losses, draw_measured, draw_runs
+from train.picture import draw_losses, draw_measured, draw_runs, draw_spectra
 from train.presets import PRESETS, with_flags
+from train.spectrum import spectra, weights_of
 from train.tables import Row, grouped, table, to_csv
-from train.workers import Command, run_all, slots
 from train.writing import write_text
 
 if TYPE_CHECKING:
@@ -223,6 +225,30 @@ def row_of(cell: Cell) -> Row:
     return {**row, **{k: summary[k] for k in COLUMNS}, **measured}
 
 
+def moved_spectra(
+    config: ExperimentConfig, cells: Sequence[Cell], rows: Sequence[Row]
+) -> dict[str, Sequence[float]]:
+    """Of what the weights moved at the end, the mean over all matrices, by run.
+
+    The rows get its effective rank. Nothing where the experiment does not ask.
+    """
+    if config.experiment.weights_over is None:
+        return {}
+    means: dict[str, Sequence[float]] = {}
+    for cell, row in zip(cells, rows, strict=True):
+        if cell.done:
+            last = row["steps"]
+            steps = last - cell.flags["checkpoint_every"], last
+            before, after = (weights_of(f"{cell.folder}@{s}")[1] for s in steps)
+            found = spectra(before, after).values()
+            values = np.concatenate([x.values for x in found]).mean(axis=0)
+            row["effective_rank"] = float(
+                np.concatenate([x.ranks for x in found]).mean()
+            )
+            means.setdefault(name_of(cell.axes), values.tolist())
+    return means
+
+
 def log_of(cell: Cell) -> Path:
     return cell.folder.parent / "logs" / f"{cell.folder.name}.txt"
 
@@ -265,6 +291,7 @@ def differences(stored: Config, wanted: Config) -> str:
 def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     """Write the tables and pictures of what is done; whether all is."""
     rows = [row_of(cell) for cell in cells]
+    moved = moved_spectra(config, cells, rows)
     axes = axes_of([cell.axes for cell in cells])
     experiment = config.experiment
     against = None if experiment.against is None else dict([experiment.against])
@@ -288,6 +315,8 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
         )
         for prefix in experiment.measured:
             draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
+    if moved:
+        draw_spectra(moved, config.folder / "spectrum.png", heading)
     print(text)
     return all(cell.done for cell in cells)
 

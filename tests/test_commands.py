@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train import workers
-from train.workers import Command, run_all
+from train import commands
+from train.commands import Command, run_all, slots
 
 
 def command(folder: Path, name: str, code: str) -> Command:
@@ -65,19 +65,19 @@ def test_gpus_are_places_and_share_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a machine with GPUs answers, which there is none of here."""
-    monkeypatch.setattr(workers, "_ASK", "print('gpu', 2)")
+    monkeypatch.setattr(commands, "_ASK", "print('gpu', 2)")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in workers.slots(1)] == ["0", "1"]
-    places = workers.slots(2)
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in slots(1)] == ["0", "1"]
+    places = slots(2)
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == ["0", "1", "0", "1"]
     assert {p["XLA_PYTHON_CLIENT_MEM_FRACTION"] for p in places} == {"0.450"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in workers.slots(1)] == ["3", "5"]
-    monkeypatch.setattr(workers, "_ASK", "print('cpu', 1)")
-    assert workers.slots(2) == [{}, {}]
-    monkeypatch.setattr(workers, "_ASK", "raise RuntimeError('none found')")
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in slots(1)] == ["3", "5"]
+    monkeypatch.setattr(commands, "_ASK", "print('cpu', 1)")
+    assert slots(2) == [{}, {}]
+    monkeypatch.setattr(commands, "_ASK", "raise RuntimeError('none found')")
     with pytest.raises(OSError, match="JAX finds no device: RuntimeError: none found"):
-        workers.slots(1)
+        slots(1)
 
 
 def test_a_command_is_out_of_reach_of_the_terminals_ctrl_c(tmp_path: Path) -> None:
