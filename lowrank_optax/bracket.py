@@ -176,10 +176,9 @@ def whole_matrices(
 ) -> Extensible:
     """`low_rank` without subspaces: `inner` sees each matrix whole.
 
-    For methods that need no projection, and what `low_rank` does besides: a `Frame` of
-    the gradient, turned so that m <= n, in float32 or wider; batch axes for stacked
-    layers; and a step that is not finite is skipped. Frames have neither a basis nor a
-    low-rank gradient. A stage puts their `step`.
+    For methods without a projection, what `low_rank` does besides: a `Frame` of the
+    gradient, turned so that m <= n, in float32 or wider; batch axes for stacked layers;
+    and a step that is not finite is skipped. A stage puts the Frame's `step`.
 
     Args:
       inner: the stages.

@@ -118,6 +118,21 @@ def test_a_qr_by_panels_completes_a_basis(r, monkeypatch):
     assert orthonormality_error(q) < ORTHONORMAL[jnp.float32]
 
 
+@pytest.mark.parametrize("panels", [False, True])
+def test_a_complement_completes_a_basis(dtype, panels, monkeypatch):
+    """By a QR, and as a TPU does it."""
+    x = np.random.default_rng(0).normal(size=(3, M, R))
+    u = linalg.orthonormalize(jnp.asarray(x, dtype))
+    if panels:
+        monkeypatch.setattr(linalg, "PANEL", 5)
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args)
+        )
+    whole = jnp.concatenate([u, linalg.complement(u)], axis=-1)
+    assert whole.shape == (3, M, M)
+    assert orthonormality_error(whole) < ORTHONORMAL[dtype]
+
+
 def test_polish_squares_the_error(dtype):
     rng = np.random.default_rng(1)
     s = rotation(rng, M, R)
