@@ -24,11 +24,17 @@ from train.writing import write_text
 FREE = ("out", "resume", "report.", "mesh.", "processes.")
 MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
 FREE += (*MOVED, "data.cache_dir")
+# How many documents were read is in the fingerprint.
+FREE += ("data.bad_lines",)
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
 # What a run did that was begun before there was a choice.
-BEFORE = {"optimizer.square": "method", "optimizer.block_shards": 1}
+BEFORE = {
+    "optimizer.square": "method",
+    "optimizer.block_shards": 1,
+    "data.windows": "packed",
+}
 
 
 @contextmanager

@@ -265,7 +265,6 @@ def lower_step(
 
     Allocates nothing; the mesh may be of devices that are not here.
     """
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     step = jax.jit(
         partial(train_step, work, refresh=refresh),
@@ -274,7 +273,16 @@ def lower_step(
         donate_argnums=0,
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return step.lower(like, {"tokens": tokens})
+        return step.lower(like, like_batch(config))
+
+
+def like_batch(config: Config) -> Any:
+    """The shapes of a training batch."""
+    shape = config.batch_size, config.seq_len
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+    if config.data.windows == "documents":
+        batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return batch
 
 
 def kinds_of_steps(optimizer: Optimizer) -> list[bool]:
