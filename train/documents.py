@@ -12,7 +12,6 @@ from train.fingerprint import Fingerprint, of_files, of_parts
 from train.place import Place
 from train.texts import BadLines, read_texts
 
-
 Documents = Sequence[str]
 """Texts by number: a list, or what reads from disk."""
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from train.config import Config, model_config, resolved, title
 from train.console import say
 from train.data import Data
 from train.memory import StepMemory, step_memory
-from train.mesh import by_row, on_mesh, replicated, to_devices
+from train.mesh import by_row, like_batch, on_mesh, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
 from train.place import Place
@@ -274,15 +273,6 @@ def lower_step(
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.lower(like, like_batch(config))
-
-
-def like_batch(config: Config) -> Any:
-    """The shapes of a training batch."""
-    shape = config.batch_size, config.seq_len
-    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
-    if config.data.windows == "documents":
-        batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return batch
 
 
 def kinds_of_steps(optimizer: Optimizer) -> list[bool]:

@@ -1,6 +1,5 @@
 """What a `DataConfig` names, opened: token arrays to train and to evaluate on."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from train.documents import (
     shared_records,
 )
 from train.files import content_suffix, find_files
-from train.fingerprint import Fingerprint, of_files
+from train.fingerprint import Fingerprint, of_files, of_tokenizer
 from train.padded import TokenDocuments
 from train.texts import TEXT_SUFFIXES, BadLines, OnBadLines
 from train.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
@@ -110,7 +109,7 @@ class Opened(NamedTuple):
         return {
             "source": self.source,
             "eval_source": self.eval_source,
-            "tokenizer": _of_tokenizer(self.tokenizer),
+            "tokenizer": self.tokenizer and of_tokenizer(self.tokenizer),
         }
 
 
@@ -321,13 +320,3 @@ def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles
 
 def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:
     return {"tokens": count_tokens(spans), **of_files(find_files(source))}
-
-
-def _of_tokenizer(tokenizer: Tokenizer | None) -> Fingerprint | None:
-    if tokenizer is None:
-        return None
-    return {
-        "kind": tokenizer.suffix,
-        "vocab_size": tokenizer.vocab_size,
-        "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
-    }
