@@ -19,7 +19,6 @@ import tyro
 from tqdm import tqdm
 
 from train.fingerprint import Fingerprint, of_tokenizer
-from train.place import place
 from train.texts import BadLines, OnBadLines
 from train.tokenizer import Tokenizer, open_tokenizer
 from train.tokenizing import Counts, Job, Shard, fingerprint, plan, token_file, tokenize
@@ -297,13 +296,11 @@ class Progress:
 
 def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
     """What there is now, and how to train on it."""
-    out, files = place(config.out), manifest["shards"]
-    first = next((row["file"] for row in files if row["tokens"]), "*.u16")
-    suffix, kind = Path(first).suffix, manifest["tokenizer"]
+    out, kind = Path(config.out).expanduser(), manifest["tokenizer"]
+    suffix = ".u16" if kind["vocab_size"] <= 2**16 else ".u32"
     return (
-        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
-        f"{manifest['token_files']} files. Train on them:\n"
-        f"  python -m train --source '{out}/*{suffix}' --vocab-size "
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {out}. "
+        f"To train on them:\n  python -m train --source '{out}/*{suffix}' --vocab-size "
         f"{kind['vocab_size']} --tokenizer {out}/tokenizer{kind['kind']}"
     )
 

@@ -66,7 +66,8 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
       field: the field of an object, or the column, that holds the text.
       bad: decides on what cannot be read: a line that is no JSON object or not UTF-8, a
         field that is missing or no string, a file that is empty, and what comes after
-        the place at which one is damaged or cut short.
+        the place at which one is damaged or cut short. (That gzip was overwritten may
+        show no sooner than at its end.)
       told: is told of every read.
 
     Raises:
