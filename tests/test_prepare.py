@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -301,7 +302,7 @@ def test_what_was_stopped_goes_on(texts, tmp_path, work, case):
         text=True,
         start_new_session=True,
     )
-    until(lambda: lines_in(tmp_path) >= 2 and [*tmp_path.glob("*.tmp")])
+    until(lambda: lines_in(tmp_path) >= 2 and [*tmp_path.glob("*.u16.*.tmp")])
     if number == signal.SIGINT:  # as a terminal sends it, to all of them
         os.killpg(process.pid, number)
     else:
@@ -337,8 +338,8 @@ def test_a_worker_that_is_killed_ends_the_work(texts, tmp_path, work):
     source, whole = work
     argv = command(texts, source, tmp_path, 2)
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    until(lambda: [*tmp_path.glob("*.tmp")])
-    (part, *_) = tmp_path.glob("*.tmp")
+    until(lambda: [*tmp_path.glob("*.u16.*.tmp")])
+    (part, *_) = tmp_path.glob("*.u16.*.tmp")
     os.kill(int(part.name.split(".")[-2]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -498,6 +499,25 @@ def test_the_command_line(texts, tmp_path, capsys):
         main(["--help"])
     assert helped.value.code == 0
     assert "c4-train.*.json.gz" in capsys.readouterr().out
+
+
+def test_a_terminal_has_a_bar_and_no_lines(texts, tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    prepared(texts, tmp_path, shards=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(texts, tmp_path)
+    bars = [x for x in sys.stderr.getvalue().splitlines() if "of 7 shards" in x]
+    assert "86%" in bars[0]
+    assert "6.0 of 7 shards" in bars[0]
+    assert "100%" in bars[-1]
+    assert "7.0 of 7 shards" in bars[-1]
+    assert ", 13 documents, " in bars[-1]
+    assert "documents" not in capsys.readouterr().out
 
 
 def test_a_worker_imports_neither_jax_nor_tfds():

@@ -38,6 +38,7 @@ Examples:
   python -m train.prepare 'tfds:c4/en@train[:1%]' --tokenizer t5/spiece.model \\
     --out tokens/c4
 
+Then:
   python -m train --source 'tokens/c4/*.u16' --vocab-size 32100 \\
     --tokenizer tokens/c4/tokenizer.model --windows documents
 
@@ -56,8 +57,8 @@ class PrepareConfig:
 
     Attributes:
       sources: files, as paths, globs or URLs (gs://, s3://): .jsonl or .json (a
-        document a line), .txt (a document each), each plain, .gz, .xz or .zst, and
-        .parquet (a document a row); or tfds:NAME, tfds:NAME@SPLIT.
+        document a line), .txt (a document each), all plain, .gz, .xz or .zst, or
+        Parquet (a document a row); or tfds:NAME, tfds:NAME@SPLIT.
       tokenizer: a SentencePiece .model or tokenizers .json file.
       out: folder for the token files.
       text_field: the field that holds the text, in files of records and TFDS data sets.
@@ -71,14 +72,16 @@ class PrepareConfig:
       data_dir: folder of prepared TFDS data sets, if not the default one.
     """
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE ...")
+    ]
     tokenizer: str
     out: str
     text_field: str = "text"
     bad_lines: OnBadLines = "error"
     shards: int | None = None
     documents: int | None = None
-    records: Annotated[int, tyro.conf.arg(metavar="INT")] = 200_000
+    records: int = 200_000
     workers: int | None = None
     data_dir: str | None = None
 
@@ -267,7 +270,7 @@ class Progress:
 
     def told(self, part: float) -> None:
         """A further part of a shard is done."""
-        self._bar.update(part)
+        self._bar.update(min(part, self._shards - self._bar.n))  # a sum of fractions
 
     def done(self, counts: Counts) -> None:
         """A shard is done."""
