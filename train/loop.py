@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from train.config import Config, model_config, resolved, title
 from train.console import say
 from train.data import Data
 from train.memory import StepMemory, step_memory
-from train.mesh import by_row, on_mesh, replicated, to_devices
+from train.mesh import by_row, like_batch, on_mesh, replicated, to_devices
 from train.metrics import Meter, MetricsWriter, Record
 from train.optimizer import Optimizer, make_optimizer
 from train.place import Place
@@ -265,7 +264,6 @@ def lower_step(
 
     Allocates nothing; the mesh may be of devices that are not here.
     """
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     step = jax.jit(
         partial(train_step, work, refresh=refresh),
@@ -274,7 +272,7 @@ def lower_step(
         donate_argnums=0,
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return step.lower(like, {"tokens": tokens})
+        return step.lower(like, like_batch(config))
 
 
 def kinds_of_steps(optimizer: Optimizer) -> list[bool]:

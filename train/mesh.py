@@ -97,6 +97,15 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
     }
 
 
+def like_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the global batch that a run trains on."""
+    shape = config.batch_size, config.seq_len
+    like = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    if config.data.windows == "documents":
+        like["weights"] = jax.ShapeDtypeStruct(shape, np.float32)
+    return like
+
+
 def on_mesh(shardings: Any, arrays: Any) -> Any:
     """Arrays in the memory of every host, each device with its part of them."""
 

@@ -132,9 +132,10 @@ def open_tokens(
     """The tokens of a source's files, and the size of their vocabulary.
 
     `.u16` and `.bin` hold little-endian uint16, `.u32` uint32, `.npy` a vector of
-    either; raw files may be compressed (`.xz`, `.gz`) and are then held in memory. Ids
-    are checked here, in part only where files are larger than 2**28 tokens together,
-    and again as they are read. Without a `vocab_size` all are, for the largest one.
+    either; raw files may be compressed (`.gz`, `.xz`, `.zst`) and are then held in
+    memory. Ids are checked here, in part only where files are larger than 2**28 tokens
+    together, and again as they are read. Without a `vocab_size` all are, for the
+    largest one.
 
     Raises:
       FileNotFoundError: no such file.
@@ -167,7 +168,7 @@ def _open(path: Place, vocab_size: int | None) -> TokenFile:
     if suffix not in _RAW:
         raise ValueError(
             f"{path} is not a token file: expected one of {', '.join(TOKEN_SUFFIXES)} "
-            "(raw ones also .xz or .gz)"
+            "(raw ones also .gz, .xz or .zst)"
         )
     dtype = np.dtype(_RAW[suffix])
     content = read_file(path) if suffix != path.suffix else None

@@ -2,7 +2,10 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from upath import UPath
 
@@ -21,14 +24,25 @@ def write_bytes(path: Place, content: bytes) -> None:
     """
     if isinstance(path, UPath):
         return _put(path, content)
-    part = path.with_name(path.name + ".tmp")
+    with written_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the path's place if the block ends well.
+
+    It is on the disk by then. Its name until then has the process' id in it, and ends
+    in `.tmp`.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with part.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 

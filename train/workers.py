@@ -1,0 +1,110 @@
+"""Work that is handed out to processes, and ends with the one that hands it out."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Told = Callable[[float], object]
+
+_LOOK_S = 0.2
+
+
+def each_done(
+    work: Callable[[T, Told], R], items: Sequence[T], workers: int, told: Told
+) -> Generator[tuple[T, R], None, None]:
+    """Each item and what `work` makes of it, as they come.
+
+    With one worker the work is done here. More are processes of their own, begun anew
+    (spawned) and not forked: threads of this one may hold locks. If this generator is
+    closed, or raises, they leave off what they are at; if this process is killed, they
+    end as well. Ctrl-C is this process' alone.
+
+    Args:
+      work: of a module, so that a process can import it. It calls its second argument
+        with the amounts done now and then, within which it may be interrupted.
+      items: what can be pickled.
+      workers: how many processes.
+      told: is called here with what the workers have told together.
+
+    Raises:
+      ChildProcessError: a worker was ended from outside.
+      Exception: what `work` raises.
+    """
+    if workers == 1:
+        for item in items:
+            yield item, work(item, told)
+        return
+    context = multiprocessing.get_context("spawn")
+    done, stop = context.Value("d", 0.0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, _begin, (done, stop))
+    left, running, seen = iter(items), dict[Future[R], T](), 0.0
+    try:
+        while True:
+            with _interrupts_held():  # for a process that begins now
+                for item in islice(left, 2 * workers - len(running)):
+                    running[pool.submit(_call, work, item)] = item
+            if not running:
+                return
+            ready, _ = wait(running, _LOOK_S, FIRST_COMPLETED)
+            now = done.value
+            told(now - seen)
+            seen = now
+            for future in ready:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker was ended from outside, perhaps for want of memory; lower "
+            "--workers, or run it again"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes after the block; processes that begin within it never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_shared: list[Any] = []
+"""In a worker: how much was done by all, and whether to leave off."""
+
+
+def _begin(done: Any, stop: Any) -> None:
+    _shared[:] = done, stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(work: Callable[[T, Told], R], item: T) -> R:
+    return work(item, _tell)
+
+
+def _tell(amount: float) -> None:
+    done, stop = _shared
+    if stop.is_set():
+        raise KeyboardInterrupt  # which nothing takes for an error of the work
+    with done.get_lock():
+        done.value += amount
