@@ -64,7 +64,8 @@ def effective_rank(values: np.ndarray) -> float:
     (Roy and Vetterli 2007, "The effective rank: a measure of effective
     dimensionality".) k equal singular values give k, whatever their size.
     """
-    p = values[values > 0] / np.sum(values)
+    p = values / (np.sum(values) or 1)
+    p = p[p > 0]
     return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else 0.0
 
 
