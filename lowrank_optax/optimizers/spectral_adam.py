@@ -42,10 +42,10 @@ def spectral_adam(
     (`spectral_residual`), which needs no state. State of a matrix: mr + 2nr numbers,
     GaLore's. Three products with S a step, and those of Newton-Schulz.
 
-    When to choose it: for the lowest loss at GaLore's memory; of all methods here it
-    had the lowest on the README's 60M work. When not: where the time of the update
-    matters more than the number of steps (small batches, many devices that share a
-    matrix), or where micro-batches are summed in the subspace.
+    When to choose it: for a low loss at GaLore's memory, where steps are large enough
+    to pay for the products. It is new, and little tried. When not: where the time of
+    the update matters more than the number of steps (small batches, many devices that
+    share a matrix), or where micro-batches are summed in the subspace.
 
     Args:
       basis: another basis rule in place of the power step.
