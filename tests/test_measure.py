@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.frame import Clock, Frame
+from tests import test_state_shardings as cuts
 from tests.test_optax_battery import build, full_tree, gradients, jit, run, tree_of
 
 L, M, N, R, T, K = 2, 5, 7, 2, 2, 4
@@ -430,11 +431,8 @@ def test_on_a_mesh(kind: AxisType) -> None:
     cut = {"w": NamedSharding(mesh, P(None, None, "fsdp"))}
     tx = layered()
     shardings = lro.state_shardings(tx, stacked(0), cut)
-    (own,) = jax.tree.leaves(
-        shardings, is_leaf=lambda x: isinstance(x, lro.MeasureState)
-    )[-1:]
-    assert own.energy["w"].spec == own.spectrum["w"].spec == P()
-    assert own.anchor["w"].spec == P(None, "fsdp")
+    own = {name: optax.tree.get(shardings, name)["w"].spec for name in ALL_OF_IT}
+    assert own == {"spectrum": P(), "anchor": P(None, "fsdp")}
     with jax.set_mesh(mesh):
         init = jax.jit(tx.init)
         if kind is AxisType.Auto:
@@ -445,6 +443,20 @@ def test_on_a_mesh(kind: AxisType) -> None:
             g = jax.device_put(stacked(t), cut)
             _, state = update(g, state, g, refresh=t % T == 0)
         check_like_the_stack(state)
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_no_matrix_moves_to_be_measured(refresh: bool) -> None:
+    """Between refreshes its sums go with those that are there; then bases do."""
+    plain, mesh = cuts.named("grass_jump"), cuts.mesh_of("both")
+    found = [
+        sorted(cuts.moved(cuts.compiled_step(tx, mesh, refresh=refresh)))
+        for tx in (plain, lro.add_stage(plain, STAGE()))
+    ]
+    if not refresh:
+        assert found[0] == found[1]
+    for kind, size in found[1]:
+        assert size <= cuts.BASES or (kind, size) in found[0]
 
 
 def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
