@@ -17,6 +17,7 @@ from train.config import (
     Config,
     OptimizerConfig,
     OptimizerName,
+    Preset,
     ReportConfig,
     parse,
     resolved,
@@ -89,6 +90,7 @@ class SharedWork(Config):
     """
 
     out: RunFolder | None = None
+    preset: Annotated[Preset | None, tyro.conf.Fixed] = None
     resume: Annotated[bool, tyro.conf.Fixed] = False
     resume_or_start: Annotated[bool, tyro.conf.Fixed] = False
     resume_from: Annotated[int | None, tyro.conf.Fixed] = None

@@ -19,6 +19,7 @@ from train.config import (
     Config,
     DataConfig,
     OptimizerConfig,
+    Preset,
     ProcessConfig,
     ReportConfig,
     label,
@@ -57,6 +58,7 @@ class CompiledWork(Config):
     """The work. Of a run only its step is compiled, so the data do not matter."""
 
     out: Annotated[Path | None, tyro.conf.Fixed] = None
+    preset: Annotated[Preset | None, tyro.conf.Fixed] = None
     resume: Annotated[bool, tyro.conf.Fixed] = False
     resume_or_start: Annotated[bool, tyro.conf.Fixed] = False
     resume_from: Annotated[int | None, tyro.conf.Fixed] = None
