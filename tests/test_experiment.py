@@ -68,10 +68,18 @@ def test_more_text_is_asked_for() -> None:
         expand(ExperimentConfig("sara-table-1", only="sarah"))
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are processes with one device, and compiled as a user's are."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+
+
 TINY = ("--steps", "4", "--only", "walk.*rescale")
 
 
-def test_it_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.usefixtures("fast")
+def test_it_stops_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "runs"
     argv = ("grass-figure-3", *TINY, "--out", str(out))
     process = subprocess.Popen([sys.executable, "-m", "train.experiment", *argv])
@@ -96,11 +104,11 @@ def test_it_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "final.png").stat().st_size > 1000
 
-    capsys.readouterr()
     with pytest.raises(SystemExit, match="other settings"):
         main((*argv[:1], *TINY[2:], "--steps", "5", "--out", str(out)))
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_run_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
