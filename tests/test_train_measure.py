@@ -1,5 +1,6 @@
 """Runs that measure their subspaces, and the spectra of what they changed."""
 
+import copy
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import train.main
 import train.spectrum
 from tests.test_train import is_picture
 from train.compare import named
-from train.config import Config, OptimizerConfig
+from train.config import Config, OptimizerConfig, to_json
 from train.folder import check_same_run
 from train.main import main
 from train.measure import check_measured, layer_metrics
@@ -169,13 +170,14 @@ def test_a_comparison_measures_what_has_a_subspace():
 
 
 def test_a_run_of_before_there_were_measures_goes_on():
-    old = {"optimizer": {"name": "galore", "warmup": 0.1, "final": 0.1}}
-    new = {"optimizer": {**old["optimizer"], "measure": "none", "anchor": None}}
-    square = {"square": "method", "block_shards": 1}
-    for config in (old, new):
-        config |= {"steps": 3}
-    new["optimizer"] |= square
+    new = json.loads(to_json(Config()))
+    old = copy.deepcopy(new)
+    for field in ("measure", "anchor"):
+        del old["optimizer"][field]
     check_same_run(old, new, Path("config.json"))
+    new["optimizer"]["measure"] = "all"
+    with pytest.raises(ValueError, match=r"optimizer\.measure: none there, all here"):
+        check_same_run(old, new, Path("config.json"))
 
 
 # --- spectra ---
