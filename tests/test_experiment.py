@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import pytest
 
 from train.config import Config, parse
@@ -28,9 +29,7 @@ FILES = DataConfig(source="train.u16", eval_source="valid.u16")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_every_experiment_is_one(name: str, scale: str) -> None:
     """Its command line parses to the flags that it says, and its optimizer is built."""
-    import jax
-
-    cells = expand(ExperimentConfig(name, scale=scale, data=FILES))  # type: ignore
+    cells = expand(ExperimentConfig(name, scale=scale, data=FILES))
     for cell in {str(c.axes): c for c in cells}.values():
         config = parse(Config, "", cell.words, "train")
         assert config.out == cell.folder
@@ -102,6 +101,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert text.startswith("GrassWalk, Figure 3")
     assert "| on |" in text
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "time.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "final.png").stat().st_size > 1000
 
     with pytest.raises(SystemExit, match="other settings"):

@@ -35,7 +35,7 @@ def stages(scale: float = 1.0, **options: object) -> optax.GradientTransformatio
         lro.dominant_svd(),
         lro.project(),
         lro.in_subspace(optax.identity()),
-        lro.spectral_residual(scale=scale, dtype=None, **options),  # type: ignore
+        lro.spectral_residual(scale=scale, dtype=None, **options),
     )
 
 
@@ -132,7 +132,7 @@ def test_spectral_adam_is_its_chain() -> None:
         lro.spectral_residual(0.3, scale=0.5, iterations=4),
     )
     options = {"rank": 2, "refresh_every": 2, "weight_decay": 0.1}
-    by_hand = lro.low_rank_optimizer(chain, 0.1, **options)  # type: ignore
+    by_hand = lro.low_rank_optimizer(chain, 0.1, **options)
     named = lro.spectral_adam(
         0.1,
         b1=0.8,
@@ -140,7 +140,7 @@ def test_spectral_adam_is_its_chain() -> None:
         scale=0.5,
         residual_scale=0.3,
         iterations=4,
-        **options,  # type: ignore
+        **options,
     )
     states = [tx.init(g) for tx in (by_hand, named)]
     for seed in range(4):

@@ -22,7 +22,13 @@ from train.main import check_writable, usage_errors
 from train.methods import METHODS
 from train.metrics import read_metrics
 from train.optimizer import NOT_ALL_HAVE
-from train.picture import draw_losses, draw_measured, draw_runs, draw_spectra
+from train.picture import (
+    draw_by_time,
+    draw_losses,
+    draw_measured,
+    draw_runs,
+    draw_spectra,
+)
 from train.presets import PRESETS, with_flags
 from train.spectrum import spectra, weights_of
 from train.tables import Row, grouped, table, to_csv
@@ -306,6 +312,7 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     }
     if runs:
         draw_runs(runs, config.folder / "losses.png", heading)
+        draw_by_time(runs, config.folder / "time.png", heading)
         losses = [
             (name_of(a), [r["eval_loss"] for r in g if "eval_loss" in r])
             for a, g in grouped(rows, axes)

@@ -16,7 +16,7 @@ Run = dict[str, Any]
 
 # The tiny model and the text that come with the trainer.
 MINUTES: Run = {"steps": 60, "rank": 32, "refresh_every": 10, "log_every": 5}
-# 39.3 M tokens: at a tenth of it LLaMA-60M's losses order as at its end.
+# 39.3 M tokens: the work of the README's tables.
 HOUR: Run = {
     "size": "60m",
     "batch_size": 128,

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -67,6 +68,23 @@ def draw_spectra(
     axes.set_xlabel("index")
     axes.set_ylabel("singular value over the largest, mean of layers")
     _save(figure, axes, path)
+
+
+def draw_by_time(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
+    """As `draw_runs`, over the time that the steps took, compilation left out."""
+    figure, axes = _figure(f"{title}\nlines: training, smoothed")
+    for name, records in runs.items():
+        _, losses = _series(records, "loss")
+        axes.plot(_minutes(records), _smooth(losses), label=name)
+    axes.set_xlabel("minutes of training steps")
+    _save(figure, axes, path)
+
+
+def _minutes(records: Sequence[Record]) -> list[float]:
+    """Up to each record with a loss; a record's time is the mean of its steps."""
+    steps, times = _series([r for r in records if r.get("loss")], "ms_per_step")
+    taken = (b - a for a, b in pairwise([0, *steps]))
+    return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
 
 
 def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:

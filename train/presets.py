@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 
-# Steps, a tenth of them warm-up; at 1b and 7b the same for all scripts.
+# Of GaLore's scripts.
 STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 TOKENS = {"60m": 1.5e9, "130m": 2.2e9, "350m": 6.0e9, "1b": 13.4e9}  # SARA's Table 1, 2
