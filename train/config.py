@@ -106,8 +106,9 @@ class OptimizerConfig:
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
-        factor.
-      outside: factor on what is given back by sign, compensate and spectral.
+        factor; feedback: all of it, in the next gradient (LDAdam).
+      residual_scale: factor on what sign, compensate or spectral give back, and on
+        what alice, frugal, spectral_adam and sumo do. Default: by optimizer.
       angle: the largest angle, in radians, of a step of the walk (grass_walk, or the
         basis walk).
       walk_rank: how many directions a step of the walk turns. Default: the walk's own.
@@ -148,7 +149,7 @@ class OptimizerConfig:
     scale: float | None = None
     rotate: Literal["on", "off"] = "on"
     back: Back = "rescale"
-    outside: float = 1.0
+    residual_scale: float | None = None
     angle: float = 0.3
     walk_rank: int | None = None
     precision: str = "default"
@@ -162,8 +163,8 @@ class OptimizerConfig:
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
-        above_0 = ("refresh_every", "learning_rate", "scale", "outside", "angle")
-        above_0 += ("walk_rank", "block_shards", "clip_norm", "max_skipped")
+        above_0 = ("refresh_every", "learning_rate", "scale", "residual_scale")
+        above_0 += ("angle", "walk_rank", "block_shards", "clip_norm", "max_skipped")
         not_negative = ("weight_decay", "anchor")
         check_numbers(self, positive=above_0, not_negative=not_negative)
         if self.rank is not None:

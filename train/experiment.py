@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -85,8 +86,8 @@ class ExperimentConfig:
         the trainer; hour: LLaMA-60M, name 39 M tokens by --source; full: the paper's
         models and steps, name its data.
       out: folder of the experiment. Default: runs/NAME-SCALE.
-      seeds: how often each run is made, with seeds 0, 1, ... Default: at the scale hour
-        the experiment's own, once at others.
+      seeds: how often each run is made, with seeds 0, 1, ...; of tries, the best ones.
+        Default: at the scale hour the experiment's own, once at others.
       steps: optimizer steps of each run, if not the experiment's own.
       only: leave out runs whose name lacks this regular expression.
       at_once: runs at a time on each device, to fill it.
@@ -175,6 +176,28 @@ def expand(config: ExperimentConfig) -> list[Cell]:
         names = ", ".join(dict.fromkeys(name_of(c.axes) for c in cells.values()))
         raise ValueError(f"only={config.only!r} leaves no run of {names}")
     return chosen
+
+
+def tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
+    """The runs that are made in any case."""
+    return [c for c in cells if not (config.experiment.best_of and c.flags["seed"])]
+
+
+def best_again(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
+    """Of an experiment of tries, the best one of each kind with the other seeds.
+
+    A try that failed, or has no finite loss, is not among the best.
+    """
+    flag = config.experiment.best_of
+    if flag is None:
+        return []
+    best: dict[str, tuple[float, Run]] = {}
+    for cell in tries(config, cells):
+        loss = row_of(cell).get("eval_loss", math.inf)
+        if loss < best.get(cell.flags[flag], (math.inf,))[0]:
+            best[cell.flags[flag]] = loss, cell.axes
+    chosen = [axes for _, axes in best.values()]
+    return [c for c in cells if c.flags["seed"] and c.axes in chosen]
 
 
 def meant(flags: Run) -> Run:
@@ -328,39 +351,48 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     return all(cell.done for cell in cells)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run an experiment as the command line says; None reads it from `sys.argv`."""
-    config = parse(ExperimentConfig, DESCRIPTION, argv, "python -m train.experiment")
+def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
+    """Make the runs that are not done, and say how each ended."""
+    left = {cell.folder.name: cell for cell in cells if not cell.done}
     with usage_errors():
-        cells = expand(config)
-        if config.list:
-            for cell in cells:
-                print("python -m train", shlex.join(cell.words))
-            return
-        check_writable(config.folder)
         check_same(cells)
-        left = [cell for cell in cells if not cell.done]
         places = slots(config.at_once) if left else []
     commands = [
         Command(
-            cell.folder.name,
+            name,
             [sys.executable, "-m", "train", *cell.words, "--resume-or-start"],
             log_of(cell),
         )
-        for cell in left
+        for name, cell in left.items()
     ]
     # Not `say`, which asks JAX for processes, and would take a GPU's memory here.
     print(
         f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time", flush=True
     )
-    by_name = {cell.folder.name: cell for cell in left}
+    with tqdm(total=len(left), unit="run", disable=None) as bar:
+        for ended in run_all(commands, places):
+            row = row_of(left[ended.name])
+            told = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
+            bar.write(f"{ended.name}: {told}", file=sys.stderr)
+            bar.update()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run an experiment as the command line says; None reads it from `sys.argv`."""
+    config = parse(ExperimentConfig, DESCRIPTION, argv, "python -m train.experiment")
+    with usage_errors():
+        possible = expand(config)
+        cells = tries(config, possible)
+        if config.list:
+            for cell in cells:
+                print("python -m train", shlex.join(cell.words))
+            return
+        check_writable(config.folder)
     try:
-        with tqdm(total=len(left), unit="run", disable=None) as bar:
-            for ended in run_all(commands, places):
-                row = row_of(by_name[ended.name])
-                told = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
-                bar.write(f"{ended.name}: {told}", file=sys.stderr)
-                bar.update()
+        carry_out(config, cells)
+        if again := best_again(config, possible):
+            cells += again
+            carry_out(config, again)
     except KeyboardInterrupt:
         conclude(config, cells)
         print("stopped: the same command goes on", file=sys.stderr)

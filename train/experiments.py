@@ -39,6 +39,8 @@ class Experiment:
       small: the flags of each run at the scales minutes and hour.
       full: the same as the paper has it.
       at_hour: what all runs have at the scale hour besides.
+      best_of: a flag, where the runs are tries: each is made with seed 0, and the best
+        of each value of the flag with the other seeds too.
       seeds: how often each is run at the scale hour, with seeds 0, 1, ...
       against: a flag and its value: every run is compared with the one that has this
         value and is otherwise alike, seed by seed.
@@ -51,6 +53,7 @@ class Experiment:
     small: Sequence[Run]
     full: Sequence[Run]
     at_hour: Run = dataclasses.field(default_factory=dict)
+    best_of: str | None = None
     seeds: int = 3
     against: tuple[str, Any] | None = None
     measured: tuple[str, ...] = ()
@@ -69,6 +72,12 @@ def grid(**axes: Sequence[Any]) -> list[Run]:
         dict(zip(axes, values, strict=True))
         for values in itertools.product(*axes.values())
     ]
+
+
+def around(center: Run, **axes: Sequence[Any]) -> list[Run]:
+    """A run, and those that differ from it in one flag."""
+    moved = [{flag: value} for flag, values in axes.items() for value in values]
+    return [center, *(center | flag for flag in moved)]
 
 
 def with_all(runs: Sequence[Run], **flags: Any) -> list[Run]:
@@ -135,7 +144,106 @@ GRASS_METHODS = (
 GALORE_PAIR = grid(optimizer=("galore",), basis=SARA_OR_NOT)
 LARGER: Run = {"size": "130m", "steps": 2000, "rank": 256}  # for what is large in full
 
+# Ours: seven tries for each method, around the best that was known.
+LIKE_LDADAM: Run = {"learning_rate": 3e-3, "b1": 0.908, "b2": 0.99}
+TRIES = [
+    *around(
+        {"optimizer": "adamw", "learning_rate": 2e-3, "b2": 0.98, "clip_norm": 1.0},
+        learning_rate=(1e-3, 4e-3),
+        b1=(0.8,),
+        b2=(0.999,),
+        clip_norm=(None,),
+        warmup=(0.2,),
+    ),
+    *around(
+        {"optimizer": "muon", "learning_rate": 3e-3},
+        learning_rate=(2e-3, 4.5e-3),
+        b2=(0.98,),
+        scale=(0.1, 0.4),
+        clip_norm=(1.0,),
+    ),
+    *around(
+        {"optimizer": "galore", "learning_rate": 1e-2},
+        learning_rate=(5e-3, 2e-2),
+        refresh_every=(50,),
+        scale=(0.5,),
+        b2=(0.99,),
+        clip_norm=(1.0,),
+    ),
+    *around(
+        {"optimizer": "ldadam", "learning_rate": 3e-3},
+        learning_rate=(2e-3, 4.5e-3),
+        b1=(0.95,),
+        b2=(0.98, 0.999),
+        clip_norm=(1.0,),
+    ),
+    *around(
+        {"optimizer": "grass_jump", "basis": "sara", "refresh_every": 100}
+        | LIKE_LDADAM,
+        learning_rate=(2e-3, 4.5e-3),
+        refresh_every=(10,),
+        basis=("default", "walk"),
+        clip_norm=(1.0,),
+    ),
+    *around(
+        {"optimizer": "alice", "learning_rate": 1e-2},
+        learning_rate=(5e-3, 2e-2),
+        refresh_every=(10,),
+        b2=(0.99,),
+        residual_scale=(1.0,),
+        clip_norm=(1.0,),
+    ),
+    *around(
+        {"optimizer": "spectral_adam", "learning_rate": 3e-3, "refresh_every": 10},
+        learning_rate=(2e-3, 4.5e-3),
+        refresh_every=(50,),
+        residual_scale=(0.3, 1.0),
+        clip_norm=(1.0,),
+    ),
+]
+# What LDAdam's lead comes from: its parts taken away, or put in another's place.
+LDADAM_PARTS = with_all(
+    around(
+        {"basis": "power", "back": "feedback", "refresh_every": 1, "b2": 0.99},
+        refresh_every=(10,),
+        basis=("sketch",),
+        rotate=("off",),
+        back=("project", "rescale", "spectral"),
+        b2=(0.999,),
+    ),
+    **{**LIKE_LDADAM, "optimizer": "subspace_adam", "residual_scale": 0.5},
+)
+# Which basis, where the rest comes back by its polar factor.
+OFTEN = with_all(
+    [
+        *around({"basis": "power"}, basis=("svd", "sara", "jump", "walk")),
+        {"basis": "walk", "walk_rank": 1},
+        {"basis": "power", "rotate": "off"},
+    ],
+    **{**LIKE_LDADAM, "optimizer": "subspace_adam", "back": "spectral"},
+    refresh_every=10,
+    residual_scale=0.5,
+)
+
 EXPERIMENTS: dict[str, Experiment] = {
+    "best": Experiment(
+        "Ours: seven tries for each method, and the best of each again",
+        small=TRIES,
+        full=with_all(TRIES, **HOUR | LARGER),
+        best_of="optimizer",
+    ),
+    "ldadam-parts": Experiment(
+        "Ours: what LDAdam's lead comes from, each of its parts taken away",
+        small=LDADAM_PARTS,
+        full=with_all(LDADAM_PARTS, **HOUR | LARGER),
+        seeds=1,
+    ),
+    "often": Experiment(
+        "Ours: which basis, where a new one comes every 10 steps",
+        small=OFTEN,
+        full=with_all(OFTEN, **HOUR | LARGER),
+        seeds=1,
+    ),
     "sara-table-1": Experiment(
         "SARA, Table 1: sampled against dominant subspaces in five low-rank Adams",
         small=[ADAMW, *SARA_PAIRS],

@@ -35,7 +35,7 @@ BEFORE = {
     "optimizer.block_shards": 1,
     "optimizer.rotate": "on",
     "optimizer.back": "rescale",
-    "optimizer.outside": 1.0,
+    "optimizer.residual_scale": None,
     "optimizer.measure": "none",
     "optimizer.anchor": None,
     "data.windows": "packed",

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 import lowrank_optax as lro
+from lowrank_optax.layout import path_of, specs_of
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -71,6 +73,7 @@ BACKS: dict[str, Make] = {
         scale=scale, residual_scale=outside / scale
     ),
     "spectral": lambda scale, outside: lro.spectral_residual(outside, scale=scale),
+    "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
 }
 
 
@@ -80,7 +83,7 @@ def subspace_adam(
     basis: optax.GradientTransformation | None = None,
     rotate: str = "on",
     back: str = "rescale",
-    outside: float = 1.0,
+    residual_scale: float = 1.0,
     scale: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -93,12 +96,12 @@ def subspace_adam(
     precision: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in any subspace, with or without rotation, any way back: for ablations."""
+    where = optax.chain(lro.dominant_svd() if basis is None else basis, lro.project())
+    if back == "feedback":
+        where = lro.error_feedback(where, b1=b1)
     turned = lro.rotate_moments if rotate == "on" else lro.in_subspace
     stages = optax.chain(
-        lro.dominant_svd() if basis is None else basis,
-        lro.project(),
-        turned(optax.scale_by_adam(b1, b2)),
-        BACKS[back](scale, outside),
+        where, turned(optax.scale_by_adam(b1, b2)), BACKS[back](scale, residual_scale)
     )
     return lro.low_rank_optimizer(
         stages,
@@ -110,6 +113,38 @@ def subspace_adam(
         dimension_numbers=dimension_numbers,
         square=square,
         precision=precision,
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    scale: float = 0.2,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
+) -> optax.GradientTransformation:
+    """optax's Muon for the matrices that others project; b1, b2: Adam's, for the rest.
+
+    Its steps have entries of the root mean square `scale` (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2), so that Adam's rates fit.
+    """
+
+    def matrices(params: optax.Params) -> Any:
+        specs = specs_of(dimension_numbers, params)
+        return jax.tree_util.tree_map_with_path(lambda p, _: specs[path_of(p)], params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=scale,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        muon_weight_dimension_numbers=matrices,
     )
 
 
@@ -133,6 +168,7 @@ WEIGHT_MATRICES = (
 # which are the papers', and sumo's.
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
+    "muon": Method(muon, 3e-3),
     "galore": Method(lro.galore, 1e-2),
     "galore_adafactor": Method(lro.galore_adafactor, 1e-2),
     "galore_adam_mini": Method(lro.galore_adam_mini, 5e-3),

@@ -32,7 +32,7 @@ MEGATRON = ((r"attention/o/", "output"), ("", "input"))
 
 # Options of a run that mean nothing to some methods.
 NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-NOT_ALL_HAVE += ("rotate", "back", "outside", "precision", "switch", "square")
+NOT_ALL_HAVE += ("rotate", "back", "residual_scale", "precision", "switch", "square")
 
 
 class Parts(NamedTuple):
@@ -263,7 +263,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         # Like the rank, it means nothing to AdamW in a comparison.
         rotate=config.rotate,
         back=config.back,
-        outside=config.outside,
+        residual_scale=config.residual_scale,
         scale=config.scale if method.low_rank or method.uses("scale") else None,
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
