@@ -66,6 +66,12 @@ def test_the_table_is_best_first_and_failures_are_told() -> None:
     assert "failed" in by_name["jump"]
 
 
+def test_many_axes_share_a_column() -> None:
+    axes = {"optimizer": "galore", "a": 1, "b": None, "c": 0.5, "d": None, "e": None}
+    (line,) = table([{**axes, "seed": 0, "eval_loss": 4.0}], [*axes]).splitlines()[2:]
+    assert line.startswith("| galore | a=1, c=0.5 | 4.000 |")
+
+
 def test_csv_has_a_column_for_all_that_any_row_has() -> None:
     text = to_csv([row("svd", 0, 4.0), row("sara", 0, None, note='a,"b"')])
     back = list(csv.DictReader(io.StringIO(text)))

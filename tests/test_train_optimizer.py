@@ -19,7 +19,7 @@ from train.optimizer import Optimizer, decayed, make_optimizer, make_schedule
 from train.resolve import resolve
 
 LOW_RANK = [name for name, method in METHODS.items() if method.low_rank]
-WITHOUT = ["adamw", "racs", "scale_sgd"]
+WITHOUT = ["adamw", "muon", "racs", "scale_sgd"]
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 
 
@@ -188,6 +188,24 @@ def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
     # Its basis moves by itself, and is chosen at the first step alone.
     assert every.pop("online_subspace_descent") == ONCE
     assert {every[name] for name in {*every} - moving} == {7}
+
+
+def test_muon_is_for_the_matrices_alone():
+    config = resolved_optimizer(name="muon", learning_rate=1.0, warmup=0.0, final=1.0)
+    tx = make_optimizer(config, 10, jax.random.key(0)).tx
+    params = init_params(MODEL, jax.random.key(0))
+    updates, _ = tx.update(params, tx.init(params), params)
+    rest = optax.nadam(1.0)
+    others, _ = rest.update(params, rest.init(params))
+
+    def check(path, muon, nadam):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in MATRICES:  # 0.2, as far as Newton-Schulz gets
+            assert 0.1 < jnp.sqrt(jnp.mean(jnp.square(muon))) < 0.25, name
+        else:
+            np.testing.assert_allclose(muon, nadam, rtol=1e-5, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(check, updates, others)
 
 
 def test_steps_are_of_two_kinds_only_where_some_are_refreshes():

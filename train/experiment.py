@@ -166,7 +166,7 @@ def expand(config: ExperimentConfig) -> list[Cell]:
     for seed, run in itertools.product(range(seeds), runs):
         flags = {**SHARED[config.scale], **REPORT, **run, **given, "seed": seed}
         flags = meant(flags) | saved(config, flags)
-        own = {k: run[k] for k in axes if k in run}
+        own = {k: run[k] for k in axes if k in run and k in flags}
         folder = config.folder / f"{name_of(own)}-{seed}"
         if folder in cells:
             raise ValueError(f"two runs are {folder.name}")
@@ -183,21 +183,21 @@ def tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
     return [c for c in cells if not (config.experiment.best_of and c.flags["seed"])]
 
 
-def best_again(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
-    """Of an experiment of tries, the best one of each kind with the other seeds.
+def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
+    """Of an experiment of tries, the best one of each kind and its other seeds.
 
-    A try that failed, or has no finite loss, is not among the best.
+    A try that failed, or has no finite loss, is not among the best. All, of others.
     """
     flag = config.experiment.best_of
     if flag is None:
-        return []
+        return [*cells]
     best: dict[str, tuple[float, Run]] = {}
     for cell in tries(config, cells):
         loss = row_of(cell).get("eval_loss", math.inf)
         if loss < best.get(cell.flags[flag], (math.inf,))[0]:
             best[cell.flags[flag]] = loss, cell.axes
     chosen = [axes for _, axes in best.values()]
-    return [c for c in cells if c.flags["seed"] and c.axes in chosen]
+    return [cell for cell in cells if cell.axes in chosen]
 
 
 def meant(flags: Run) -> Run:
@@ -330,7 +330,7 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     write_text(config.folder / "table.md", f"{heading}\n\n{text}\n")
     runs = {
         name_of(cell.axes): read_metrics(cell.folder)
-        for cell in reversed(cells)  # of several seeds, the first
+        for cell in reversed(best_tries(config, cells))  # of several seeds, the first
         if cell.done
     }
     if runs:
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(config.folder)
     try:
         carry_out(config, cells)
-        if again := best_again(config, possible):
+        if again := [c for c in best_tries(config, possible) if c not in cells]:
             cells += again
             carry_out(config, again)
     except KeyboardInterrupt:

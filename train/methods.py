@@ -126,7 +126,7 @@ def muon(
     mask: Any = None,
     dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
 ) -> optax.GradientTransformation:
-    """optax's Muon for the matrices that others project; b1, b2: Adam's, for the rest.
+    """optax's Muon for the matrices that others project, its NAdam for the rest.
 
     Its steps have entries of the root mean square `scale` (Liu et al. 2025, "Muon is
     Scalable for LLM Training", section 2.2), so that Adam's rates fit.

@@ -135,7 +135,12 @@ def _figure(title: str) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, axes: Axes, path: Place) -> None:
-    axes.legend()
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= 8:
+        axes.legend()
+    else:  # beside the axes, not over them
+        figure.set_figwidth(figure.get_figwidth() + 4)
+        figure.legend(handles, names, loc="outside right upper", fontsize="small")
     _write(figure, path)
 
 

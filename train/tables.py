@@ -71,7 +71,10 @@ def difference(
 
 
 def table(rows: Sequence[Row], axes: Sequence[str], against: Row | None = None) -> str:
-    """Markdown, a line for each run, best first; those that failed come last."""
+    """Markdown, a line for each run, best first; those that failed come last.
+
+    A column for each axis; of more than five, all but the first in one.
+    """
     done = [row for row in rows if "eval_loss" in row]
     best_first = sorted(
         grouped(rows, axes),
@@ -79,7 +82,7 @@ def table(rows: Sequence[Row], axes: Sequence[str], against: Row | None = None) 
     )
     lines = [
         {
-            **{k: "-" if v is None else str(v) for k, v in values.items()},
+            **_named(values),
             **_numbers(group),
             **_compared(group, done, axes, against),
         }
@@ -89,6 +92,14 @@ def table(rows: Sequence[Row], axes: Sequence[str], against: Row | None = None) 
     cells = [columns, ["---"] * len(columns)]
     cells += [[line.get(column, "-") for column in columns] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _named(values: Row) -> dict[str, str]:
+    first, *others = values
+    if len(others) < 5:
+        return {k: "-" if v is None else str(v) for k, v in values.items()}
+    pairs = [f"{k}={values[k]}" for k in others if values[k] is not None]
+    return {first: str(values[first]), "with": ", ".join(pairs) or "-"}
 
 
 def _numbers(group: Sequence[Row]) -> dict[str, str]:
