@@ -70,12 +70,13 @@ def measured(flags, tmp_path_factory) -> Path:
 def test_a_run_writes_what_it_measures(measured):
     records = read_metrics(measured)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
-    groups = ("overlap", "anchor", "energy", "derivative")
+    of_rank_4 = [f"derivative/{{}}/{i}" for i in (1, 2, 3, 4)]
+    groups = ["overlap/{}", "anchor/{}", "energy/{}", *of_rank_4]
     names = {name for name in records[0] if "/" in name}
-    assert names == {f"{group}/{kind}" for group in groups for kind in KINDS}
+    assert names == {group.format(kind) for group in groups for kind in KINDS}
     for kind in KINDS:
-        overlap, anchor, energy, derivative = (
-            [r[f"{group}/{kind}"] for r in records] for group in groups
+        overlap, anchor, energy, derivative, *smaller = (
+            [r[group.format(kind)] for r in records] for group in groups
         )
         assert overlap[:2] == anchor[:2] == derivative[:2] == [None, None]
         # What a refresh found stays until the next.
@@ -85,7 +86,9 @@ def test_a_run_writes_what_it_measures(measured):
         assert anchor[2] == pytest.approx(1, abs=1e-6)
         assert overlap[4] == pytest.approx(anchor[4], abs=1e-6)  # the same two bases
         assert len({*energy}) == 6
-        assert all(x > 0 for x in derivative[2:])
+        for values in zip(derivative[2:], *(x[2:] for x in smaller), strict=True):
+            assert [*values] == sorted(values, reverse=True)
+            assert values[-1] > 0
     assert is_picture(measured / "subspace.png")
     (events,) = (measured / "tensorboard").iterdir()
     for name in names:
@@ -128,13 +131,14 @@ def test_metrics_are_means_over_the_layers_that_have_a_value():
     state = lro.MeasureState(
         energy=tree([0.25, 0.75], [0.5, 0.5]),
         overlap=tree([-1.0, -1.0], [-1.0, 0.5]),
-        spectrum=tree([[1.0], [3.0]], [[2.0], [-1.0]]),
+        spectrum=tree([[1.0, 0.5], [3.0, 0.25]], [[2.0, 1.0], [-1.0, -1.0]]),
     )
     found = {k: float(x) for k, x in layer_metrics({"any": (state,)}).items()}
     assert np.isnan(found.pop("overlap/q"))
     assert found == {
         **{"energy/q": 0.5, "energy/up": 0.5, "overlap/up": 0.5},
-        **{"derivative/q": 3.0, "derivative/up": 2.0},
+        **{"derivative/q/1": 3.0, "derivative/q/2": 0.5},
+        **{"derivative/up/1": 2.0, "derivative/up/2": 1.0},
     }
     assert layer_metrics({}) == {}
 

@@ -12,14 +12,9 @@ import lowrank_optax as lro
 from train.config import OptimizerConfig, label
 from train.methods import METHODS
 
-# What each is called in the metrics, and how it is drawn together from the layers: the
-# mean, and of singular values the largest (GrassWalk paper, Figure 2).
-METRICS = {
-    "overlap": ("overlap", jnp.nanmean),
-    "anchor_overlap": ("anchor", jnp.nanmean),
-    "energy": ("energy", jnp.nanmean),
-    "spectrum": ("derivative", jnp.nanmax),
-}
+# What each is called in the metrics; means over the layers.
+MEANS = {"overlap": "overlap", "anchor_overlap": "anchor", "energy": "energy"}
+SINGULAR_VALUES = 20  # as many as GrassWalk's Figure 2 has
 
 
 def measures(config: OptimizerConfig) -> bool:
@@ -38,7 +33,7 @@ def measured(
         energy=everything,
         overlap=config.measure != "none",
         anchor=config.anchor,
-        spectrum=int(everything),
+        spectrum=SINGULAR_VALUES if everything else 0,
     )
     return lro.add_stage(tx, stage)
 
@@ -58,14 +53,23 @@ def kind_of(path: str) -> str:
 
 
 def layer_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """ "overlap/q" and so on, () each, over all layers that have a value; else NaN."""
-    found: dict[str, list[jax.Array]] = defaultdict(list)
-    for path, measurement in lro.measurements(opt_state).items():
-        for field, (name, _) in METRICS.items():
+    """ "overlap/q" and so on, () each, over all layers that have a value; else NaN.
+
+    Of singular values "derivative/q/1", the largest, to "derivative/q/20": the largest
+    i-th one of any layer (GrassWalk paper, Figure 2).
+    """
+    means: dict[str, list[jax.Array]] = defaultdict(list)
+    largest: dict[str, list[jax.Array]] = defaultdict(list)
+    for path, measurement in sorted(lro.measurements(opt_state).items()):
+        kind = kind_of(path)
+        for field, name in MEANS.items():
             if (value := getattr(measurement, field)) is not None:
-                found[f"{name}/{kind_of(path)}"].append(jnp.ravel(value))
-    join = dict(METRICS.values())
+                means[f"{name}/{kind}"].append(jnp.ravel(value))
+        if (spectrum := measurement.spectrum) is not None:
+            for i in range(spectrum.shape[-1]):
+                value = jnp.ravel(spectrum[..., i])
+                largest[f"derivative/{kind}/{i + 1}"].append(value)
     return {
-        name: join[name.split("/")[0]](jnp.concatenate(values))
-        for name, values in sorted(found.items())
+        **{name: jnp.nanmean(jnp.concatenate(x)) for name, x in sorted(means.items())},
+        **{name: jnp.nanmax(jnp.concatenate(x)) for name, x in largest.items()},
     }

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from statistics import fmean
 
+from cycler import cycler
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,12 +40,15 @@ LABELS = {
     "overlap": "overlap with the basis before",
     "anchor": "overlap with the anchor",
     "energy": "share of the gradient, R",
-    "derivative": "error's derivative, leading",
+    "derivative": "singular values, error's derivative",
 }
 
 
 def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
-    """What was measured of one run's subspaces, a line for each kind of layer."""
+    """What was measured of one run's subspaces, a line for each kind of layer.
+
+    Of singular values the largest.
+    """
     names = {name for record in records for name in record if "/" in name}
     groups = [group for group in LABELS if _of(group, names)]
     figure = Figure(figsize=(4 * len(groups) + 2, 4), layout="constrained")
@@ -51,7 +56,9 @@ def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         for name in _of(group, names):
-            axes.plot(*_series(records, name), ".-", label=name.split("/")[1])
+            _, kind, *index = name.split("/")
+            if index in ([], ["1"]):
+                axes.plot(*_series(records, name), ".-", label=kind)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(LABELS[group])
         axes.grid(alpha=0.3)
@@ -105,28 +112,50 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) 
 def draw_measured(
     runs: Mapping[str, Sequence[Record]], prefix: str, path: Place, title: str
 ) -> None:
-    """What was measured of subspaces: a panel for each run, a line for each metric."""
-    figure = Figure(figsize=(4 * len(runs) + 1, 4), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axes, (name, records) in zip(panels, runs.items(), strict=True):
+    """What was measured of subspaces: a panel for each run, a line for each metric.
+
+    Of singular values a panel for each run's kinds of layers, a line for each value,
+    the largest in dark.
+    """
+    panels: dict[str, list[tuple[str, Sequence[Record], str]]] = {}
+    for name, records in runs.items():
         for key in _of(prefix, {k for r in records for k in r}):
-            axes.plot(*_series(records, key), ".-", label=key.split("/")[1])
+            _, kind, *index = key.split("/")
+            panel = ", ".join([name, kind] if index else [name])
+            panels.setdefault(panel, []).append((key, records, kind))
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4 * across + 1, 4 * down), layout="constrained")
+    grid = [*figure.subplots(down, across, squeeze=False).flat]
+    for axes, (name, lines) in zip(grid, panels.items(), strict=False):
+        for i, (key, records, kind) in enumerate(lines):
+            shade = colormaps["viridis"](i / len(lines))
+            color = shade if key.count("/") == 2 else None
+            axes.plot(*_series(records, key), ".-", label=kind, color=color)
         axes.set_title(name)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(LABELS[prefix])
-    panels[-1].legend(fontsize="small")
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.axes[0].set_ylabel(LABELS[prefix])
+    if all(key.count("/") == 1 for lines in panels.values() for key, *_ in lines):
+        figure.axes[-1].legend(fontsize="small")
     figure.suptitle(title)
     _write(figure, path)
 
 
 def _of(group: str, names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name.startswith(f"{group}/"))
+    """Names of a group, by kind, and by number."""
+    found = (name for name in names if name.startswith(f"{group}/"))
+    return sorted(found, key=lambda name: (name.split("/")[1], len(name), name))
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    # Ten colours, then the same ones dashed.
+    colors = rcParams["axes.prop_cycle"]
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * colors)
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token")
@@ -139,7 +168,7 @@ def _save(figure: Figure, axes: Axes, path: Place) -> None:
     if len(names) <= 8:
         axes.legend()
     else:  # beside the axes, not over them
-        figure.set_figwidth(figure.get_figwidth() + 4)
+        figure.set_size_inches(12, max(5, 0.2 * len(names) + 0.5))
         figure.legend(handles, names, loc="outside right upper", fontsize="small")
     _write(figure, path)
 

@@ -1,4 +1,4 @@
-"""The published settings of each size, by name, to begin from.
+"""The published settings of each size, by name, to begin from; and what is best here.
 
 Sources: the pre-training scripts of GaLore, Fira and APOLLO, and Tables 5 and 6 of the
 SARA paper. What all have in common: C4 by the t5-base tokenizer, one document a window
@@ -104,6 +104,21 @@ PRESETS: dict[str, Flags] = {
     **_of(_sara, "galore-sara", SIZES[:4]),
     **_of(_fira_sara, "fira-sara", SIZES[:3]),
     **_of(_adamw, "adamw", SIZES[:4]),
+    # The best of README.md on 39 M tokens; not tried on more, or at another size.
+    "spectral-adam-60m": {
+        "size": "60m",
+        "optimizer": "spectral_adam",
+        "rank": RANKS["60m"],
+        "refresh_every": 10,
+        "learning_rate": 4.5e-3,
+        "clip_norm": None,
+        "batch_size": 128,
+        "seq_len": 256,
+        "steps": 1200,
+        "warmup": 0.1,
+        "final": 0.1,
+        "weight_decay": 0.0,
+    },
 }
 
 

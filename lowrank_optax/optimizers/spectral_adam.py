@@ -43,9 +43,11 @@ def spectral_adam(
     GaLore's. Three products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
-    to pay for the products. It is new, and little tried. When not: where the time of
-    the update matters more than the number of steps (small batches, many devices that
-    share a matrix), or where micro-batches are summed in the subspace.
+    to pay for the products. Of seven methods with seven tries each it had the lowest
+    loss on LLaMA-60M and 39 M tokens, at 4.5e-3 (README.md); no other size was tried.
+    When not: where the time of the update matters more than the number of steps (small
+    batches, many devices that share a matrix), or where micro-batches are summed in the
+    subspace.
 
     Args:
       basis: another basis rule in place of the power step.
@@ -61,7 +63,7 @@ def spectral_adam(
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
-      >>> tx = lro.spectral_adam(3e-3, rank=4)
+      >>> tx = lro.spectral_adam(4.5e-3, rank=4)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     rule = basis_or(basis, lambda: power_iterate(b1=b1))
