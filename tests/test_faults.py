@@ -25,11 +25,11 @@ def may_mount(folder) -> bool:
 
 
 TIMES = {
-    "kills": 4,
+    "kills": 2,
     "stops": 2,
     "stops_of_two": 1,
-    "damages": 12,
-    "disks": 2,
+    "damages": 6,
+    "disks": 1,
     "changed_inputs": 20,
     "pairs_in_one_folder": 1,
 }

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.quick import jit
 from tests.test_optax_battery import (
     ALL,
     EVERY,
@@ -33,12 +34,6 @@ KINDS = [
     *("q_galore_sara_8bit", "flora"),
 ]
 STEPS = 3 * EVERY
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax import linalg
+from tests.quick import QUICK, jit
 from tests.test_optax_battery import ALL, build, raw_keys, types
 
 LAYERS, WIDTH, HIDDEN, WORDS, BATCH = 4, 8, 16, 7, 24
@@ -38,14 +39,6 @@ OTHERS: dict[str, Any] = {
     "muon": lambda: optax.contrib.muon(RATE),
     "sgd": lambda: optax.sgd(0.1 * RATE, momentum=0.9),
 }
-
-
-# Compiling takes most of the time, and less of it with these.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
@@ -236,12 +229,13 @@ def run_on_a_mesh(tx: Any, spread: str, steps: int) -> Any:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_backward_is_gradients_first(name: str) -> None:
-    """Twenty steps, of which every fifth refreshes, on one device and on eight."""
+    """Twenty steps, of which every fifth refreshes; some on eight devices too."""
     tx = optimizer(name)
     ours, theirs = run(in_backward, tx), run(gradients_first, tx)
     close(ours[::2], theirs[::2], TOLERANCE * RATE)
-    sharded = jax.device_get(run_on_a_mesh(tx, "both", STEPS))
-    close(sharded[::2], theirs[::2], TOLERANCE * RATE)
+    if name in (*KINDS, *OTHERS):
+        sharded = jax.device_get(run_on_a_mesh(tx, "both", STEPS))
+        close(sharded[::2], theirs[::2], TOLERANCE * RATE)
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), ours[0], layers_of())
     # So that equal weights say something.
     assert min(jax.tree.leaves(moved)) > RATE

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from lowrank_optax.frame import Clock, Frame
 from tests import test_state_shardings as cuts
-from tests.test_optax_battery import build, full_tree, gradients, jit, run, tree_of
+from tests.test_optax_battery import build, full_tree, gradients, tree_of
 
 L, M, N, R, T, K = 2, 5, 7, 2, 2, 4
 few = settings(derandomize=True, deadline=None, max_examples=20)
@@ -53,12 +53,22 @@ def bracket(rule: Any, *more: Any, **changes: Any) -> Any:
     return lro.low_rank(stages, **options | changes)
 
 
+def run(tx: Any, grads: list[Any]) -> tuple[list[Any], Any]:
+    """The updates of each step on constant weights, and the last state."""
+    update, params, out = jax.jit(tx.update), tree_of(), []
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        out.append(updates)
+    return out, state
+
+
 def after_each_step(
     tx: Any, grads: list[Any], static: bool = False
 ) -> list[dict[str, Any]]:
     """The measurements that the state holds after each step."""
     update, state, seen = (
-        jit(tx.update, static_argnames="refresh"),
+        jax.jit(tx.update, static_argnames="refresh"),
         tx.init(grads[0]),
         [],
     )
@@ -386,7 +396,7 @@ def check_like_the_stack(state: Any) -> None:
 def test_layers_by_themselves_are_measured_like_the_stack() -> None:
     tx, by_layer = layered(), lro.per_layer(layered())
 
-    @functools.partial(jit, static_argnames="refresh")
+    @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, states: Any, refresh: bool) -> Any:
         _, one = by_layer.update(g, states[0], g, refresh=refresh)
         _, two = lro.update_layers(tx, g, states[1], g, refresh=refresh)
@@ -403,7 +413,7 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
     """The gradient of sum(C W) is C, whatever x is."""
     tx, params = layered(), stacked(0)
 
-    @functools.partial(jit, static_argnames="refresh")
+    @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, state: Any, refresh: bool) -> Any:
         layers = lro.open_layers(params, state)
         layer = lro.update_in_backward(
@@ -500,12 +510,12 @@ def test_measurements_are_found_in_any_wrapper() -> None:
     params = tree_of()
     state = tx.init(params)
     assert np.isnan(lro.measurements(state)["matrix"].energy)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for g in gradients(2):
         _, state = update(g, state, params)
     assert 0 < lro.measurements(state)["matrix"].energy < 1
     assert lro.measurements(optax.adam(1.0).init(params)) == {}
-    inside = jit(lambda s: lro.measurements(s)["matrix"].energy)
+    inside = jax.jit(lambda s: lro.measurements(s)["matrix"].energy)
     assert inside(state) == lro.measurements(state)["matrix"].energy
 
 

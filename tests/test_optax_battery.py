@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.quick import jit
 
 RATE, EVERY = 0.01, 3
 COMMON: dict[str, Any] = {
@@ -84,9 +85,10 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
 # One wrapper at a time, for what differs most in how state is kept: moments that turn
 # and a key, moments that begin anew, a state for each leaf, an error that is fed back.
 WRAPPED = ["grass_walk", "frugal", "q_galore", "ldadam"]
-
-# Compiling takes most of these tests' time, and a third less of it with this.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# And one of each other kind: factored moments, codes, one step for all matrices, a
+# basis from its key, rows, a trained one, a tracked Gram matrix, none.
+KINDS = [*WRAPPED, "galore_adafactor", "galore_adam8bit", "galore_adam_mini", "apollo"]
+KINDS += ["grass_sparse", "online_subspace_descent", "alice", "racs"]
 
 # Two compiled programs may round in another order; relative to the learning rate,
 # which is about the size of an update. Bias correction multiplies by up to 1e3.
@@ -341,7 +343,7 @@ def test_trees_without_a_matrix_get_the_full_rank_optimizer(name: str) -> None:
     assert int(optax.tree.get(state, "skipped")) == 0
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
     """Clipping, apply_if_finite, partition (so masked), MultiSteps, a schedule, extra
     arguments, cond and scan; one wrapper at a time below."""
@@ -412,7 +414,7 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
         assert int(optax.tree.get(state, "skipped")) == 3
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_nothing_depends_on_jit(name: str) -> None:
     grads = gradients(EVERY + 1)
     with jax.disable_jit():
@@ -421,7 +423,7 @@ def test_nothing_depends_on_jit(name: str) -> None:
     close(out, plain(name, grads))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_changes_only_the_rounding_of_the_update(name: str) -> None:
     def low(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)

@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
+from tests.quick import QUICK, jit
 from tests.test_optax_battery import ALL, build, close, full_tree, paths, raw_keys
 
 WORDS, WIDTH, HIDDEN = 5, 4, 6
@@ -31,13 +32,6 @@ each_optimizer = pytest.mark.parametrize("name", NAMES)
 # A state for each leaf, quantised state, an error fed back, keys from paths, a reset.
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
 each_kind = pytest.mark.parametrize("name", KINDS)
-
-# Compiling takes most of the time, and less of it with these.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:
@@ -220,7 +214,7 @@ def test_equinox(name: str) -> None:
     close(paths(arrays(after)), expected)
 
 
-@each_optimizer
+@each_kind
 def test_equinox_serialises_the_state(name: str, tmp_path: Path) -> None:
     tx, step = equinox_step(name)
     first = EqxModel()
@@ -288,7 +282,7 @@ def test_flax_train_state(name: str) -> None:
     close(paths(state.params), plain_loop(*plain(name), first.params, grads))
 
 
-@each_optimizer
+@each_kind
 def test_flax_serialises_the_train_state(name: str) -> None:
     first, step = linen_step(name)
     state = first

@@ -13,7 +13,8 @@ from scipy.linalg import subspace_angles
 
 import lowrank_optax as lro
 from lowrank_optax.grassmann import geodesic
-from tests.test_optax_battery import ALL, jit, options_of
+from tests.quick import jit
+from tests.test_optax_battery import ALL, options_of
 
 M, N = 8, 64
 
@@ -206,9 +207,9 @@ def test_eq_8_goes_by_the_decay_rates_of_now() -> None:
     injected = bracket(optax.inject_hyperparams(optax.scale_by_adam)(b2=0.9))
     _, states = run(injected, grads[:4])
     state = optax.tree.set(states[-1], b2=jnp.float32(0.99))
-    updates, _ = jax.jit(injected.update)(grads[4], state)
+    updates, _ = jit(injected.update)(grads[4], state)
     _, states = run(bracket(optax.scale_by_adam(b2=0.9)), grads[:4])
-    expected, _ = jax.jit(bracket(optax.scale_by_adam(b2=0.99)).update)(
+    expected, _ = jit(bracket(optax.scale_by_adam(b2=0.99)).update)(
         grads[4], states[-1]
     )
     # inject_hyperparams keeps 0.99 in float32: 1 - b2 to 1e-6.

@@ -123,14 +123,14 @@ def draw_measured(
             _, kind, *index = key.split("/")
             panel = ", ".join([name, kind] if index else [name])
             panels.setdefault(panel, []).append((key, records, kind))
+    lines_of_kinds = all(k.count("/") == 1 for p in panels.values() for k, *_ in p)
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4 * across + 1, 4 * down), layout="constrained")
-    grid = [*figure.subplots(down, across, squeeze=False).flat]
+    grid = [*figure.subplots(down, across, sharey=lines_of_kinds, squeeze=False).flat]
     for axes, (name, lines) in zip(grid, panels.items(), strict=False):
         for i, (key, records, kind) in enumerate(lines):
-            shade = colormaps["viridis"](i / len(lines))
-            color = shade if key.count("/") == 2 else None
+            color = None if lines_of_kinds else colormaps["viridis"](i / len(lines))
             axes.plot(*_series(records, key), ".-", label=kind, color=color)
         axes.set_title(name)
         axes.set_xlabel("optimizer step")
@@ -138,7 +138,7 @@ def draw_measured(
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.axes[0].set_ylabel(LABELS[prefix])
-    if all(key.count("/") == 1 for lines in panels.values() for key, *_ in lines):
+    if lines_of_kinds:
         figure.axes[-1].legend(fontsize="small")
     figure.suptitle(title)
     _write(figure, path)
