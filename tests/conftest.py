@@ -13,21 +13,29 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
-# A program that was compiled is there for all workers, and runs that tests start. The
-# first process, whose workers and runs inherit the name, removes the folder at its end.
-_compiled = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": _compiled.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A program that was compiled is there for all workers, and runs that tests start.
+
+    They inherit where.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    folder = tempfile.TemporaryDirectory(prefix="compiled-")
+    config.add_cleanup(folder.cleanup)
+    settings = {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(autouse=True, scope="module")
