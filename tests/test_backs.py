@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 M, N, R, LIMIT = 8, 12, 3, 1.01
 rng = np.random.default_rng(0)
@@ -42,7 +41,7 @@ def run(tx: Any, gradients: Any) -> Any:
     def scan(gs: Any) -> Any:
         return jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1]
 
-    return jit(scan)(jnp.asarray(gradients))
+    return jax.jit(scan)(jnp.asarray(gradients))
 
 
 # ------------------------------------------------------------------ sign_residual
@@ -151,7 +150,7 @@ def test_the_step_never_grows_faster_than_its_limit(
         last = stored
 
 
-@jit
+@jax.jit
 def _limited(gradients: Any, limit: Any) -> Any:
     out = {}
     for name, back in SCALED.items():
@@ -329,7 +328,7 @@ def test_what_is_lost_is_kept(seed: int, log_sizes: list[float]) -> None:
         assert np.abs(s.T @ e).max() < rounding
 
 
-@jit
+@jax.jit
 def _conserved(bases: Any, gradients: Any) -> Any:
     tx = fed_back(lro.replay({"w": bases}), lro.in_subspace(optax.identity()))
     updates, state = run(tx, gradients)
