@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 M, N, R, LIMIT = 8, 12, 3, 1.01
 
@@ -45,7 +44,9 @@ def run(tx, gradients):
         updates, state = tx.update({"w": g}, state)
         return state, (updates["w"], norm_of(state))
 
-    return jit(lambda gs: jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1])(gradients)
+    return jax.jit(lambda gs: jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1])(
+        gradients
+    )
 
 
 def three_products(basis, gradients, inner_steps, limit, scale, variant):
@@ -161,7 +162,7 @@ def test_the_residual_never_grows_faster_than_its_limit(sizes, limit, seed):
         last = stored
 
 
-@jit
+@jax.jit
 def _limited(basis, g, limit):
     return run(bracket(basis, optax.identity(), limit=limit), g)
 
