@@ -160,6 +160,25 @@ def test_a_scale_is_a_run_s(name):
     np.testing.assert_allclose(np.stack([c, d]), 2 * np.stack([a, b]), rtol=1e-5)
 
 
+def test_ldadam_is_the_ablations_method_with_its_parts():
+    like_it = {"basis": "power", "back": "feedback", "b1": 0.908, "b2": 0.99}
+    parts = updates_of(name="subspace_adam", learning_rate=3e-3, **like_it)
+    whole = updates_of(name="ldadam", learning_rate=3e-3)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-8)
+    without = updates_of(
+        name="subspace_adam", learning_rate=3e-3, **like_it | {"back": "project"}
+    )
+    assert far_apart(without[1], parts[1])  # the first step has lost nothing yet
+
+
+@pytest.mark.parametrize("name", ["alice", "frugal", "spectral_adam", "sumo"])
+def test_what_is_given_back_is_scaled_by_a_run(name):
+    """Linear in the factor, of the first step: nothing was limited yet."""
+    a, b, c = (updates_of(name=name, residual_scale=s)[0] for s in (0.2, 0.3, 0.5))
+    assert far_apart(a, b)
+    np.testing.assert_allclose(c - b, 2 * (b - a), rtol=1e-3, atol=1e-6)
+
+
 def test_a_row_is_all_that_a_new_method_needs(monkeypatch):
     row = Method(lro.galore, 0.5, own={"rank": 2, "refresh_every": 3})
     monkeypatch.setitem(METHODS, "new", row)

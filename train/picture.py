@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from statistics import fmean
 
-from cycler import cycler
-from matplotlib import colormaps, rcParams
+from matplotlib import colormaps, cycler, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
