@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,9 +222,12 @@ def meant(flags: Run) -> Run:
 
 def saved(config: ExperimentConfig, flags: Run) -> Run:
     """How often a run saves: to go on with, or for what its weights move."""
-    steps = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
-    if part := config.experiment.weights_over:
-        return {"checkpoint_every": max(1, round(part * steps.steps)), "keep": 2}
+    run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
+    if subspaces := config.experiment.weights_over:
+        most = min(subspaces * run.optimizer.refresh_every, run.steps // 2)
+        # A part of the steps, so that one of its multiples is where it begins.
+        window = next(n for n in range(most, 0, -1) if run.steps % n == 0)
+        return {"checkpoint_every": window, "keep": 2}
     return {"checkpoint_every": 1000} if config.scale == "full" else {}
 
 
@@ -251,7 +255,9 @@ def row_of(cell: Cell) -> Row:
     summary = json.loads((cell.folder / "summary.json").read_text())
     records = read_metrics(cell.folder)
     measured = {k: v for k, v in records[-1].items() if "/" in k} if records else {}
-    return {**row, **{k: summary[k] for k in COLUMNS}, **measured}
+    overlaps = [v for k, v in measured.items() if k.startswith("overlap/")]
+    row |= {k: summary[k] for k in COLUMNS} | measured
+    return row | ({"overlap": statistics.fmean(overlaps)} if overlaps else {})
 
 
 def moved_spectra(

@@ -45,8 +45,8 @@ class Experiment:
       against: a flag and its value: every run is compared with the one that has this
         value and is otherwise alike, seed by seed.
       measured: prefixes of metrics ("overlap") that are drawn over the steps.
-      weights_over: a part of the steps, at their end: the spectrum of what the weights
-        move meanwhile is drawn.
+      weights_over: so many subspaces at the end of a run, at most half of its steps: the
+        spectrum of what the weights move meanwhile is drawn.
     """
 
     about: str
@@ -57,7 +57,7 @@ class Experiment:
     seeds: int = 3
     against: tuple[str, Any] | None = None
     measured: tuple[str, ...] = ()
-    weights_over: float | None = None
+    weights_over: int | None = None
 
     def runs(self, scale: Scale) -> list[Run]:
         """The flags of each run, but for those that all runs of a scale share."""
@@ -143,6 +143,10 @@ GRASS_METHODS = (
 )
 GALORE_PAIR = grid(optimizer=("galore",), basis=SARA_OR_NOT)
 LARGER: Run = {"size": "130m", "steps": 2000, "rank": 256}  # for what is large in full
+
+OVERLAP = grid(
+    optimizer=("galore",), basis=("svd", "sara", "jump"), measure=("overlap",)
+)
 
 # Ours: seven tries for each method, around the best that was known.
 LIKE_LDADAM: Run = {"learning_rate": 3e-3, "b1": 0.908, "b2": 0.99}
@@ -244,6 +248,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=with_all(OFTEN, **HOUR | LARGER),
         seeds=1,
     ),
+    "subspaces": Experiment(
+        "Ours: overlap and rank of what moved, from dominant to sampled to random",
+        small=OVERLAP,
+        full=with_all(OVERLAP, **HOUR | LARGER),
+        at_hour={"refresh_every": 40},
+        measured=("overlap",),
+        weights_over=10,
+    ),
     "sara-table-1": Experiment(
         "SARA, Table 1: sampled against dominant subspaces in five low-rank Adams",
         small=[ADAMW, *SARA_PAIRS],
@@ -300,8 +312,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "SARA, Figure 4: the spectrum of what weights move late in training",
         small=GALORE_PAIR,
         full=presets("galore-60m", basis=SARA_OR_NOT),
+        at_hour={"refresh_every": 40},
         seeds=1,
-        weights_over=1 / 15,  # from 28,000 to 30,000
+        weights_over=10,  # 2,000 steps
     ),
     "grass-figures-1-2": Experiment(
         "GrassWalk, Figures 1 and 2: energy in the subspace, derivative of the error",

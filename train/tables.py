@@ -111,7 +111,10 @@ def _numbers(group: Sequence[Row]) -> dict[str, str]:
         known = [row[key] / unit for row in done if row.get(key) is not None]
         return f"{statistics.fmean(known):.{digits}f}" if known else "-"
 
-    rank = mean("effective_rank", 1, 1)
+    measured = {
+        "overlap at the end": mean("overlap", 1, 3),
+        "effective rank of what moved": mean("effective_rank", 1, 1),
+    }
     loss = interval([row["eval_loss"] for row in done])
     return {
         "eval loss": str(loss),
@@ -123,7 +126,7 @@ def _numbers(group: Sequence[Row]) -> dict[str, str]:
         "peak, GiB": mean("step_bytes", 2**30, 2),
         "ms a step": mean("ms_per_step", 1, 1),
         "minutes": mean("train_s", 60, 1),
-        **({} if rank == "-" else {"effective rank of what moved": rank}),
+        **{name: text for name, text in measured.items() if text != "-"},
     }
 
 
