@@ -45,8 +45,8 @@ class Experiment:
       against: a flag and its value: every run is compared with the one that has this
         value and is otherwise alike, seed by seed.
       measured: prefixes of metrics ("overlap") that are drawn over the steps.
-      weights_over: so many subspaces at the end of a run, at most half of its steps: the
-        spectrum of what the weights move meanwhile is drawn.
+      weights_over: so many subspaces at the end of a run, at most half of its steps;
+        the spectrum of what the weights move meanwhile is drawn.
     """
 
     about: str
