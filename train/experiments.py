@@ -205,6 +205,18 @@ TRIES = [
         clip_norm=(1.0,),
     ),
 ]
+# Newer methods: the default rate, a half of it, and twice.
+NEWER = [
+    *grid(optimizer=("alice_0",), learning_rate=(5e-3, 2.5e-3, 1e-2)),
+    *grid(
+        optimizer=("dct_adamw",),
+        learning_rate=(2e-3, 1e-3, 4e-3),
+        refresh_every=(1,),
+    ),
+    *grid(optimizer=("sumo",), learning_rate=(2e-3, 1e-3, 4e-3)),
+    *grid(optimizer=("racs",), learning_rate=(2e-2, 1e-2, 4e-2)),
+    *grid(optimizer=("scale_sgd",), learning_rate=(1e-3, 5e-4, 2e-3)),
+]
 # What LDAdam's lead comes from: its parts taken away, or put in another's place.
 LDADAM_PARTS = with_all(
     around(
@@ -236,6 +248,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=with_all(TRIES, **HOUR | LARGER),
         best_of="optimizer",
     ),
+    "newer": Experiment(
+        "Ours: newer methods, three rates of each",
+        small=NEWER,
+        full=with_all(NEWER, **HOUR | LARGER),
+        best_of="optimizer",
+        seeds=1,
+    ),
     "ldadam-parts": Experiment(
         "Ours: what LDAdam's lead comes from, each of its parts taken away",
         small=LDADAM_PARTS,
@@ -260,6 +279,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "SARA, Table 1: sampled against dominant subspaces in five low-rank Adams",
         small=[ADAMW, *SARA_PAIRS],
         full=sara_at("60m", "130m", "350m"),
+        at_hour={"refresh_every": 40},  # 30 subspaces; the paper's runs have 50
         against=("basis", "svd"),
     ),
     "sara-table-2": Experiment(
