@@ -61,7 +61,7 @@ def test_those_that_run_are_told_to_end_and_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_gpus_are_places_and_share_their_memory(
+def test_places_share_a_gpus_memory_or_a_cpus_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a machine with GPUs answers, which there is none of here."""
@@ -74,7 +74,12 @@ def test_gpus_are_places_and_share_their_memory(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [p["CUDA_VISIBLE_DEVICES"] for p in slots(1)] == ["3", "5"]
     monkeypatch.setattr(commands, "_ASK", "print('cpu', 1)")
-    assert slots(2) == [{}, {}]
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    assert slots(1) == [{}]
+    assert slots(4) == [{"NPROC": "1", "OPENBLAS_NUM_THREADS": "1"}] * 4
+    assert [p["NPROC"] for p in slots(2)] == ["3", "3"]
     monkeypatch.setattr(commands, "_ASK", "raise RuntimeError('none found')")
     with pytest.raises(OSError, match="JAX finds no device: RuntimeError: none found"):
         slots(1)

@@ -14,18 +14,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from train.cells import Cell, ExperimentConfig, best_tries, expand, meant, tries
 from train.config import Config, parse
 from train.data import DataConfig
-from train.experiment import (
-    COLUMNS,
-    Cell,
-    ExperimentConfig,
-    best_tries,
-    expand,
-    main,
-    meant,
-    tries,
-)
+from train.experiment import COLUMNS, main
 from train.experiments import EXPERIMENTS, Experiment
 from train.optimizer import check_meant, make_optimizer
 from train.presets import with_flags
@@ -58,6 +50,21 @@ def test_the_ablation_is_the_papers() -> None:
     assert len(axes) == 4 * 2 * 2 + 2  # a frozen basis has no rotation
     assert set(axes.values()) == {3}
     assert [cell.flags["seed"] for cell in cells] == [0] * 18 + [1] * 18 + [2] * 18
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "window"),
+    [(1200, 40, 400), (60, 10, 30), (2000, 200, 1000), (90, 4, 30), (7, 1, 1)],
+)
+def test_what_moved_is_of_ten_subspaces_and_a_part_of_the_steps(
+    steps: int, every: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most half of them, and a run saves where it begins."""
+    run = {"optimizer": "galore", "refresh_every": every}
+    moved = Experiment("One run", small=[run], full=[], weights_over=10)
+    monkeypatch.setitem(EXPERIMENTS, "subspaces", moved)
+    (cell,) = expand(ExperimentConfig("subspaces", steps=steps))
+    assert (cell.flags["checkpoint_every"], cell.flags["keep"]) == (window, 2)
 
 
 def test_methods_are_tried_equally_often() -> None:

@@ -1,15 +1,18 @@
 """What changed between two checkpoints: `python -m train.spectrum --help`."""
 
 import dataclasses
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import lowrank_optax as lro
@@ -97,11 +100,21 @@ def spectra(before: Any, after: Any) -> dict[str, Spectrum]:
             f"the checkpoints are of models of different shapes: {shapes[0]} and "
             f"{shapes[1]}; name two of one model"
         )
-    found: dict[str, list[np.ndarray]] = defaultdict(list)
     paths = smaller_sides(parted(before).layers)
     matrices = [(path, i) for path in paths for i in range(len(old[path]))]
-    for path, i in tqdm(matrices, unit="matrix", disable=None):
-        found[path].append(singular_values(new[path][i] - old[path][i]))
+
+    def values_of(matrix: tuple[str, int]) -> np.ndarray:
+        path, i = matrix
+        return singular_values(new[path][i] - old[path][i])
+
+    found: dict[str, list[np.ndarray]] = defaultdict(list)
+    # One core a matrix: threads of one factorisation wait for each other, which on a
+    # busy machine takes ten times as long as no threads.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        values = pool.map(values_of, matrices)
+        bar = tqdm(matrices, unit="matrix", disable=None)
+        for (path, _), one in zip(bar, values, strict=True):
+            found[path].append(one)
     return {
         kind_of(path): Spectrum(
             shape=old[path].shape[1:],
