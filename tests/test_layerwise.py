@@ -581,7 +581,8 @@ def test_other_keys_are_each_layers_own(make: Any) -> None:
         np.testing.assert_array_equal(*map(raw_keys, (state.rng_key[i], key)))
         for name, w in params.items():
             drawn = jax.random.normal(sub, w.shape[1:])
-            np.testing.assert_array_equal(w[i], before[0][name][i] + drawn)
+            # Drawn in two programs, which round log and square root by themselves.
+            np.testing.assert_allclose(w[i], before[0][name][i] + drawn, atol=1e-14)
 
 
 # --- gradients that are not finite ---
