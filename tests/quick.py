@@ -1,6 +1,6 @@
-"""Programs that are compiled in half the time, for tests that compare to rounding.
+"""Programs compiled in half the time whatever the environment's flags, as conftest has.
 
-Not for those of bits: what rounds how is another choice of this compiler's.
+Not for tests against bits of other programs: what rounds how is this compiler's choice.
 """
 
 import functools
