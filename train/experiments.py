@@ -347,7 +347,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "GrassWalk, Figure 3: {track, walk, jump, svd, frozen} x rotation x recovery",
         small=ABLATION,
         full=with_all(ABLATION, **GRASS_1B),
-        at_hour={"refresh_every": 100},
+        # As the paper's steps are: many, of small batches, with many subspaces.
+        at_hour={"batch_size": 64, "refresh_every": 40},
     ),
     "grass-table-1": Experiment(
         "GrassWalk, Table 1 and Figure 4a: the methods at 1B, with memory and time",
