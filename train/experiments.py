@@ -205,6 +205,28 @@ TRIES = [
         clip_norm=(1.0,),
     ),
 ]
+# The winners of these, at two rates each.
+WINNERS = [
+    *grid(
+        optimizer=("adamw",),
+        learning_rate=(2e-3, 1e-3),
+        b2=(0.98,),
+        clip_norm=(1.0,),
+        warmup=(0.2,),
+    ),
+    *grid(
+        optimizer=("spectral_adam",), learning_rate=(4.5e-3, 3e-3), refresh_every=(10,)
+    ),
+    *grid(
+        optimizer=("grass_jump",),
+        basis=("sara",),
+        learning_rate=(3e-3, 2e-3),
+        b1=(0.908,),
+        b2=(0.99,),
+        clip_norm=(1.0,),
+        refresh_every=(100,),
+    ),
+]
 # Newer methods: the default rate, a half of it, and twice.
 NEWER = [
     *grid(optimizer=("alice_0",), learning_rate=(5e-3, 2.5e-3, 1e-2)),
@@ -246,6 +268,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Ours: seven tries for each method, and the best of each again",
         small=TRIES,
         full=with_all(TRIES, **HOUR | LARGER),
+        best_of="optimizer",
+    ),
+    "larger": Experiment(
+        "Ours: the winners of these at 130M, beside AdamW",
+        small=WINNERS,
+        full=with_all(WINNERS, **HOUR | LARGER),
+        at_hour={"size": "130m", "rank": 192},
         best_of="optimizer",
     ),
     "newer": Experiment(
@@ -348,7 +377,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         small=ABLATION,
         full=with_all(ABLATION, **GRASS_1B),
         # As the paper's steps are: many, of small batches, with many subspaces.
-        at_hour={"batch_size": 64, "refresh_every": 40},
+        at_hour={"batch_size": 32, "refresh_every": 40},
     ),
     "grass-table-1": Experiment(
         "GrassWalk, Table 1 and Figure 4a: the methods at 1B, with memory and time",
