@@ -40,6 +40,22 @@ def test_differences_are_by_seed() -> None:
     assert difference(rows[:2], rows, ["basis"], {"basis": "svd"}) is None
 
 
+def test_differences_from_several_flags() -> None:
+    """From the run that has all of their values, on the same basis."""
+    loss = {("off", "project"): 4.0, ("on", "project"): 3.9, ("on", "rescale"): 3.7}
+    rows = [
+        row(basis, 0, value + 0.1 * i, rotate=rotate, back=back)
+        for i, basis in enumerate(("svd", "jump"))
+        for (rotate, back), value in loss.items()
+    ]
+    axes = ["basis", "rotate", "back"]
+    plain = {"rotate": "off", "back": "project"}
+    found = [difference([r], rows, axes, plain) for r in rows]
+    means = [None if f is None else f.mean for f in found]
+    assert means == [None, pytest.approx(-0.1), pytest.approx(-0.3)] * 2
+    assert "loss minus off, project's" in table(rows, axes, plain)
+
+
 def test_a_run_without_the_flag_is_compared_with_none() -> None:
     rows = [{"optimizer": "adamw", "seed": 0, "eval_loss": 4.0}]
     rows += [{"optimizer": "galore", "basis": "svd", "seed": 0, "eval_loss": 5.0}]

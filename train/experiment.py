@@ -151,8 +151,7 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     moved = moved_spectra(config, cells, rows)
     axes = axes_of([cell.axes for cell in cells])
     experiment = config.experiment
-    against = None if experiment.against is None else dict([experiment.against])
-    text = table(rows, axes, against)
+    text = table(rows, axes, experiment.against)
     write_text(config.folder / "results.csv", to_csv(rows))
     heading = f"{experiment.about}\n(scale: {config.scale})"
     write_text(config.folder / "table.md", f"{heading}\n\n{text}\n")

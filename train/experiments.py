@@ -42,8 +42,8 @@ class Experiment:
       best_of: a flag, where the runs are tries: each is made with seed 0, and the best
         of each value of the flag with the other seeds too.
       seeds: how often each is run at the scale hour, with seeds 0, 1, ...
-      against: a flag and its value: every run is compared with the one that has this
-        value and is otherwise alike, seed by seed.
+      against: flags and their values: every run is compared with the one that has
+        these values and is otherwise alike, seed by seed.
       measured: prefixes of metrics ("overlap") that are drawn over the steps.
       weights_over: so many subspaces at the end of a run, at most half of its steps;
         the spectrum of what the weights move meanwhile is drawn.
@@ -55,7 +55,7 @@ class Experiment:
     at_hour: Run = dataclasses.field(default_factory=dict)
     best_of: str | None = None
     seeds: int = 3
-    against: tuple[str, Any] | None = None
+    against: Run | None = None
     measured: tuple[str, ...] = ()
     weights_over: int | None = None
 
@@ -309,7 +309,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         small=[ADAMW, *SARA_PAIRS],
         full=sara_at("60m", "130m", "350m"),
         at_hour={"refresh_every": 40},  # 30 subspaces; the paper's 60M has 29
-        against=("basis", "svd"),
+        against={"basis": "svd"},
     ),
     "sara-table-2": Experiment(
         "SARA, Table 2: GaLore with and without SARA at 1.1B",
@@ -317,7 +317,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=[*presets("adamw-1b"), *presets("galore-sara-1b", basis=SARA_OR_NOT)],
         at_hour=LARGER,
         seeds=1,
-        against=("basis", "svd"),
+        against={"basis": "svd"},
     ),
     "sara-table-3": Experiment(
         "SARA, Table 3: GoLore and online PCA beside GaLore with SARA",
@@ -344,7 +344,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *presets("adamw-60m", "adamw-130m"),
             *presets("galore-sara-60m", "galore-sara-130m", basis=SARA_OR_NOT),
         ],
-        against=("basis", "svd"),
+        against={"basis": "svd"},
     ),
     "sara-figures-2-3": Experiment(
         "SARA, Figures 2 and 3: overlap with the subspace before, and with an anchor",
@@ -378,6 +378,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=with_all(ABLATION, **GRASS_1B),
         # As the paper's steps are: many, of small batches, with many subspaces.
         at_hour={"batch_size": 32, "refresh_every": 40},
+        against={"rotate": "off", "back": "project"},
     ),
     "grass-table-1": Experiment(
         "GrassWalk, Table 1 and Figure 4a: the methods at 1B, with memory and time",
