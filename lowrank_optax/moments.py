@@ -103,6 +103,11 @@ def rotate_moments(
     1 - beta2^{t-1} would enter twice and shrink V; with bias-corrected moments it is
     the rule of LDAdam (Robert et al. 2025), which the paper builds on.
 
+    Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
+    of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
+    than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
+    steps are several times too long: take 0.99, or turn nothing (`in_subspace`).
+
     Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
     `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
     `masked`, `partition`, `inject_hyperparams`. `register_moments` adds others. The
