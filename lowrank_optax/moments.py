@@ -106,7 +106,7 @@ def rotate_moments(
     Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
     of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
     than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
-    steps are several times too long: take 0.99, or turn nothing (`in_subspace`).
+    steps are several times too long; `in_subspace` leaves V as it was.
 
     Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
     `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
