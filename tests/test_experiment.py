@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
 from train.cells import Cell, ExperimentConfig, best_tries, expand, meant, tries
+from train.commands import Command, Ended
 from train.config import Config, parse
 from train.data import DataConfig
 from train.experiment import COLUMNS, main
@@ -161,6 +163,33 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit, match="other settings"):
         main((*argv[:1], *TINY[2:], "--steps", "5", "--out", str(out)))
+
+
+@pytest.mark.parametrize("own", [None, "/elsewhere"])
+def test_seeds_share_compiled_programs(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the experiment's folder until all is done, or where the environment says."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(name, own)
+    out = tmp_path / "runs"
+    argv = ("often", "--only", "walk_rank", "--seeds", "2", "--out", str(out))
+    cells = expand(parse(ExperimentConfig, "", argv, "train.experiment"))
+    seen = []
+
+    def run_all(commands: list[Command], places: list[dict]) -> Iterator[Ended]:
+        seen.extend(place[name] for place in places)
+        (out / "compiled").mkdir(parents=True)
+        for command, cell in zip(commands, cells, strict=True):
+            end(cell, 4.0)
+            yield Ended(command.name, 0)
+
+    monkeypatch.setattr("train.experiment.run_all", run_all)
+    main(argv)
+    assert seen == [own or str(out / "compiled")]
+    assert not (out / "compiled").exists()
 
 
 @pytest.mark.usefixtures("fast")

@@ -1,6 +1,8 @@
 """The papers' experiments by one command: `python -m train.experiment --help`."""
 
+import os
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -49,8 +51,9 @@ Examples:
       --tokenizer t5.model --windows documents                as the paper has it
   python -m train.experiment sara-table-1 --list              its runs, as commands
 
-Runs are spread over the GPUs that are there, one device each. The same command goes on
-with what is left of an experiment that was stopped. In the folder --out: a folder for
+Runs are spread over the GPUs that are there, one device each, and what is compiled for
+one seed is there for the next. The same command goes on with what is left of an
+experiment that was stopped. In the folder --out: a folder for
 each run, results.csv (a line for each), table.md (means over seeds, with 95 %
 confidence intervals) and the pictures."""
 
@@ -108,6 +111,11 @@ def moved_spectra(
 
 def log_of(cell: Cell) -> Path:
     return cell.folder.parent / "logs" / f"{cell.folder.name}.txt"
+
+
+def programs_of(config: ExperimentConfig) -> Path:
+    """Where runs share their compiled programs, unless the environment says where."""
+    return config.folder / "compiled"
 
 
 def last_words(log: Path) -> str:
@@ -184,6 +192,9 @@ def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
     with usage_errors():
         check_same(cells)
         places = slots(config.at_once) if left else []
+    # Runs that differ by their seed alone are one program.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(programs_of(config).absolute())}
+    places = [{**cache, **os.environ, **place} for place in places]
     commands = [
         Command(
             name,
@@ -226,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     if not conclude(config, cells):
         sys.exit(f"error: some runs failed; see {config.folder / 'logs'}")
+    shutil.rmtree(programs_of(config), ignore_errors=True)
 
 
 if __name__ == "__main__":
