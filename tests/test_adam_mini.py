@@ -16,7 +16,6 @@ from lowrank_optax.adam_mini import (
     scale_by_adam_mini,
 )
 from lowrank_optax.quantize import QuantizedArray, quantize_moments
-from tests.quick import jit
 
 L, D, H, V, R = 2, 8, 4, 11, 3  # layers, width, head size, tokens, rank
 B1, B2, EPS = 0.9, 0.95, 1e-8
@@ -120,7 +119,7 @@ def adam_mini(grads, block, turns=None):
 
 def run(tx, grads):
     with jax.enable_x64(True):
-        state, out, update = tx.init(grads[0]), [], jit(tx.update)
+        state, out, update = tx.init(grads[0]), [], jax.jit(tx.update)
         for g in grads:
             updates, state = update(g, state)
             out.append(flat(jax.device_get(updates)))
@@ -191,8 +190,8 @@ def test_blocks_of_one_number_are_adam():
     adam = optax.scale_by_adam(0.9, 0.999)
     state, plain = ours.init(grads[0]), adam.init(grads[0])
     for g in grads:
-        updates, state = jit(ours.update)(g, state)
-        expected, plain = jit(adam.update)(g, plain)
+        updates, state = jax.jit(ours.update)(g, state)
+        expected, plain = jax.jit(adam.update)(g, plain)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)  # the order of float32 products
 
@@ -217,7 +216,7 @@ def test_v_of_a_column_does_not_depend_on_the_basis_of_a_subspace():
 def test_in_8_bits_and_in_bfloat16():
     params = {"w": jnp.ones((64, 128), jnp.bfloat16)}
     tx = quantize_moments(scale_by_adam_mini())
-    updates, state = jit(tx.update)(params, tx.init(params))
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
     mu = optax.tree.get(state, "mu")["w"]
     assert (mu.shape, mu.dtype) == ((64, 128), jnp.uint8)
     _, mu_scales, nu_scales = state.scales
@@ -236,7 +235,7 @@ def test_state_keeps_its_form():
     tx = bracket(bases(0, 1))
     state = tx.init(grads)
     form = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    _, state = jit(tx.update)(grads, state)
+    _, state = jax.jit(tx.update)(grads, state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == form
     assert isinstance(scale_by_adam_mini().init(grads), AdamMiniState)
 

@@ -14,7 +14,6 @@ import lowrank_optax as lro
 from lowrank_optax import linalg
 from lowrank_optax.frame import Clock, Frame
 from lowrank_optax.switching import leading_of_step
-from tests.quick import jit
 
 M, N, R = 8, 12, 3
 few = settings(derandomize=True, deadline=None, max_examples=20)
@@ -111,7 +110,7 @@ def test_many_refreshes_stay_orthonormal_and_find_what_lasts() -> None:
         _, state = tx.update({"w": x}, state)
         return state, optax.tree.get(state, "basis")["w"]
 
-    run = jit(lambda gs: jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1])
+    run = jax.jit(lambda gs: jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1])
     bases = np.asarray(run(jnp.asarray(g, jnp.float32)))
     assert max(float(linalg.orthonormality_error(jnp.asarray(s))) for s in bases) < 1e-5
     assert (np.abs(strong.T @ bases[10:, :, :1]) > 0.99).all()
@@ -216,7 +215,7 @@ def run(tx: Any, gradients: Any) -> Any:
         return state, (updates["w"], *read)
 
     first = {"w": jnp.asarray(gradients[0])}
-    return jit(lambda gs: jax.lax.scan(step, tx.init(first), gs)[1])(
+    return jax.jit(lambda gs: jax.lax.scan(step, tx.init(first), gs)[1])(
         jnp.asarray(gradients)
     )
 

@@ -15,7 +15,6 @@ from scipy.stats import chi2
 import lowrank_optax as lro
 from lowrank_optax.grassmann import geodesic
 from lowrank_optax.linalg import leading, left_singular, orthonormality_error
-from tests.quick import jit
 
 M, N, R = 8, 12, 3
 
@@ -62,7 +61,7 @@ def run(tx, gradients):
         _, state = tx.update({"w": g}, state)
         return state, bases_of(state)["w"]
 
-    return jit(
+    return jax.jit(
         lambda gs: jax.lax.scan(step, tx.init({"w": gs[0]}), gs)[1],
     )(gradients)
 
@@ -97,7 +96,7 @@ def test_five_thousand_walks_stay_orthonormal():
     # At 24 of 32 directions the error without a correction is 13 after these steps.
     s = jnp.linalg.qr(gaussian(2, 32, 24))[0]
     keys = jax.random.split(jax.random.key(0), 5000)
-    end, errors = jit(lambda: jax.lax.scan(one, s, keys))()
+    end, errors = jax.jit(lambda: jax.lax.scan(one, s, keys))()
     assert errors.max() < 2e-6  # a few eps: rounding does not add up
     # It has gone somewhere: the start's directions are no longer in the span.
     assert subspace_angles(s[0], end[0]).max() > 1
@@ -157,7 +156,7 @@ def test_the_walk_is_equation_4(rank):
 
 def test_a_walk_of_length_zero_stays():
     s = jnp.linalg.qr(gaussian(M, R))[0]
-    walk = jit(geodesic, static_argnames="rank")
+    walk = jax.jit(geodesic, static_argnames="rank")
     for x, eta in [(gaussian(M, R), 0.0), (jnp.zeros((M, R)), 0.3)]:
         for rank in (None, 1):
             # Rounding of the products alone, a few eps.
@@ -171,7 +170,7 @@ def test_a_walk_along_the_span_itself_is_orthonormal(outside, rank):
     which is not tangent, and is then scaled up to unit norm."""
     s = jnp.linalg.qr(gaussian(M, R))[0]
     x = s @ gaussian(R, R, seed=1) + outside * gaussian(M, R, seed=2)
-    walk = jit(geodesic, static_argnames="rank")
+    walk = jax.jit(geodesic, static_argnames="rank")
     assert orthonormality_error(walk(s, x, 0.3, rank=rank)) < 1e-5
 
 
@@ -197,7 +196,7 @@ def test_the_stage_walks_by_its_angle(angle, walk_rank):
 def test_basis_and_key_change_at_0_t_2t_and_at_no_other_time(rule):
     tx = bracket(rule(), refresh_every=3)
     state, seen = tx.init({"w": jnp.zeros((M, N))}), []
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for g in gaussian(8, M, N):
         before, state = state, update({"w": g}, state)[1]
         (_, old), (_, new) = (
@@ -233,7 +232,7 @@ def test_the_first_basis_is_the_top_of_the_svd(rule, decomposition):
 def test_dominant_svd_follows_the_gradient_of_its_step():
     gradients = gaussian(3, M, N)
     bases = run(bracket(lro.dominant_svd(), refresh_every=2), gradients)
-    tops = jit(lambda g: leading(g, R))(gradients)
+    tops = jax.jit(lambda g: leading(g, R))(gradients)
     for t, source in [(0, 0), (1, 0), (2, 2)]:
         np.testing.assert_array_equal(bases[t], tops[source])
 
@@ -241,7 +240,7 @@ def test_dominant_svd_follows_the_gradient_of_its_step():
 def test_the_update_is_the_gradient_projected_onto_the_basis():
     g = {"w": gaussian(N, M)}
     tx = bracket(lro.dominant_svd())
-    updates, state = jit(tx.update)(g, tx.init(g))
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
     s = bases_of(state)["w"]
     # The tall matrix is turned: S S^T G^T, turned back. Rounding of float32 products.
     np.testing.assert_allclose(updates["w"], g["w"] @ s @ s.T, atol=1e-5)
@@ -463,7 +462,7 @@ def draw(tx, tree, steps=1):
         state = tx.update(tree, state)[1]
         return state, bases_of(state)
 
-    return jit(lambda: jax.lax.scan(step, tx.init(tree), length=steps)[1])()
+    return jax.jit(lambda: jax.lax.scan(step, tx.init(tree), length=steps)[1])()
 
 
 @pytest.mark.parametrize("seed", [0, np.int32(7), jnp.uint32(7)])

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 STEPS = 400
 RATE = optax.linear_schedule(0.4, 0.0, STEPS)
@@ -66,7 +65,7 @@ def loss_left(tx: Any) -> float:
     def loss(params: Any) -> jax.Array:
         return jnp.mean((mix @ (params["w"] - target)) ** 2)
 
-    @jit
+    @jax.jit
     def train(params: Any) -> jax.Array:
         def body(carry: Any, _: Any) -> Any:
             params, state = carry

@@ -14,7 +14,6 @@ from optax.contrib import MuonDimensionNumbers
 import lowrank_optax as lro
 from lowrank_optax.grassmann import geodesic
 from tests import numpy_reference as reference
-from tests.quick import jit
 
 RANK, EVERY, STEPS = 3, 7, 25  # bases at steps 0, 7, 14 and 21
 SHAPES = {
@@ -152,7 +151,7 @@ def library_run(
     def chosen(tree: Any) -> dict[str, jax.Array]:
         return {name: jnp.asarray(tree[name], dtype) for name in names}
 
-    @jit
+    @jax.jit
     def step(params: Any, state: Any, grad: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grad, state, params)
         return optax.apply_updates(params, updates), state
@@ -279,7 +278,7 @@ def walk_of(
     bases, keys = [], []
     for grad in grads:
         keys.append(optax.tree.get(state, "rng_key"))
-        _, state = jit(tx.update)({"w": jnp.asarray(grad)}, state)
+        _, state = jax.jit(tx.update)({"w": jnp.asarray(grad)}, state)
         bases.append(np.asarray(bases_in(state)["w"]))
     return bases, keys
 

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.quick import jit
 from tests.test_optax_battery import (
     ALL,
     EVERY,
@@ -40,7 +39,7 @@ STEPS = 3 * EVERY
 def program(name: str, kind: str = "refresh") -> tuple[Any, Any]:
     """The optimizer, and its update with a static argument."""
     tx, _ = compiled(name)
-    return tx, jit(tx.update, static_argnames=kind)
+    return tx, jax.jit(tx.update, static_argnames=kind)
 
 
 def walk(tx: Any, update: Any, grads: list[Any], extra: Any = lambda t: {}) -> Any:
@@ -209,7 +208,7 @@ def test_coordinates_step_to_the_next_block() -> None:
         lro.project_back(),
     )
     tx = lro.low_rank(stages, rank=2, refresh_every=100, dimension_numbers=None)
-    update, at = jit(tx.update, static_argnames="refresh"), (0, 1, 4)
+    update, at = jax.jit(tx.update, static_argnames="refresh"), (0, 1, 4)
     g, rows = {"w": jnp.ones((6, 8))}, []
     state: Any = tx.init(g)
     for t in range(6):
@@ -294,13 +293,13 @@ def test_the_arguments_arrive(wrapper: str) -> None:
     names = ("refresh", "accept")
     ours = walk(
         wrapped,
-        jit(wrapped.update, static_argnames=names),
+        jax.jit(wrapped.update, static_argnames=names),
         gradients(6),
         lambda t: {"refresh": t in at, "accept": t != 2},
     )
     theirs = walk(
         tx,
-        jit(tx.update, static_argnames=names),
+        jax.jit(tx.update, static_argnames=names),
         gradients(6),
         lambda t: {"refresh": t in at, "accept": t != 2},
     )

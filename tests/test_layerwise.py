@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax import linalg
-from tests.quick import QUICK, jit
 from tests.test_optax_battery import ALL, build, raw_keys, types
 
 LAYERS, WIDTH, HIDDEN, WORDS, BATCH = 4, 8, 16, 7, 24
@@ -171,7 +170,7 @@ def run(make: Any, tx: Any, steps: int = STEPS, every: int = EVERY) -> Any:
 
     Compiled once for steps with refreshes and once for those without.
     """
-    programs = {r: jit(make(tx, refresh=r)) for r in (True, False)}
+    programs = {r: jax.jit(make(tx, refresh=r)) for r in (True, False)}
     done = start(tx)
     for t in range(steps):
         done = programs[t % every == 0](*done, data(t))
@@ -180,7 +179,7 @@ def run(make: Any, tx: Any, steps: int = STEPS, every: int = EVERY) -> Any:
 
 def start(tx: Any, load: Any = lambda w: w, params: Any = None) -> Any:
     params = arrays(layers_of()) if params is None else params
-    return params, jit(lro.per_layer(tx).init)(load(params)), arrays(rest_of())
+    return params, jax.jit(lro.per_layer(tx).init)(load(params)), arrays(rest_of())
 
 
 def close(ours: Any, theirs: Any, atol: float, rtol: float = 0.0) -> None:
@@ -212,7 +211,7 @@ def run_on_a_mesh(tx: Any, spread: str, steps: int) -> Any:
     """
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, P("d") if spread != "columns" else P())
-    programs = {r: jit(in_backward(tx, refresh=r)) for r in (True, False)}
+    programs = {r: jax.jit(in_backward(tx, refresh=r)) for r in (True, False)}
     with jax.set_mesh(mesh):
         done = start(tx)
         if spread != "batch":
@@ -423,9 +422,9 @@ def test_on_a_mesh(spread: str, name: str) -> None:
 
 def a_step(tx: Any, params: Any, **options: Any) -> Any:
     """`update_layers` of these weights on themselves, after a refresh."""
-    state = jit(lro.per_layer(tx).init)(params)
+    state = jax.jit(lro.per_layer(tx).init)(params)
     g = jax.tree.map(jnp.sin, params)
-    first = jit(functools.partial(lro.per_layer(tx).update, refresh=True))
+    first = jax.jit(functools.partial(lro.per_layer(tx).update, refresh=True))
     _, state = first(g, state, params)
     f = functools.partial(lro.update_layers, tx, refresh=False, **options)
     return f, (g, state, params)
@@ -441,7 +440,7 @@ def test_blocks(name: str) -> None:
         cut = r"slice_sizes=\((\d+), 8, 16\)"
         found = set(re.findall(cut, str(jax.make_jaxpr(f)(*operands))))
         assert found == ({str(size)} if size < 6 else set())
-        results.append(jit(f)(*operands))
+        results.append(jax.jit(f)(*operands))
     for other in results[1:]:
         close(other[0], results[0][0], TOLERANCE * RATE)
 
@@ -474,7 +473,7 @@ def test_small_matrices_of_all_layers_and_leaves_in_one_call(
         f, operands = a_step(tx, arrays(layers_of()), block=LAYERS)
         if way == "per_layer":
             f = lro.per_layer(tx).update
-        program = jax.jit(functools.partial(f, refresh=True), compiler_options=QUICK)
+        program = jax.jit(functools.partial(f, refresh=True))
         text = program.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
         found = re.findall(
             r"custom_call @cusolver_syevd_ffi.*: \(tensor<(.*?)f64>", text
@@ -528,13 +527,13 @@ def test_the_same_random_bases_however_layers_come(name: str, order: Any) -> Non
     stack, tx = (with_rule(RULES[name], stacked) for stacked in (True, False))
     params, state, rest = start(tx)
     dones = [
-        (by_stack(stack, order, True), (params, jit(stack.init)(params), rest)),
+        (by_stack(stack, order, True), (params, jax.jit(stack.init)(params), rest)),
         (gradients_first(tx, order=order, refresh=True), (params, state, rest)),
         (in_backward(tx, order=order, refresh=True), (params, state, rest)),
     ]
     results = []
     for step, done in dones:
-        program = jit(step)
+        program = jax.jit(step)
         for t in range(3):
             done = program(*done, data(t))
         results.append(done)
@@ -575,7 +574,7 @@ def noise(seed: int) -> optax.GradientTransformation:
 def test_other_keys_are_each_layers_own(make: Any) -> None:
     tx = noise(5)
     before = start(tx)
-    params, state, _ = jit(make(tx))(*before, data(0))
+    params, state, _ = jax.jit(make(tx))(*before, data(0))
     for i in range(LAYERS):
         key, sub = jax.random.split(jax.random.fold_in(jax.random.key(5), i))
         np.testing.assert_array_equal(*map(raw_keys, (state.rng_key[i], key)))
@@ -611,7 +610,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
     def poisoned_block(w: Any, x: Any, factor: Any) -> Any:
         return block({**w, "up": poisoned(w["up"], factor)}, x)
 
-    @jit
+    @jax.jit
     def step(params: Any, state: Any, rest: Any, batch: Data, factors: Any) -> Any:
         layers = lro.open_layers(params, state)
         layer = lro.update_in_backward(poisoned_block, tx, refresh=refresh)
@@ -672,7 +671,7 @@ def test_weights_in_few_bits(dtype: Any, name: str) -> None:
     options = {"load": as_float32, "apply_updates": rounded, "refresh": False}
     results = []
     for make in (in_backward, gradients_first):
-        step, done = jit(make(tx, **options)), start(tx, as_float32, stored)
+        step, done = jax.jit(make(tx, **options)), start(tx, as_float32, stored)
         for t in range(5):
             done = step(*done, data(t), jax.random.key(t))
         results.append(done)
@@ -699,7 +698,7 @@ def test_nothing_is_updated_without_differentiation() -> None:
     tx = optimizer("apollo")
     params, state, rest = start(tx)
 
-    @jit
+    @jax.jit
     def evaluate(params: Any, state: Any, rest: Any) -> Any:
         layers = lro.open_layers(params, state)
         layer = lro.update_in_backward(block, tx, refresh=True)
@@ -721,7 +720,7 @@ def test_nothing_is_updated_without_differentiation() -> None:
 def test_steps_compile_once_and_keep_types() -> None:
     tx, traces = optimizer("grass_walk"), []
 
-    @functools.partial(jit, static_argnames="refresh", donate_argnums=(0, 1))
+    @functools.partial(jax.jit, static_argnames="refresh", donate_argnums=(0, 1))
     def step(*operands: Any, refresh: bool) -> Any:
         traces.append(refresh)
         return in_backward(tx, refresh=refresh)(*operands)

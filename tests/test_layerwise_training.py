@@ -17,7 +17,6 @@ import pytest
 import train.loop
 import train.step
 from models import SIZES, LlamaConfig, generate
-from tests.quick import jit
 from train.checkpoint import Restored
 from train.config import (
     Config,
@@ -414,7 +413,7 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
             train.step, "run_layer", nan_in_backward(train.step.run_layer)
         )
     refresh = name != "adamw"
-    step = jit(partial(train_step, work, refresh=refresh))
+    step = jax.jit(partial(train_step, work, refresh=refresh))
     batch = batches_of(1)[0]
     before = harm(state, 1)
     for count in (1, 2):
@@ -460,7 +459,7 @@ def test_microbatches_are_summed_in_the_subspace(clip_norm):
     for i, batch in enumerate(batches_of(3)):
         norms = []
         for k, work in enumerate(works):
-            step = jit(partial(train_step, work, refresh=i % 2 == 0))
+            step = jax.jit(partial(train_step, work, refresh=i % 2 == 0))
             states[k], metrics = step(states[k], batch)
             norms.append(metrics.pop("grad_norm"))
             states[k] = jax.block_until_ready(states[k])
@@ -482,7 +481,7 @@ def test_a_microbatch_that_is_not_finite_skips_the_step():
     model = dataclasses.replace(MODEL, compute_dtype="float32")
     work = Work(model, optimizer, jax.random.key(1), microbatches=2, layerwise=True)
     state = initial(work, MESH)[0](jax.random.key(0))
-    step = jit(partial(train_step, work, refresh=True))
+    step = jax.jit(partial(train_step, work, refresh=True))
     after, metrics = step(state, batches_of(1, poisoned=0)[0])
     assert metrics["skipped"] == 1
     assert after.until_refresh == 0
@@ -503,7 +502,7 @@ def test_the_rounding_goes_by_the_key_the_step_and_the_layer():
     model = dataclasses.replace(MODEL, compute_dtype="float32")
     work = Work(model, optimizer, jax.random.key(0), weight_dtype="bfloat16")
 
-    @jit
+    @jax.jit
     def one_step(key: jax.Array) -> Any:
         own, batch = work._replace(key=key), batches_of(1)[0]
         state = init_state(own, init_weights(own, jax.random.key(0)))

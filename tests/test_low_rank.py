@@ -13,7 +13,6 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 M, N, R, STEPS = 8, 12, 3, 5
 
@@ -68,7 +67,7 @@ def run(tx, trees):
         return state, updates
 
     first = jax.tree.map(lambda g: g[0], trees)
-    return jit(lambda gs: jax.lax.scan(step, tx.init(first), gs)[1])(trees)
+    return jax.jit(lambda gs: jax.lax.scan(step, tx.init(first), gs)[1])(trees)
 
 
 # Updates are about one (Adam's) or four (with residual). Two programs may sum a dozen
@@ -138,7 +137,7 @@ def test_stacked_layers_are_separate_leaves(chain):
 def test_stacked_layers_have_the_bases_of_separate_leaves_bit_for_bit():
     g = gradients(3, M, N)[0]
     tx = CHAINS["galore"](lro.dominant_svd(), dimension_numbers=lro.STACKED)
-    step = jit(lambda g: optax.tree.get(tx.update(g, tx.init(g))[1], "basis"))
+    step = jax.jit(lambda g: optax.tree.get(tx.update(g, tx.init(g))[1], "basis"))
     np.testing.assert_array_equal(
         step({"w": g})["w"], np.stack(step({"w": list(g)})["w"])
     )
@@ -189,7 +188,7 @@ def test_dtypes_of_the_leaves():
             str(d): jnp.asarray(gradients(M, N)[0], d)
             for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
         }
-        updates, state = jit(tx.update)(g, tx.init(g))
+        updates, state = jax.jit(tx.update)(g, tx.init(g))
         for name, x in g.items():
             assert updates[name].dtype == x.dtype
             wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -234,7 +233,7 @@ FINITE_RULES = {
 @pytest.mark.parametrize("rule", FINITE_RULES.values(), ids=FINITE_RULES)
 def test_a_step_that_is_not_finite_changes_nothing(rule):
     tx = CHAINS["grass"](rule(), refresh_every=2, dimension_numbers=lro.STACKED)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     state: Any = tx.init(tree_of(0))
     updates: Any = None
     spoiled = [
@@ -275,7 +274,7 @@ def test_no_entry_hides(where, value):
     tx = CHAINS["fira"](lro.replay({"w": jnp.eye(M, R)[None]}))
     g = {"w": gradients(M, N)[0]}
     g["w"][where] = value
-    updates, state = jit(tx.update)(g, tx.init(g))
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
     assert int(state.skipped) == 1
     np.testing.assert_array_equal(updates["w"], 0)
 
@@ -295,11 +294,11 @@ def test_named_optimizers_skip_a_bad_step(make):
     params, bad = tree_of(0), tree_of(1)
     bad["w"][2, 2] = np.nan
     state = tx.init(params)
-    updates, state = jit(tx.update)(bad, state, params)
+    updates, state = jax.jit(tx.update)(bad, state, params)
     for u in updates.values():
         np.testing.assert_array_equal(u, np.zeros_like(u))
     assert optax.tree.get(state, "skipped") == 1
-    updates, state = jit(tx.update)(tree_of(1), state, params)
+    updates, state = jax.jit(tx.update)(tree_of(1), state, params)
     assert all(np.isfinite(u).all() and np.any(u != 0) for u in updates.values())
 
 

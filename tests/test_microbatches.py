@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.quick import jit
 from tests.test_optax_battery import ALL, build
 
 COUNT, WIDTH, HIDDEN, ROWS, PARTS = 4, 16, 24, 8, 3
@@ -120,9 +119,9 @@ def whole(tx: Any, refresh: bool, params: Any, state: Any, parts: Any) -> Any:
 @pytest.mark.parametrize("name", SUMMED)
 def test_the_step_is_that_of_the_whole_batch(name: str) -> None:
     tx, params = optimizer(name), layers_of()
-    ours = theirs = params, jit(lro.per_layer(tx).init)(params)
+    ours = theirs = params, jax.jit(lro.per_layer(tx).init)(params)
     of_parts, of_all = (
-        {due: jit(functools.partial(f, tx, due)) for due in (True, False)}
+        {due: jax.jit(functools.partial(f, tx, due)) for due in (True, False)}
         for f in (summed, whole)
     )
     for step in range(6):
@@ -142,7 +141,7 @@ def test_the_first_micro_batch_chooses_and_all_are_projected() -> None:
     tx, params = optimizer("galore"), layers_of()
     state = lro.per_layer(tx).init(params)
     parts = parts_of(1)  # each its own
-    *_, sums = jit(functools.partial(summed, tx, True))(params, state, parts)
+    *_, sums = jax.jit(functools.partial(summed, tx, True))(params, state, parts)
     each = [gradient_of(params, x) for x in parts[0]]
     assert sorted(sums.bases) == ["down", "up"]
     for name, basis in sums.bases.items():
@@ -228,7 +227,7 @@ def test_no_sum_of_whole_gradients() -> None:
         )
 
     def needs(f: Any, *args: Any) -> int:
-        memory = jit(f, donate_argnums=(0, 1)[: len(args) - 1]).lower(*args)
+        memory = jax.jit(f, donate_argnums=(0, 1)[: len(args) - 1]).lower(*args)
         memory = memory.compile().memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return memory.temp_size_in_bytes + new

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import lowrank_optax as lro
 from lowrank_optax.frame import Frame
 from lowrank_optax.moments import Moments, Turn
-from tests.quick import jit
 
 M, N, R = 8, 12, 3
 B1, B2 = 0.9, 0.99
@@ -49,7 +48,7 @@ def run(tx, grads):
     """The state after each step and the last update, in float64."""
     with jax.enable_x64(True):
         state, states, updates = tx.init(grads[0]), [], None
-        update = jit(tx.update)
+        update = jax.jit(tx.update)
         for g in grads:
             updates, state = update(g, state, g)  # any params: some inners ask
             states.append(jax.device_get(state))
@@ -263,7 +262,7 @@ def test_equation_8_is_never_negative(seed, t, scale, orthonormal):
     assert (np.asarray(out) >= 0).all()
 
 
-@jit
+@jax.jit
 def _second(c, nu, mu, t):
     frame = Frame(gradient=jnp.zeros((M, N)), rank=R, path="w", turn=c)
     state = optax.ScaleByAdamState(t, {"w": mu}, {"w": nu})
@@ -354,7 +353,7 @@ def test_moments_in_bfloat16():
         tx = bracket(optax.scale_by_adam(B1, B2, mu_dtype=dtype), s)
         state = tx.init(grads[0])
         for g in grads:
-            update[dtype], state = jit(tx.update)(g, state)
+            update[dtype], state = jax.jit(tx.update)(g, state)
         assert optax.tree.get(state, "mu")["w"].dtype == dtype
         assert optax.tree.get(state, "nu")["w"].dtype == jnp.float32
     # mu has 8 bits, rounded in three steps and a rotation; updates are about one.

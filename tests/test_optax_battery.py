@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 RATE, EVERY = 0.01, 3
 COMMON: dict[str, Any] = {
@@ -134,7 +133,7 @@ def run(
     tx: Any, grads: list[Any], params: Any = None, **extra_args: Any
 ) -> tuple[list[Any], Any]:
     """The updates of each step on constant weights, and the last state."""
-    return _run(tx, jit(tx.update), grads, params, **extra_args)
+    return _run(tx, jax.jit(tx.update), grads, params, **extra_args)
 
 
 def _run(
@@ -151,7 +150,7 @@ def _run(
 @functools.cache
 def compiled(name: str) -> tuple[Any, Any]:
     tx = build(name)
-    return tx, jit(tx.update)
+    return tx, jax.jit(tx.update)
 
 
 def plain(name: str, grads: list[Any] | None = None) -> list[Any]:
@@ -206,7 +205,7 @@ def test_every_named_optimizer_is_here() -> None:
 def test_steps_keep_the_state_as_it_was_and_compile_once(name: str) -> None:
     tx, params, traces = build(name), full_tree(), []
 
-    @jit
+    @jax.jit
     def update(grad: Any, state: Any) -> tuple[Any, Any]:
         traces.append(1)
         return tx.update(grad, state, params)
@@ -360,7 +359,7 @@ def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
     steps = [*grads[:3], bad, *grads[3:5], bad, *grads[5:]]
     taken = jnp.arange(len(steps)) != 6  # the second bad one
 
-    @jit
+    @jax.jit
     def scan(state: Any) -> Any:
         def body(state: Any, x: Any) -> Any:
             grad, take = x
@@ -464,7 +463,7 @@ def numbers_of(name: str) -> dict[str, Any]:
 def injected(name: str) -> tuple[Any, Any]:
     make, options = options_of(name, **numbers_of(name))
     tx = optax.inject_hyperparams(make, static_args=lro.static_args(make))(**options)
-    return tx, jit(tx.update)
+    return tx, jax.jit(tx.update)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -508,7 +507,7 @@ def test_hyperparameters_follow_schedules(name: str) -> None:
     schedules = {k: lambda count, v=v: v * 0.9**count for k, v in numbers.items()}
     make, options = options_of(name, **schedules)
     tx = optax.inject_hyperparams(make, static_args=lro.static_args(make))(**options)
-    state, scheduled = tx.init(params), jit(tx.update)
+    state, scheduled = tx.init(params), jax.jit(tx.update)
     expected: Any = by_hand.init(params)
     for t, grad in enumerate(gradients(EVERY + 1)):
         ours, state = scheduled(grad, state, params)

@@ -18,7 +18,6 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
-from tests.quick import QUICK, jit
 from tests.test_optax_battery import ALL, build, close, full_tree, paths, raw_keys
 
 WORDS, WIDTH, HIDDEN = 5, 4, 6
@@ -57,7 +56,7 @@ def plain(name: str) -> tuple[Any, Any]:
     """The optimizer, and a step with it."""
     tx = optimizer(name)
 
-    @jit
+    @jax.jit
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -124,7 +123,7 @@ def nnx_loop(tx: Any) -> tuple[Any, Any, list[Any]]:
 
     before = nnx.as_pure(nnx.state(model, nnx.Param))
     # Compiled once: a state that came back in other containers would be refused.
-    compiled = step.lower(model, trainer, TOKENS[0]).compile(QUICK)
+    compiled = step.lower(model, trainer, TOKENS[0]).compile()
     grads = [compiled(model, trainer, tokens) for tokens in TOKENS]
     return before, nnx.as_pure(nnx.state(model, nnx.Param)), grads
 
@@ -187,7 +186,7 @@ def arrays(model: Any) -> Any:
 def equinox_step(name: str) -> tuple[Any, Any]:
     tx = optimizer(name)
 
-    @eqx.filter_jit(compiler_options=QUICK)
+    @eqx.filter_jit
     def step(model: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, Any]:
         grads = eqx.filter_grad(loss)(model, tokens)
         updates, state = tx.update(grads, state, arrays(model))
@@ -261,7 +260,7 @@ def linen_step(name: str) -> tuple[TrainState, Any]:
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer(name))
     state = state.replace(step=jnp.zeros([], jnp.int32))  # or two programs are compiled
 
-    @jit
+    @jax.jit
     def step(state: Any, tokens: jax.Array) -> tuple[Any, Any]:
         def loss_of(params: Any) -> jax.Array:
             return loss(lambda x: state.apply_fn({"params": params}, x), tokens)

@@ -24,7 +24,6 @@ from lowrank_optax.quantize import (
 from lowrank_optax.refresh import lazy_refresh
 from lowrank_optax.storage import QuantizedBasis, quantize_basis
 from tests import numpy_reference as reference
-from tests.quick import jit
 
 M, N, R = 8, 37, 3  # 37: blocks of 19 and 18 at block size 32
 B1, B2, EPS = 0.9, 0.99, 1e-8
@@ -115,12 +114,12 @@ def arrays(draw, dtype: Any = np.float32):
     return x.astype(dtype), size
 
 
-@functools.partial(jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(x, block_size):
     return quantize_array(x, block_count(x.shape[-1], block_size))
 
 
-dequantize = jit(QuantizedArray.dequantize)
+dequantize = jax.jit(QuantizedArray.dequantize)
 
 
 # --- 8-bit blocks ---
@@ -291,8 +290,8 @@ def bracket(inner, given_bases, *, refresh_every=2, wrap=lro.in_subspace):
 
 def run(tx, grads):
     """All updates, and the last state."""
-    state, updates = jit(tx.init)(grads[0]), []
-    update = jit(tx.update)
+    state, updates = jax.jit(tx.init)(grads[0]), []
+    update = jax.jit(tx.update)
     for g in grads:
         u, state = update(g, state, g)
         updates.append(u["w"])
@@ -457,7 +456,7 @@ def test_what_is_quantised():
         "empty": jnp.ones((4, 0)),
     }
     inner = optax.chain(optax.trace(0.9), optax.add_noise(0.1, 0.5, jax.random.key(0)))
-    state = jit(eight_bit(inner).init)(params)
+    state = jax.jit(eight_bit(inner).init)(params)
     quantised = {f"0/trace/{k}" for k in ("large", "half")}
     assert set(quantized_arrays(state)) == quantised
     assert quantized_arrays(state)["0/trace/half"].dequantize().dtype == jnp.bfloat16
@@ -469,7 +468,7 @@ def test_what_is_quantised():
     # One tree like the parameters for the trace, leaf for leaf.
     (scales,) = [x for x in state.scales if isinstance(x, dict)]
     assert jax.tree.structure(scales) == jax.tree.structure(params)
-    _, after = jit(eight_bit(inner).update)(params, state)
+    _, after = jax.jit(eight_bit(inner).update)(params, state)
     assert quantized_arrays(after)["0/trace/half"].dequantize().dtype == jnp.bfloat16
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jnp.issubdtype(after.inner_state[1].rng_key.dtype, jax.dtypes.prng_key)
@@ -483,7 +482,7 @@ def test_the_inner_transformation_sees_its_own_dtypes():
     state = tx.init(g)
     form = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     for _ in range(2):
-        updates, state = jit(tx.update)(g, state)
+        updates, state = jax.jit(tx.update)(g, state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == form
     assert np.isfinite(updates["w"]).all()
 
@@ -505,12 +504,12 @@ def test_one_compilation_and_a_state_that_keeps_its_form():
     grads = gradients(5, dtype=np.float32)
     traces = []
 
-    @jit
+    @jax.jit
     def update(g, state):
         traces.append(None)
         return tx.update(g, state)
 
-    state = jit(tx.init)(grads[0])
+    state = jax.jit(tx.init)(grads[0])
     form = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     abstract = jax.eval_shape(tx.init, grads[0])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == form
@@ -529,7 +528,7 @@ def test_scan_gives_what_a_loop_gives():
         return state, updates["w"]
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
-    state, updates = jax.lax.scan(step, jit(tx.init)(grads[0]), stacked)
+    state, updates = jax.lax.scan(step, jax.jit(tx.init)(grads[0]), stacked)
     expected, last = run(tx, grads)
     # Two programs of the same float32 arithmetic; updates are about one.
     np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-5)
@@ -543,13 +542,13 @@ def test_vmap_gives_what_single_runs_give():
     def two_steps(g):
         return tx.update(2 * g, tx.update(g, tx.init(g))[1])
 
-    many, state = jit(jax.vmap(two_steps))(g)
-    single = jit(two_steps)
+    many, state = jax.jit(jax.vmap(two_steps))(g)
+    single = jax.jit(two_steps)
     for i in range(4):
         one, _ = single(g[i])
         np.testing.assert_allclose(many[i], one, rtol=1e-5)  # as above
     # A state made for the stack can be stepped one matrix at a time.
-    _, mapped = jit(jax.vmap(tx.update))(g, state)
+    _, mapped = jax.jit(jax.vmap(tx.update))(g, state)
     assert mapped.inner_state.mu.shape == (4, R, N)
     assert mapped.inner_state.mu.dtype == jnp.uint8
     assert quantized_arrays(mapped)["mu"].scales.shape == (4, R, 2)
@@ -560,8 +559,8 @@ def test_a_step_that_is_not_finite_is_skipped():
     grads = gradients(4, dtype=np.float32)
     bad = jax.tree.map(np.copy, grads[1])
     bad["w"][2, 3] = np.nan
-    update = jit(tx.update)
-    _, state = update(grads[0], jit(tx.init)(grads[0]))
+    update = jax.jit(tx.update)
+    _, state = update(grads[0], jax.jit(tx.init)(grads[0]))
     updates, after = update(bad, state)
     assert not np.asarray(updates["w"]).any()
     inner, inner_after = state.inner_state, after.inner_state
@@ -734,7 +733,7 @@ def test_a_basis_comes_back_to_half_a_scale(bits, shape, rank, size):
     s = rng.normal(size=(*shape[:-1], rank)).astype(np.float32)
     g = {"w": rng.normal(size=shape).astype(np.float32)}
     tx = packed_bracket(replayed(s), rank=rank, bits=bits, group_size=size)
-    _, state = jit(tx.update)(g, jit(tx.init)(g))
+    _, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
     q, back = packed_leaf(state), np.asarray(spied(state).s, np.float64)
     count = shape[-2] * rank
     assert q.codes.shape == (*shape[:-2], -(-count * bits // 8))
@@ -766,7 +765,7 @@ def test_a_constant_group(bits, value):
     s = np.full((4, 2), value, np.float32)
     g = {"w": np.ones((4, 6), np.float32)}
     tx = packed_bracket(replayed(s), rank=2, bits=bits)
-    _, state = jit(tx.update)(g, jit(tx.init)(g))
+    _, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
     np.testing.assert_allclose(spied(state).s, s, rtol=1e-6)  # a quotient, a product
 
 
@@ -792,8 +791,8 @@ def test_a_basis_does_not_drift(bits):
     rule = lro.sara_sample(key=0)
     tx = packed_bracket(rule, refresh_every=2000, bits=bits, group_size=5)
     grads = np.random.default_rng(2).normal(size=(1000, M, N)).astype(np.float32)
-    state = jit(tx.init)({"w": grads[0]})
-    _, first = jit(tx.update)({"w": grads[0]}, state)
+    state = jax.jit(tx.init)({"w": grads[0]})
+    _, first = jax.jit(tx.update)({"w": grads[0]}, state)
     last, _ = jax.lax.scan(
         lambda state, g: (tx.update({"w": g}, state)[1], None), first, grads[1:]
     )
@@ -811,7 +810,7 @@ def test_a_basis_that_a_refresh_keeps_does_not_drift_either():
 
     tx = packed_bracket(lro.basis_rule(keep, orthonormal=False))
     g = {"w": np.ones((M, N), np.float32)}
-    _, state = (update := jit(tx.update))(g, tx.init(g))
+    _, state = (update := jax.jit(tx.update))(g, tx.init(g))
     first = packed_leaf(state)
     for _ in range(50):
         _, state = update(g, state)
@@ -822,7 +821,7 @@ def test_the_turn_is_that_of_the_rounded_bases():
     s = bases(8, 2).astype(np.float32)
     tx = packed_bracket(replayed(*s), refresh_every=2)
     grads = gradients(3, dtype=np.float32)
-    state, seen, update = jit(tx.init)({"w": grads[0]["w"]}), [], jit(tx.update)
+    state, seen, update = jax.jit(tx.init)({"w": grads[0]["w"]}), [], jax.jit(tx.update)
     for g in grads:
         _, state = update({"w": g["w"]}, state)
         seen.append(spied(state))
@@ -856,7 +855,7 @@ def test_galore_on_rounded_bases_by_the_equations(name, bits):
 def _bases_of(rule, grads):
     stages = optax.chain(rule, lro.project(), lro.in_subspace(optax.identity()))
     tx = lro.low_rank(optax.chain(stages, lro.project_back()), rank=R, refresh_every=2)
-    state, out, update = tx.init({"w": grads[0]}), [], jit(tx.update)
+    state, out, update = tx.init({"w": grads[0]}), [], jax.jit(tx.update)
     for g in grads:
         _, state = update({"w": g}, state)
         out.append(np.asarray(optax.tree.get(state, "basis")["w"]))
@@ -874,7 +873,7 @@ def test_leaves_of_full_rank_pass():
     grads = gradients(2, dtype=np.float32)
     state = tx.init(grads[0])
     for g in grads:
-        updates, state = jit(tx.update)(g, state, g)
+        updates, state = jax.jit(tx.update)(g, state, g)
     assert updates["b"].shape == (5,)
     vector = {"b": grads[0]["b"]}  # and a tree without a matrix
     tx.update(vector, tx.init(vector), vector)
@@ -905,8 +904,8 @@ def test_q_galore():
     stages = optax.chain(rule, spy(), lro.project(), inner, lro.project_back())
     tx = lro.low_rank(stages, rank=R, refresh_every=1)
     state, update = (
-        jit(tx.init)({"w": np.zeros((M, N), np.float32)}),
-        jit(tx.update),
+        jax.jit(tx.init)({"w": np.zeros((M, N), np.float32)}),
+        jax.jit(tx.update),
     )
     changes = []
     for g in gradients(8, dtype=np.float32):

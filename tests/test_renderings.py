@@ -22,7 +22,6 @@ from tests.numpy_reference import (
     recovered,
     turned_moments,
 )
-from tests.quick import jit
 
 RANK, EVERY, STEPS, SWITCH = 2, 3, 10, 5
 SHAPES = {"wide": (5, 7), "stacked": (2, 6, 4)}  # the second lies on its side
@@ -413,7 +412,7 @@ def test_every_step_is_the_sources_in_float64(name: str) -> None:
     grads, out, bases = gradients(), [], []
     with jax.enable_x64(True):
         params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
-        state, update = tx.init(params), jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         for grad in grads:
             updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
             out.append(jax.tree.map(np.asarray, updates))
@@ -471,7 +470,7 @@ def test_ldadam_projects_the_side_that_the_release_projects(
     ours = []
     with jax.enable_x64(True):
         params = {k: jnp.zeros_like(to_ours(x)) for k, x in grads[0].items()}
-        state, update = tx.init(params), jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         for grad in grads:
             leaves = {k: jnp.asarray(to_ours(x)) for k, x in grad.items()}
             updates, state = update(leaves, state, params)

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
-from tests.quick import QUICK, jit
 from train.methods import METHODS, call
 
 L, D, F, R, T = 3, 64, 176, 16, 2
@@ -289,8 +288,8 @@ def steps_by_layer(tx, mesh):
         if mesh is not None:
             place = functools.partial(jax.device_put, device=on(mesh)["layers"])
         weights = place(gradient(0)["layers"])
-        state = jit(layered.init)(weights)
-        step = jit(
+        state = jax.jit(layered.init)(weights)
+        step = jax.jit(
             lambda g, s, p, refresh: lro.update_layers(tx, g, s, p, refresh=refresh),
             static_argnames="refresh",
         )
@@ -340,7 +339,7 @@ def compiled_step(tx, mesh, **how):
 
     with jax.set_mesh(mesh):
         step = jax.jit(step, out_shardings=(on(mesh), cut), donate_argnums=(1, 2))
-        return step.lower(weights, state, weights).compile(QUICK)
+        return step.lower(weights, state, weights).compile()
 
 
 # The largest that an ordinary step may move: the bases of one kernel's layers. AdamW's

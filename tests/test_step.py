@@ -12,7 +12,6 @@ import pytest
 
 import train.step
 from models import LlamaConfig, bind, forward, init_params
-from tests.quick import jit
 from train.config import Config, OptimizerConfig
 from train.loop import (
     build_program,
@@ -44,7 +43,7 @@ def tokens_of(seed: int, rows: int = 16, length: int = 12) -> np.ndarray:
 
 
 def make_params():
-    return jit(partial(init_params, MODEL))(jax.random.key(0))
+    return jax.jit(partial(init_params, MODEL))(jax.random.key(0))
 
 
 def work_of(name: str, **how: Any) -> Work:
@@ -60,8 +59,8 @@ def work_of(name: str, **how: Any) -> Work:
 def make(name: str):
     """An optimizer, its jitted step, and a state to start from."""
     work = work_of(name)
-    step = jit(partial(train_step, work), static_argnames="refresh")
-    init = jit(lambda key: init_state(work, init_weights(work, key)))
+    step = jax.jit(partial(train_step, work), static_argnames="refresh")
+    init = jax.jit(lambda key: init_state(work, init_weights(work, key)))
     return work.optimizer, step, init(jax.random.key(0))
 
 
@@ -70,7 +69,7 @@ def refresh_due(state: TrainState) -> bool:
     return int(state.until_refresh) == 0
 
 
-gradient_in_parts = jit(
+gradient_in_parts = jax.jit(
     partial(mean_gradient, partial(loss_sums, work_of("adamw"))), static_argnums=2
 )
 
@@ -105,7 +104,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
 
 def numpy_losses(params, tokens: np.ndarray) -> np.ndarray:
     """-log p of each next token, (B, T - 1), by numpy in float64."""
-    logits = jit(partial(forward, MODEL))(params, tokens)
+    logits = jax.jit(partial(forward, MODEL))(params, tokens)
     logits = np.asarray(logits, np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -120,7 +119,7 @@ def test_evaluation_is_a_mean_over_tokens_not_over_batches():
         weights[:, :kept] = 1
         batches.append({"tokens": tokens_of(seed), "weights": weights})
     program = SimpleNamespace(
-        loss_sums=jit(partial(loss_sums, work_of("adamw"))), put=lambda batch: batch
+        loss_sums=jax.jit(partial(loss_sums, work_of("adamw"))), put=lambda batch: batch
     )
     sums, means = [], []
     for batch in batches:

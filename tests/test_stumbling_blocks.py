@@ -13,7 +13,6 @@ from scipy.linalg import subspace_angles
 
 import lowrank_optax as lro
 from lowrank_optax.grassmann import geodesic
-from tests.quick import jit
 from tests.test_optax_battery import ALL, options_of
 
 M, N = 8, 64
@@ -35,7 +34,7 @@ def stages(*, basis: Any = None, step: Any = None, back: Any = None) -> Any:
 
 def run(tx: Any, grads: list[Any], params: Any = None) -> tuple[list[Any], list[Any]]:
     """The updates and the states of each step."""
-    state, update, out, states = tx.init(grads[0]), jit(tx.update), [], []
+    state, update, out, states = tx.init(grads[0]), jax.jit(tx.update), [], []
     for g in grads:
         u, state = update(g, state, g if params is None else params)
         out.append(u)
@@ -207,9 +206,9 @@ def test_eq_8_goes_by_the_decay_rates_of_now() -> None:
     injected = bracket(optax.inject_hyperparams(optax.scale_by_adam)(b2=0.9))
     _, states = run(injected, grads[:4])
     state = optax.tree.set(states[-1], b2=jnp.float32(0.99))
-    updates, _ = jit(injected.update)(grads[4], state)
+    updates, _ = jax.jit(injected.update)(grads[4], state)
     _, states = run(bracket(optax.scale_by_adam(b2=0.9)), grads[:4])
-    expected, _ = jit(bracket(optax.scale_by_adam(b2=0.99)).update)(
+    expected, _ = jax.jit(bracket(optax.scale_by_adam(b2=0.99)).update)(
         grads[4], states[-1]
     )
     # inject_hyperparams keeps 0.99 in float32: 1 - b2 to 1e-6.
@@ -540,7 +539,7 @@ def test_one_huge_gradient_does_not_end_the_run(name: str) -> None:
     """Finite, but V is not: weights were NaN then, or at the next refresh."""
     make, options = options_of(name, dimension_numbers=None)
     tx = make(**options)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for size in (1e17, 1e19, 1e20, 1e30, 3e38):
         survives(tx, update, size)
 

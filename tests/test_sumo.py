@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import lowrank_optax as lro
 from lowrank_optax import linalg
-from tests.quick import jit
 
 M, N, R = 8, 12, 3
 EPS = float(np.finfo(np.float32).eps)
@@ -135,7 +134,7 @@ def steps(basis: Any, gradients: Any, **options: Any) -> Any:
         return state, -updates["w"]
 
     return np.asarray(
-        jit(lambda gs: jax.lax.scan(step, tx.init(params), gs)[1])(gradients)
+        jax.jit(lambda gs: jax.lax.scan(step, tx.init(params), gs)[1])(gradients)
     )
 
 

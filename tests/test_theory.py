@@ -16,7 +16,6 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.quick import jit
 
 RANK = 2
 STACKED = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
@@ -64,7 +63,7 @@ def train(
         carry, squares = jax.lax.scan(step, carry, keys)
         return carry, (squares, jnp.linalg.svd(first, compute_uv=False))
 
-    @jit
+    @jax.jit
     def run(w: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(5), (math.ceil(steps / every), every))
         return jax.lax.scan(cycle, (w, tx.init(w)), keys)[1]
@@ -133,7 +132,7 @@ def test_momentum_is_what_lemma_a3_starts_from() -> None:
             1.0, rank=RANK, refresh_every=3, key=4, b1=0.7, dimension_numbers=STACKED
         )
         state, momentum = tx.init(jnp.asarray(grads[0])), np.zeros(grads.shape[1:])
-        step = jit(tx.update)
+        step = jax.jit(tx.update)
         for g in grads:
             update, state = step(jnp.asarray(g), state, jnp.zeros(g.shape))
             s = np.asarray(optax.tree.get(state, "basis"))

@@ -11,7 +11,6 @@ import pytest
 
 import lowrank_optax as lro
 from models import LlamaConfig, init_params
-from tests.quick import jit
 from train.compare import named
 from train.config import Config, OptimizerConfig
 from train.loop import kinds_of_steps
@@ -245,7 +244,7 @@ def updates_of(seed: int = 0, **fields) -> list[np.ndarray]:
         {"layers": {"mlp": {"up": {"kernel": kernel}}}}
         for kernel in (kernels[0], *kernels)
     )
-    state, update, found = tx.init(params), jit(tx.update), []
+    state, update, found = tx.init(params), jax.jit(tx.update), []
     for grad in grads:
         updates, state = update(grad, state, params)
         found.append(np.asarray(updates["layers"]["mlp"]["up"]["kernel"]))

@@ -24,15 +24,14 @@ from lowrank_optax.weights import (
     round_stochastically,
     store_weights,
 )
-from tests.quick import jit
 
 LIMIT: Any = functools.partial(settings, derandomize=True, deadline=None)
 DTYPES = [jnp.bfloat16, jnp.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-rounded = jit(round_stochastically, static_argnums=2)
-quantize = jit(quantize_weights, static_argnums=2)
-apply = jit(apply_updates)
-dequantize = jit(QuantizedWeights.dequantize)
+rounded = jax.jit(round_stochastically, static_argnums=2)
+quantize = jax.jit(quantize_weights, static_argnums=2)
+apply = jax.jit(apply_updates)
+dequantize = jax.jit(QuantizedWeights.dequantize)
 
 
 def keys(seed, count):
@@ -214,7 +213,7 @@ def test_a_zero_update_changes_no_bit_of_a_float(dtype):
 def test_each_number_has_its_mean_and_the_largest_too():
     n = 20_000
     x = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
-    draw = jit(jax.vmap(lambda key: quantize_weights(jnp.asarray(x), key, 12)))
+    draw = jax.jit(jax.vmap(lambda key: quantize_weights(jnp.asarray(x), key, 12)))
     q = draw(keys(1, n))
     back = np.asarray(dequantize(q), np.float64)
     parts, scales = back.reshape(n, 2, 2, 12), np.asarray(q.scales, np.float64)
@@ -251,8 +250,8 @@ def test_the_layers_are_independent():
     x = jax.random.normal(jax.random.key(0), (3, 2, 70))
     stacked = quantize_weights(x, block_size=32)
     per_layer = jax.vmap(functools.partial(quantize_weights, block_size=32))
-    same_bits(jit(per_layer)(x), stacked)
-    same_bits(jit(jax.vmap(per_layer))(x), stacked)
+    same_bits(jax.jit(per_layer)(x), stacked)
+    same_bits(jax.jit(jax.vmap(per_layer))(x), stacked)
     same_bits(jax.vmap(dequantize)(stacked), dequantize(stacked))
 
 
@@ -288,7 +287,7 @@ def after(steps, params, updates, update=apply_updates):
     def body(params, key):
         return update(params, updates, key), None
 
-    return jit(lambda p: jax.lax.scan(body, p, keys(0, steps))[0])(params)
+    return jax.jit(lambda p: jax.lax.scan(body, p, keys(0, steps))[0])(params)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.bfloat16, 7), (jnp.float16, 10)])
@@ -495,7 +494,7 @@ def test_training_in_few_bits_follows_training_in_float32(dtype):
             return (apply(params, updates, key), state), None
 
         carry = params, tx.init(jnp.asarray(dense(params), jnp.float32))
-        return jit(lambda c: jax.lax.scan(step, c, steps))(carry)[0][0]
+        return jax.jit(lambda c: jax.lax.scan(step, c, steps))(carry)[0][0]
 
     def to_nearest(w, u, _):
         if isinstance(w, QuantizedWeights):
