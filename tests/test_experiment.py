@@ -20,7 +20,7 @@ from train.commands import Command, Ended
 from train.config import Config, parse
 from train.data import DataConfig
 from train.experiment import COLUMNS, main
-from train.experiments import EXPERIMENTS, Experiment
+from train.experiments import EXPERIMENTS, Experiment, Scale
 from train.optimizer import check_meant, make_optimizer
 from train.presets import with_flags
 from train.resolve import resolve
@@ -69,10 +69,11 @@ def test_what_moved_is_of_ten_subspaces_and_a_part_of_the_steps(
     assert (cell.flags["checkpoint_every"], cell.flags["keep"]) == (window, 2)
 
 
-def test_methods_are_tried_equally_often() -> None:
-    config = ExperimentConfig("best", scale="hour", data=FILES)
+@pytest.mark.parametrize(("scale", "often"), [("minutes", 2), ("hour", 7), ("full", 7)])
+def test_methods_are_tried_equally_often(scale: Scale, often: int) -> None:
+    config = ExperimentConfig("best", scale=scale, data=FILES)
     cells = tries(config, expand(config))
-    assert {*Counter(cell.flags["optimizer"] for cell in cells).values()} == {7}
+    assert {*Counter(cell.flags["optimizer"] for cell in cells).values()} == {often}
     assert {cell.flags["seed"] for cell in cells} == {0}
 
 
