@@ -114,8 +114,13 @@ def log_of(cell: Cell) -> Path:
 
 
 def programs_of(config: ExperimentConfig) -> Path:
-    """Where runs share their compiled programs, unless the environment says where."""
     return config.folder / "compiled"
+
+
+def shared_programs(config: ExperimentConfig) -> dict[str, str]:
+    """Where runs share their compiled programs; a place the environment has stays."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    return {name: os.environ.get(name, str(programs_of(config).absolute()))}
 
 
 def last_words(log: Path) -> str:
@@ -193,8 +198,7 @@ def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
         check_same(cells)
         places = slots(config.at_once) if left else []
     # Runs that differ by their seed alone are one program.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(programs_of(config).absolute())}
-    places = [{**cache, **os.environ, **place} for place in places]
+    places = [{**place, **shared_programs(config)} for place in places]
     commands = [
         Command(
             name,
