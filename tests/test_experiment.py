@@ -20,10 +20,11 @@ from train.commands import Command, Ended
 from train.config import Config, parse
 from train.data import DataConfig
 from train.experiment import COLUMNS, main
-from train.experiments import EXPERIMENTS, Experiment, Scale
+from train.experiments import EXPERIMENTS
 from train.optimizer import check_meant, make_optimizer
 from train.presets import with_flags
 from train.resolve import resolve
+from train.runs import Experiment, Scale
 
 NAMES = [*EXPERIMENTS]
 FILES = DataConfig(source="train.u16", eval_source="valid.u16")

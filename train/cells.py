@@ -13,10 +13,11 @@ import tyro
 
 from train.config import Config, OptimizerConfig
 from train.data import DataConfig
-from train.experiments import EXPERIMENTS, SHARED, Experiment, Run, Scale
+from train.experiments import EXPERIMENTS
 from train.methods import METHODS
 from train.optimizer import NOT_ALL_HAVE
 from train.presets import PRESETS, with_flags
+from train.runs import SHARED, Experiment, Run, Scale
 
 if TYPE_CHECKING:
     Name = str
@@ -34,8 +35,8 @@ class ExperimentConfig:
     Attributes:
       name: the experiment.
       scale: how large its runs are. minutes: the tiny model on the text that comes with
-        the trainer; hour: LLaMA-60M, name 39 M tokens by --source; full: the paper's
-        models and steps, name its data.
+        the trainer; hour: LLaMA-60M, or 130M for some, name 39 M tokens by --source;
+        full: the paper's models and steps, name its data.
       out: folder of the experiment. Default: runs/NAME-SCALE.
       seeds: how often each run is made, with seeds 0, 1, ...; of tries, the best ones.
         Default: at the scale hour the experiment's own, once at others.

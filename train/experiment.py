@@ -53,9 +53,9 @@ Examples:
 
 Runs are spread over the GPUs that are there, one device each, and what is compiled for
 one seed is there for the next. The same command goes on with what is left of an
-experiment that was stopped. In the folder --out: a folder for
-each run, results.csv (a line for each), table.md (means over seeds, with 95 %
-confidence intervals) and the pictures."""
+experiment that was stopped. In the folder --out: a folder for each run, results.csv (a
+line for each), table.md (means over seeds, with 95 % confidence intervals) and the
+pictures."""
 
 # Of a run's summary.
 COLUMNS = (

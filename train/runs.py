@@ -1,0 +1,95 @@
+"""How an experiment is written: its runs, a run being the flags in which it differs.
+
+There are three scales of the same question: "minutes" for a laptop's CPU, "hour" for
+one GPU, "full" as the paper has it (ours: LLaMA-130M).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+Scale = Literal["minutes", "hour", "full"]
+Run = dict[str, Any]
+"""Flags of a run by their names, as the command line has them."""
+
+# The tiny model and the text that come with the trainer.
+MINUTES: Run = {"steps": 60, "rank": 32, "refresh_every": 10, "log_every": 5}
+# 39.3 M tokens: the work of the README's tables.
+HOUR: Run = {
+    "size": "60m",
+    "batch_size": 128,
+    "seq_len": 256,
+    "steps": 1200,
+    "rank": 128,
+    "refresh_every": 200,
+    "clip_norm": None,
+    "eval_every": 0,
+}
+# For what is large in full; the rank is GaLore's at this size.
+LARGER: Run = {"size": "130m", "steps": 2000, "rank": 256}
+SHARED: dict[Scale, Run] = {"minutes": MINUTES, "hour": HOUR, "full": {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Runs that answer one question.
+
+    Attributes:
+      about: what it is, and where it is from.
+      small: the flags of each run at the scales minutes and hour.
+      full: the same as the paper has it.
+      at_hour: what all runs have at the scale hour besides.
+      minutes: the flags of each run at the scale minutes, where `small` has too many.
+      best_of: a flag, where the runs are tries: each is made with seed 0, and the best
+        of each value of the flag with the other seeds too.
+      seeds: how often each is run at the scale hour, with seeds 0, 1, ...
+      against: flags and their values: every run is compared with the one that has
+        these values and is otherwise alike, seed by seed.
+      measured: prefixes of metrics ("overlap") that are drawn over the steps.
+      weights_over: so many subspaces at the end of a run, at most half of its steps;
+        the spectrum of what the weights move meanwhile is drawn.
+    """
+
+    about: str
+    small: Sequence[Run]
+    full: Sequence[Run]
+    at_hour: Run = dataclasses.field(default_factory=dict)
+    minutes: Sequence[Run] = ()
+    best_of: str | None = None
+    seeds: int = 3
+    against: Run | None = None
+    measured: tuple[str, ...] = ()
+    weights_over: int | None = None
+
+    def runs(self, scale: Scale) -> list[Run]:
+        """The flags of each run, but for those that all runs of a scale share."""
+        if scale == "hour":
+            return with_all(self.small, **self.at_hour)
+        if scale == "minutes":
+            return [*(self.minutes or self.small)]
+        return [*self.full]
+
+
+def grid(**axes: Sequence[Any]) -> list[Run]:
+    """Every combination of the values of some flags."""
+    return [
+        dict(zip(axes, values, strict=True))
+        for values in itertools.product(*axes.values())
+    ]
+
+
+def around(center: Run, **axes: Sequence[Any]) -> list[Run]:
+    """A run, and those that differ from it in one flag."""
+    moved = [{flag: value} for flag, values in axes.items() for value in values]
+    return [center, *(center | flag for flag in moved)]
+
+
+def with_all(runs: Sequence[Run], **flags: Any) -> list[Run]:
+    """The runs with flags that they have in common; their own come first."""
+    return [{**flags, **run} for run in runs]
+
+
+def presets(*names: str, **axes: Sequence[Any]) -> list[Run]:
+    """Published settings, each with every combination of the axes."""
+    return grid(preset=names, **axes)
