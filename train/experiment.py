@@ -44,7 +44,7 @@ DESCRIPTION = f"""Run an experiment: every run of it, one table and its pictures
 {_LISTED}
 
 Examples:
-  python -m train.experiment grass-figure-3                   minutes, on a CPU
+  python -m train.experiment grass-figure-3 --at-once 2       minutes, on a CPU
   python -m train.experiment grass-figure-3 --scale hour --source train.u16 \\
       --eval-source valid.u16                                 an hour of one GPU
   python -m train.experiment sara-table-1 --scale full --source 'c4/*.json.gz' \\
