@@ -70,9 +70,18 @@ def test_what_moved_is_of_ten_subspaces_and_a_part_of_the_steps(
     assert (cell.flags["checkpoint_every"], cell.flags["keep"]) == (window, 2)
 
 
-@pytest.mark.parametrize(("scale", "often"), [("minutes", 2), ("hour", 7), ("full", 7)])
-def test_methods_are_tried_equally_often(scale: Scale, often: int) -> None:
-    config = ExperimentConfig("best", scale=scale, data=FILES)
+@pytest.mark.parametrize(
+    ("name", "scale", "often"),
+    [
+        ("best", "minutes", 2),
+        ("best", "hour", 7),
+        ("best", "full", 7),
+        ("larger", "hour", 3),
+        ("newer", "hour", 3),
+    ],
+)
+def test_methods_are_tried_equally_often(name: str, scale: Scale, often: int) -> None:
+    config = ExperimentConfig(name, scale=scale, data=FILES)
     cells = tries(config, expand(config))
     assert {*Counter(cell.flags["optimizer"] for cell in cells).values()} == {often}
     assert {cell.flags["seed"] for cell in cells} == {0}

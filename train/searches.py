@@ -69,39 +69,41 @@ BY_METHOD = [
     ),
 ]
 TRIES = [*itertools.chain(*BY_METHOD)]
-# The winners of these, at two rates each, for a larger model.
+# The winners of these, at three rates each, for a larger model.
 WINNERS = [
     *grid(
         optimizer=("adamw",),
-        learning_rate=(2e-3, 1e-3),
+        learning_rate=(2e-3, 1e-3, 5e-4),
         b2=(0.98,),
         clip_norm=(1.0,),
         warmup=(0.2,),
     ),
     *grid(
-        optimizer=("spectral_adam",), learning_rate=(4.5e-3, 3e-3), refresh_every=(10,)
+        optimizer=("spectral_adam",),
+        learning_rate=(4.5e-3, 3e-3, 2e-3),
+        refresh_every=(10,),
     ),
     *grid(
         optimizer=("grass_jump",),
         basis=("sara",),
-        learning_rate=(3e-3, 2e-3),
+        learning_rate=(3e-3, 2e-3, 1e-3),
         b1=(0.908,),
         b2=(0.99,),
         clip_norm=(1.0,),
         refresh_every=(100,),
     ),
 ]
-# Newer methods: the default rate, a half of it, and twice.
+# Newer methods: the default rate, twice of it, or less where less is better.
 NEWER = [
-    *grid(optimizer=("alice_0",), learning_rate=(5e-3, 2.5e-3, 1e-2)),
+    *grid(optimizer=("alice_0",), learning_rate=(1e-2, 5e-3, 2.5e-3)),
+    *grid(optimizer=("racs",), learning_rate=(4e-2, 2e-2, 1e-2)),
+    *grid(optimizer=("sumo",), learning_rate=(2e-3, 1e-3, 5e-4)),
     *grid(
         optimizer=("dct_adamw",),
-        learning_rate=(2e-3, 1e-3, 4e-3),
+        learning_rate=(2e-3, 1e-3, 5e-4),
         refresh_every=(1,),
     ),
-    *grid(optimizer=("sumo",), learning_rate=(2e-3, 1e-3, 4e-3)),
-    *grid(optimizer=("racs",), learning_rate=(2e-2, 1e-2, 4e-2)),
-    *grid(optimizer=("scale_sgd",), learning_rate=(1e-3, 5e-4, 2e-3)),
+    *grid(optimizer=("scale_sgd",), learning_rate=(1e-3, 5e-4, 2.5e-4)),
 ]
 # What LDAdam's lead comes from: its parts taken away, or put in another's place.
 LDADAM_PARTS = with_all(
@@ -118,13 +120,25 @@ LDADAM_PARTS = with_all(
 # Which basis, where the rest comes back by its polar factor.
 OFTEN = with_all(
     [
-        *around({"basis": "power"}, basis=("svd", "sara", "jump", "walk")),
-        {"basis": "walk", "walk_rank": 1},
-        {"basis": "power", "rotate": "off"},
+        run | rotation
+        for rotation in grid(rotate=("on", "off"))
+        for run in (
+            *grid(basis=("power", "svd", "sara", "jump", "walk")),
+            {"basis": "walk", "walk_rank": 1},
+        )
     ],
     **{**LIKE_LDADAM, "optimizer": "subspace_adam", "back": "spectral"},
     refresh_every=10,
     residual_scale=0.5,
+)
+# Whether rotation pays for a random basis at another rate, or with a shorter memory.
+ROTATION = with_all(
+    grid(
+        rotate=("off", "on"), learning_rate=(1e-3, 2e-3, 4e-3), b2=(0.999, 0.99, 0.95)
+    ),
+    optimizer="subspace_adam",
+    basis="jump",
+    back="rescale",
 )
 
 SEARCHES: dict[str, Experiment] = {
@@ -160,6 +174,15 @@ SEARCHES: dict[str, Experiment] = {
         small=OFTEN,
         full=with_all(OFTEN, **HOUR | LARGER),
         seeds=1,
+        against={"rotate": "off"},
+    ),
+    "rotation": Experiment(
+        "Ours: at which rate and b2 rotation pays for a random basis",
+        small=ROTATION,
+        full=with_all(ROTATION, **HOUR | LARGER),
+        at_hour={"batch_size": 32, "refresh_every": 40},
+        seeds=1,
+        against={"rotate": "off"},
     ),
     "subspaces": Experiment(
         "Ours: overlap and rank of what moved, from dominant to sampled to random",
