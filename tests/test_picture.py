@@ -23,6 +23,13 @@ def test_metrics_are_in_the_order_of_kinds_and_numbers() -> None:
     assert picture._of("derivative", names) == expected
 
 
+def test_long_names_leave_room_for_losses(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    picture.draw_losses({"=".join("name" * 30): [4.0]}, tmp_path / "a.png", "title")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_what_is_drawn_is_a_picture(tmp_path: Path) -> None:
     runs = {"a": RECORDS, "b": RECORDS[:1]}
     picture.draw_by_time(runs, tmp_path / "time.png", "title")

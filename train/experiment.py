@@ -34,7 +34,7 @@ from train.picture import (
 )
 from train.presets import with_flags
 from train.spectrum import spectra, weights_of
-from train.tables import Row, grouped, table, to_csv
+from train.tables import Row, table, to_csv
 from train.writing import write_text
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
@@ -176,13 +176,11 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     if runs:
         draw_runs(runs, config.folder / "losses.png", heading)
         draw_by_time(runs, config.folder / "time.png", heading)
-        losses = [
-            (name_of(a), [r["eval_loss"] for r in g if "eval_loss" in r])
-            for a, g in grouped(rows, axes)
-        ]
-        draw_losses(
-            {k: v for k, v in losses if v}, config.folder / "final.png", heading
-        )
+        losses: dict[str, list[float]] = {}
+        for cell, row in zip(cells, rows, strict=True):
+            if cell.done:
+                losses.setdefault(name_of(cell.axes), []).append(row["eval_loss"])
+        draw_losses(losses, config.folder / "final.png", heading)
         for prefix in experiment.measured:
             draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
     if moved:

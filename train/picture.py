@@ -97,7 +97,8 @@ def _minutes(records: Sequence[Record]) -> list[float]:
 def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
     """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
-    figure = Figure(figsize=(8, 1.5 + 0.3 * len(losses)), layout="constrained")
+    size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for height, (_, values) in enumerate(best_last):
         (dots,) = axes.plot(values, [height] * len(values), "o", alpha=0.6)
