@@ -1,6 +1,7 @@
 """The papers' experiments: what is run, and that it can be stopped and gone on with."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.faults import write_text
 from train.cells import Cell, ExperimentConfig, best_tries, expand, meant, tries
 from train.commands import Command, Ended
 from train.config import Config, parse
@@ -24,7 +26,7 @@ from train.experiments import EXPERIMENTS
 from train.optimizer import check_meant, make_optimizer
 from train.presets import with_flags
 from train.resolve import resolve
-from train.runs import Experiment, Scale
+from train.runs import Experiment, Scale, with_all
 
 NAMES = [*EXPERIMENTS]
 FILES = DataConfig(source="train.u16", eval_source="valid.u16")
@@ -136,20 +138,32 @@ def test_more_text_is_asked_for() -> None:
 
 
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are processes with one device, and compiled as a user's are."""
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are processes with one device."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
 
 
+ABLATION = "grass-figure-3"
 TINY = ("--steps", "4", "--only", "walk.*rescale")
 
 
-@pytest.mark.usefixtures("fast")
-def test_it_stops_and_goes_on(tmp_path: Path) -> None:
+def make_small() -> None:
+    """The ablation's runs have little to do."""
+    given = EXPERIMENTS[ABLATION]
+    small = with_all(given.small, batch_size=8, seq_len=16)
+    EXPERIMENTS[ABLATION] = dataclasses.replace(given, small=small)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, ABLATION, EXPERIMENTS[ABLATION])  # put back
+    make_small()
     out = tmp_path / "runs"
-    argv = ("grass-figure-3", *TINY, "--out", str(out))
-    process = subprocess.Popen([sys.executable, "-m", "train.experiment", *argv])
+    write_text(tmp_path / "text.jsonl")
+    text = ("--source", str(tmp_path / "text.jsonl"))
+    argv = (ABLATION, *TINY, *text, "--out", str(out))
+    do = "from tests.test_experiment import main, make_small; make_small(); main()"
+    process = subprocess.Popen([sys.executable, "-c", do, *argv])
     first = out / "walk,rotate=off,back=rescale-0"
     while not (first / "summary.json").exists():
         assert process.poll() is None
@@ -173,7 +187,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert (out / "final.png").stat().st_size > 1000
 
     with pytest.raises(SystemExit, match="other settings"):
-        main((*argv[:1], *TINY[2:], "--steps", "5", "--out", str(out)))
+        main((*argv, "--steps", "5"))
 
 
 @pytest.mark.parametrize("own", [None, "/elsewhere"])
@@ -203,15 +217,22 @@ def test_seeds_share_compiled_programs(
     assert not (out / "compiled").exists()
 
 
-@pytest.mark.usefixtures("fast")
+@pytest.mark.usefixtures("one_device")
 def test_a_run_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    text = tmp_path / "text.jsonl"
+    write_text(text)
     bad = Experiment(
         "One run of two is no good",
         small=[
             {"optimizer": "galore", "source": str(tmp_path / "no.txt")},
-            {"optimizer": "galore", "source": "sotu", "batch_size": 8, "seq_len": 16},
+            {
+                "optimizer": "galore",
+                "source": str(text),
+                "batch_size": 8,
+                "seq_len": 16,
+            },
         ],
         full=[],
     )
