@@ -163,8 +163,8 @@ WEIGHT_MATRICES = (
     (r"^norm/|^layers/\w+_norm/", None),
 )
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best; not tried
-# were msgd's, and racs' and scale_sgd's, which are the papers', and sumo's.
+# Peak learning rates: of those tried on the 60M work (README.md) the best. msgd's
+# was not tried.
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "muon": Method(muon, 3e-3),
@@ -197,12 +197,12 @@ METHODS = {
     "coap": Method(lro.coap, 1e-2),
     "alice": Method(lro.alice, 5e-3),
     "alice_0": Method(functools.partial(lro.alice, b3=None), 5e-3),
-    "sumo": Method(lro.sumo, 2e-3),
+    "sumo": Method(lro.sumo, 1e-3),
     "racs": Method(lro.racs, 2e-2),
     "scale_sgd": Method(
-        lro.scale_sgd, 1e-3, own={"dimension_numbers": WEIGHT_MATRICES}
+        lro.scale_sgd, 5e-4, own={"dimension_numbers": WEIGHT_MATRICES}
     ),
-    "dct_adamw": Method(lro.dct_adamw, 2e-3, own={"refresh_every": 1}),
+    "dct_adamw": Method(lro.dct_adamw, 1e-3, own={"refresh_every": 1}),
     "online_subspace_descent": Method(
         lro.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}
     ),

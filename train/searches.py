@@ -93,7 +93,7 @@ WINNERS = [
         refresh_every=(100,),
     ),
 ]
-# Newer methods: the default rate, twice of it, or less where less is better.
+# Newer methods: three rates of each, a factor of two apart.
 NEWER = [
     *grid(optimizer=("alice_0",), learning_rate=(1e-2, 5e-3, 2.5e-3)),
     *grid(optimizer=("racs",), learning_rate=(4e-2, 2e-2, 1e-2)),

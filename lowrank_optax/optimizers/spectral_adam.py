@@ -44,10 +44,10 @@ def spectral_adam(
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest
-    loss on LLaMA-60M and 39 M tokens, at 4.5e-3 (README.md); no other size was tried.
-    When not: where the time of the update matters more than the number of steps (small
-    batches, many devices that share a matrix), or where micro-batches are summed in the
-    subspace.
+    loss on LLaMA-60M and 39 M tokens, at 4.5e-3, and of three on LLaMA-130M, at 3e-3
+    (README.md); nothing larger or longer was tried. When not: where the time of the
+    update matters more than the number of steps (small batches, many devices that share
+    a matrix), or where micro-batches are summed in the subspace.
 
     Args:
       basis: another basis rule in place of the power step.
