@@ -5,7 +5,7 @@ See train/runs.py for how they are written.
 
 import itertools
 
-from train.runs import HOUR, LARGER, Experiment, Run, around, grid, with_all
+from train.runs import HOUR, LARGER, MINUTES, Experiment, Run, around, grid, with_all
 
 OVERLAP = grid(
     optimizer=("galore",), basis=("svd", "sara", "jump"), measure=("overlap",)
@@ -117,20 +117,23 @@ LDADAM_PARTS = with_all(
     ),
     **{**LIKE_LDADAM, "optimizer": "subspace_adam", "residual_scale": 0.5},
 )
-# Which basis, where the rest comes back by its polar factor.
-OFTEN = with_all(
-    [
-        run | rotation
-        for rotation in grid(rotate=("on", "off"))
-        for run in (
-            *grid(basis=("power", "svd", "sara", "jump", "walk")),
-            {"basis": "walk", "walk_rank": 1},
-        )
-    ],
-    **{**LIKE_LDADAM, "optimizer": "subspace_adam", "back": "spectral"},
-    refresh_every=10,
-    residual_scale=0.5,
-)
+
+
+def often(rank: int) -> list[Run]:
+    """Which basis, where the rest comes back by its polar factor.
+
+    The walk is of one direction, its default, and of all, which are `rank`.
+    """
+    bases = grid(basis=("power", "svd", "sara", "jump", "walk"))
+    bases += [{"basis": "walk", "walk_rank": rank}]
+    return with_all(
+        [{**basis, "rotate": rotate} for rotate in ("on", "off") for basis in bases],
+        **{**LIKE_LDADAM, "optimizer": "subspace_adam", "back": "spectral"},
+        refresh_every=10,
+        residual_scale=0.5,
+    )
+
+
 # Whether rotation pays for a random basis at another rate, or with a shorter memory.
 ROTATION = with_all(
     grid(
@@ -171,8 +174,9 @@ SEARCHES: dict[str, Experiment] = {
     ),
     "often": Experiment(
         "Ours: which basis, where a new one comes every 10 steps",
-        small=OFTEN,
-        full=with_all(OFTEN, **HOUR | LARGER),
+        minutes=often(MINUTES["rank"]),
+        small=often(HOUR["rank"]),
+        full=with_all(often(LARGER["rank"]), **HOUR | LARGER),
         seeds=1,
         against={"rotate": "off"},
     ),
