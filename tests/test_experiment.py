@@ -21,7 +21,7 @@ from train.cells import Cell, ExperimentConfig, best_tries, expand, meant, tries
 from train.commands import Command, Ended
 from train.config import Config, parse
 from train.data import DataConfig
-from train.experiment import COLUMNS, main
+from train.experiment import COLUMNS, conclude, main
 from train.experiments import EXPERIMENTS
 from train.optimizer import check_meant, make_optimizer
 from train.presets import with_flags
@@ -87,6 +87,14 @@ def test_methods_are_tried_equally_often(name: str, scale: Scale, often: int) ->
     cells = tries(config, expand(config))
     assert {*Counter(cell.flags["optimizer"] for cell in cells).values()} == {often}
     assert {cell.flags["seed"] for cell in cells} == {0}
+
+
+@pytest.mark.parametrize(("scale", "rank"), [("minutes", 32), ("hour", 128)])
+def test_a_walk_turns_one_direction_or_all(scale: Scale, rank: int) -> None:
+    """One is the walk's own default: to name it would be the same run again."""
+    cells = expand(ExperimentConfig("often", scale=scale, only="walk", data=FILES))
+    assert {cell.flags["rank"] for cell in cells} == {rank}
+    assert {cell.flags.get("walk_rank") for cell in cells} == {None, rank}
 
 
 def end(cell: Cell, loss: float) -> None:
@@ -215,6 +223,23 @@ def test_seeds_share_compiled_programs(
     main(argv)
     assert seen == [own or str(out / "compiled")]
     assert not (out / "compiled").exists()
+
+
+def test_a_picture_has_the_names_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the flags that a run has alone, and the losses of its seeds together."""
+    config = ExperimentConfig("often", out=tmp_path, only="walk,rotate=on", seeds=2)
+    cells = expand(config)
+    for cell in cells:
+        end(cell, 4.0 + cell.flags["seed"])
+    drawn = {}
+    monkeypatch.setattr("train.experiment.draw_losses", lambda x, *_: drawn.update(x))
+    conclude(config, cells)
+    assert drawn == {
+        "walk,rotate=on": [4.0, 5.0],
+        "walk,rotate=on,walk_rank=32": [4.0, 5.0],
+    }
 
 
 @pytest.mark.usefixtures("one_device")
