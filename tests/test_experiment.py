@@ -78,6 +78,7 @@ def test_what_moved_is_of_ten_subspaces_and_a_part_of_the_steps(
         ("best", "minutes", 2),
         ("best", "hour", 7),
         ("best", "full", 7),
+        ("second-round", "hour", 7),
         ("larger", "hour", 3),
         ("newer", "hour", 3),
     ],

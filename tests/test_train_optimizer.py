@@ -170,6 +170,14 @@ def test_ldadam_is_the_ablations_method_with_its_parts():
     assert far_apart(without[1], parts[1])  # the first step has lost nothing yet
 
 
+def test_the_first_moment_turns_alone_where_a_run_says_so():
+    like_it = {"name": "subspace_adam", "basis": "jump"}
+    on, first, off = (updates_of(rotate=r, **like_it) for r in ("on", "first", "off"))
+    np.testing.assert_array_equal(first[0], on[0])  # there is nothing to turn yet
+    assert far_apart(first[1], on[1])
+    assert far_apart(first[1], off[1])
+
+
 @pytest.mark.parametrize("name", ["alice", "frugal", "spectral_adam", "sumo"])
 def test_what_is_given_back_is_scaled_by_a_run(name):
     """Linear in the factor, of the first step: nothing was limited yet."""

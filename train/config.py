@@ -102,7 +102,8 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      rotate: whether the moments of subspace_adam turn with the subspace.
+      rotate: whether the moments of subspace_adam turn with the subspace, both or the
+        first alone.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
@@ -148,7 +149,7 @@ class OptimizerConfig:
     b1: float | None = None
     b2: float | None = None
     scale: float | None = None
-    rotate: Literal["on", "off"] = "on"
+    rotate: Literal["on", "first", "off"] = "on"
     back: Back = "rescale"
     residual_scale: float | None = None
     angle: float = 0.3

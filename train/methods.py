@@ -76,6 +76,13 @@ BACKS: dict[str, Make] = {
     "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
 }
 
+# Which of a subspace_adam's moments turn into a new basis.
+ROTATIONS: dict[str, Make] = {
+    "on": lro.rotate_moments,
+    "first": functools.partial(lro.rotate_moments, moments="first"),
+    "off": lro.in_subspace,
+}
+
 
 def subspace_adam(
     learning_rate: optax.ScalarOrSchedule,
@@ -99,10 +106,8 @@ def subspace_adam(
     where = optax.chain(lro.dominant_svd() if basis is None else basis, lro.project())
     if back == "feedback":
         where = lro.error_feedback(where, b1=b1)
-    turned = lro.rotate_moments if rotate == "on" else lro.in_subspace
-    stages = optax.chain(
-        where, turned(optax.scale_by_adam(b1, b2)), BACKS[back](scale, residual_scale)
-    )
+    step = ROTATIONS[rotate](optax.scale_by_adam(b1, b2))
+    stages = optax.chain(where, step, BACKS[back](scale, residual_scale))
     return lro.low_rank_optimizer(
         stages,
         learning_rate,

@@ -69,6 +69,29 @@ BY_METHOD = [
     ),
 ]
 TRIES = [*itertools.chain(*BY_METHOD)]
+# And seven around AdamW's best of these, which lay at an edge, and around the winner.
+AGAIN = [
+    *around(
+        {
+            "optimizer": "adamw",
+            "learning_rate": 2e-3,
+            "b2": 0.98,
+            "clip_norm": 1.0,
+            "warmup": 0.2,
+        },
+        b1=(0.8,),
+        warmup=(0.3,),
+        learning_rate=(1e-3, 3e-3),
+        b2=(0.95, 0.99),
+    ),
+    *around(
+        {"optimizer": "spectral_adam", "learning_rate": 4.5e-3, "refresh_every": 10},
+        warmup=(0.05, 0.2),
+        learning_rate=(6e-3,),
+        b2=(0.98,),
+        residual_scale=(0.3, 1.0),
+    ),
+]
 # The winners of these, at three rates each, for a larger model.
 WINNERS = [
     *grid(
@@ -137,7 +160,9 @@ def often(rank: int) -> list[Run]:
 # Whether rotation pays for a random basis at another rate, or with a shorter memory.
 ROTATION = with_all(
     grid(
-        rotate=("off", "on"), learning_rate=(1e-3, 2e-3, 4e-3), b2=(0.999, 0.99, 0.95)
+        rotate=("off", "first", "on"),
+        learning_rate=(1e-3, 2e-3, 4e-3),
+        b2=(0.999, 0.99, 0.95),
     ),
     optimizer="subspace_adam",
     basis="jump",
@@ -150,6 +175,12 @@ SEARCHES: dict[str, Experiment] = {
         minutes=[run for tries in BY_METHOD for run in tries[:2]],
         small=TRIES,
         full=with_all(TRIES, **HOUR | LARGER),
+        best_of="optimizer",
+    ),
+    "second-round": Experiment(
+        "Ours: seven tries more for AdamW and for the winner of best",
+        small=AGAIN,
+        full=with_all(AGAIN, **HOUR | LARGER),
         best_of="optimizer",
     ),
     "larger": Experiment(
