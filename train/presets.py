@@ -99,6 +99,7 @@ def _spectral_adam(size: str) -> Flags:
         "rank": RANKS[size],
         "refresh_every": 10,
         "learning_rate": {"60m": 4.5e-3, "130m": 3e-3}[size],
+        "b2": {"60m": 0.98, "130m": 0.99}[size],
         "clip_norm": None,
         "batch_size": 128,
         "seq_len": 256,
