@@ -213,6 +213,7 @@ SEARCHES: dict[str, Experiment] = {
     ),
     "rotation": Experiment(
         "Ours: at which rate and b2 rotation pays for a random basis",
+        minutes=[run for run in ROTATION if run["b2"] != 0.99],
         small=ROTATION,
         full=with_all(ROTATION, **HOUR | LARGER),
         at_hour={"batch_size": 32, "refresh_every": 40},
