@@ -16,10 +16,15 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
+import gc
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# Traced programs are many objects that live on: to look through them for cycles as
+# often as Python does by itself takes a twentieth of the time.
+gc.set_threshold(200_000, 50, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
