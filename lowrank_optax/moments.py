@@ -307,13 +307,13 @@ def check_second_moments(
     and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
     step as later. Not looked at where decay rates are traced.
     """
-    cases = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 2.0, 0.0])
 
     @jax.jit  # one program: by itself each of its operations would be one
     def error() -> jax.Array:
+        v, g = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 2.0, 0.0])
         after = jax.vmap(lambda *case: _second_after(inner, params, *case))
         errors = [jnp.zeros([])]
-        for first, one, two, rest in after(*cases, jnp.array([0, 5, 5, 5])):
+        for first, one, two, rest in after(v, g, jnp.array([0, 5, 5, 5])):
             parts = [first - one, two - 4 * one, one + rest - 1]
             errors += [jnp.max(jnp.abs(x), initial=0.0) for x in parts]
         return jnp.max(jnp.stack(errors))

@@ -1,5 +1,6 @@
 """What people fell over: each case was wrong, silent, or an obscure error once."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -164,8 +165,10 @@ def test_rotation_refuses_what_is_no_average_of_squares(inner: Any) -> None:
     def bracket(step: Any) -> Any:
         return lro.low_rank(stages(step=step), rank=3, refresh_every=2)
 
-    with pytest.raises(ValueError, match="no running average of squared gradients"):
-        bracket(lro.rotate_moments(inner)).init(g)
+    init = bracket(lro.rotate_moments(inner)).init
+    for make in (init, jax.jit(init), functools.partial(jax.eval_shape, init)):
+        with pytest.raises(ValueError, match="no running average of squared gradients"):
+            make(g)
     # The advice is good.
     for step in (lro.rotate_moments(inner, moments="first"), lro.in_subspace(inner)):
         updates, _ = run(bracket(step), [g] * 4)
@@ -189,6 +192,20 @@ def test_rotation_takes_what_is_one(inner: Any) -> None:
     tx = lro.low_rank(stages(step=lro.rotate_moments(inner)), rank=3, refresh_every=2)
     updates, _ = run(tx, [{"w": normal(M, N, seed=s)} for s in range(4)])
     assert np.isfinite(updates[-1]["w"]).all()
+
+
+def test_rotation_takes_decay_rates_that_are_traced() -> None:
+    """They are known when the program runs, and not looked at."""
+
+    def updates_at(b2: Any) -> list[Any]:
+        step = lro.rotate_moments(optax.scale_by_adam(b2=b2))
+        tx = lro.low_rank(stages(step=step), rank=3, refresh_every=1)
+        g = {"w": jnp.asarray(normal(M, N))}
+        first, state = tx.update(g, tx.init(g))
+        return [first, tx.update(g, state)[0]]
+
+    ours, theirs = jax.jit(updates_at)(0.9), updates_at(0.9)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), ours, theirs)
 
 
 def test_eq_8_goes_by_the_decay_rates_of_now() -> None:
