@@ -106,8 +106,8 @@ def rotate_moments(
     Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
     of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
     than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
-    steps are several times too long. moments="first" leaves V as it was, and
-    `in_subspace` both; with such a basis LLaMA-60M ended lower so (README.md).
+    steps are several times too long. moments="first" leaves V as it was, `in_subspace`
+    both moments: in such a basis LLaMA-60M ended lower with either (README.md).
 
     Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
     `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
