@@ -107,7 +107,7 @@ def rotate_moments(
     of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
     than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
     steps are several times too long. moments="first" leaves V as it was, `in_subspace`
-    both moments: in such a basis LLaMA-60M ended lower with either (README.md).
+    both moments: each at its best rate, LLaMA-60M ended lower with either (README.md).
 
     Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
     `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,

@@ -102,8 +102,7 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      rotate: whether the moments of subspace_adam turn with the subspace, both or the
-        first alone.
+      rotate: whether moments of subspace_adam turn with the subspace: both, the first.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
