@@ -8,53 +8,42 @@ low_rank(optax.chain(
 ), rank=128, refresh_every=200)
 """
 
-from lowrank_optax import linalg
-from lowrank_optax.adam_mini import (
-    ADAM_MINI_RULES,
-    AdamMiniState,
-    adam_mini_blocks,
-    check_heads,
-    scale_by_adam_mini,
+from lowrank_optax.bases.dct import dct_columns
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.given import replay
+from lowrank_optax.bases.grassmann import grassmann_track, grassmann_walk
+from lowrank_optax.bases.momentum import correlation_aware, power_iterate
+from lowrank_optax.bases.pca import OnlinePCAState, online_pca
+from lowrank_optax.bases.random import gaussian, grassmann_jump, random_after
+from lowrank_optax.bases.refresh import LazyRefreshState, frozen, lazy_refresh
+from lowrank_optax.bases.rows import coordinates, sample_rows
+from lowrank_optax.bases.rule import BasisRule, BasisState
+from lowrank_optax.bases.singular import dominant_svd, sara_sample
+from lowrank_optax.bases.storage import QuantizedBasis, cast_basis, quantize_basis
+from lowrank_optax.bases.switching import TrackingState, switch_basis, track_gram
+from lowrank_optax.bracket.bracket import LowRankState, low_rank, whole_matrices
+from lowrank_optax.bracket.extend import add_stage
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.keys import sample_indices
+from lowrank_optax.core.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
+from lowrank_optax.core.linalg import left_singular
+from lowrank_optax.core.moments import register_moments
+from lowrank_optax.core.stage import Clock
+from lowrank_optax.core.trees import map_frames, update_frames
+from lowrank_optax.full_rank.normalize import (
+    MomentumState,
+    momentum_of,
+    normalize_outputs,
 )
-from lowrank_optax.basis import basis_rule
-from lowrank_optax.bracket import LowRankState, low_rank, whole_matrices
-from lowrank_optax.compensation import CompensationState, compensate_columns
-from lowrank_optax.data_parallel import average_gradients
-from lowrank_optax.dct import dct_columns
-from lowrank_optax.extend import add_stage
-from lowrank_optax.feedback import ErrorFeedbackState, error_feedback
-from lowrank_optax.frame import Clock, Frame, map_frames, update_frames
-from lowrank_optax.given import replay
-from lowrank_optax.grassmann import grassmann_track, grassmann_walk
-from lowrank_optax.keys import sample_indices
-from lowrank_optax.layerwise import (
-    Layers,
-    close_layers,
-    open_layers,
-    per_layer,
-    update_in_backward,
-    update_layers,
-)
-from lowrank_optax.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
-from lowrank_optax.limiter import LimiterState, limit_step
-from lowrank_optax.linalg import left_singular
-from lowrank_optax.measure import (
+from lowrank_optax.full_rank.row_column import RowColumnState, scale_rows_and_columns
+from lowrank_optax.measuring.memory import MemoryReport, MemoryRow, memory_report
+from lowrank_optax.measuring.subspace import (
     Measurement,
     MeasureState,
     measure_subspace,
     measurements,
 )
-from lowrank_optax.microbatches import (
-    LayerSums,
-    Projected,
-    close_sums,
-    open_sums,
-    project_gradient,
-    sum_in_backward,
-)
-from lowrank_optax.moments import register_moments, rotate_moments
-from lowrank_optax.momentum_bases import correlation_aware, power_iterate
-from lowrank_optax.normalize import MomentumState, momentum_of, normalize_outputs
 from lowrank_optax.optimizers.alice import alice
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
@@ -68,7 +57,6 @@ from lowrank_optax.optimizers.galore_steps import (
     galore_adafactor,
     galore_adam8bit,
     galore_adam_mini,
-    scale_by_adafactor,
 )
 from lowrank_optax.optimizers.golore import golore
 from lowrank_optax.optimizers.grass import grass_jump, grass_walk
@@ -82,26 +70,54 @@ from lowrank_optax.optimizers.scale_sgd import scale_sgd
 from lowrank_optax.optimizers.spectral_adam import spectral_adam
 from lowrank_optax.optimizers.subtrack import subtrack
 from lowrank_optax.optimizers.sumo import sumo
-from lowrank_optax.orthogonal import orthogonalize
-from lowrank_optax.pca import OnlinePCAState, online_pca
-from lowrank_optax.projection import project, project_back
-from lowrank_optax.quantize import QuantizedArray, QuantizedState, quantize_moments
-from lowrank_optax.random_bases import gaussian, grassmann_jump, random_after
-from lowrank_optax.refresh import LazyRefreshState, frozen, lazy_refresh
-from lowrank_optax.report import MemoryReport, MemoryRow, memory_report
-from lowrank_optax.residual import recover_residual, sign_residual
-from lowrank_optax.rest import RestState, with_rest
-from lowrank_optax.row_column import RowColumnState, scale_rows_and_columns
-from lowrank_optax.rows import coordinates, sample_rows
-from lowrank_optax.rule import BasisRule, BasisState
-from lowrank_optax.scaling import scale_by_shape, scale_channels, scale_tensor
-from lowrank_optax.sharding import square_sides, state_shardings
-from lowrank_optax.singular import dominant_svd, sara_sample
-from lowrank_optax.spectral import spectral_residual
-from lowrank_optax.step import in_full_space, in_subspace, per_matrix, reset_moments
-from lowrank_optax.storage import QuantizedBasis, cast_basis, quantize_basis
-from lowrank_optax.switching import TrackingState, switch_basis, track_gram
-from lowrank_optax.weights import (
+from lowrank_optax.recovery.compensation import CompensationState, compensate_columns
+from lowrank_optax.recovery.feedback import ErrorFeedbackState, error_feedback
+from lowrank_optax.recovery.limiter import LimiterState, limit_step
+from lowrank_optax.recovery.projection import project, project_back
+from lowrank_optax.recovery.residual import recover_residual, sign_residual
+from lowrank_optax.recovery.scaling import scale_by_shape, scale_channels, scale_tensor
+from lowrank_optax.recovery.spectral import spectral_residual
+from lowrank_optax.steps.adafactor import scale_by_adafactor
+from lowrank_optax.steps.adam_mini import (
+    ADAM_MINI_RULES,
+    AdamMiniState,
+    adam_mini_blocks,
+    check_heads,
+    scale_by_adam_mini,
+)
+from lowrank_optax.steps.orthogonal import orthogonalize
+from lowrank_optax.steps.quantize import (
+    QuantizedArray,
+    QuantizedState,
+    quantize_moments,
+)
+from lowrank_optax.steps.rest import RestState, with_rest
+from lowrank_optax.steps.rotation import rotate_moments
+from lowrank_optax.steps.subspace import (
+    in_full_space,
+    in_subspace,
+    per_matrix,
+    reset_moments,
+)
+from lowrank_optax.training.data_parallel import average_gradients
+from lowrank_optax.training.layerwise import (
+    Layers,
+    close_layers,
+    open_layers,
+    per_layer,
+    update_in_backward,
+    update_layers,
+)
+from lowrank_optax.training.microbatches import (
+    LayerSums,
+    Projected,
+    close_sums,
+    open_sums,
+    project_gradient,
+    sum_in_backward,
+)
+from lowrank_optax.training.state_sharding import square_sides, state_shardings
+from lowrank_optax.training.weights import (
     QuantizedWeights,
     apply_updates,
     dense,

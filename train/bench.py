@@ -18,8 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from models import SIZES, LlamaConfig, init_params
-from train.compare import named
-from train.config import (
+from train.config.config import (
     Config,
     MeshConfig,
     ModelConfig,
@@ -28,14 +27,15 @@ from train.config import (
     check_numbers,
     parse,
 )
-from train.loop import Program, build_program, initial, kinds_of_steps, work_of
-from train.main import usage_errors
-from train.memory import GIB, device_peak
-from train.mesh import by_row, make_mesh
-from train.optimizer import check_meant, check_optimizer, make_optimizer
-from train.resolve import resolve
-from train.rows import Row, append, check_out, markdown, rounded
-from train.step import TrainState
+from train.config.named import named
+from train.config.resolve import resolve
+from train.engine.memory import GIB, device_peak
+from train.engine.mesh import by_row, make_mesh
+from train.engine.optimizer import check_meant, check_optimizer, make_optimizer
+from train.engine.step import TrainState
+from train.host.errors import usage_errors
+from train.records.markdown import Row, append, check_out, markdown, rounded
+from train.run.loop import Program, build_program, initial, kinds_of_steps, work_of
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
 compiles them, for every optimizer in one process: milliseconds of an ordinary step, of

@@ -12,38 +12,32 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from train.config import (
-    Basis,
+from train.config.config import (
     Config,
     OptimizerConfig,
-    OptimizerName,
     Preset,
     ReportConfig,
     parse,
     resolved,
     title,
 )
-from train.data import Data
-from train.folder import check_folder, own_folder
-from train.loop import train
-from train.main import (
-    check_writable,
-    open_text,
-    run_errors,
-    usage_errors,
-)
-from train.mesh import make_mesh
-from train.methods import BASES, METHODS
-from train.metrics import read_metrics
-from train.optimizer import check_meant, check_optimizer
-from train.picture import draw_runs
-from train.place import Place, RunFolder
-from train.processes import join_processes
-from train.report import draw_measured, summarize, work_title
-from train.resolve import resolve
-from train.restore import check_start, pinned
-from train.stopping import StoppedError
-from train.writing import Appender, write_text
+from train.config.named import Shared, named
+from train.config.resolve import resolve
+from train.data.dataset import Data
+from train.engine.mesh import make_mesh
+from train.engine.optimizer import check_meant, check_optimizer
+from train.host.atomic import Appender, check_writable, write_text
+from train.host.errors import usage_errors
+from train.host.paths import Place, RunFolder
+from train.host.processes import join_processes
+from train.host.signals import StoppedError
+from train.records.metrics import read_metrics
+from train.records.plots import draw_runs
+from train.run.errors import run_errors
+from train.run.folder import check_folder, own_folder
+from train.run.loop import train
+from train.run.report import draw_measured, summarize, work_title
+from train.run.start import check_start, open_text, pinned
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
 batches in the same order, the same schedule.
@@ -61,14 +55,6 @@ as it ends, then table.md and losses.png, and a folder for each run, without
 checkpoints."""
 
 Result = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared(OptimizerConfig):
-    """What the optimizers have in common, where they have it at all."""
-
-    name: Annotated[OptimizerName, tyro.conf.Fixed] = "grass_jump"
-    basis: Annotated[Basis, tyro.conf.Fixed] = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,40 +108,6 @@ class Comparison:
         if not chosen:
             raise ValueError("optimizers: name at least one")
         check_meant(self.work.optimizer, chosen)
-
-
-def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
-    """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
-
-    Without what it has no use for, which may be another's of the same comparison.
-
-    Raises:
-      ValueError: a name, basis or rate that does not exist.
-    """
-    method, _, rate = name.partition("@")
-    method, _, basis = method.partition("+")
-    basis = basis or "default"
-    bases = ("default", *BASES)
-    if method not in METHODS or basis not in bases:
-        raise ValueError(
-            f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of {', '.join(METHODS)} "
-            f"and a BASIS of {', '.join(bases)}"
-        )
-    try:
-        learning_rate = float(rate) if rate else base.learning_rate
-    except ValueError as error:
-        raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
-    lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
-    nothing = {} if METHODS[method].low_rank else {"measure": "none", "anchor": None}
-    return dataclasses.replace(
-        base,
-        name=method,
-        basis=basis,
-        basis_dtype="float32" if basis == "default" else base.basis_dtype,
-        learning_rate=learning_rate,
-        **dict.fromkeys(lacking),
-        **nothing,
-    )
 
 
 def expand(comparison: Comparison, folder: Place) -> list[Config]:

@@ -13,9 +13,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from train.collectives import KINDS, traffic_of
-from train.compare import Shared, named
-from train.config import (
+from train.config.config import (
     Config,
     DataConfig,
     OptimizerConfig,
@@ -25,15 +23,17 @@ from train.config import (
     label,
     parse,
 )
-from train.loop import kinds_of_steps, like_of, lower_step, work_of
-from train.main import usage_errors
-from train.memory import GIB
-from train.mesh import make_mesh
-from train.optimizer import check_meant, check_optimizer
-from train.resolve import resolve
-from train.rows import Row, append, check_out, markdown, rounded
-from train.step import Work
-from train.topology import chips_of, memory_of, refusal, stay_on_cpu
+from train.config.named import Shared, named
+from train.config.resolve import resolve
+from train.engine.memory import GIB
+from train.engine.mesh import make_mesh
+from train.engine.optimizer import check_meant, check_optimizer
+from train.engine.step import Work
+from train.host.errors import usage_errors
+from train.records.markdown import Row, append, check_out, markdown, rounded
+from train.run.loop import kinds_of_steps, like_of, lower_step, work_of
+from train.tpu.collectives import KINDS, traffic_of
+from train.tpu.topology import chips_of, memory_of, refusal, stay_on_cpu
 
 DESCRIPTION = """Compile the trainer's own step for TPUs that are not here, on any
 Linux machine (x86-64; pip install '.[tpu]'), and print what it needs of each chip:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train.cells import (
+from train.config.config import Config, from_json, parse
+from train.config.presets import with_flags
+from train.experiments.cells import (
     Cell,
     ExperimentConfig,
     axes_of,
@@ -20,22 +22,21 @@ from train.cells import (
     name_of,
     tries,
 )
-from train.commands import Command, run_all, slots
-from train.config import Config, from_json, parse
-from train.experiments import EXPERIMENTS
-from train.main import check_writable, usage_errors
-from train.metrics import read_metrics
-from train.picture import (
+from train.experiments.launch import Command, run_all, slots
+from train.experiments.papers import EXPERIMENTS
+from train.host.atomic import check_writable, write_text
+from train.host.errors import usage_errors
+from train.records.metrics import read_metrics
+from train.records.plots import (
     draw_by_time,
     draw_losses,
     draw_measured,
     draw_runs,
     draw_spectra,
 )
-from train.presets import with_flags
-from train.spectrum import spectra, weights_of
-from train.tables import Row, table, to_csv
-from train.writing import write_text
+from train.records.tables import Row, table, to_csv
+from train.run.spectra import spectra
+from train.spectrum import weights_of
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 

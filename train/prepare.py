@@ -18,12 +18,20 @@ import filelock
 import tyro
 from tqdm import tqdm
 
-from train.fingerprint import Fingerprint, of_tokenizer
-from train.texts import BadLines, OnBadLines
-from train.tokenizer import Tokenizer, open_tokenizer
-from train.tokenizing import Counts, Job, Shard, fingerprint, plan, token_file, tokenize
-from train.workers import each_done
-from train.writing import Appender, write_bytes, write_text
+from train.data.fingerprint import Fingerprint, of_tokenizer
+from train.data.text_formats import BadLines, OnBadLines
+from train.data.tokenize_shards import (
+    Counts,
+    Job,
+    Shard,
+    fingerprint,
+    plan,
+    token_file,
+    tokenize,
+)
+from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.host.atomic import Appender, write_bytes, write_text
+from train.host.workers import each_done
 
 DESCRIPTION = """Tokenize text once, in parallel, for any number of runs: a token file
 for each shard of a data set such as C4 or SlimPajama, as it is published.
@@ -310,9 +318,9 @@ def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare as the command line says; None reads it from `sys.argv`."""
-    from train.config import parse
-    from train.main import usage_errors
-    from train.stopping import ended_by_signals
+    from train.config.config import parse
+    from train.host.errors import usage_errors
+    from train.host.signals import ended_by_signals
 
     config = parse(PrepareConfig, DESCRIPTION, argv, "python -m train.prepare")
     with ended_by_signals(), usage_errors():

@@ -5,14 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import tyro
 
-from models import LlamaConfig, Params, generate
-from train.config import check_numbers, check_seed, parse
-from train.restore import load_run
-from train.tokenizer import Tokenizer
+from train.config.config import check_numbers, check_seed, parse
+from train.run.restore import load_run
+from train.run.sampling import continued, prompt_tokens
 
 DESCRIPTION = """Continue a text with the model of a run.
 
@@ -44,40 +41,6 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tokens",), not_negative=("temperature",))
         check_seed(self.seed)
-
-
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; ValueError if it has none."""
-    tokens = tokenizer.encode(prompt)
-    if not tokens:
-        raise ValueError(
-            f"prompt={prompt!r} has no token to begin with; give the first words of a "
-            "text"
-        )
-    return tokens
-
-
-def continued(
-    model: LlamaConfig,
-    weights: Params,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    tokens: int,
-    seed: int,
-    temperature: float = 0.8,
-) -> str:
-    """The prompt and what the model says next."""
-    start = jnp.asarray([prompt_tokens(tokenizer, prompt)], jnp.int32)
-    text = generate(
-        model,
-        weights,
-        start,
-        steps=tokens,
-        key=jax.random.key(seed),
-        temperature=temperature,
-    )
-    return tokenizer.decode(text[0].tolist())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,19 +3,20 @@
 import jax
 import optax
 
-from lowrank_optax.compensation import compensate_columns
-from lowrank_optax.layout import (
+from lowrank_optax.bases.switching import switch_basis, track_gram
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask, scale_by_uncorrected_adam
-from lowrank_optax.rest import with_rest
-from lowrank_optax.step import in_subspace
-from lowrank_optax.switching import switch_basis, track_gram
+from lowrank_optax.recovery.compensation import compensate_columns
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.published import scale_by_uncorrected_adam
+from lowrank_optax.steps.rest import with_rest
+from lowrank_optax.steps.subspace import in_subspace
 
 
 def alice(

@@ -3,18 +3,19 @@
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.random import gaussian
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask, Variant, arithmetic_of
-from lowrank_optax.random_bases import gaussian
-from lowrank_optax.scaling import scale_channels, scale_tensor
-from lowrank_optax.step import in_subspace
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.published import Variant, arithmetic_of
+from lowrank_optax.recovery.scaling import scale_channels, scale_tensor
+from lowrank_optax.steps.subspace import in_subspace
 
 
 def apollo(

@@ -7,28 +7,23 @@ from typing import Any, cast
 import jax
 import optax
 
-from lowrank_optax.bracket import (
+from lowrank_optax.bracket.bracket import (
     LowRankState,
     if_accepted,
     low_rank,
     whole_matrices,
 )
-from lowrank_optax.extend import Extensible, extensible
-from lowrank_optax.frame import stage
-from lowrank_optax.layout import (
+from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.published import (
-    Mask,
-    Number,
-    Variant,
-    arithmetic_of,
-    decay_and_rate,
-)
-from lowrank_optax.step import in_subspace
+from lowrank_optax.core.stage import stage
+from lowrank_optax.core.typing import Mask, Number
+from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
+from lowrank_optax.steps.subspace import in_subspace
 
 _STATIC = {
     "rank",

@@ -5,18 +5,18 @@ from typing import Literal
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.singular import dominant_svd
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask
-from lowrank_optax.residual import sign_residual
-from lowrank_optax.singular import dominant_svd
-from lowrank_optax.step import reset_moments
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.residual import sign_residual
+from lowrank_optax.steps.subspace import reset_moments
 
 
 def frugal(

@@ -3,19 +3,19 @@
 import jax
 import optax
 
-from lowrank_optax.grassmann import grassmann_walk
-from lowrank_optax.layout import (
+from lowrank_optax.bases.grassmann import grassmann_walk
+from lowrank_optax.bases.random import grassmann_jump
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.moments import rotate_moments
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask
-from lowrank_optax.random_bases import grassmann_jump
-from lowrank_optax.residual import recover_residual
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.residual import recover_residual
+from lowrank_optax.steps.rotation import rotate_moments
 
 
 def grass_walk(

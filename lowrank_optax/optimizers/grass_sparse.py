@@ -3,17 +3,17 @@
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.rows import sample_rows
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
-from lowrank_optax.projection import project, project_back
-from lowrank_optax.published import Mask
-from lowrank_optax.rows import sample_rows
-from lowrank_optax.step import reset_moments
+from lowrank_optax.recovery.projection import project, project_back
+from lowrank_optax.steps.subspace import reset_moments
 
 
 def grass_sparse(

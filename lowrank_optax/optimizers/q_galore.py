@@ -3,20 +3,20 @@
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.refresh import lazy_refresh
+from lowrank_optax.bases.singular import dominant_svd
+from lowrank_optax.bases.storage import quantize_basis
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
-from lowrank_optax.projection import project, project_back
-from lowrank_optax.published import Mask
-from lowrank_optax.quantize import quantize_moments
-from lowrank_optax.refresh import lazy_refresh
-from lowrank_optax.singular import dominant_svd
-from lowrank_optax.step import in_subspace
-from lowrank_optax.storage import quantize_basis
+from lowrank_optax.recovery.projection import project, project_back
+from lowrank_optax.steps.quantize import quantize_moments
+from lowrank_optax.steps.subspace import in_subspace
 
 
 def q_galore(

@@ -3,11 +3,11 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Square
+from lowrank_optax.core.layout import TRANSFORMER_MATRICES, DimensionNumbers, Square
+from lowrank_optax.core.typing import Mask
+from lowrank_optax.full_rank.row_column import scale_rows_and_columns
 from lowrank_optax.optimizers.assemble import whole_optimizer
-from lowrank_optax.published import Mask
-from lowrank_optax.rest import with_rest
-from lowrank_optax.row_column import scale_rows_and_columns
+from lowrank_optax.steps.rest import with_rest
 
 
 def racs(

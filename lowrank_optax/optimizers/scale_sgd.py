@@ -3,11 +3,11 @@
 import jax
 import optax
 
-from lowrank_optax.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rules
-from lowrank_optax.normalize import momentum_of, normalize_outputs
+from lowrank_optax.core.layout import TRANSFORMER_MATRICES, DimensionNumbers, Rules
+from lowrank_optax.core.typing import Mask
+from lowrank_optax.full_rank.normalize import momentum_of, normalize_outputs
 from lowrank_optax.optimizers.assemble import whole_optimizer
-from lowrank_optax.published import Mask
-from lowrank_optax.rest import with_rest
+from lowrank_optax.steps.rest import with_rest
 
 # Norms and biases have full rank, everything else is a matrix: embedding and head too.
 WEIGHT_MATRICES: Rules = (*TRANSFORMER_MATRICES[:2], ("", "matrix"))

@@ -3,18 +3,18 @@
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.momentum import power_iterate
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.moments import rotate_moments
-from lowrank_optax.momentum_bases import power_iterate
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask
-from lowrank_optax.spectral import spectral_residual
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.spectral import spectral_residual
+from lowrank_optax.steps.rotation import rotate_moments
 
 
 def spectral_adam(

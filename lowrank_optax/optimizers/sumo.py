@@ -3,22 +3,22 @@
 import jax
 import optax
 
-from lowrank_optax.layout import (
+from lowrank_optax.bases.singular import dominant_svd
+from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.limiter import limit_step
-from lowrank_optax.moments import rotate_moments
+from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
-from lowrank_optax.orthogonal import Polar, orthogonalize
-from lowrank_optax.projection import project
-from lowrank_optax.published import Mask
-from lowrank_optax.residual import sign_residual
-from lowrank_optax.rest import with_rest
-from lowrank_optax.scaling import scale_by_shape
-from lowrank_optax.singular import dominant_svd
+from lowrank_optax.recovery.limiter import limit_step
+from lowrank_optax.recovery.projection import project
+from lowrank_optax.recovery.residual import sign_residual
+from lowrank_optax.recovery.scaling import scale_by_shape
+from lowrank_optax.steps.orthogonal import Polar, orthogonalize
+from lowrank_optax.steps.rest import with_rest
+from lowrank_optax.steps.rotation import rotate_moments
 
 
 def sumo(

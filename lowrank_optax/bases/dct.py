@@ -1,0 +1,63 @@
+"""Where: columns of one fixed matrix, the discrete cosine transform (DCT-AdamW)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lowrank_optax.bases.follow import basis_rule, follow
+from lowrank_optax.bases.rule import BasisRule, Storage
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.stage import Clock
+
+
+def dct_columns() -> BasisRule:
+    """The r columns of the DCT matrix along which the gradient is longest (DCT-AdamW).
+
+    S_t = D[:, I_t], I_t the r indices with the largest sum_j |(D^T G_t)_ij|, and
+    D_kj = sqrt(2 / m) cos(pi k (2j + 1) / 2m), the row k = 0 over sqrt(2): orthonormal,
+    the same for every matrix of its size (Modoranu et al. 2025, "FFT-based Dynamic
+    Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models").
+    Nothing is factorised, the state is r integers, and S_t^T S_{t-1} selects: with it
+    `rotate_moments` carries both moments over where a column stays, and starts them at
+    zero where one is new.
+
+    Raises:
+      ValueError: at update, outside `low_rank`.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.dct_columns(), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
+    """
+
+    def choose(frame: Frame, _: None, __: Clock) -> jax.Array:
+        g = linalg.unit_largest(frame.gradient)
+        d = columns(jnp.arange(g.shape[-2]), g.shape[-2], g.dtype)
+        lengths = jnp.sum(jnp.abs(linalg.matmul(d.T, g)), axis=-1)
+        index = jnp.sort(jax.lax.top_k(lengths, frame.rank)[1], axis=-1)
+        return unpack(frame, index)
+
+    def pack(frame: Frame, s: jax.Array, _: None) -> jax.Array:
+        m = s.shape[-2]
+        # Which columns they were: D is orthonormal, so one product is 1, the rest 0.
+        d = columns(jnp.arange(m), m, s.dtype)
+        return jnp.argmax(jnp.abs(linalg.matmul(d.T, s)), axis=-2)
+
+    def unpack(frame: Frame, index: jax.Array) -> jax.Array:
+        return columns(index, frame.basis_shape[-2], frame.gradient.dtype)
+
+    rule = basis_rule(choose)
+    return follow(dataclasses.replace(rule.rule, storage=Storage(pack, unpack)))
+
+
+def columns(index: jax.Array, m: int, dtype: DTypeLike) -> jax.Array:
+    """D[:, index]: (*batch, r) integers to (*batch, m, r)."""
+    k = jnp.arange(m)[:, None]
+    # Whole turns are 4m: taken off as integers, no angle is large enough to round.
+    angle = (k * (2 * index[..., None, :] + 1) % (4 * m)).astype(dtype)
+    scale = jnp.where(k == 0, math.sqrt(1 / m), math.sqrt(2 / m)).astype(dtype)
+    return linalg.fence(scale * jnp.cos(angle * (math.pi / (2 * m))))

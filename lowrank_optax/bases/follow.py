@@ -1,0 +1,280 @@
+"""Where: what all basis rules share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from lowrank_optax.bases.batching import choose, chosen_in_batches, in_one_call
+from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
+from lowrank_optax.core.keys import canonical_key, check_key, split
+from lowrank_optax.core.linalg import Decomposition, select, transpose
+from lowrank_optax.core.sharding import cut_basis, cut_matrices
+from lowrank_optax.core.spread import replicated
+from lowrank_optax.core.stage import Clock, both, branch, timed_stage
+from lowrank_optax.core.trees import each_apart, frames_of, in_turn, map_frames, nothing
+
+
+def basis_rule(
+    choose: Choose,
+    key: jax.Array | int | None = None,
+    *,
+    orthonormal: bool = True,
+    coordinates: bool = False,
+    svd_until: int | jax.Array = 0,
+    decomposition: Decomposition | None = None,
+    from_gradient: bool = True,
+) -> BasisRule:
+    """A basis rule from a function that chooses S_t at a refresh.
+
+    Sets `basis`, `moved` and `turn` = S_t^T S_{t-1} of each Frame. The basis before the
+    first refresh is the first r coordinates.
+
+    A matrix whose gradient has been zero so far (behind a projection that starts at
+    zero, say) has no subspace to choose: whatever a refresh takes then is replaced at
+    its first gradient that is not zero, be a refresh due there or not. So no rule is
+    anchored to directions that mean nothing. (Where the caller says when to refresh, it
+    is replaced at the first refresh that he asks for from there on.)
+
+    Args:
+      choose: from a Frame of L matrices (gradient G_t (L, m, n), basis S_{t-1}
+        (L, m, r), momentum (L, r, n) or None; L = 1 for a single matrix), L keys
+        (None without `key`) and the `Clock` to S_t (L, m, r), orthonormal also for a
+        zero or a rank-deficient gradient. It treats each matrix by itself: on a mesh it
+        is asked with some of a leaf's, or of several leaves of one shape.
+        `linalg.per_matrix` or `jax.vmap` make it from a function of one matrix.
+      key: a seed or a typed key.
+      orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
+        refuse it.
+      coordinates: True for a rule that returns (L, r) distinct integers, the
+        coordinates that are S's columns; products with S are then gathers.
+      svd_until: before this step, and for a matrix's first gradient that is not zero,
+        S = U[:, :r] of G, and only then what `choose` says; 0 leaves all to `choose`.
+      decomposition: of those G, "svd", "gram" or None, as in `dominant_svd`.
+      from_gradient: False for a rule that does not look at gradients, to which it does
+        not matter whether they are zero.
+
+    Raises:
+      ValueError: a key that is neither an int nor typed, another decomposition; at
+        update, outside `low_rank`.
+
+    Example:
+      >>> # Keeps the first singular vector, and samples the rest by singular value.
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> def top_and_sample(frame, keys, clock):
+      ...     u, s = lro.left_singular(frame.gradient)
+      ...     rest = 1 + lro.sample_indices(keys, s[:, 1:], frame.rank - 1)
+      ...     index = jnp.concatenate([jnp.zeros_like(rest[:, :1]), rest], axis=1)
+      ...     return jnp.take_along_axis(u, index[:, None, :], axis=-1)
+      >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
+      ...     basis=lro.basis_rule(top_and_sample, key=0))
+    """
+    linalg.check_full(decomposition)
+    return follow(
+        Rule(
+            choose=choose,
+            key=None if key is None else check_key(key),
+            orthonormal=orthonormal,
+            coordinates=coordinates,
+            svd_until=svd_until,
+            decomposition=decomposition,
+            from_gradient=from_gradient,
+        )
+    )
+
+
+class Chosen(NamedTuple):
+    """The basis of one leaf, or trees of those of all.
+
+    Attributes:
+      begun: as in `BasisState`.
+      turn: (*batch, r, r), S_t^T S_{t-1}.
+      moved: (*batch,) bool, whether it was chosen at this step.
+      kept: as in `BasisState.basis`; () where that is shared.
+    """
+
+    begun: Any
+    turn: Any
+    moved: Any
+    kept: Any
+
+
+def follow(rule: Rule) -> BasisRule:
+    """The stage that follows a rule."""
+
+    def init(params: optax.Params) -> BasisState:
+        key = None if rule.key is None else canonical_key(rule.key)
+
+        def first(frame: Frame) -> Chosen:
+            begun = jnp.full(frame.batch, not rule.from_gradient)
+            kept = rule.storage.pack(frame, rule.first(frame), key)
+            if not rule.coordinates and not rule.storage.shared:
+                kept = jax.tree.map(partial(cut_basis, frame), kept)
+            return unmoved(frame, cut_matrices(frame, begun), kept)
+
+        chosen = on_subspaces(rule, first, params)
+        if rule.storage.shared and key is not None:
+            # A copy: one buffer in two places of a state could not be donated.
+            chosen = chosen._replace(kept=jax.random.clone(key))
+        return BasisState(key, chosen.kept, chosen.begun)
+
+    def update(
+        frames: optax.Updates, state: BasisState, now: Clock
+    ) -> tuple[optax.Updates, BasisState]:
+        if all(frame.whole for frame in frames_of(frames)):
+            return frames, state
+        due = both(now.refresh, now.step == 0) if rule.once else now.refresh
+
+        def refresh(state: BasisState) -> tuple[BasisState, Chosen]:
+            key, sub = split(state.rng_key)
+
+            def anew(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
+                return choose_anew(rule, frame, begun, kept, sub, now, due)
+
+            kept = each_kept(rule, jax.tree.structure(frames), state.basis)
+            asked = chosen_in_batches(rule, frames, kept, state.begun, sub, now)
+            chosen = on_subspaces(rule, anew, asked, state)
+            kept = sub if rule.storage.shared else chosen.kept
+            return BasisState(key, kept, chosen.begun), chosen
+
+        def keep(state: BasisState) -> tuple[BasisState, Chosen]:
+            return state, on_subspaces(rule, unmoved, frames, state)
+
+        # One predicate for all matrices: a cond for each, with a factorisation in it,
+        # would make the host wait for the device as often.
+        wanted = due
+        if not isinstance(now.refresh, bool):
+            wanted |= starts(rule, frames, state.begun)
+        new, chosen = branch(wanted, refresh, keep, state)
+        return with_bases(rule, frames, state.basis, new.basis, chosen), new
+
+    made = BasisRule(*timed_stage(init, update))
+    made.rule = rule
+    return made
+
+
+def on_subspaces(
+    rule: Rule,
+    f: Callable[..., Chosen],
+    frames: optax.Updates,
+    state: BasisState | None = None,
+    *trees: Any,
+) -> Chosen:
+    """Trees of f(frame, begun, kept, *others), or of f(frame) without a state.
+
+    Where there is no subspace they have `nothing`.
+    """
+    like = () if rule.storage.shared else rule.storage.like
+    inside = jax.tree.structure(Chosen(0, 0, 0, like))
+    leaves, structure = jax.tree.flatten(frames)
+    rows: list[tuple[Any, ...]] = [()] * len(leaves)
+    if state is not None:
+        kept = each_kept(rule, structure, state.basis)
+        begun, *others = map(structure.flatten_up_to, (state.begun, *trees))
+        rows = [*zip(begun, kept, *others, strict=True)]
+
+    def one(leaf: Any, row: tuple[Any, ...]) -> Chosen:
+        if not is_frame(leaf) or leaf.whole:
+            return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
+        chosen = f(leaf, *row)
+        return chosen._replace(kept=()) if rule.storage.shared else chosen
+
+    return in_turn(structure, inside, [*map(one, leaves, rows)])
+
+
+def each_kept(rule: Rule, structure: Any, basis: Any) -> list[Any]:
+    """What is kept of each leaf's basis, in a list."""
+    if rule.storage.shared:
+        return [basis] * structure.num_leaves
+    return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
+
+
+def with_bases(
+    rule: Rule, frames: optax.Updates, old: Any, new: Any, chosen: Chosen
+) -> optax.Updates:
+    """The Frames with their bases set."""
+    leaves, structure = jax.tree.flatten(frames)
+    rows = zip(
+        leaves,
+        each_kept(rule, structure, old),
+        each_kept(rule, structure, new),
+        structure.flatten_up_to(chosen.turn),
+        structure.flatten_up_to(chosen.moved),
+        strict=True,
+    )
+    return structure.unflatten(
+        frame
+        if not is_frame(frame) or frame.whole
+        else frame.replace(
+            previous=replicated(rule.storage.unpack(frame, before)),
+            basis=replicated(rule.storage.unpack(frame, after)),
+            turn=turn,
+            moved=moved,
+            orthonormal=rule.orthonormal,
+            together=in_one_call(rule, frame),
+        )
+        for frame, before, after, turn, moved in rows
+    )
+
+
+def unmoved(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
+    return Chosen(begun, frame.still(), jnp.zeros(frame.batch, bool), kept)
+
+
+def turn_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return jnp.matmul(transpose(new), old, precision="highest")
+
+
+def starts(rule: Rule, frames: optax.Updates | Frame, begun: Any) -> jax.Array:
+    """() bool: whether a matrix has its first gradient that is not zero."""
+    if not rule.from_gradient:
+        return jnp.array(False)
+    begun = map_frames(lambda _, b: b, frames, begun, plain=lambda *_: jnp.array(True))
+
+    def look() -> jax.Array:
+        new = map_frames(
+            lambda f, b: jnp.any(~b & f.nonzero()), frames, begun, plain=nothing
+        )
+        return jnp.any(jnp.stack(jax.tree.leaves(new)))
+
+    # Gradients are looked at only until all have begun.
+    all_begun = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(begun)]))
+    return jax.lax.cond(all_begun, lambda: jnp.array(False), look)
+
+
+def choose_anew(
+    rule: Rule,
+    frame: Frame,
+    begun: jax.Array,
+    kept: Any,
+    key: jax.Array | None,
+    now: Clock,
+    due: bool | jax.Array,
+) -> Chosen:
+    """The basis of one leaf, for those of its matrices that are due or just begin."""
+    pack, unpack, _, shared = rule.storage
+    now_begun = begun | frame.nonzero() if rule.from_gradient else begun
+    moved = due | now_begun & ~begun
+    old = unpack(frame, kept)
+    s = frame.chosen
+    if s is None:
+        s = choose(rule, frame, kept, begun, key, now)
+    new = pack(frame, s, key)
+    if not shared:
+        # A rule may keep its basis at a refresh; to round it again would move it.
+        stays = ~moved | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
+        new = jax.tree.map(lambda x, y: select(stays, x, y), kept, new)
+    # Whole, as everything that uses S: the same bits on every sharding.
+    turn = turn_between(
+        replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype
+    )
+    return Chosen(now_begun, select(moved, turn, frame.still()), moved, new)

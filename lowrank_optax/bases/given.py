@@ -1,0 +1,70 @@
+"""Where: given bases, to compare optimizers on one trajectory of subspaces."""
+
+import dataclasses
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bases.follow import basis_rule, follow
+from lowrank_optax.bases.rule import BasisRule, BasisState
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.stage import Clock, stage
+from lowrank_optax.core.trees import frames_of
+
+
+def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
+    """Given bases: the k-th refresh takes the k-th.
+
+    To compare two optimizers on one trajectory of subspaces, singular vectors being
+    defined up to sign.
+
+    Args:
+      bases: a tree like the parameters with (K, *batch, m, r) at each matrix leaf, in
+        the orientation of the Frame (m <= n). After K refreshes the last one stays.
+        Other leaves are not looked at.
+      orthonormal: whether they are.
+
+    Raises:
+      ValueError: for a matrix that has no bases, or bases of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
+      ...     lro.in_subspace(optax.identity()), lro.project_back())
+      >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
+      >>> g = {"w": jnp.ones((4, 6))}
+      >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
+      [1.0, 1.0, 0.0, 0.0]
+    """
+    by_path = {path_of(k): s for k, s in jax.tree_util.tree_leaves_with_path(bases)}
+
+    def given(path: str, shape: tuple[int, ...]) -> jax.Array:
+        if path not in by_path:
+            raise ValueError(f"{path}: replay() has no bases for this matrix")
+        s = jnp.asarray(by_path[path])
+        if s.shape[1:] != shape or not s.shape[0]:
+            raise ValueError(
+                f"{path}: replay() was given bases of shape {s.shape}; "
+                f"needed is (K, {', '.join(map(str, shape))})"
+            )
+        return s
+
+    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
+        s = jnp.asarray(by_path[frame.path], frame.gradient.dtype)
+        return jnp.take(s, clock.cycle, 0, mode="clip").reshape(frame.basis_shape)
+
+    plain = basis_rule(choose, orthonormal=orthonormal, from_gradient=False)
+    rule = follow(dataclasses.replace(plain.rule, by_path=True))
+
+    def init(params: optax.Params) -> BasisState:
+        for frame in frames_of(params):
+            if not frame.whole:
+                given(frame.path, frame.basis_shape)
+        return cast(BasisState, rule.init(params))
+
+    made = BasisRule(*stage(init, rule.update))
+    made.rule = rule.rule
+    return made

@@ -1,0 +1,193 @@
+"""Where: walks, jumps and tracking on the Grassmannian."""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.random import gaussian_matrix
+from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.keys import check_key
+from lowrank_optax.core.linalg import Decomposition, fence
+from lowrank_optax.core.stage import Clock
+
+
+def geodesic(
+    s: jax.Array, x: jax.Array, angle: float | jax.Array, rank: int | None = None
+) -> jax.Array:
+    """The point at `angle` from span(S) on the geodesic towards X.
+
+    Eq. 4 of the GrassWalk paper (section 4), with X^ = (I - S S^T) X scaled to unit
+    spectral norm and its `rank` leading singular triples X^ ~ U Sigma V^T:
+
+        S(eta) = S V cos(Sigma eta) V^T + U sin(Sigma eta) V^T + S (I - V V^T)
+
+    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma, which needs no U and, at Sigma = 0,
+    only a limit: the r x r matrix X^^T X^ is factorised, not X. One Newton-Schulz step
+    takes rounding off, so that it does not add up over a walk.
+
+    Args:
+      s: (*batch, m, r), orthonormal, r < m.
+      x: (*batch, m, r), any direction; it is made tangent here.
+      angle: eta, the largest principal angle between the two subspaces, in radians.
+      rank: how many directions turn, 1 to r; None for all r.
+
+    Returns:
+      (*batch, m, r), orthonormal.
+    """
+    # Twice, for what is left of a direction along S is rounding, which is not tangent.
+    x = linalg.unit_largest(_tangent(s, linalg.unit_largest(_tangent(s, x))))
+    squares, v = linalg.eigh(linalg.gram(x))
+    sigma = fence(jnp.sqrt(jnp.maximum(squares, 0)))
+    largest = jnp.max(sigma, axis=-1, keepdims=True)
+    largest = jnp.where(largest > 0, largest, 1)
+    sigma = fence(sigma / largest)
+    r = sigma.shape[-1]
+    turned = jnp.arange(r) >= r - (r if rank is None else rank)  # ascending
+    angles = fence(jnp.where(turned, angle * sigma, 0))
+    sine = fence(jnp.sin(angles))
+    small = sigma < jnp.finfo(sigma.dtype).eps
+    sine_over_sigma = jnp.where(small, angle, sine / jnp.where(small, 1, sigma))
+    sine_over_sigma = fence(jnp.where(turned, sine_over_sigma, 0))
+
+    def function_of_sigma(values: jax.Array) -> jax.Array:
+        return linalg.matmul(fence(v * values[..., None, :]), linalg.transpose(v))
+
+    along = linalg.matmul(s, function_of_sigma(fence(jnp.cos(angles))))
+    x = fence(x / largest[..., None])
+    across = linalg.matmul(x, function_of_sigma(sine_over_sigma))
+    return linalg.polish(fence(along + across))
+
+
+def _tangent(s: jax.Array, x: jax.Array) -> jax.Array:
+    """(I - S S^T) X."""
+    return fence(x - linalg.matmul(s, linalg.matmul(linalg.transpose(s), x)))
+
+
+def grassmann_walk(
+    key: jax.Array | int,
+    angle: float | jax.Array = 0.3,
+    *,
+    walk_rank: int | None = 1,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """A step of fixed length in a random direction from the last basis (GrassWalk).
+
+    S_0 = U[:, :r] of G_0; then at each refresh a Gaussian X (m, r) and the geodesic
+    of eq. 4 (GrassWalk paper, section 4, Algorithm 1; see `geodesic`).
+
+    Deviations, where the paper is silent or would lose orthonormality: X is made
+    tangent, X <- (I - S S^T) X, without which eq. 4 does not keep S orthonormal; its
+    spectral norm is scaled to one, so that `angle` is an angle whatever m and r; its
+    decomposition is exact (an r x r eigenproblem) instead of a randomized SVD.
+
+    Args:
+      key: a seed or a typed key.
+      angle: eta in radians, the largest principal angle between two bases; 0 stands
+        still, pi / 2 turns the fastest direction out of the subspace.
+      walk_rank: the rank of X's decomposition, 1 to r: so many directions turn, the
+        fastest by `angle`; None for all r. The default is the paper's "controlled
+        rank-1 rotations" (section 5); see `grass_walk` for what was measured.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: a walk_rank below 1 or, at update, above r; another decomposition; a
+        key that is neither an int nor typed.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, angle=0.3),
+      ...     lro.project(), lro.rotate_moments(optax.scale_by_adam()),
+      ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    if walk_rank is not None and walk_rank < 1:
+        raise ValueError(f"walk_rank must be at least 1, not {walk_rank}")
+
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
+        if walk_rank is not None and walk_rank > frame.rank:
+            raise ValueError(
+                f"{frame.path}: walk_rank={walk_rank} directions of a basis of "
+                f"{frame.rank}"
+            )
+        x = gaussian_matrix(frame, keys)
+        return geodesic(frame.need("basis", BASIS_RULE), x, angle, walk_rank)
+
+    return basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
+
+
+def grassmann_track(
+    step_size: float | jax.Array | None = 10.0,
+    *,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """A step down the estimation error along a rank-one geodesic (SubTrack++).
+
+    S_0 = U[:, :r] of G_0; then at each refresh, with A = argmin ||S A - G|| = S^T G,
+
+        D = 2 (G - S A) A^T                     minus the gradient of ||S A - G||_F^2
+        sigma u v^T ~ D                         its leading singular triple
+        S <- (S v cos(eta sigma) + u sin(eta sigma)) v^T + S (I - v v^T)
+
+    (SubTrack++, the tracking that the GrassWalk paper compares with in section 5). One
+    Newton-Schulz step keeps rounding from adding up.
+
+    Deviations: the released code tracks nothing where rows >= columns, which is most
+    of a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side);
+    here every matrix is tracked, in its canonical orientation.
+
+    Args:
+      step_size: eta, in radians per squared gradient: the angle grows with the
+        gradient's scale, and 10 is what the released scripts take for the mean loss
+        of a language model. None turns by the angle that makes ||S^T G|| largest in
+        the plane of S v and u, whatever the scale (ours).
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_track(None), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
+      ...     rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+
+    def choose(frame: Frame, _: None, __: Clock) -> jax.Array:
+        return _track(frame.need("basis", BASIS_RULE), frame.gradient, step_size)
+
+    return basis_rule(choose, svd_until=1, decomposition=decomposition)
+
+
+def _track(
+    s: jax.Array, g: jax.Array, step_size: float | jax.Array | None
+) -> jax.Array:
+    # With G of unit size nothing here, which is of fourth order in G, leaves float32.
+    scale = linalg.largest(g)
+    g = linalg.unit_largest(g)
+    a = linalg.matmul(linalg.transpose(s), g)
+    residual = fence(g - linalg.matmul(s, a))
+    d = _tangent(s, linalg.matmul(residual, linalg.transpose(a)))
+    _, vectors = linalg.eigh(linalg.gram(linalg.unit_largest(d)))
+    v = vectors[..., -1:]
+    u = linalg.matmul(d, v)
+    sigma = jnp.linalg.norm(u, axis=-2, keepdims=True)
+    u = fence(u / jnp.where(sigma > 0, sigma, 1))
+    along = linalg.matmul(s, v)
+    if step_size is None:
+        inside = jnp.sum(jnp.square(linalg.matmul(linalg.transpose(along), g)), -1)
+        outside = jnp.sum(jnp.square(linalg.matmul(linalg.transpose(u), g)), -1)
+        # The product of the two rows of G is sigma: (S v)^T G G^T u = v^T A R^T u.
+        angle = 0.5 * jnp.arctan2(2 * sigma[..., 0], inside - outside)[..., None]
+    else:
+        angle = _capped(step_size * 2 * sigma * scale * scale)
+    angle = fence(jnp.where(sigma > 0, angle, 0))
+    moved = fence(along * (jnp.cos(angle) - 1)) + fence(u * jnp.sin(angle))
+    return linalg.polish(fence(s + linalg.matmul(moved, linalg.transpose(v))))
+
+
+def _capped(angle: jax.Array) -> jax.Array:
+    """An angle that sine and cosine take, even of a gradient that overflows squared."""
+    return jnp.nan_to_num(angle, nan=0.0, posinf=jnp.finfo(angle.dtype).max)

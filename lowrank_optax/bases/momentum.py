@@ -1,0 +1,152 @@
+"""Where: bases that follow the first moment as well as the gradient (LDAdam, COAP)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.linalg import Decomposition, average_weight, transpose
+from lowrank_optax.core.stage import Clock
+
+
+def power_iterate(
+    rho: float | jax.Array = 0.908,
+    *,
+    b1: float | jax.Array = 0.908,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """One block power step towards momentum and gradient (LDAdam).
+
+    S_0 = U[:, :r] of G_0; then at each refresh, with the bias-corrected first moment
+    M^ = M_{t-1} / (1 - b1^t) in the coordinates of S_{t-1},
+
+        B = rho S_{t-1} M^ + (1 - rho) G_t
+        S_t = Q of B B^T S_{t-1} = Q R
+
+    (Robert et al. 2025, "LDAdam", section 3). LDAdam does it at every step:
+    `refresh_every=1`.
+
+    Args:
+      rho: the weight of the momentum; 0.908 in the source.
+      b1: the decay rate of M, for the bias correction. M is that of the step in the
+        same `low_rank`.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition; at update, when the step keeps no first
+        moment.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.low_rank(optax.chain(lro.power_iterate(b1=0.9), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam(0.9)), lro.project_back()),
+      ...     rank=4, refresh_every=1)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+
+    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
+        s, m = frame.need("basis", BASIS_RULE), _momentum(frame, "power_iterate")
+        m_hat = rho * m / average_weight(1 - jnp.asarray(b1, m.dtype), clock.step)
+        # Of unit size: the span is the same, and no product over- or underflows.
+        b = linalg.unit_largest(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
+        return linalg.orthonormalize(linalg.matmul(b, linalg.matmul(transpose(b), s)))
+
+    return basis_rule(choose, svd_until=1, decomposition=decomposition)
+
+
+def correlation_aware(
+    step_size: float | jax.Array = 0.1,
+    *,
+    recompute_every: int = 5,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """Steps that correlate the momentum with the gradient, and now and then a sketch.
+
+    S_0 = U[:, :r] of G_0; then at each refresh one gradient step (norm clipped at 1) on
+
+        mean((S S^T G - G)^2) (1 - mean_i cos((S M)_:,i, G_:,i)),
+
+    M being the step's first moment, and at every `recompute_every`-th instead the left
+    singular vectors of G Q, Q an orthonormal basis of G^T S (Xiao et al. 2025, "COAP",
+    section 3). The loss is in squared units of the gradient, and with it the step.
+
+    Deviations: the released code draws its first basis from a sketch with a fixed seed,
+    and takes the cosines along the input axis of torch's (out, in) weights; here they
+    are one per column of the canonical orientation, which is the same for weights with
+    more outputs than inputs. S is orthonormal at first and after a recomputation, not
+    after a gradient step; stages that need it so refuse this rule.
+
+    Args:
+      step_size: of the gradient step, 0.1 in the released code.
+      recompute_every: refreshes from one recomputation to the next, at least 1.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or recompute_every below 1; at update, when
+        the step keeps no first moment.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.correlation_aware(), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
+    """
+    if not isinstance(recompute_every, int) or recompute_every < 1:
+        raise ValueError(
+            f"recompute_every must be an int of at least 1, not {recompute_every!r}"
+        )
+
+    def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
+        g, s = frame.gradient, frame.need("basis", BASIS_RULE)
+        m = _momentum(frame, "correlation_aware")
+        return jax.lax.cond(
+            clock.cycle % recompute_every == 0,
+            lambda: _sketched(s, g, decomposition),
+            lambda: _correlated(s, g, m, step_size),
+        )
+
+    return basis_rule(
+        choose, orthonormal=False, svd_until=1, decomposition=decomposition
+    )
+
+
+def _correlated(
+    s: jax.Array, g: jax.Array, m: jax.Array, step_size: float | jax.Array
+) -> jax.Array:
+    """S after one gradient step, its norm clipped at 1, on COAP's loss."""
+
+    def loss(s: jax.Array) -> jax.Array:
+        lost = linalg.matmul(s, linalg.matmul(transpose(s), g)) - g
+        cosine = optax.losses.cosine_similarity(
+            transpose(linalg.matmul(s, m)), transpose(g), epsilon=1e-8
+        )
+        each = jnp.mean(jnp.square(lost), (-2, -1)) * (1 - jnp.mean(cosine, -1))
+        return jnp.sum(each)
+
+    grad = jax.grad(loss)(s)
+    norm = jnp.linalg.norm(grad, axis=(-2, -1), keepdims=True)
+    moved = s - step_size * grad / jnp.maximum(norm, 1)
+    # The loss is of second order in G, and overflows before G does.
+    return jnp.where(jnp.isfinite(norm), moved, s)
+
+
+def _sketched(
+    s: jax.Array, g: jax.Array, decomposition: Decomposition | None
+) -> jax.Array:
+    """The left singular vectors of G Q, Q an orthonormal basis of G^T S."""
+    sketch = linalg.matmul(g, linalg.orthonormalize(linalg.matmul(transpose(g), s)))
+    q = linalg.orthonormalize(sketch)
+    inner, _ = linalg.left_singular(linalg.matmul(transpose(q), sketch), decomposition)
+    return linalg.fix_signs(linalg.matmul(q, inner))
+
+
+def _momentum(frame: Frame, rule: str) -> jax.Array:
+    if frame.momentum is None:
+        raise ValueError(
+            f"{frame.path}: {rule}() follows the first moment of the step, and the "
+            "step keeps none that rotate_moments could turn; take "
+            "optax.scale_by_adam() or optax.ema(decay) as the step"
+        )
+    return frame.momentum

@@ -1,0 +1,132 @@
+"""Where: random bases, orthonormal ones and Gaussian ones."""
+
+import dataclasses
+import math
+
+import jax
+
+from lowrank_optax.bases.follow import basis_rule, follow
+from lowrank_optax.bases.rule import BasisRule, Storage
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.keys import check_key
+from lowrank_optax.core.linalg import Decomposition, fence
+
+
+def random_basis(frame: Frame, keys: jax.Array) -> jax.Array:
+    """Q of a Gaussian X = Q R: (L, m, r), uniform on the Grassmannian."""
+    return linalg.orthonormalize(gaussian_matrix(frame, keys))
+
+
+def gaussian_matrix(frame: Frame, keys: jax.Array) -> jax.Array:
+    """X (L, m, r), its entries standard normal."""
+    x = linalg.normal(keys, frame.basis_shape[-2:], frame.gradient.dtype)
+    return fence(x)
+
+
+def grassmann_jump(
+    key: jax.Array | int, *, decomposition: Decomposition | None = None
+) -> BasisRule:
+    """A random orthonormal basis at each refresh (GrassJump).
+
+    S_0 = U[:, :r] of G_0; then S_t = Q of a Gaussian X = Q R (m, r), uniform on the
+    Grassmannian (GrassWalk paper, section 4, Algorithm 1).
+
+    Algorithm 1 makes S_0 from G_0 and then tests `step mod T = 0`, which holds at step
+    0 too; read here as: the first jump is at step T.
+
+    Args:
+      key: a seed or a typed key.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or a key that is neither an int nor typed.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.low_rank(optax.chain(lro.grassmann_jump(key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
+      ...     rank=4, refresh_every=100)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    return random_after(1, key, decomposition=decomposition)
+
+
+def random_after(
+    switch_step: int | jax.Array,
+    key: jax.Array | int,
+    *,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """Leading singular vectors first, random orthonormal bases in the end (GoLore).
+
+    S_t = U[:, :r] of G_t at a refresh before `switch_step`, and Q of a Gaussian
+    X = Q R (m, r), uniform on the Grassmannian, from it on (He et al. 2025,
+    "Subspace Optimization for Large Language Models with Convergence Guarantees").
+    Late in training, when noise fills the gradient's leading directions, they carry
+    no signal; a random subspace catches r / m of it whatever the noise.
+
+    Args:
+      switch_step: the first step of random bases; 0 for none but those.
+      key: a seed or a typed key.
+      decomposition: of the gradients, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: another decomposition, or a key that is neither an int nor typed.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.random_after(8000, key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
+      ...     lro.project_back(0.25))
+    """
+    return basis_rule(
+        lambda frame, keys, _: random_basis(frame, keys),
+        check_key(key),
+        svd_until=switch_step,
+        decomposition=decomposition,
+    )
+
+
+def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
+    """A Gaussian projection, drawn anew at each refresh: S_ij ~ N(0, 1 / r).
+
+    E[S S^T] = I, so lengths survive the way into the subspace in the mean, but S^T S is
+    not I: stages that need an orthonormal basis refuse it (Zhu et al. 2025, "APOLLO",
+    section 4; Hao et al. 2024, "FLora", section 2.3).
+
+    The state is a key, and S is drawn from it again at every step; no array of mr
+    numbers is kept. `stored=True` keeps it instead, as the released apollo-torch does:
+    the same numbers, memory for time.
+
+    Args:
+      key: a seed or a typed key.
+      stored: keep S in the state.
+
+    Raises:
+      ValueError: a key that is neither an int nor typed; at update, outside `low_rank`.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.gaussian(key=0), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
+    """
+
+    def draw(frame: Frame, keys: jax.Array) -> jax.Array:
+        x = linalg.normal(keys, frame.basis_shape[-2:], frame.gradient.dtype)
+        return x.reshape(frame.basis_shape) / math.sqrt(frame.rank)
+
+    rule = basis_rule(
+        lambda frame, keys, _: draw(frame, keys),
+        check_key(key),
+        orthonormal=False,
+        from_gradient=False,
+    )
+    if stored:
+        return rule
+    redrawn = Storage(
+        pack=lambda _, __, key: jax.random.clone(key),
+        unpack=lambda frame, key: draw(frame, frame.keys(key)),
+        shared=True,
+    )
+    return follow(dataclasses.replace(rule.rule, storage=redrawn))

@@ -1,0 +1,101 @@
+"""Where: bases of left singular vectors, the top r or a sample of them."""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.bases.follow import follow
+from lowrank_optax.bases.rule import BasisRule, Rule
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.keys import check_key, sample_indices
+from lowrank_optax.core.linalg import Decomposition
+from lowrank_optax.core.stage import Clock
+
+
+def dominant_svd(
+    *, decomposition: Decomposition | None = None, key: jax.Array | int | None = None
+) -> BasisRule:
+    """The r leading left singular vectors of the gradient (GaLore).
+
+    G_t = U diag(s) V^T, S_t = U[:, :r]    (GrassWalk paper, section 2, eq. 2)
+
+    The nearest rank-r subspace, and the one that freezes: after the early phase of
+    training the top r barely change, and with them what the weights can learn (SARA
+    paper, section 3.1). For a zero or rank-deficient gradient the basis is filled up
+    with any orthonormal vectors.
+
+    Args:
+      decomposition: "svd", "gram" (eigenvectors of G G^T), "randomized" (range finder
+        with two power steps; fastest, needs `key`), or None: "svd" on a CPU,
+        "gram" on an accelerator.
+      key: a seed or a typed key, for "randomized" alone.
+
+    Raises:
+      ValueError: "randomized" without a key, or an unknown decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.in_subspace(optax.identity()), lro.project_back())
+      >>> tx = lro.low_rank(stages, rank=1, refresh_every=1)
+      >>> g = {"w": jnp.outer(jnp.arange(3.), jnp.arange(4.))}   # rank one
+      >>> bool(jnp.allclose(tx.update(g, tx.init(g))[0]["w"], g["w"], atol=1e-5))
+      True
+    """
+    if decomposition not in (None, "svd", "gram", "randomized"):
+        raise ValueError(
+            f"decomposition={decomposition!r}: choose "
+            '"svd", "gram", "randomized" or None'
+        )
+    if decomposition == "randomized" and key is None:
+        raise ValueError('decomposition="randomized" draws a sketch: give a key')
+
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
+        return linalg.leading(frame.gradient, frame.rank, decomposition, keys)
+
+    if decomposition == "randomized" and key is not None:
+        return follow(Rule(choose=choose, key=check_key(key)))
+    return follow(Rule(choose=choose, together=True))
+
+
+def sara_sample(
+    key: jax.Array | int, *, decomposition: Decomposition | None = None
+) -> BasisRule:
+    """r left singular vectors, sampled by singular value without replacement (SARA).
+
+    G_t = U diag(s) V^T, w_i = s_i / sum_j s_j, I = sort(sample r of m by w without
+    replacement), S_t = U[:, I]    (SARA paper, section 3.2, Algorithm 2)
+
+    The first index is drawn with probabilities w, each next one with the weights of
+    those that are left. Sorting keeps moments that are not rotated aligned. If fewer
+    than r singular values are nonzero, all of those are taken and the basis is filled
+    up with orthonormal vectors of singular value zero, the first in order.
+
+    Args:
+      key: a seed or a typed key.
+      decomposition: "svd", "gram" or None, as in `dominant_svd`. "gram" rounds
+        singular values under sqrt(eps) times the largest to about that, which moves
+        their probability by less than 1e-3 of the largest one's in float32.
+
+    Raises:
+      ValueError: "randomized" (a sketch has no tail to sample from) or an unknown
+        decomposition; a key that is neither an int nor typed.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.galore(1e-2, rank=4, refresh_every=50,
+      ...     basis=lro.sara_sample(key=0), dimension_numbers=None)
+      >>> state = tx.init({"w": jnp.ones((8, 16))})
+    """
+    if decomposition not in (None, "svd", "gram"):
+        raise ValueError(
+            f"sara_sample needs all singular values: decomposition={decomposition!r} "
+            'must be "svd", "gram" or None'
+        )
+
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
+        u, s = linalg.left_singular(frame.gradient, decomposition)
+        index = sample_indices(keys, s, frame.rank)
+        return jnp.take_along_axis(u, index[..., None, :], axis=-1)
+
+    return follow(Rule(choose=choose, key=check_key(key), together=True))

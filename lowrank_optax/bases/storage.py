@@ -1,0 +1,167 @@
+"""Where: bases stored in 4, 8 or 16 bits a number."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from lowrank_optax.bases.follow import follow
+from lowrank_optax.bases.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
+from lowrank_optax.core.frame import Frame
+
+
+class QuantizedBasis(NamedTuple):
+    """A basis S in 4 or 8 bits a number, in groups along the flattened (m, r).
+
+    Attributes:
+      codes: uint8, (*batch, mr) or, two 4-bit codes a byte, (*batch, ceil(mr / 2)).
+      scales: (*batch, groups), the distance of two codes, in the dtype of S.
+      zero_points: uint8, (*batch, groups), the code of zero.
+    """
+
+    codes: Any
+    scales: Any
+    zero_points: Any
+
+
+def packing(bits: int, group_size: int) -> Storage:
+    """`bits` a number, the last group of a basis filled up with zeros."""
+    largest = 2**bits - 1
+
+    def in_groups(flat: jax.Array) -> jax.Array:
+        pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % group_size)]
+        return jnp.pad(flat, pad).reshape(*flat.shape[:-1], -1, group_size)
+
+    def pack(frame: Frame, s: jax.Array, _: jax.Array | None) -> QuantizedBasis:
+        flat = s.reshape(*frame.batch, -1)
+        groups = in_groups(flat)
+        # Zero lies inside, so that the code of zero is one of the codes.
+        low = jnp.minimum(jnp.min(groups, axis=-1, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(groups, axis=-1, keepdims=True), 0)
+        scales = (high - low) / largest
+        step = jnp.where(scales > 0, scales, 1)
+        zero_points = jnp.round(-low / step)
+        codes = jnp.clip(jnp.round(groups / step) + zero_points, 0, largest)
+        codes = codes.astype(jnp.uint8).reshape(*frame.batch, -1)
+        codes = codes[..., : flat.shape[-1]]
+        if bits == 4:
+            odd = [(0, 0)] * len(frame.batch) + [(0, codes.shape[-1] % 2)]
+            pairs = jnp.pad(codes, odd).reshape(*frame.batch, -1, 2)
+            codes = pairs[..., 0] | pairs[..., 1] << 4
+        return QuantizedBasis(
+            codes, scales[..., 0], zero_points[..., 0].astype(jnp.uint8)
+        )
+
+    def unpack(frame: Frame, kept: QuantizedBasis) -> jax.Array:
+        """S = (code - zero point) scale, (*batch, m, r)."""
+        m, r = frame.basis_shape[-2:]
+        codes = kept.codes
+        if bits == 4:
+            codes = jnp.stack([codes & 15, codes >> 4], axis=-1)
+        codes = codes.reshape(*frame.batch, -1)[..., : m * r]
+        groups = in_groups(codes).astype(kept.scales.dtype)
+        values = (groups - kept.zero_points[..., None]) * kept.scales[..., None]
+        return values.reshape(*frame.batch, -1)[..., : m * r].reshape(frame.basis_shape)
+
+    return Storage(pack, unpack, like=QuantizedBasis(0, 0, 0))
+
+
+def quantize_basis(
+    rule: optax.GradientTransformation, *, bits: int = 4, group_size: int = 256
+) -> BasisRule:
+    """`rule` with its bases in 4 or 8 bits a number (Q-GaLore).
+
+    For each group x of `group_size` numbers of the flattened S (m, r), at a refresh:
+
+        scale = (max(x) - min(x)) / (2^bits - 1),   zero = round(-min(x) / scale)
+        q = clip(round(x / scale) + zero, 0, 2^bits - 1),   S <- (q - zero) scale
+
+    (Zhang et al. 2024, "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-
+    Adaptive Low-Rank Gradients"). Every stage after it gets this rounded S, from the
+    refresh itself on, and its turn S_t^T S_{t-1}; between refreshes its bits do not
+    change. A basis takes bits / 32 of its float32 bytes and 5 bytes a group.
+
+    The rounded S is not orthonormal, so that `recover_residual` and eq. 8 of
+    `rotate_moments` refuse it: take `project_back`, and `in_subspace` or
+    `rotate_moments(inner, moments="first")`. A rule that goes on from the last basis
+    (`grassmann_walk`) goes on from the rounded one.
+
+    Deviations: two 4-bit codes share a byte, where q-galore-torch 1.0 stores one in
+    each; and min(x) <= 0 <= max(x) is made to hold, where theirs clips a group of one
+    sign. So such a group, and one of equal numbers, comes back to half a scale too.
+
+    Args:
+      rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
+      bits: 4 or 8.
+      group_size: numbers that share a scale and a zero point.
+
+    Raises:
+      ValueError: other bits, a group_size below 1; a stage that is no basis rule, whose
+        bases are coordinates, or that keeps none; at update, outside `low_rank`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
+      ...     basis=lro.quantize_basis(lro.sara_sample(key=0)))
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits={bits!r}: choose 4 or 8")
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be an int of at least 1, not {group_size!r}")
+    inside = _stored_as_it_is(rule, "quantize_basis()")
+    return follow(
+        dataclasses.replace(
+            inside, storage=packing(bits, group_size), orthonormal=False
+        )
+    )
+
+
+def cast_basis(
+    rule: optax.GradientTransformation, dtype: DTypeLike = jnp.bfloat16
+) -> BasisRule:
+    """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
+
+    Every stage after it gets the rounded S, from the refresh itself on. Each entry of S
+    is off by 2^-9 of itself at most in bfloat16, each of S^T S by about 2^-9 too, which
+    is what products of bfloat16 operands do to an exact S; so it passes for orthonormal
+    where its rule is, and stages may give the residual back. A rule that goes on from
+    the last basis goes on from the rounded one.
+
+    Args:
+      rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
+      dtype: bfloat16, or another float.
+
+    Raises:
+      ValueError: a dtype that is no float; a stage that is no basis rule, whose bases
+        are coordinates, or that keeps none; at update, outside `low_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
+      ...     basis=lro.cast_basis(lro.sara_sample(key=0)))
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((8, 16))}})
+      >>> optax.tree.get(state, "basis")["mlp"]["kernel"].dtype.name
+      'bfloat16'
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype.name}: choose a float, such as bfloat16")
+    inside = _stored_as_it_is(rule, "cast_basis()")
+    rounded = Storage(
+        pack=lambda _, s, __: s.astype(dtype),
+        unpack=lambda frame, kept: kept.astype(frame.gradient.dtype),
+    )
+    return follow(dataclasses.replace(inside, storage=rounded))
+
+
+def _stored_as_it_is(rule: optax.GradientTransformation, wrapper: str) -> Rule:
+    inside = rule_of(rule, wrapper)
+    if inside.coordinates or inside.storage is not AS_IT_IS:
+        raise ValueError(
+            f"{wrapper} makes m x r numbers smaller, and this rule keeps "
+            "coordinates or a key in their place; take the rule without it"
+        )
+    return inside

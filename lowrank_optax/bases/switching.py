@@ -1,0 +1,213 @@
+"""Where: the leading directions kept, and others drawn from the rest (Alice)."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.keys import check_key, sample_indices
+from lowrank_optax.core.linalg import Decomposition, matmul, transpose
+from lowrank_optax.core.sharding import cut_matrices
+from lowrank_optax.core.stage import Clock, stage
+from lowrank_optax.core.trees import map_frames, nothing, update_frames
+
+
+def switch_basis(
+    key: jax.Array | int,
+    *,
+    keep: float = 0.3125,
+    decomposition: Decomposition | None = None,
+) -> BasisRule:
+    """The leading directions of one power step, and a draw from its complement (Alice).
+
+    S_0 = U[:, :r] of G_0; then at each refresh, with Q = G_t G_t^T, and what
+    `track_gram` adds to it,
+
+        S' = Q of Q S_{t-1} = Q R
+        S' <- S' V,   S'^T Q S' = V diag(d) V^T,   d descending
+        S_t = [S'[:, :l], C[:, I]]
+
+    C (m, m - r) being the columns by which a QR of S' completes it, and I a sorted
+    uniform sample of r - l of them without replacement (Gong et al. 2025, "Towards
+    Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
+    Low-Rank Extension", Algorithms 2 and 10). The basis never freezes: what lies
+    outside of it, which no step in it sees, is tried a part at a time. Q, m x m, is not
+    formed; a refresh is two QRs and one r x r eigendecomposition.
+
+    Deviations: the paper starts from U_0 = 0, from which no power step goes, and
+    switches at once; here S_0 is as in all rules, and the first switch is at step T.
+    (It counts steps from 1 and refreshes at 1, K, 2K, ...) Algorithm 10 returns V where
+    S' V must be meant. Where the complement has fewer than r - l directions all of them
+    are taken, and so many more leading ones kept.
+
+    Args:
+      key: a seed or a typed key.
+      keep: l, the leading directions that are kept: an int, or a fraction of r. The
+        paper's is 40 of 128 at 60M and 160 of 512 at 1.3B, both 0.3125.
+      decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
+
+    Raises:
+      ValueError: a `keep` that is neither an int of at least 1 nor a fraction in
+        (0, 1], another decomposition, or a key that is neither an int nor typed; at
+        update, for a `keep` above the rank.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(lro.switch_basis(key=0, keep=0.5), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
+    """
+    whole = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
+    if not (whole and keep >= 1) and not (
+        isinstance(keep, float) and 0.0 < keep <= 1.0
+    ):
+        raise ValueError(
+            f"keep={keep!r}: give how many directions are kept, an int of at least 1, "
+            "or a fraction of the rank in (0, 1]"
+        )
+
+    def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
+        m, r = frame.basis_shape[-2:]
+        kept = _kept(frame, keep)
+        s = leading_of_step(frame)
+        if kept == r:
+            return s
+        others = linalg.complement(s)
+        index = sample_indices(keys, jnp.ones((*frame.batch, m - r)), r - kept)
+        drawn = jnp.take_along_axis(others, index[..., None, :], axis=-1)
+        return jnp.concatenate([s[..., :kept], drawn], axis=-1)
+
+    return basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
+
+
+def _kept(frame: Frame, keep: float) -> int:
+    """l, with no more than m - r directions left to draw."""
+    m, r = frame.basis_shape[-2:]
+    if not isinstance(keep, float) and keep > r:
+        raise ValueError(
+            f"{frame.path}: keep={keep} directions of a basis of rank {r}; give keep "
+            "as a fraction of the rank, such as 0.3125"
+        )
+    wanted = max(1, round(keep * r)) if isinstance(keep, float) else int(keep)
+    return max(wanted, 2 * r - m)
+
+
+def leading_of_step(frame: Frame) -> jax.Array:
+    """S' after one power step, its columns by their Rayleigh quotients, descending."""
+    s, g = frame.need("basis", BASIS_RULE), frame.gradient
+    g, t = _of_unit_size(g, frame.tracked)
+
+    def through(x: jax.Array) -> jax.Array:
+        """Q X."""
+        seen = matmul(g, transpose(matmul(transpose(x), g)))
+        if t is None:
+            return seen
+        return linalg.fence(seen + matmul(s, matmul(t, matmul(transpose(s), x))))
+
+    new = linalg.orthonormalize(through(s))
+    _, vectors = linalg.eigh(matmul(transpose(new), through(new)))
+    return linalg.fix_signs(matmul(new, vectors[..., ::-1]))
+
+
+def _of_unit_size(
+    g: jax.Array, t: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """G / c and T / c^2, the larger of size one: the directions are the same, and no
+    product of them over- or underflows.
+    """
+    if t is None:
+        return linalg.unit_largest(g), None
+    c = jnp.maximum(linalg.size(g), jnp.sqrt(linalg.size(t)))
+    c = linalg.fence(jnp.where(c > 0, c, 1))
+    # Fenced, or the compiler would divide once, by a square that may be zero.
+    return linalg.fence(g / c), linalg.fence(linalg.fence(t / c) / c)
+
+
+class TrackingState(NamedTuple):
+    """State of `track_gram`.
+
+    Attributes:
+      gram: Q~, (*batch, r, r); False at leaves of full rank.
+      inner_state: of the basis rule and the projection.
+    """
+
+    gram: Any
+    inner_state: Any
+
+
+def track_gram(
+    stages: optax.GradientTransformation, *, decay: float | jax.Array = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    """A running mean of G~ G~^T, for a basis that follows all gradients (Alice).
+
+    Around a basis rule and `project`:
+
+        Q = decay S_{t-1} Q~_{t-1} S_{t-1}^T + (1 - decay) G_t G_t^T   at a refresh
+        S_t, G~_t from the stages, S_t of this Q where the rule is `switch_basis`
+        Q~_t = decay Q~_{t-1} + (1 - decay) G~_t G~_t^T
+
+    (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
+    As there Q~ stays as it is when the basis moves, though its coordinates are then
+    others: with r - l of them new, and a decay of 0.999, much of it is of directions
+    that were left. The paper's own ablation finds little in tracking (Table 5). State
+    of a matrix: r^2 numbers.
+
+    Args:
+      stages: a basis rule, then `project()`, chained.
+      decay: beta_3.
+
+    Raises:
+      ValueError: at update, for stages without a basis rule and `project`.
+
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> stages = optax.chain(
+      ...     lro.track_gram(optax.chain(lro.switch_basis(key=0), lro.project())),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
+    """
+    stages = optax.with_extra_args_support(stages)
+
+    def init(params: optax.Params) -> TrackingState:
+        def zeros(frame: Frame) -> jax.Array:
+            if frame.whole:
+                return nothing()
+            shape = *frame.batch, frame.rank, frame.rank
+            return cut_matrices(frame, jnp.zeros(shape, frame.gradient.dtype))
+
+        return TrackingState(
+            map_frames(zeros, params, plain=nothing), stages.init(params)
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: TrackingState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackingState]:
+        def tell(frame: Frame, gram: jax.Array) -> Frame:
+            # Directions do not depend on size: G G^T is what it is added to.
+            past = decay / (1 - decay)
+            return frame if frame.whole else frame.replace(tracked=past * gram)
+
+        def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
+            if frame.whole:
+                return frame, gram
+            low = frame.need("low", "project()")
+            new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")
+            return frame, decay * gram + (1 - decay) * new
+
+        frames, inner_state = stages.update(
+            map_frames(tell, updates, state.gram),
+            state.inner_state,
+            params,
+            **extra_args,
+        )
+        frames, gram = update_frames(average, frames, state.gram)
+        return frames, TrackingState(gram, inner_state)
+
+    return stage(init, update)

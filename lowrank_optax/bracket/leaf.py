@@ -1,0 +1,109 @@
+"""What `low_rank` decides for each leaf, and what it says about it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import jax
+import optax
+
+from lowrank_optax.core.layout import (
+    DimensionNumbers,
+    Layout,
+    Rank,
+    Square,
+    layout_of,
+    path_of,
+    rank_of,
+    side_of,
+    specs_of,
+)
+
+
+class Leaf(NamedTuple):
+    """What the bracket decided for one leaf.
+
+    Attributes:
+      path: "layers/mlp/up/kernel".
+      shape: of the parameter.
+      layout: how it is a matrix; None for full rank, by its rule or its shape.
+      rank: r, or 0 without a layout.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+    rank: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether r = m, so that a matrix has full rank because of its rank."""
+        return self.layout is not None and self.rank == self.layout.m
+
+
+def decide_leaves(
+    tree: optax.Params,
+    dimension_numbers: DimensionNumbers,
+    rank: Rank,
+    square: Square,
+) -> optax.Params:
+    """The tree with a `Leaf` in place of each leaf."""
+    specs = specs_of(dimension_numbers, tree)
+
+    def leaf(keys: jax.tree_util.KeyPath, x: jax.Array) -> Leaf:
+        path = path_of(keys)
+        if (spec := specs[path]) is not None:
+            layout = layout_of(path, x.shape, spec, side_of(square, path))
+            if (r := rank_of(rank, path, layout)) is not None:
+                return Leaf(path, x.shape, layout, r)
+        return Leaf(path, x.shape, None, 0)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+# Only `init` knows the leaves, and only through whatever optax put around it; so
+# memory_report runs it and listens.
+_decided: ContextVar[list[Leaf] | None] = ContextVar("decided", default=None)
+
+
+@contextmanager
+def decisions() -> Iterator[list[Leaf]]:
+    """Collects what every `low_rank` initialised inside decides, without warnings."""
+    seen: list[Leaf] = []
+    token = _decided.set(seen)
+    try:
+        yield seen
+    finally:
+        _decided.reset(token)
+
+
+def tell(leaves: list[Leaf]) -> None:
+    """A warning where a rank is no rank, or nothing is projected."""
+    if (seen := _decided.get()) is not None:
+        seen.extend(leaves)
+        return
+    # A matrix of one row is a vector, and has full rank as one.
+    matrices = [x for x in leaves if len(x.shape) > 1 and _rows(x) > 1]
+    whole = [x for x in matrices if x.whole]
+    projected = sum(x.layout is not None and not x.whole for x in leaves)
+    if not matrices or (projected and not whole):
+        return
+    why = [f"{x.path} (rank {x.rank} is all of it)" for x in whole[:3]]
+    why += [f"{x.path} (by its rule)" for x in matrices if x.layout is None][:3]
+    warnings.warn(
+        f"low_rank projects {projected} of {len(matrices)} matrices; of full rank are "
+        f"{', '.join(why)}{', ...' if len(matrices) - projected > len(why) else ''}. "
+        "Lower rank, or change dimension_numbers; lowrank_optax.memory_report(tx, "
+        "params) lists every parameter",
+        stacklevel=3,
+    )
+
+
+def _rows(leaf: Leaf) -> int:
+    return min(leaf.shape) if leaf.layout is None else leaf.layout.m
+
+
+def is_leaf(x: object) -> bool:
+    return isinstance(x, Leaf)

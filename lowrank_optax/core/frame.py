@@ -1,0 +1,259 @@
+"""The Frame: one matrix's gradient on its way through where, in, step and back."""
+
+import dataclasses
+import math
+import zlib
+from typing import Any, NoReturn, TypeGuard
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+BASIS_RULE = "a basis rule such as dominant_svd()"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Frame:
+    """Stands where a matrix leaf stood, in the papers' orientation m <= n.
+
+    Each stage reads the fields of the stages before it and fills in its own:
+    a basis rule `basis`, `turn` and `moved`, `project` `low`, `in_subspace` or
+    `rotate_moments` `low_step`, `project_back` or `recover_residual` `step`.
+    All arrays share the leading batch axes (the layers of a stacked kernel).
+
+    A Frame is no pytree: to `jax.tree` it is a leaf, and arithmetic on it is a
+    TypeError, so that a stock optax transformation between two stages fails instead of
+    scaling a basis.
+
+    At rank r = m the subspace is the whole space: S is the identity, is not stored or
+    chosen, and `basis` and `turn` stay None.
+
+    Attributes:
+      gradient: (*batch, m, n), G.
+      rank: r <= m.
+      path: the leaf's path in the tree, "layers/mlp/up/kernel".
+      columns: which of the weight's axes the n columns are, "input" or "output".
+      layer: () integer, which layer of a stack this is, where the layers of a stacked
+        leaf are taken one at a time (`per_layer`); None where all are here.
+      turned: whether the weight is stored with the n columns before the m rows.
+      precision: of the products with S, as `jax.lax.dot_general` takes it.
+      momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
+        of S_{t-1}; None for a step that keeps none.
+      tracked: (*batch, r, r), what `track_gram` adds to G~ G~^T, in the coordinates of
+        S_{t-1}; None without it.
+      basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
+        columns. S_{t-1} until a basis rule has set S_t.
+      previous: S_{t-1}, as `basis`.
+      turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
+      moved: (*batch,) bool, whether S_t was chosen at this step.
+      orthonormal: whether S's columns are orthonormal.
+      chosen: S_t where it was chosen before, from another gradient of this step (see
+        `project_gradient`), or with other matrices.
+      together: whether S_t was, or at a refresh would be, chosen with other matrices in
+        one call.
+      low: (*batch, r, n), G~ = S^T G.
+      low_step: (*batch, r, n), the optimizer's output G~^O.
+      step: (*batch, m, n), the update in full space.
+      no_residual: why what the projection lost cannot be given back, though the basis
+        be orthonormal, a sentence; "" where it can.
+    """
+
+    gradient: jax.Array
+    rank: int
+    path: str
+    columns: str = "output"
+    layer: jax.Array | None = None
+    turned: bool = False
+    precision: jax.lax.PrecisionLike = None
+    momentum: jax.Array | None = None
+    tracked: jax.Array | None = None
+    basis: jax.Array | None = None
+    previous: jax.Array | None = None
+    turn: jax.Array | None = None
+    moved: jax.Array | None = None
+    orthonormal: bool = True
+    chosen: jax.Array | None = None
+    together: bool = False
+    low: jax.Array | None = None
+    low_step: jax.Array | None = None
+    step: jax.Array | None = None
+    no_residual: str = ""
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.gradient.shape[:-2]
+
+    @property
+    def whole(self) -> bool:
+        """Whether r = m: the subspace is the whole space, and S the identity."""
+        return self.rank == self.gradient.shape[-2]
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.gradient.shape[-2], self.rank)
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.rank, self.gradient.shape[-1])
+
+    def replace(self, **changes: Any) -> "Frame":
+        return dataclasses.replace(self, **changes)
+
+    def need(self, field: str, stage: str) -> jax.Array:
+        """The field's value, or a ValueError that says which stage is missing."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"{self.path}: the Frame has no `{field}` yet; "
+                f"put {stage} before this stage in the chain inside low_rank()"
+            )
+        return value
+
+    def down(self, x: jax.Array) -> jax.Array:
+        """S^T x: (*batch, m, k) to (*batch, r, k)."""
+        if self.whole:
+            return x
+        basis = self.need("basis", BASIS_RULE)
+        if are_coordinates(basis):
+            return jnp.take_along_axis(x, basis[..., None], axis=-2)
+        return jnp.einsum(
+            "...mr,...mk->...rk", basis, x, precision=self.precision
+        ).astype(x.dtype)
+
+    def nonzero(self) -> jax.Array:
+        """(*batch,) bool, whether G, or where it is not there S^T G, is not zero."""
+        seen = self.gradient
+        if isinstance(seen, ProjectedAway):
+            seen = self.need("low", "project()")
+        return jnp.any(seen != 0, axis=(-2, -1))
+
+    def as_stored(self, x: jax.Array) -> jax.Array:
+        """x (*batch, m, n) as the weight is stored; undoes itself.
+
+        What is done there to arrays as large as the weight needs no turned copy.
+        """
+        return jnp.swapaxes(x, -1, -2) if self.turned else x
+
+    def up(self, y: jax.Array) -> jax.Array:
+        """S y: (*batch, r, k) to (*batch, m, k)."""
+        if self.whole:
+            return y
+        basis = self.need("basis", BASIS_RULE)
+        if are_coordinates(basis):
+            spread = self._spread
+            for _ in self.batch:
+                spread = jax.vmap(spread)
+            return spread(basis, y)
+        product = "...mr,...rk->...km" if self.turned else "...mr,...rk->...mk"
+        x = jnp.einsum(product, basis, y, precision=self.precision)
+        return self.as_stored(x.astype(y.dtype))
+
+    def _spread(self, rows: jax.Array, y: jax.Array) -> jax.Array:
+        # A gather, which can be part of the addition to the weights; a scatter cannot.
+        m, (r, _) = self.gradient.shape[-2], y.shape
+        place = jnp.full(m, r).at[rows].set(jnp.arange(r), unique_indices=True)
+        return jnp.take(y, place, axis=0, mode="fill", fill_value=0)
+
+    def check_residual(self, stage: str, *, orthonormal: bool = True) -> None:
+        """ValueError where `stage` cannot give back what the projection lost.
+
+        `orthonormal` says whether it needs an orthonormal basis.
+        """
+        reason = self.no_residual
+        if orthonormal and not self.orthonormal:
+            reason = "the basis is not orthonormal, and S S^T G is not G's part in it"
+        if reason:
+            raise ValueError(
+                f"{self.path}: {stage} does not work here: {reason}; "
+                "take project_back() alone"
+            )
+
+    def still(self) -> jax.Array:
+        """The `turn` of a basis that stands still, I: (*batch, r, r)."""
+        eye = jnp.eye(self.rank, dtype=self.gradient.dtype)
+        return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
+
+    def keys(self, key: jax.Array) -> jax.Array:
+        """One key for each matrix of the batch, shape (L,), L = prod(batch).
+
+        Derived from the leaf's path and the matrix's place in the batch, so that they
+        depend neither on the other leaves of the tree nor on the host or the sharding,
+        nor on whether the layers of a stack come together or one at a time.
+        """
+        key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+        if not self.batch and self.layer is None:
+            return key[None]
+        count = math.prod(self.batch)
+        first = 0 if self.layer is None else self.layer * count
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
+
+    def __repr__(self) -> str:
+        return f"Frame({self.path!r}, {self.gradient.shape}, rank={self.rank})"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(self._no_array)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """What arrays have and a Frame has not."""
+        if name == "__jax_array__":  # asked for by every function of jax.numpy
+            raise TypeError(self._no_array)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotAnArrayError(self._no_array)
+
+    @property
+    def _no_array(self) -> str:
+        return (
+            f"{self.path}: inside low_rank() a Frame stands for this matrix, which "
+            "optax's transformations do not know; write in_subspace(inner) or "
+            "rotate_moments(inner) around one that takes the step, "
+            "in_full_space(inner) around one that changes the gradient, or chain it "
+            "outside low_rank()"
+        )
+
+
+class ProjectedAway:
+    """Stands where a Frame's gradient stood, when only S^T G is there.
+
+    It has the gradient's shape and dtype; whatever else is asked of it is a ValueError.
+    """
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.path, self.shape, self.dtype = path, shape, jnp.dtype(dtype)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            f"{self.path}: a stage needs the gradient itself, and where gradients (of "
+            "micro-batches, or devices) are summed in the subspace S^T G alone is "
+            "there; take a method that gives no residual back, such as galore(), or "
+            "sum whole gradients"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __ne__ = _refuse
+    # jax.numpy asks for __jax_array__ first, which is looked up here too.
+    __getitem__ = __getattr__ = _refuse
+
+
+class NotAnArrayError(TypeError, AttributeError):
+    """A Frame was taken for an array; `getattr` with a default gives the default."""
+
+
+def are_coordinates(basis: jax.Array) -> bool:
+    """Whether a basis is a list of coordinates, (*batch, r) integers."""
+    return jnp.issubdtype(basis.dtype, jnp.integer)
+
+
+def is_frame(x: object) -> TypeGuard[Frame]:
+    return isinstance(x, Frame)
+
+
+def eye_basis(frame: Frame) -> jax.Array:
+    """The first r coordinates, (*batch, m, r)."""
+    eye = jnp.eye(*frame.basis_shape[-2:], dtype=frame.gradient.dtype)
+    return jnp.broadcast_to(eye, frame.basis_shape)

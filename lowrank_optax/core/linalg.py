@@ -1,0 +1,363 @@
+"""The linear algebra of subspaces: orthonormal bases and left singular factors.
+
+Everything runs at the highest matmul precision, since a product in bfloat16 or tf32
+loses orthonormality, and takes leading batch axes. A batch of factorisations is a
+loop, which keeps its workspace to one matrix: on an H200 a batched QR took twenty times
+as long. But for eigendecompositions up to `TOGETHER`, where one does not fill a device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.lax.linalg import EighImplementation
+from jax.typing import DTypeLike
+
+Decomposition = Literal["svd", "gram", "randomized"]
+T = TypeVar("T")
+
+# The largest m for which a batch of eigendecompositions is faster in one call than in a
+# loop. On an H100, 56 of 512 x 512: 27 ms against 266; 168 of 1024 x 1024: 289 against
+# 1,799; of 2048 x 2048 the loop is faster.
+TOGETHER = 1024
+
+# The compiler may not simplify across a fence. It rearranges constants, divisions and
+# sums otherwise in a program for one device, for pmap and for a mesh, and a basis
+# computed there from the same numbers would differ by an ulp.
+fence = jax.lax.optimization_barrier
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b at the highest precision, fenced."""
+    a, b = fence((a, b))
+    return fence(jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
+
+
+def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
+    """`f` on each matrix of x (*batch, m, n), with its part of `others`, in a loop."""
+    batch = x.shape[:-2]
+    if not batch:
+        return f(x, *others)
+    flat = [y.reshape(-1, *y.shape[len(batch) :]) for y in (x, *others)]
+    out = jax.lax.map(lambda args: f(*args), flat)
+    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
+
+
+def transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def size(x: jax.Array) -> jax.Array:
+    """max |x| of each matrix, (*batch, 1, 1)."""
+    return jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """`size`, and 1 for a zero matrix."""
+    scale = size(x)
+    return jnp.where(scale > 0, scale, 1)
+
+
+def unit_largest(x: jax.Array) -> jax.Array:
+    """x with a largest entry of one, so that small and large ones round alike."""
+    return fence(x / largest(x))
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """x^T x: (*batch, m, r) to (*batch, r, r)."""
+    return matmul(transpose(x), x)
+
+
+def orthonormality_error(s: jax.Array) -> jax.Array:
+    """max |S^T S - I| over the whole batch, a scalar."""
+    return jnp.max(jnp.abs(gram(s) - jnp.eye(s.shape[-1], dtype=s.dtype)))
+
+
+def orthonormalize(x: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns' span, (*batch, m, r) with r <= m.
+
+    CholeskyQR2 (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
+    algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
+    matrix products almost alone, but breaks down once the condition number passes
+    about 1 / sqrt(eps). The whole batch then goes through a Householder QR, which
+    gives an orthonormal basis of any input, rank-deficient and zero ones too.
+    """
+    x = x / largest(x)
+
+    def cholesky_qr(x: jax.Array) -> jax.Array:
+        lower = jnp.linalg.cholesky(gram(x))
+        return jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
+
+    def by_inverse(_: int, x: jax.Array) -> jax.Array:
+        lower = jnp.linalg.cholesky(gram(x))
+        return matmul(x, transpose(triangular_inverse(lower)))
+
+    def householder(x: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(
+            x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
+        )
+
+    q = jax.lax.platform_dependent(
+        x,
+        tpu=lambda x: jax.lax.fori_loop(0, 2, by_inverse, x),
+        default=lambda x: cholesky_qr(cholesky_qr(x)),
+    )
+    # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN fails the comparison too.
+    accurate = orthonormality_error(q) < 50 * jnp.finfo(x.dtype).eps
+    return jax.lax.cond(accurate, lambda: q, lambda: per_matrix(householder, x))
+
+
+# For TPUs XLA unrolls a triangular solve and a QR into code that grows with the square
+# of their size, and compiles it for minutes at rank 1024. So there they are kept to
+# PANEL columns, and what is done twice is a loop.
+PANEL = 128
+
+
+def triangular_inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of lower triangular matrices, (*batch, r, r).
+
+    Of [A 0; B C] it is [A^-1 0; -C^-1 B A^-1 C^-1], and the two halves are a batch.
+    """
+    r = lower.shape[-1]
+    if r <= PANEL:
+        one = jnp.broadcast_to(jnp.eye(r, dtype=lower.dtype), lower.shape)
+        return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+    if r % 2:  # one more row and column, of the identity
+        around = [(0, 0)] * (lower.ndim - 2) + [(0, 1)] * 2
+        larger = jnp.pad(lower, around).at[..., r, r].set(1)
+        return triangular_inverse(larger)[..., :r, :r]
+    h = r // 2
+    halves = jnp.stack([lower[..., :h, :h], lower[..., h:, h:]])
+    a, c = triangular_inverse(halves)
+    below = -matmul(matmul(c, lower[..., h:, :h]), a)
+    return jnp.block([[a, jnp.zeros_like(a)], [below, c]])
+
+
+def qr_by_panels(x: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns' span, (m, r), of any matrix with r <= m.
+
+    Gram-Schmidt for panels of columns, each with a Householder QR, three times over:
+    what is left of a panel after the first may be rounding alone. A noise of the size
+    of rounding gives x what it lacks of rank.
+    """
+    m, r = x.shape
+    panels = -(-r // PANEL)
+    width = -(-r // panels)
+    noise = jax.random.normal(jax.random.key(0), (m, panels * width), x.dtype)
+    x = jnp.pad(x, ((0, 0), (0, panels * width - r)))
+    length = jnp.sqrt(jnp.max(jnp.sum(x**2, axis=0)))
+    x = x + jnp.finfo(x.dtype).eps * jnp.where(length > 0, length, 1) * noise
+
+    def step(i: jax.Array, q: jax.Array) -> jax.Array:
+        panel = jax.lax.dynamic_slice_in_dim(x, i * width, width, 1)
+        panel = jax.lax.fori_loop(
+            0,
+            3,
+            lambda _, p: jnp.linalg.qr(p - matmul(q, matmul(transpose(q), p)))[0],
+            panel,
+        )
+        return jax.lax.dynamic_update_slice_in_dim(q, panel, i * width, 1)
+
+    return jax.lax.fori_loop(0, panels, step, jnp.zeros_like(x))[:, :r]
+
+
+def complement(u: jax.Array) -> jax.Array:
+    """What a QR completes orthonormal columns by: (*batch, m, r) to (*batch, m, m - r).
+
+    An orthonormal basis of all that is orthogonal to them.
+    """
+
+    def complete(u: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(u, mode="complete")[0]
+
+    def by_panels(u: jax.Array) -> jax.Array:
+        m, r = u.shape
+        return qr_by_panels(jnp.concatenate([u, jnp.eye(m, dtype=u.dtype)[:, r:]], 1))
+
+    def one(u: jax.Array) -> jax.Array:
+        q = jax.lax.platform_dependent(u, tpu=by_panels, default=complete)
+        return q[:, u.shape[1] :]
+
+    return per_matrix(one, u)
+
+
+def polar(x: jax.Array) -> jax.Array:
+    """The orthonormal factor O of X = H O: (*batch, r, n), U V^T of X = U S V^T.
+
+    Of all matrices with orthonormal rows the nearest to X. From the eigenvectors of
+    X X^T, which is r x r, and whose eigenvalues are rounding under eps times the
+    largest: so twice, for the first time over leaves a matrix without such ones. In
+    float32 O is orthonormal to 1e-5 up to a condition of 1e4, and off from the exact
+    one by up to 40 eps times the condition. A zero X has a zero O; where X has nothing
+    but rounding in a direction, O has anything up to one there, as an SVD's has one.
+    """
+    eps = jnp.finfo(x.dtype).eps
+
+    def closer(x: jax.Array) -> jax.Array:
+        values, vectors = eigh(gram(transpose(x)))
+        floor = jnp.maximum(eps * values[..., -1:], jnp.finfo(x.dtype).tiny)
+        scaled = vectors / jnp.sqrt(jnp.maximum(values, floor))[..., None, :]
+        return matmul(matmul(scaled, transpose(vectors)), x)
+
+    return closer(closer(unit_largest(x)))
+
+
+def polish(s: jax.Array) -> jax.Array:
+    """One Newton-Schulz step, S (3 I - S^T S) / 2, towards the nearest orthonormal.
+
+    Squares an orthonormality error that is well under one; what is left is rounding.
+    """
+    return fence(fence(1.5 * s) - fence(0.5 * matmul(s, gram(s))))
+
+
+def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric (*batch, r, r)."""
+    # On a TPU the default (QDWH) takes minutes to compile from size 512 on.
+    jacobi = functools.partial(
+        jax.lax.linalg.eigh, implementation=EighImplementation.JACOBI
+    )
+
+    def factors(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vectors, values = jax.lax.platform_dependent(
+            a, tpu=jacobi, default=jax.lax.linalg.eigh
+        )
+        return values, vectors
+
+    return factors(a) if a.shape[-1] <= TOGETHER else per_matrix(factors, a)
+
+
+def left_singular(
+    g: jax.Array, decomposition: Decomposition | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """All m left singular vectors and values of G, (*batch, m, n) with m <= n.
+
+    Args:
+      g: the matrix.
+      decomposition: "svd", a thin SVD; "gram", the eigenvectors of G G^T, much faster
+        on an accelerator, where singular values under sqrt(eps) times the largest
+        are rounding; None: "svd" on a CPU, "gram" elsewhere, chosen when the
+        program is lowered.
+
+    Returns:
+      U (*batch, m, m) orthonormal, each column's largest entry positive, and the
+      singular values (*batch, m), descending and not negative.
+
+    Raises:
+      ValueError: another decomposition.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> u, s = lro.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
+      >>> u.shape, [round(float(x), 3) for x in s]
+      ((2, 2), [3.0, 1.0])
+    """
+
+    def one_svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # LAPACK's SVD never returns from an Inf, and does from a NaN.
+        g = jnp.where(jnp.isfinite(g), g, jnp.nan)
+        u, s, _ = jnp.linalg.svd(g, full_matrices=False)
+        return u, s
+
+    def svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return per_matrix(one_svd, g)
+
+    def by_gram(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = largest(g)
+        values, vectors = eigh(gram(transpose(g / scale)))
+        s = scale[..., 0] * jnp.sqrt(jnp.maximum(values, 0))
+        return vectors[..., ::-1], s[..., ::-1]
+
+    check_full(decomposition)
+
+    def factors(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if decomposition is None:
+            u, s = jax.lax.platform_dependent(g, cpu=svd, default=by_gram)
+        else:
+            u, s = svd(g) if decomposition == "svd" else by_gram(g)
+        return fix_signs(u), s
+
+    return factors(g) if g.shape[-2] <= TOGETHER else per_matrix(factors, g)
+
+
+def leading(
+    g: jax.Array,
+    rank: int,
+    decomposition: Decomposition | None = None,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    """The r leading left singular vectors of G: (*batch, m, r).
+
+    Args:
+      g: (*batch, m, n) with m <= n.
+      rank: r <= m.
+      decomposition: as in `left_singular`, or "randomized": a range finder with two
+        power steps (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+      keys: one key per matrix, for "randomized" alone.
+    """
+    if decomposition != "randomized":
+        return left_singular(g, decomposition)[0][..., :rank]
+    if keys is None:
+        raise ValueError('decomposition="randomized" draws a sketch: give a key')
+
+    def one(g: jax.Array, key: jax.Array) -> jax.Array:
+        width = min(rank + 8, g.shape[0])
+        q = orthonormalize(
+            matmul(g, jax.random.normal(key, (g.shape[1], width), g.dtype))
+        )
+        for _ in range(2):
+            q = orthonormalize(matmul(g, orthonormalize(matmul(transpose(g), q))))
+        inner, _ = left_singular(matmul(transpose(q), g), "gram")
+        return fix_signs(matmul(q, inner[:, :rank]))
+
+    return per_matrix(one, g, keys)
+
+
+def check_full(decomposition: Decomposition | None) -> None:
+    """ValueError for a decomposition that does not give all singular vectors."""
+    if decomposition not in (None, "svd", "gram"):
+        raise ValueError(
+            f"decomposition={decomposition!r} gives no full set of singular vectors; "
+            'choose "svd", "gram" or None'
+        )
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """A standard normal array of `shape` for each of the keys (L,): (L, *shape)."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def average_weight(gain: jax.Array, count: jax.Array) -> jax.Array:
+    """1 - beta^t, the sum of a running average's weights, with gain = 1 - beta.
+
+    Not as it is written, for float32 would round beta^t away.
+    """
+    return -jnp.expm1(count * jnp.log1p(-gain))
+
+
+def fix_signs(u: jax.Array) -> jax.Array:
+    """Makes each column's entry of largest magnitude positive.
+
+    A singular vector is defined up to its sign; a fixed choice keeps moments that are
+    not rotated meaningful while the subspace stands still.
+    """
+    largest = jnp.take_along_axis(
+        u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2
+    )
+    return u * jnp.where(largest < 0, -1, 1).astype(u.dtype)
+
+
+def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x for the matrices for which `which` (*batch,) holds, y for the others."""
+    return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, y)
+
+
+def column_norms_squared(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis=-2)
+
+
+def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:
+    """a / (b + eps), and 0 where that denominator is 0."""
+    b = b + eps
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

@@ -1,0 +1,134 @@
+"""Moments: which fields of an optimizer's state they are."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core.frame import Frame
+
+
+class Moments(NamedTuple):
+    """Which fields of a state are moments; see `register_moments`."""
+
+    first: str
+    second: str | None
+    count: str
+
+
+_MOMENTS: dict[type, Moments] = {}
+# Wrappers' states that hold another state in another form: unpack, and pack again.
+_STORED: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
+
+
+def register_moments(
+    state_type: type, *, first: str, second: str | None = None, count: str = "count"
+) -> None:
+    """Says which fields of an optimizer's state are moments.
+
+    `rotate_moments` turns them with the basis, and the basis rules that follow the
+    first moment (`power_iterate`, `correlation_aware`) find it by this. Known are
+    Adam's, `optax.trace`'s, `optax.ema`'s, Lion's and `scale_by_adam_mini`'s.
+
+    Args:
+      state_type: the NamedTuple class of the state.
+      first: the field of M, a linear function of past gradients.
+      second: the field of V, a running average of squared gradients from zero, if
+        there is one that turns.
+      count: the field of the steps done, by which both are corrected for bias; asked
+        for only with `second`.
+
+    Raises:
+      ValueError: a class without these fields.
+
+    Example:
+      >>> import typing, lowrank_optax as lro
+      >>> class HeavyBallState(typing.NamedTuple):
+      ...     velocity: typing.Any
+      >>> lro.register_moments(HeavyBallState, first="velocity")
+    """
+    wanted = {first} if second is None else {first, second, count}
+    if missing := sorted(wanted - {*getattr(state_type, "_fields", ())}):
+        raise ValueError(f"{state_type.__name__} has no fields {missing}")
+    _MOMENTS[state_type] = Moments(first, second, count)
+
+
+register_moments(optax.ScaleByAdamState, first="mu", second="nu")
+register_moments(optax.TraceState, first="trace")
+register_moments(optax.EmaState, first="ema")
+register_moments(optax.ScaleByLionState, first="mu")
+
+
+def register_storage(
+    state_type: type,
+    unpack: Callable[[Any], optax.OptState],
+    pack: Callable[[Any, optax.OptState], Any],
+) -> None:
+    """Says how a wrapper's state holds another's: unpack(state), pack(state, new)."""
+    _STORED[state_type] = unpack, pack
+
+
+def _map_moments(
+    f: Callable[..., Any], state: Any, *others: Any, owner: str = ""
+) -> Any:
+    """f(its fields, state, ...) on each registered state of a nest of them."""
+    kind = type(state)
+    if kind in _STORED:
+        unpack, pack = _STORED[kind]
+        return pack(state, _map_moments(f, *map(unpack, (state, *others))))
+    if kind in _MOMENTS:
+        return f(_MOMENTS[kind], state, *others)
+    if isinstance(state, dict):
+        owner = owner or kind.__name__
+        return kind(
+            (k, _map_moments(f, v, *(o[k] for o in others), owner=owner))
+            for k, v in state.items()
+        )
+    if isinstance(state, (tuple, list)):
+        named = hasattr(state, "_fields")
+        owner = kind.__name__ if named else owner
+        rows = zip(state, *others, strict=True)
+        parts = [_map_moments(f, *row, owner=owner) for row in rows]
+        return kind(*parts) if named else kind(parts)
+    arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+    if arrays:
+        raise ValueError(
+            f"rotate_moments does not know how {owner or kind.__name__} turns with the "
+            f"basis (it holds an array of shape {arrays[0].shape}); name its moments "
+            "with lowrank_optax.register_moments, or take in_subspace(inner), which "
+            "leaves them as they are"
+        )
+    return state
+
+
+def first_moments(state: Any) -> Iterator[Any]:
+    """The trees of first moments in the stages' states."""
+    kind = type(state)
+    if kind in _MOMENTS:
+        yield getattr(state, _MOMENTS[kind].first)
+    elif kind in _STORED:
+        yield from first_moments(_STORED[kind][0](state))
+    elif isinstance(state, (dict, tuple, list)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from first_moments(part)
+
+
+def with_momentum(frames: optax.Updates, state: optax.OptState) -> optax.Updates:
+    """The Frames with the first moment that the stages' states hold for them."""
+    leaves, structure = jax.tree.flatten(frames)
+    for found in first_moments(state):
+        try:
+            moments = structure.flatten_up_to(found)
+        except ValueError:  # no moment per leaf, as under optax.flatten
+            continue
+        for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
+            # A basis may have an optimizer of its own, with moments of its shape.
+            if (
+                isinstance(leaf, Frame)
+                and leaf.momentum is None
+                and getattr(m, "shape", None) == leaf.low_shape
+            ):
+                leaves[i] = leaf.replace(momentum=m)
+    return structure.unflatten(leaves)

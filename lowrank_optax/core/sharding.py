@@ -1,0 +1,145 @@
+"""How a stage's `init` says that its arrays are cut over a mesh: in their types.
+
+Where types say nothing (one device, Auto axes) nothing is cut, and this does nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lowrank_optax.core.frame import Frame, ProjectedAway
+
+Cut = tuple[Any, ...]
+"""One entry for each axis of an array: the mesh axes that cut it, or None."""
+
+
+def low_zeros(frame: Frame) -> jax.Array:
+    """Zeros like S^T G (*batch, r, n), r cut as m is, and n as n."""
+    zeros = jnp.zeros(frame.low_shape, frame.gradient.dtype)
+    return cut_along(zeros, cut_of(frame.gradient), of=frame.gradient)
+
+
+def cut_matrices(frame: Frame, x: jax.Array) -> jax.Array:
+    """x (*batch, ...), a few numbers for each matrix, with its batch axes cut."""
+    return cut_along(x, cut_of(frame.gradient)[: len(frame.batch)], of=frame.gradient)
+
+
+def cut_basis(frame: Frame, x: jax.Array) -> jax.Array:
+    """What is kept of a basis, (*batch, m, r) or packed (*batch, numbers).
+
+    All axes that cut the gradient cut it too: along m, or r if m does not divide.
+    """
+    cut, first = cut_of(frame.gradient), len(frame.batch)
+    names = tuple(name for entry in cut[first:] for name in names_of(entry))
+    for axis in range(first, x.ndim):
+        if x.shape[axis] % devices_of(names, jax.typeof(frame.gradient).sharding.mesh):
+            continue
+        rest: list[Any] = [None] * (x.ndim - first)
+        rest[axis - first] = names or None
+        return cut_along(x, (*cut[:first], *rest), of=frame.gradient)
+    return cut_matrices(frame, x)
+
+
+def cut_of(x: Any) -> Cut:
+    """How the type of x says that it is cut; a gradient that is away says nothing."""
+    if isinstance(x, ProjectedAway):
+        return (None,) * len(x.shape)
+    return padded(jax.typeof(x).sharding.spec, jnp.ndim(x))
+
+
+def cut_along(x: jax.Array, cut: Cut, *, of: Any) -> jax.Array:
+    """x, cut along its first axes as `cut` says, where that goes without a rest.
+
+    `of` is an array on the mesh that `cut` speaks of.
+    """
+    if not any(cut):
+        return x
+    mesh = jax.typeof(of).sharding.mesh
+    fits = [
+        entry if size % devices_of(entry, mesh) == 0 else None
+        for size, entry in zip(x.shape, cut, strict=False)
+    ]
+    return jax.sharding.reshard(x, P(*fits)) if any(fits) else x
+
+
+def on_auto_axes(f: Callable[..., Any], *args: Any, like: Any) -> Any:
+    """f(*args), whose result has the structure of `like` and is cut as that is.
+
+    On a mesh of Explicit axes f works as on one of Auto axes: the compiler decides what
+    is where between inputs and outputs, and every operation will do.
+    """
+    if not has_explicit_axes():
+        return f(*args)
+    outputs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    return jax.sharding.auto_axes(f, out_sharding=outputs)(*args)
+
+
+def has_explicit_axes() -> bool:
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def auto_update(
+    update: Callable[..., Any], *, of_params: bool = False
+) -> Callable[..., Any]:
+    """A transformation's `update`, `on_auto_axes`.
+
+    `of_params` says whether what comes back is like the parameters.
+    """
+
+    def on_any_mesh(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        if not has_explicit_axes():
+            return update(updates, state, params, **extra_args)
+        if extra_args.get("see") is not None:
+            raise ValueError(
+                "gradients are projected by themselves on a mesh of Auto axes only: "
+                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * ndim)"
+            )
+        arrays = {k: x for k, x in extra_args.items() if _has_arrays(x)}
+        static = {k: x for k, x in extra_args.items() if k not in arrays}
+        return on_auto_axes(
+            lambda u, s, p, arrays: update(u, s, p, **static, **arrays),
+            *(updates, state, params, arrays),
+            like=(params if of_params or static.get("projected") else updates, state),
+        )
+
+    return on_any_mesh
+
+
+def _has_arrays(x: Any) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+
+
+def merged(x: jax.Array, shape: tuple[int, ...]) -> Cut:
+    """How x is cut once neighbouring axes are merged into `shape`: by the first's."""
+    entries, sizes = list(cut_of(x)), list(x.shape)
+    cut = []
+    for size in shape:
+        first, have = entries.pop(0), sizes.pop(0)
+        while have < size:
+            have *= sizes.pop(0)
+            # Parts of a later axis are no parts of the whole that lie together.
+            first = None if entries.pop(0) is not None else first
+        cut.append(first)
+    return tuple(cut)
+
+
+def padded(spec: P, ndim: int) -> Cut:
+    """A spec with an entry for each axis."""
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def devices_of(entry: Any, mesh: Any) -> int:
+    """How many parts an entry makes."""
+    return math.prod(mesh.shape[name] for name in names_of(entry))

@@ -1,0 +1,102 @@
+"""Trees of Frames and plain leaves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core.frame import Frame, is_frame
+
+
+def map_frames(
+    f: Callable[..., Any],
+    tree: optax.Updates | Frame,
+    *rest: Any,
+    plain: Callable[..., Any] = lambda leaf, *_: leaf,
+) -> Any:
+    """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
+
+    Example:
+      >>> import optax, lowrank_optax as lro
+      >>> negate = optax.stateless(lambda frames, params: lro.map_frames(
+      ...     lambda frame: frame.replace(low_step=-frame.low_step), frames))
+    """
+    return jax.tree.map(
+        lambda x, *xs: f(x, *xs) if is_frame(x) else plain(x, *xs), tree, *rest
+    )
+
+
+def nothing(*_: Any) -> jax.Array:
+    """What a stage's state has where it keeps nothing: () bool, False.
+
+    An array, and no `optax.MaskedNode`, so that a tree in the state has one array for
+    each parameter: `optax.tree_map_params` with further trees needs it, and
+    `flax.nnx.Optimizer`.
+    """
+    return jnp.zeros([], jnp.bool_)
+
+
+def frames_of(tree: optax.Updates) -> list[Frame]:
+    """The Frames of a tree, in its order."""
+    return [x for x in jax.tree.leaves(tree) if is_frame(x)]
+
+
+def update_frames(
+    f: Callable[..., tuple[Any, ...]], tree: optax.Updates, *states: optax.OptState
+) -> tuple[Any, ...]:
+    """`f(frame, its states...) -> (frame, states...)` on every Frame.
+
+    As many trees come back as went in. Other leaves and their states stay.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> def shrink(frame, factor):  # the body of a stage's update, with its state
+      ...     return frame.replace(low_step=factor * frame.low_step), factor / 2
+      >>> lro.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": False})[1]
+      {'bias': False}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    columns = leaves, *map(structure.flatten_up_to, states)
+    rows = [f(*row) if is_frame(row[0]) else row for row in zip(*columns, strict=True)]
+    return tuple(
+        structure.unflatten([row[i] for row in rows]) for i in range(len(columns))
+    )
+
+
+def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
+    """One tree of structure `inside` whose leaves are trees of structure `structure`,
+    from a list of `inside`-trees, one for each leaf of `structure`.
+    """
+    rows = [inside.flatten_up_to(part) for part in parts]
+    return inside.unflatten(
+        structure.unflatten([row[i] for row in rows]) for i in range(inside.num_leaves)
+    )
+
+
+def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
+    """Undoes `in_turn`: the `inside`-tree of each leaf of `structure`."""
+    columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
+    rows = zip(*columns, strict=True) if inside.num_leaves else ()
+    return [inside.unflatten(row) for row in rows] or [
+        inside.unflatten([]) for _ in range(structure.num_leaves)
+    ]
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """The sum of the squares of all entries, () float32, summed in float32."""
+    leaves = (x.astype(jnp.float32) for x in jax.tree.leaves(tree))
+    return sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.float32(0))
+
+
+def count_of(tree: Any) -> int:
+    """How many layers; ValueError for a tree that has not one number of them."""
+    counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(
+            "every leaf of stacked layers has the layers along its first axis; found "
+            f"first axes of {sorted(counts)}: keep what is not stacked apart"
+        )
+    ((count,),) = counts
+    return count

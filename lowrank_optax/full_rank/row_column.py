@@ -1,0 +1,145 @@
+"""Step: rows and columns of a whole matrix, each scaled by its own (RACS)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core import linalg
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.sharding import cut_along, cut_matrices, cut_of
+from lowrank_optax.core.stage import simple_stage
+from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.recovery.limiter import limit_growth
+from lowrank_optax.recovery.published import arithmetic_of
+
+
+class RowColumnState(NamedTuple):
+    """State of `scale_rows_and_columns`; False at leaves of full rank.
+
+    Attributes:
+      rows: q, (*batch, m).
+      columns: s, (*batch, n).
+      norm: ||G^||_F of the last step, after the limiter, (*batch,); negative before the
+        first.
+    """
+
+    rows: Any
+    columns: Any
+    norm: Any
+
+
+def scale_rows_and_columns(
+    limit: float | jax.Array = 1.01,
+    *,
+    scale: float | jax.Array = 1.0,
+    decay: float | jax.Array = 0.9,
+    iterations: int = 5,
+) -> optax.GradientTransformationExtraArgs:
+    """The gradient over the root of a rank-one fit of its squares (RACS).
+
+    From q = 1, `iterations` times, squares being entry by entry,
+
+        s = (G^2)^T q / ||q||^2,    q = G^2 s / ||s||^2
+
+    which goes to the leading singular pair of G^2, so that q s^T fits it; then
+
+        s_t = decay s_{t-1} + (1 - decay) s,    q_t = decay q_{t-1} + (1 - decay) q
+        G^ = diag(q_t)^(-1/2) G diag(s_t)^(-1/2)
+        if ||G^_t|| > zeta ||G^_{t-1}||:   G^_t <- G^_t zeta ||G^_{t-1}|| / ||G^_t||
+        step = scale G^
+
+    (Gong et al. 2025, "Structured Fisher Approximation", section 4, Algorithm 1: the
+    Kronecker product of two diagonals that is nearest to the Fisher matrix.) No
+    subspace: it stands in `whole_matrices`, or in `low_rank` in place of all other
+    stages. Neither average is corrected for bias, as in the paper, so that the first
+    step is 1 / (1 - decay) times as large as the later ones.
+
+    Where the paper is silent: a row or column whose q or s is zero, for all gradients
+    were, stays where it is; a zero gradient changes neither q nor s, nor the norm that
+    the next step is limited against.
+
+    Args:
+      limit: zeta, the largest growth of the step's norm from step to step.
+      scale: alpha.
+      decay: beta.
+      iterations: of the fit, 5 in the paper.
+
+    Raises:
+      ValueError: iterations below 1.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.whole_matrices(lro.with_rest(lro.scale_rows_and_columns()))
+    """
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
+
+    def init(params: optax.Params) -> RowColumnState:
+        def along(axis: int) -> Any:
+            def zeros(frame: Frame) -> jax.Array:
+                shape, cut = frame.gradient.shape, cut_of(frame.gradient)
+                x = jnp.zeros((*shape[:-2], shape[axis]), frame.gradient.dtype)
+                return cut_along(x, (*cut[:-2], cut[axis]), of=frame.gradient)
+
+            return map_frames(zeros, params, plain=nothing)
+
+        def before(frame: Frame) -> jax.Array:
+            none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
+            return cut_matrices(frame, none)
+
+        norm = map_frames(before, params, plain=nothing)
+        return RowColumnState(along(-2), along(-1), norm)
+
+    def one(
+        frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array
+    ) -> tuple[Frame, jax.Array, jax.Array, jax.Array]:
+        G = frame.gradient
+        some = jnp.any(G != 0, axis=(-2, -1))[..., None]
+        q, s = fitted(G, iterations)
+        rows = jnp.where(some, decay * rows + (1 - decay) * q, rows)
+        columns = jnp.where(some, decay * columns + (1 - decay) * s, columns)
+        scaled = (
+            _inverse_root(rows)[..., None] * G * _inverse_root(columns)[..., None, :]
+        )
+        norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
+        factor, norm = limit_growth(
+            jnp.ones_like(norm)[..., None], norm, last, limit, arithmetic_of("paper")
+        )
+        step = jnp.multiply(scale, factor)[..., None] * scaled
+        return frame.replace(step=step), rows, columns, norm
+
+    def update(
+        frames: optax.Updates, state: RowColumnState
+    ) -> tuple[optax.Updates, RowColumnState]:
+        frames, *rest = update_frames(one, frames, *state)
+        return frames, RowColumnState(*rest)
+
+    return simple_stage(init, update)
+
+
+def fitted(g: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
+    """q (*batch, m) and s (*batch, n) of a gradient; zeros for a zero one."""
+    size = linalg.largest(g)
+    squares = jnp.square(
+        g / size
+    )  # s is of fourth order on the way, and would overflow
+    q = jnp.ones(g.shape[:-1], g.dtype)
+    s = jnp.zeros((*g.shape[:-2], g.shape[-1]), g.dtype)
+    for _ in range(iterations):
+        # Sums, and no products: those of an accelerator may round to bfloat16.
+        s = _over_norm(jnp.sum(squares * q[..., None], axis=-2), q)
+        q = _over_norm(jnp.sum(squares * s[..., None, :], axis=-1), s)
+    return q, s * jnp.square(size[..., 0])
+
+
+def _over_norm(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x / ||by||^2, and zeros where that is zero."""
+    norm = jnp.sum(jnp.square(by), axis=-1, keepdims=True)
+    return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
+
+
+def _inverse_root(x: jax.Array) -> jax.Array:
+    """x^(-1/2), and 0 where x is 0."""
+    return jnp.where(x > 0, 1 / jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

@@ -1,0 +1,189 @@
+"""The arithmetic of the released PyTorch packages, where it is not the papers'.
+
+galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3 put Adam's bias correction on the
+step size, so that epsilon, and the limiter, see uncorrected moments; they decay weights
+last, on the weights already stepped; and Fira's residual is G - scale S G~.
+`variant="published"` of `galore`, `fira`, `apollo`, `recover_residual` and
+`scale_channels` is all of that, and all of that is here.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core.linalg import average_weight
+from lowrank_optax.core.stage import simple_stage, stage
+from lowrank_optax.core.typing import Mask, Number
+
+Variant = Literal["paper", "published"]
+
+
+class Arithmetic(NamedTuple):
+    """What the variants of a method do otherwise.
+
+    Attributes:
+      adam: from b1, b2 and eps, None for the variant's own, to Adam.
+      after: from learning rate, weight decay, mask, b1 and b2 to what follows
+        `low_rank`.
+      norm_eps: added to the norms that the residual's scale and limiter divide by.
+      scaled_residual: whether the residual is G - scale S G~ instead of G - S G~.
+      keeps_zero: whether the limiter stores a norm of zero like any other.
+    """
+
+    adam: Callable[[Number, Number, Number | None], optax.GradientTransformation]
+    after: Callable[
+        [optax.ScalarOrSchedule, Number, Mask, Number, Number],
+        optax.GradientTransformation,
+    ]
+    norm_eps: float
+    scaled_residual: bool
+    keeps_zero: bool
+
+
+def arithmetic_of(variant: Variant) -> Arithmetic:
+    """The variant's arithmetic; ValueError for an unknown one."""
+    if variant not in _ARITHMETIC:
+        raise ValueError(f'variant={variant!r}: choose "paper" or "published"')
+    return _ARITHMETIC[variant]
+
+
+def scale_by_uncorrected_adam(
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-6,
+) -> optax.GradientTransformation:
+    """M / (sqrt(V) + eps), M and V as in Adam but not corrected for their bias.
+
+    The state is `optax.ScaleByAdamState`.
+    """
+    adam = optax.scale_by_adam(b1, b2)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.ScaleByAdamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        new = cast(optax.ScaleByAdamState, adam.update(updates, state, params)[1])
+        step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), new.mu, new.nu)
+        return step, new
+
+    return optax.GradientTransformation(adam.init, cast(Any, update))
+
+
+class BiasCorrectionState(NamedTuple):
+    """State of `scale_by_bias_correction`: count, () int32, the steps done."""
+
+    count: jax.Array
+
+
+def scale_by_bias_correction(
+    b1: float | jax.Array = 0.9, b2: float | jax.Array = 0.999
+) -> optax.GradientTransformation:
+    """Multiplies the update of step t = 1, 2, ... by sqrt(1 - b2^t) / (1 - b1^t)."""
+
+    def init(params: optax.Params) -> BiasCorrectionState:
+        del params
+        return BiasCorrectionState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: BiasCorrectionState
+    ) -> tuple[optax.Updates, BiasCorrectionState]:
+        count = jnp.asarray(optax.safe_increment(state.count))
+        w_m, w_v = (average_weight(jnp.asarray(1.0 - b), count) for b in (b1, b2))
+        factor = jnp.sqrt(w_v) / w_m
+        scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
+        return scaled, BiasCorrectionState(count)
+
+    return simple_stage(init, update)
+
+
+class DecayState(NamedTuple):
+    """State of `decay_stepped_weights`: count, () int32, the steps done."""
+
+    count: jax.Array
+
+
+def decay_stepped_weights(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float | jax.Array
+) -> optax.GradientTransformation:
+    """Decays W + u, the weights after their step: u <- u - lr wd (W + u).
+
+    Stands after the learning rate, last in the chain.
+
+    Raises:
+      ValueError: when `update` is called without params.
+    """
+
+    def init(params: optax.Params) -> DecayState:
+        del params
+        return DecayState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: DecayState,
+        params: optax.Params | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, DecayState]:
+        if params is None:
+            raise ValueError(
+                "weight decay needs params: tx.update(grads, state, params)"
+            )
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        decayed = jax.tree.map(
+            lambda u, w: (u - lr * weight_decay * (w + u)).astype(u.dtype),
+            updates,
+            params,
+        )
+        return decayed, DecayState(jnp.asarray(optax.safe_increment(state.count)))
+
+    return stage(init, update)
+
+
+def decay_and_rate(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Number, mask: Mask
+) -> optax.GradientTransformation:
+    """Decoupled weight decay, times the learning rate, as in AdamW."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _published_after(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Number,
+    mask: Mask,
+    b1: Number,
+    b2: Number,
+) -> optax.GradientTransformation:
+    decay = decay_stepped_weights(learning_rate, weight_decay)
+    return optax.chain(
+        scale_by_bias_correction(b1, b2),
+        optax.scale_by_learning_rate(learning_rate),
+        decay if mask is None else optax.masked(decay, mask),
+    )
+
+
+_ARITHMETIC: dict[str, Arithmetic] = {
+    "paper": Arithmetic(
+        adam=lambda b1, b2, eps: optax.scale_by_adam(
+            b1, b2, 1e-8 if eps is None else eps
+        ),
+        after=lambda rate, decay, mask, *_: decay_and_rate(rate, decay, mask),
+        norm_eps=0.0,
+        scaled_residual=False,
+        keeps_zero=False,
+    ),
+    "published": Arithmetic(
+        adam=lambda b1, b2, eps: scale_by_uncorrected_adam(
+            b1, b2, 1e-6 if eps is None else eps
+        ),
+        after=_published_after,
+        norm_eps=1e-8,
+        scaled_residual=True,
+        keeps_zero=True,
+    ),
+}

@@ -1,0 +1,36 @@
+"""Step: Adafactor."""
+
+import jax
+import optax
+
+
+def scale_by_adafactor(
+    b1: float | jax.Array | None = 0.9,
+    *,
+    decay_rate: float = 0.8,
+    clip: float | jax.Array = 1.0,
+) -> optax.GradientTransformation:
+    """Adafactor's step, for `in_subspace(per_matrix(scale_by_adafactor()))`.
+
+    V = R C / mean(R), R and C running means of G^2 over columns and rows with decay
+    1 - t^-decay_rate; U = G / sqrt(V), divided by max(1, rms(U) / clip); then
+    M <- b1 M + (1 - b1) U if b1 is given (Shazeer and Stern 2018, "Adafactor";
+    `optax.scale_by_factored_rms`, every matrix factored, whatever its size).
+
+    Args:
+      b1: decay rate of M; None for no momentum.
+      decay_rate: of the second moment's schedule.
+      clip: the largest root mean square of a matrix's U.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.fira(0.003, rank=4, refresh_every=200,
+      ...     step=lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor())))
+    """
+    stages = [
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(clip),
+    ]
+    if b1 is not None:
+        stages.append(optax.ema(b1, debias=False))
+    return optax.chain(*stages)

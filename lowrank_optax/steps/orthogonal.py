@@ -1,0 +1,76 @@
+"""Step: every direction of a moment at the same length (SUMO, Muon)."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core import linalg
+from lowrank_optax.core.newton_schulz import check_iterations, newton_schulz
+
+Polar = Literal["eigh", "svd", "newton_schulz"]
+
+
+def orthogonalize(
+    method: Polar = "eigh", *, iterations: int = 5
+) -> optax.GradientTransformation:
+    """Each matrix's polar factor: M = U diag(s) V^T to U V^T.
+
+    The steepest descent step in the spectral norm, U V^T = (M M^T)^(-1/2) M, of the
+    last two axes of a leaf (Refael et al. 2025, "SUMO", section 3.2; Jordan et al.
+    2024, "Muon"). Leaves of fewer than two axes stay. It has no state: chained after
+    `optax.trace` inside `rotate_moments`, the moment turns with the basis, and the step
+    is orthonormal in it.
+
+    Args:
+      method: "eigh", from two eigendecompositions of the Gram matrix of the smaller
+        side, r x r (`linalg.polar`); "svd", the most exact, for CPUs; or
+        "newton_schulz", Muon's five products, which brings singular values to about
+        0.7 to 1.2 and small ones less far: SUMO is the case for not taking it, and a
+        device that is slow at eigendecompositions the one for it.
+      iterations: of "newton_schulz".
+
+    Raises:
+      ValueError: another method, or iterations below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.orthogonalize()
+      >>> m = jnp.array([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
+      >>> tx.update(m, tx.init(m))[0].round(3).tolist()
+      [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
+    """
+    if method not in FACTORS:
+        raise ValueError(f"method={method!r}: choose one of {', '.join(FACTORS)}")
+    check_iterations(iterations)
+
+    def one(x: jax.Array) -> jax.Array:
+        if jnp.ndim(x) < 2 or not x.size:
+            return x
+        tall = x.shape[-2] > x.shape[-1]
+        wide = linalg.transpose(x) if tall else x
+        o = FACTORS[method](wide, iterations)
+        return linalg.transpose(o) if tall else o
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
+
+
+def by_svd(x: jax.Array) -> jax.Array:
+    """U V^T of a thin SVD: (*batch, r, n)."""
+
+    def one(x: jax.Array) -> jax.Array:
+        # LAPACK's SVD never returns from an Inf, and does from a NaN.
+        x = jnp.where(jnp.isfinite(x), x, jnp.nan)
+        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        return linalg.matmul(u * (s > 0), vt)
+
+    return linalg.per_matrix(one, linalg.unit_largest(x))
+
+
+FACTORS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "eigh": lambda x, _: linalg.polar(x),
+    "svd": lambda x, _: by_svd(x),
+    "newton_schulz": newton_schulz,
+}

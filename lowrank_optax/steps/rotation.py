@@ -1,0 +1,268 @@
+"""Step: moments, which fields of a state they are, and how they turn with the basis."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh
+
+from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.linalg import average_weight
+from lowrank_optax.core.moments import Moments, _map_moments
+from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
+from lowrank_optax.core.trees import frames_of, map_frames
+from lowrank_optax.steps.subspace import in_subspace
+
+
+def rotate_moments(
+    inner: optax.GradientTransformation,
+    *,
+    moments: Literal["both", "first"] = "both",
+) -> optax.GradientTransformationExtraArgs:
+    """`in_subspace`, with `inner`'s moments turned into the new basis at a refresh.
+
+    With C = S_t^T S_{t-1} and Adam's bias-corrected moments M^, V^ of step t - 1:
+
+        M_{t-1} <- C M_{t-1}                                             (eq. 7)
+        V_{t-1} <- (1 - beta2^{t-1}) |C^2 (V^ - M^^2) + (C M^)^2|        (eq. 8)
+
+    squares being entry by entry, before the usual update with G~_t (GrassWalk paper,
+    section 4). V stays non-negative. Step 0 never turns anything.
+
+    Eq. 8 is written there without hats. Read literally, with raw moments, the factor
+    1 - beta2^{t-1} would enter twice and shrink V; with bias-corrected moments it is
+    the rule of LDAdam (Robert et al. 2025), which the paper builds on.
+
+    Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
+    of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
+    than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
+    steps are several times too long. moments="first" leaves V as it was, `in_subspace`
+    both moments: each at its best rate, LLaMA-60M ended lower with either (README.md).
+
+    Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
+    `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
+    `masked`, `partition`, `inject_hyperparams`. `register_moments` adds others. The
+    decay rates are read off one step of `inner` from zero moments, with the state's
+    own hyperparameters, so they need not be given twice; where they change, eq. 8 goes,
+    as Adam's bias correction does, by those of now.
+
+    Args:
+      inner: the transformation, `optax.scale_by_adam()` for example.
+      moments: "first" turns M alone and leaves V as it is (GoLore).
+
+    Raises:
+      ValueError: at init, when `inner` keeps arrays in a state whose moments are not
+        registered, or a second moment that is no running average of squares from zero
+        (Adamax, Yogi, ADOPT); at update, when `project` does not stand before it, or
+        for a second moment in bases that are not orthonormal, for which eq. 8 does not
+        hold.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
+    """
+    if moments not in ("both", "first"):
+        raise ValueError(f'moments={moments!r}: choose "both" or "first"')
+    inside = in_subspace(inner)
+
+    def rotate(frames: optax.Updates, state: optax.OptState) -> optax.OptState:
+        ones = map_frames(
+            lambda f: jnp.ones(f.low_shape, f.gradient.dtype),
+            frames,
+            plain=jnp.ones_like,
+        )
+        # From the state that is, not from a new one: its hyperparameters may have been
+        # changed since.
+        _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
+        turn = Turn(frames, with_second=moments == "both")
+        return _map_moments(turn.moments, state, unit)
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = inside.init(params)
+        if frames_of(params):
+            # Raises for a state whose moments are unknown.
+            jax.eval_shape(lambda s: _map_moments(lambda _, known: known, s), state)
+            if moments == "both":
+                check_second_moments(inner, params)
+        return state
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        clock: Clock | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        frames, now = updates, clock_of(clock)
+        if any(not frame.whole for frame in frames_of(frames)):
+            state = branch(
+                both(now.refresh, now.step > 0),  # there is nothing to turn at step 0
+                lambda s: rotate(frames, s),
+                lambda s: s,
+                state,
+            )
+        return inside.update(frames, state, params, clock=now, **extra_args)
+
+    return stage(init, update)
+
+
+class Turn:
+    """Turns the moments of a tree of Frames by their `turn`; other leaves stay."""
+
+    def __init__(self, frames: optax.Updates, *, with_second: bool = True):
+        self._frames = frames
+        self._with_second = with_second
+
+    def moments(self, kind: Moments, state: Any, unit: Any) -> Any:
+        """The state with its moments turned.
+
+        Args:
+          kind: which fields they are.
+          state: the state.
+          unit: the same after one step from zero moments on a gradient of ones, from
+            which decay rates can be read.
+        """
+        mu = getattr(state, kind.first)
+        turned = {kind.first: self._map(self._first, mu)}
+        if kind.second is not None and self._with_second:
+            nu, count = getattr(state, kind.second), getattr(state, kind.count)
+            counts = count
+            # Adam counts once for all leaves, per_matrix() for each.
+            if jax.tree.structure(count) != jax.tree.structure(nu):
+                counts = jax.tree.map(lambda _: count, nu)
+            weights = (
+                jax.tree.map(_weight, getattr(unit, field), counts)
+                for field in (kind.second, kind.first)
+            )
+            turned[kind.second] = self._map(self._second, nu, mu, *weights)
+        return state._replace(**turned)
+
+    def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
+        """C M (eq. 7)."""
+        return _matmul(_turn_of(frame), m)
+
+    def _second(
+        self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
+    ) -> jax.Array:
+        """w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8)."""
+        if not frame.orthonormal:
+            raise ValueError(
+                f"{frame.path}: a second moment turns with orthonormal bases only "
+                '(eq. 8); take rotate_moments(inner, moments="first") or '
+                "in_subspace(inner)"
+            )
+        c, m_hat = _turn_of(frame), m.astype(v.dtype) / w_m
+        variance = v / w_v - jnp.square(m_hat)
+        mean = _matmul(c, m_hat)
+        return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
+
+    def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
+        def one(frame: Frame, m: Any, *others: Any) -> Any:
+            if frame.whole or isinstance(m, optax.MaskedNode):
+                return m
+            return f(frame, m, *others).astype(m.dtype)
+
+        return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
+
+
+def _turn_of(frame: Frame) -> jax.Array:
+    if frame.turn is None and frame.basis is not None:
+        raise ValueError(
+            f"{frame.path}: this basis rule does not say how its basis turns; "
+            "take in_subspace(inner), which leaves the moments as they are"
+        )
+    return frame.need("turn", BASIS_RULE)
+
+
+def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:
+    """1 - beta^t with gain = 1 - beta; one count for each matrix, or one for all."""
+    gain = gain.astype(jnp.promote_types(gain.dtype, jnp.float32))
+    return average_weight(
+        gain, count.reshape(count.shape + (1,) * (gain.ndim - count.ndim))
+    )
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _zeroed(kind: Moments, state: Any) -> Any:
+    fields = [kind.first] if kind.second is None else [kind.first, kind.second]
+    return state._replace(
+        **{field: optax.tree.zeros_like(getattr(state, field)) for field in fields}
+    )
+
+
+def check_second_moments(
+    inner: optax.GradientTransformation, params: optax.Params
+) -> None:
+    """ValueError for a V that is no running average of squares from zero.
+
+    Such a one is V <- beta V + (1 - beta) g^2. Seen on one row of each leaf, from V_0
+    and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
+    step as later. Not looked at where decay rates are traced.
+    """
+
+    @jax.jit  # one program: by itself each of its operations would be one
+    def error() -> jax.Array:
+        v, g = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 2.0, 0.0])
+        after = jax.vmap(lambda *case: _second_after(inner, params, *case))
+        errors = [jnp.zeros([])]
+        for first, one, two, rest in after(v, g, jnp.array([0, 5, 5, 5])):
+            parts = [first - one, two - 4 * one, one + rest - 1]
+            errors += [jnp.max(jnp.abs(x), initial=0.0) for x in parts]
+        return jnp.max(jnp.stack(errors))
+
+    nowhere = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), nowhere:
+        found = error()
+    # Rounding is 1e-7; 1 - beta, by which Yogi's is off, is 1e-3.
+    if not isinstance(found, Tracer) and float(found) > 1e-5:
+        raise ValueError(
+            "rotate_moments: the second moment of this transformation is no running "
+            "average of squared gradients, and eq. 8 does not hold for it; take "
+            'rotate_moments(inner, moments="first"), or in_subspace(inner), which '
+            "leaves all moments as they are"
+        )
+
+
+def _second_after(
+    inner: optax.GradientTransformation,
+    params: optax.Params,
+    v: jax.Array,
+    g: jax.Array,
+    count: jax.Array,
+) -> list[jax.Array]:
+    """The second moments after one step on rows of g, from V = v and `count` steps."""
+
+    def row(x: Frame | jax.Array) -> jax.Array:
+        shape = x.low_shape if isinstance(x, Frame) else x.shape
+        return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
+
+    def start(kind: Moments, state: Any) -> Any:
+        if kind.second is None:
+            return _zeroed(kind, state)
+        started = {kind.second: v, kind.count: count}
+        return _zeroed(kind, state)._replace(
+            **{
+                k: optax.tree.full_like(getattr(state, k), x)
+                for k, x in started.items()
+            }
+        )
+
+    seconds: list[jax.Array] = []
+
+    def see(kind: Moments, state: Any) -> Any:
+        if kind.second is not None:
+            seconds.extend(jax.tree.leaves(getattr(state, kind.second)))
+        return state
+
+    rows = jax.tree.map(row, params)
+    state = _map_moments(start, inner.init(rows))
+    _map_moments(see, inner.update(rows, state, rows)[1])
+    return seconds

@@ -1,0 +1,261 @@
+"""Step: any optax transformation, in the subspace or before it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.core.frame import BASIS_RULE, Frame, is_frame
+from lowrank_optax.core.linalg import select
+from lowrank_optax.core.sharding import low_zeros
+from lowrank_optax.core.stage import stage
+from lowrank_optax.core.trees import each_apart, in_turn, map_frames
+
+
+def per_matrix(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on each matrix by itself: the last two axes of a leaf are the matrix.
+
+    Every leaf is handed to `inner` alone, and under `jax.vmap` over the axes before its
+    last two. For an `inner` that works entry by entry (Adam, Lion, momentum) that
+    changes nothing; one that takes means or norms over a leaf (Adafactor, clipping by
+    block, trust ratios) would mix the layers of a stacked kernel without it.
+
+    The state is `inner`'s, with a tree like the parameters in place of every array, the
+    step count too; for a leaf of three or more axes with the batch axes in front.
+
+    Args:
+      inner: any transformation; with a state of the same structure for every leaf.
+
+    Raises:
+      ValueError: at init, when the state's structure depends on the leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
+      >>> tx.init({"w": jnp.ones((3, 4, 8))}).v_row["w"].shape
+      (3, 4)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        leaves, structure = jax.tree.flatten(params)
+        one = _state_of_one(inner)
+        states = [_vmapped(inner.init, x)(x) for x in leaves]
+        if any(jax.tree.structure(state) != one for state in states):
+            raise ValueError(
+                "per_matrix(): the state's structure is not the same for every leaf; "
+                "take inner by itself, or optax.partition"
+            )
+        return in_turn(structure, one, states)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        leaves, structure = jax.tree.flatten(updates)
+        one = _state_of_one(inner)
+
+        def step(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
+            return inner.update(update, state, param, **extra_args)
+
+        columns = [each_apart(structure, one, state), leaves]
+        if params is not None:
+            columns.append(structure.flatten_up_to(params))
+        pairs = [_vmapped(step, row[1])(*row) for row in zip(*columns, strict=True)]
+        return (
+            structure.unflatten([u for u, _ in pairs]),
+            in_turn(structure, one, [s for _, s in pairs]),
+        )
+
+    return stage(init, update)
+
+
+def in_subspace(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
+
+    `inner` is any optax transformation; it sees a tree in which every Frame is replaced
+    by its (*batch, r, n) array, leaves of full rank stay as they are, and `params`, if
+    they were given, are S^T W (dead code under jit unless `inner` reads them). Its
+    state is that of the (r, n) arrays. At a refresh the moments stay as they are, now
+    in other coordinates: this is what GaLore and Fira do. `rotate_moments` turns them,
+    `reset_moments` forgets them. Around an `inner` that takes means or norms over a
+    leaf put `per_matrix`.
+
+    Args:
+      inner: the transformation, `optax.scale_by_adam()` for example.
+
+    Raises:
+      ValueError: when `project` does not stand before it; when `inner` accumulates
+        gradients (`optax.MultiSteps`) after an `error_feedback`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(map_frames(low_zeros, params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        frames = updates
+        if params is not None:  # XLA drops the products unless `inner` reads them
+            params = map_frames(
+                lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
+            )
+        low = map_frames(lambda f: f.need("low", "project()"), frames)
+        steps, state = inner.update(low, state, params, **extra_args)
+        reason = ""
+        if _accumulates(state):
+            reason = (
+                "the step accumulates gradients, and is zero at most steps; accumulate "
+                "before low_rank()"
+            )
+
+        def stepped(f: Frame, step: jax.Array) -> Frame:
+            if reason and f.no_residual:  # said by error_feedback() alone before a step
+                raise ValueError(f"{f.path}: error_feedback() does not work: {reason}")
+            return f.replace(low_step=step, no_residual=f.no_residual or reason)
+
+        frames = map_frames(stepped, frames, steps, plain=lambda _, step: step)
+        return frames, state
+
+    return stage(init, update)
+
+
+def reset_moments(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`in_subspace`, with `inner` started anew on a matrix whenever its basis moves.
+
+    Where a basis rule chooses S_t, so at steps 0, T, 2T, ... for most, the state
+    becomes inner.init(0): M = V = 0, and Adam's step count, with the bias correction,
+    begins again at 0 (Zmushko et al. 2025, "FRUGAL", and Grass, Muhamed et al. 2024).
+    Where a refresh is passed over (`lazy_refresh`, `frozen`) nothing is reset, and
+    leaves of full rank go on.
+
+    Args:
+      inner: the transformation, `optax.scale_by_adam()` for example; it runs
+        `per_matrix`, so that each matrix has its own step count.
+
+    Raises:
+      ValueError: when `project`, or a basis rule that says when its basis moves, does
+        not stand before it.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(lro.coordinates(key=0), lro.project(),
+      ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
+    """
+    each = per_matrix(inner)
+    inside = in_subspace(each)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        # Leaf by leaf, for a refresh may be passed over on one and not on another.
+        leaves, structure = jax.tree.flatten(updates)
+        one = _state_of_one(inner)
+        states = each_apart(structure, one, state)
+        news = each_apart(structure, one, inside.init(updates))
+        for i, frame in enumerate(leaves):
+            if is_frame(frame) and not frame.whole:
+                if frame.moved is None and frame.basis is not None:
+                    raise ValueError(
+                        f"{frame.path}: this basis rule moves its basis at every step, "
+                        "and reset_moments() would forget as often; take in_subspace()"
+                    )
+                moved = frame.need("moved", BASIS_RULE)
+                states[i] = jax.tree.map(
+                    lambda new, old, moved=moved: select(moved, new, old),
+                    news[i],
+                    states[i],
+                )
+        state = in_turn(structure, one, states)
+        return inside.update(updates, state, params, **extra_args)
+
+    return stage(inside.init, update)
+
+
+def in_full_space(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the matrices' gradients before a basis is chosen: G <- inner(G).
+
+    For what a method does in full space before it projects (FLora's factored second
+    moment). Leaves of full rank pass through `inner` too.
+
+    Args:
+      inner: the transformation; it sees (*batch, m, n) arrays, m <= n.
+
+    Raises:
+      ValueError: what `inner` raises.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> stages = optax.chain(
+      ...     lro.in_full_space(lro.per_matrix(optax.scale_by_factored_rms())),
+      ...     lro.gaussian(key=0), lro.project(),
+      ...     lro.rotate_moments(optax.ema(0.9)), lro.project_back())
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(map_frames(lambda f: jnp.zeros_like(f.gradient), params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        frames = updates
+        full = map_frames(lambda f: jnp.asarray(f.gradient), frames)
+        full, state = inner.update(full, state, params, **extra_args)
+        frames = map_frames(
+            lambda f, g: f.replace(gradient=g), frames, full, plain=lambda _, g: g
+        )
+        return frames, state
+
+    return stage(init, update)
+
+
+def _accumulates(state: optax.OptState) -> bool:
+    def accumulates(x: object) -> bool:
+        return isinstance(x, optax.MultiStepsState)
+
+    return any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates)))
+
+
+def _state_of_one(inner: optax.GradientTransformation) -> Any:
+    """The structure of the state of one array.
+
+    Asked in init and update, not before: to make an optimizer must not wake a backend,
+    which `jax.distributed.initialize` has to come before.
+    """
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.tree.structure(jax.eval_shape(inner.init, number))
+
+
+def _vmapped(f: Callable[..., Any], leaf: jax.Array) -> Callable[..., Any]:
+    """f under `jax.vmap` over all axes of the leaf but its last two."""
+    for _ in leaf.shape[:-2]:
+        f = jax.vmap(f)
+    return f

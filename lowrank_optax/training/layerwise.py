@@ -1,0 +1,396 @@
+"""A layer at a time: states with a layer axis, and updates inside the backward pass."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bracket.bracket import LowRankState
+from lowrank_optax.core.sharding import auto_update
+from lowrank_optax.core.spread import over_devices, spreads
+from lowrank_optax.core.stage import stage
+from lowrank_optax.core.trees import count_of, frames_of, squared_norm
+from lowrank_optax.training.backward import Load, in_backward, read, write
+
+Apply = Callable[..., Any]
+
+
+def per_layer(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` on each layer of stacked parameters by itself.
+
+    Every leaf has the layers along its first axis, and so has every array of the state,
+    counts and keys too, which is `jax.vmap(tx.init)` of the parameters: the state that
+    `update_in_backward` works on. What `tx` takes over a tree (a norm, a finite flag, a
+    mean) it takes over one layer's.
+
+    Layers draw different random numbers: a stage in `low_rank` is told the layer by the
+    extra argument `layer`, and draws what it would for that layer of a stacked leaf; of
+    other typed keys in the state each layer has its own, `fold_in(key, layer)`.
+
+    With `refresh=False` (see `low_rank`) all layers are updated together, by
+    `jax.vmap`; otherwise in a loop, since under `vmap` both branches of a conditional
+    would run, and a batch of factorisations takes longer than one after the other. But
+    for singular vectors of small matrices, which are faster in a batch: with
+    `refresh=True` those of all layers are taken before the loop.
+
+    Args:
+      tx: any optax transformation; extra arguments are handed on to it.
+
+    Raises:
+      ValueError: leaves without one number of layers along their first axes; what `tx`
+        raises.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params = {"mlp": {"kernel": jnp.ones((12, 16, 64))}}  # 12 layers
+      >>> tx = lro.per_layer(lro.galore(0.01, rank=4, refresh_every=200))
+      >>> state = tx.init(params)
+      >>> optax.tree.get(state, "mu")["mlp"]["kernel"].shape
+      (12, 4, 64)
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        index = jnp.arange(count_of(params))
+        state = jax.vmap(inner.init)(params)
+
+        def own(x: Any) -> Any:
+            if not _is_key(x):
+                return x  # an array, or a low_rank's state: it is told the layer
+            return jax.vmap(jax.random.fold_in)(x, index)
+
+        return jax.tree.map(own, state, is_leaf=lambda x: isinstance(x, LowRankState))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        bases = extra_args.pop("bases", None)
+        bases = bases or _chosen_together(inner, updates, state, params, extra_args)
+
+        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+            p, chosen = other
+            return inner.update(*carry, p, **_with(extra_args, chosen), layer=i)
+
+        together = extra_args.get("refresh") is False
+        block = count_of(updates) if together else 1
+        # The update takes the gradient's place, the new state the old one's.
+        return _in_blocks(one, (updates, state), (params, bases), block)
+
+    return stage(init, auto_update(update))
+
+
+def _in_blocks(
+    f: Callable[[jax.Array, Any, Any], Any], carry: Any, other: Any, block: int
+) -> Any:
+    """`carry` with f(i, its part of layer i, other's part) in layer i's place.
+
+    `block` layers at a time, under `jax.vmap`; one without it.
+    """
+    count = count_of(carry)
+    if block >= count:
+        return jax.vmap(f)(jnp.arange(count), carry, other)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        if block == 1:
+            new = f(i, read(carry, i), read(other, i))
+            return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
+        start = i * block
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        index = start + jnp.arange(block)
+        new = jax.vmap(f)(index, *jax.tree.map(cut, (carry, other)))
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(put, carry, new)
+
+    return jax.lax.fori_loop(0, count // block, body, carry)
+
+
+def _even(block: int, count: int) -> int:
+    """The largest number of layers up to `block` of which a whole number makes all."""
+    return max(k for k in range(1, max(1, min(block, count)) + 1) if count % k == 0)
+
+
+def update_layers(
+    tx: optax.GradientTransformation,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    *,
+    block: int | None = None,
+    load: Load = lambda params: params,
+    apply_updates: Apply = lambda params, updates, index: optax.apply_updates(
+        params, updates
+    ),
+    operands: tuple[Any, ...] = (),
+    bases: Mapping[str, jax.Array] | None = None,
+    **extra_args: Any,
+) -> tuple[optax.Params, optax.OptState]:
+    """The step that `update_in_backward` takes, with all gradients at hand.
+
+        W_i <- W_i + U_i,   U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i)
+
+    so `per_layer(tx).update` and the addition to the weights, `block` layers at a time
+    and in place: no more than a block's updates, casts and products are there at once.
+
+    Args:
+      tx: any optax transformation.
+      gradient: a tree of arrays (L, ...).
+      state: `per_layer(tx).init(params)`.
+      params: the weights, as they are kept.
+      block: how many layers are updated together, a divisor of L or what is next below;
+        None for all; but one at a time unless `refresh=False` (see `per_layer`).
+      load, apply_updates: as in `update_in_backward`.
+      operands: arrays that `apply_updates` gets, such as this step's random key.
+      bases: of `sum_in_backward`, with the layers along their first axes.
+      extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
+
+    Returns:
+      The new weights and the new state; jit it, and donate the old ones.
+
+    Raises:
+      ValueError: leaves without one number of layers along their first axes; what `tx`
+        raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params, tx = {"w": jnp.ones((12, 8, 8))}, optax.sgd(0.5)
+      >>> state = lro.per_layer(tx).init(params)
+      >>> new, state = lro.update_layers(tx, params, state, params, block=4)
+      >>> float(new["w"][3, 0, 0])
+      0.5
+    """
+
+    def update(
+        gradient: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        operands, bases = extra_args.pop("operands"), extra_args.pop("bases")
+        if not bases:
+            bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+
+        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+            g, chosen = other
+            step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+            return step(i, g, *carry, *operands)
+
+        count = count_of(params)
+        size = _even(count if block is None else block, count)
+        if extra_args.get("refresh") is not False:
+            size = 1
+        return _in_blocks(one, (params, state), (gradient, dict(bases)), size)
+
+    extra_args |= {"operands": operands, "bases": bases or {}}
+    on_any_mesh = auto_update(update, of_params=True)
+    return on_any_mesh(gradient, state, params, **extra_args)
+
+
+def _chosen_together(
+    tx: optax.GradientTransformation,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+    load: Load = lambda params: params,
+) -> dict[str, jax.Array]:
+    """At a refresh, by path: bases best chosen in one call for all layers.
+
+    On a mesh those are all, and each device chooses those of some layers.
+    """
+    if extra_args.get("refresh") is not True:
+        return {}
+    inner = optax.with_extra_args_support(tx)
+
+    def of_one(layer: Any, *, together: bool) -> dict[str, Any]:
+        (i, g, s, stored), seen = layer, []
+        inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
+        chosen = (f for f in frames_of(seen) if f.moved is not None)
+        return {f.path: f.basis for f in chosen if f.together == together}
+
+    # Nothing but those bases is computed under jit.
+    def in_one_call(layers: Any) -> dict[str, Any]:
+        return jax.vmap(partial(of_one, together=True))(layers)
+
+    def all_of_some(layers: Any, _: Any) -> dict[str, Any]:
+        in_turn = jax.lax.map(partial(of_one, together=False), layers)
+        return in_one_call(layers) | in_turn
+
+    layers = jnp.arange(count_of(gradient)), gradient, state, params
+    return over_devices(all_of_some, layers) if spreads() else in_one_call(layers)
+
+
+def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
+    return {**extra_args, "bases": bases} if bases else extra_args
+
+
+def _step(
+    tx: optax.GradientTransformation,
+    load: Load,
+    apply_updates: Apply,
+    extra_args: dict[str, Any],
+) -> Callable[..., tuple[Any, Any]]:
+    """One layer's step: (i, G_i, stored W_i, state_i, *operands) to the last two."""
+    inner = optax.with_extra_args_support(tx)
+
+    def step(i: jax.Array, g: Any, stored: Any, s: Any, *operands: Any) -> Any:
+        updates, s = inner.update(g, s, load(stored), **{**extra_args, "layer": i})
+        return apply_updates(stored, updates, i, *operands), s
+
+    return step
+
+
+class Layers(NamedTuple):
+    """Stacked layers that are updated where they are.
+
+    Attributes:
+      params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
+      state: the same of the transformation's state, as `per_layer` makes it.
+      squares: (L,) float32, of each layer's last gradient the sum of the squares.
+      operands: arrays that `apply_updates` gets.
+    """
+
+    params: Any
+    state: Any
+    squares: Any
+    operands: tuple[Any, ...] = ()
+
+
+def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> Layers:
+    """References to the layers, for `update_in_backward`.
+
+    Args:
+      params: a tree of arrays (L, ...).
+      state: `per_layer(tx).init(params)`.
+      operands: arrays that its `apply_updates` gets, such as this step's random key.
+
+    Raises:
+      ValueError: leaves without one number of layers along their first axes.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params = {"w": jnp.ones((12, 8, 8))}
+      >>> state = lro.per_layer(optax.sgd(0.1)).init(params)
+      >>> layers = lro.open_layers(params, state)
+      >>> layers.params["w"].shape
+      (12, 8, 8)
+    """
+    squares = jnp.zeros(count_of(params), jnp.float32)
+    params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
+    return Layers(params, state, squares, operands)
+
+
+def close_layers(layers: Layers) -> Layers:
+    """The arrays, with all updates in them; the references are gone.
+
+    Args:
+      layers: what `open_layers` gave.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> layers = lro.open_layers({"w": jnp.ones((12, 8, 8))}, ())
+      >>> lro.close_layers(layers).params["w"].shape
+      (12, 8, 8)
+    """
+    return layers._replace(
+        params=jax.tree.map(jax.freeze, layers.params),
+        state=jax.tree.map(jax.freeze, layers.state),
+        squares=jax.freeze(layers.squares),
+    )
+
+
+def update_in_backward(
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    load: Load = lambda params: params,
+    apply_updates: Apply = lambda params, updates, index: optax.apply_updates(
+        params, updates
+    ),
+    **extra_args: Any,
+) -> Callable[..., Any]:
+    """A layer that the backward pass updates as soon as it has the layer's gradient.
+
+    Ordinarily the gradients of all layers are there before the first is used. Here the
+    backward pass through layer i ends with
+
+        U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i),   W_i <- W_i + U_i
+
+    in place, so that one layer's gradient and update are all that is ever in memory.
+    (In PyTorch known as a fused backward, or per-layer updates; jax issue 30338.) It is
+    the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
+
+        layer = lro.update_in_backward(block, tx, refresh=refresh)
+        layers = lro.open_layers(params, state)
+
+        def loss(rest):                       # the embedding, the head, ...
+            def body(x, i):
+                return layer(i, layers, x), None
+            x, _ = jax.lax.scan(body, embed(rest, tokens), jnp.arange(L))
+            return head_loss(rest, x)
+
+        value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
+        params, state, *_ = lro.close_layers(layers)
+
+    The whole of it stands in one jitted step that donates `params` and `state`. The
+    forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
+    kept, but never a copy of the weights.
+
+    What it means:
+
+    - Whatever `tx` does over a tree it does over one layer: clipping is by each layer's
+      own norm, a layer whose gradient is not finite is skipped by itself (`low_rank`
+      looks itself, and counts), limiters and refreshes are each matrix's anyway. Decay
+      and schedules go by the layer's own count.
+    - Each layer is applied once in each step, its weights belong to it alone (tied ones
+      go with the rest), and its gradient is that of one backward pass.
+    - What is differentiated besides, the embedding and the head, gets its gradient as
+      always, and is updated afterwards.
+    - Without differentiation nothing is updated; for evaluation scan over the weights.
+
+    Args:
+      apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
+      tx: any optax transformation.
+      load: from one layer's part of `params` to the weights that `apply` takes and
+        `tx` sees; for weights that are stored in another form.
+      apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
+        part. What it needs besides are the layers' `operands`: a function in a
+        backward pass can close over no other array.
+      extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
+
+    Returns:
+      layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
+
+    Raises:
+      ValueError: what `tx` raises, in the backward pass.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = optax.adamw(1e-3)
+      >>> params = jnp.full((12, 8, 8), 0.1)
+      >>> layers = lro.open_layers(params, lro.per_layer(tx).init(params))
+      >>> layer = lro.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
+      >>> def loss(x):
+      ...     return jnp.sum(jax.lax.scan(
+      ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
+      >>> gradient = jax.grad(loss)(jnp.ones(8))
+      >>> bool(jnp.all(lro.close_layers(layers).params < params))
+      True
+    """
+    step = _step(tx, load, apply_updates, extra_args)
+
+    def use(index: jax.Array, layers: Layers, gradient: Any) -> None:
+        stored, state = read((layers.params, layers.state), index)
+        new = step(index, gradient, stored, state, *layers.operands)
+        write((layers.params, layers.state), index, new)
+        layers.squares[index] = squared_norm(gradient)
+
+    return in_backward(apply, load, use)
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,152 @@
+"""The residual's polar factor: Newton-Schulz, `spectral_residual`, `spectral_adam`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowrank_optax as lro
+from lowrank_optax.core.newton_schulz import newton_schulz
+
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def odd_quintic(s: np.ndarray, iterations: int) -> np.ndarray:
+    """What five times do to singular values: the scalar map, iterated."""
+    for _ in range(iterations):
+        s = A * s + B * s**3 + C * s**5
+    return s
+
+
+def by_svd(x: np.ndarray, iterations: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return (u * odd_quintic(s / np.linalg.norm(x), iterations)) @ vt
+
+
+def matrix(seed: int, m: int, n: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(m, n))
+
+
+def stages(scale: float = 1.0, **options: object) -> optax.GradientTransformation:
+    return optax.chain(
+        lro.dominant_svd(),
+        lro.project(),
+        lro.in_subspace(optax.identity()),
+        lro.spectral_residual(scale=scale, dtype=None, **options),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 8), st.integers(1, 6))
+def test_newton_schulz_is_a_polynomial_of_singular_values(
+    seed: int, m: int, iterations: int
+) -> None:
+    with jax.enable_x64(True):
+        x = matrix(seed, m, 8)
+        found = newton_schulz(jnp.asarray(x), iterations)
+        # Rounding, grown by the map's slope at zero, 3.4 a time.
+        np.testing.assert_allclose(found, by_svd(x, iterations), atol=1e-11)
+
+
+def test_five_times_bring_singular_values_near_one() -> None:
+    s = odd_quintic(np.geomspace(3e-3, 1, 1000), 5)
+    assert s.min() > 0.67
+    assert s.max() < 1.21
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (2, 6, 10)])
+def test_the_step_is_the_papers_on_both_sides(shape: tuple[int, ...]) -> None:
+    with jax.enable_x64(True):
+        g = np.random.default_rng(0).normal(size=shape)
+        spec = lro.STACKED if len(shape) == 3 else "matrix"
+        tx = lro.low_rank(
+            stages(0.25, residual_scale=0.5),
+            rank=2,
+            refresh_every=1,
+            dimension_numbers=[("", spec)],
+        )
+        found, _ = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.asarray(g)}))
+
+        def expected(g: np.ndarray) -> np.ndarray:
+            if g.shape[0] > g.shape[1]:
+                return expected(g.T).T
+            u, s, vt = np.linalg.svd(g, full_matrices=False)
+            kept = (u[:, :2] * s[:2]) @ vt[:2]
+            rest = by_svd(g - kept, 5)
+            return 0.25 * kept + 0.5 * np.sqrt(g.shape[1]) * rest
+
+        wanted = np.stack([expected(x) for x in g.reshape(-1, *g.shape[-2:])])
+        np.testing.assert_allclose(found["w"], wanted.reshape(shape), atol=1e-10)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 99), st.floats(1e-6, 1e6))
+def test_the_rest_does_not_depend_on_the_gradients_size(seed: int, by: float) -> None:
+    with jax.enable_x64(True):
+        g = {"w": jnp.asarray(matrix(seed, 5, 9))}
+        tx = lro.low_rank(stages(0.0), rank=2, refresh_every=1)
+        one, _ = tx.update(g, tx.init(g))
+        other, _ = tx.update(jax.tree.map(lambda x: by * x, g), tx.init(g))
+        # The basis is another SVD's, and S G~ of a size that cancels in G - S G~.
+        np.testing.assert_allclose(one["w"], other["w"], atol=1e-9)
+
+
+def test_a_residual_that_is_rounding_gives_nothing() -> None:
+    g = {"w": jnp.asarray(matrix(0, 8, 2) @ matrix(1, 2, 16), jnp.float32)}
+    tx = lro.low_rank(stages(0.0), rank=2, refresh_every=1)
+    np.testing.assert_array_equal(tx.update(g, tx.init(g))[0]["w"], 0)
+    tx = lro.low_rank(stages(0.0), rank=1, refresh_every=1)
+    assert jnp.linalg.norm(tx.update(g, tx.init(g))[0]["w"]) > 1
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    g = {"w": jnp.zeros((4, 6))}
+    tx = lro.spectral_adam(0.1, rank=2, dimension_numbers=None)
+    np.testing.assert_array_equal(tx.update(g, tx.init(g), g)[0]["w"], 0)
+
+
+def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
+    chain = optax.chain(
+        lro.gaussian(0),
+        lro.project(),
+        lro.in_subspace(optax.identity()),
+        lro.spectral_residual(),
+    )
+    g = {"w": jnp.ones((4, 6))}
+    tx = lro.low_rank(chain, rank=2, refresh_every=1)
+    with pytest.raises(ValueError, match=r"w: spectral_residual.*not orthonormal"):
+        tx.update(g, tx.init(g))
+    with pytest.raises(ValueError, match="iterations must be an int of at least 1"):
+        lro.spectral_residual(iterations=0)
+
+
+def test_spectral_adam_is_its_chain() -> None:
+    g = {"mlp": {"kernel": jnp.asarray(matrix(0, 6, 10), jnp.float32)}}
+    chain = optax.chain(
+        lro.power_iterate(b1=0.8),
+        lro.project(),
+        lro.rotate_moments(optax.scale_by_adam(0.8, 0.9, 1e-8)),
+        lro.spectral_residual(0.3, scale=0.5, iterations=4),
+    )
+    options = {"rank": 2, "refresh_every": 2, "weight_decay": 0.1}
+    by_hand = lro.low_rank_optimizer(chain, 0.1, **options)
+    named = lro.spectral_adam(
+        0.1,
+        b1=0.8,
+        b2=0.9,
+        scale=0.5,
+        residual_scale=0.3,
+        iterations=4,
+        **options,
+    )
+    states = [tx.init(g) for tx in (by_hand, named)]
+    for seed in range(4):
+        grad = {"mlp": {"kernel": jnp.asarray(matrix(seed, 6, 10), jnp.float32)}}
+        for i, tx in enumerate((by_hand, named)):
+            updates, states[i] = tx.update(grad, states[i], g)
+            if i == 0:
+                wanted = updates
+        np.testing.assert_array_equal(wanted["mlp"]["kernel"], updates["mlp"]["kernel"])

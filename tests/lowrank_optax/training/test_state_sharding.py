@@ -1,0 +1,377 @@
+"""States cut over a mesh: how, that steps come out the same, and what is moved.
+
+Weights cut by "fsdp" and "tensor" along the side that the projection leaves, as a
+transformer's are: outputs of q and up, inputs of o and down.
+"""
+
+import contextlib
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import lowrank_optax as lro
+from train.config.methods import METHODS, call
+
+L, D, F, R, T = 3, 64, 176, 16, 2
+BOTH = ("tensor", "fsdp")
+SHAPES = {
+    "layers": {
+        "attn": {"o": (L, D, D), "q": (L, D, D)},
+        "mlp": {"down": (L, F, D), "up": (L, D, F)},
+        "norm": (L, D),
+    },
+    "embed": (320, D),
+}
+CUT = {
+    "layers": {
+        "attn": {"o": P(None, BOTH), "q": P(None, None, BOTH)},
+        "mlp": {"down": P(None, BOTH), "up": P(None, None, BOTH)},
+        "norm": P(),
+    },
+    "embed": P(BOTH),
+}
+MESHES = {"fsdp": (8, 1), "tensor": (1, 8), "both": (4, 2)}
+RULES = (("mlp|attn", lro.STACKED), ("", None))
+SQUARE = (("attn/o$", "output"), ("", "input"))
+
+
+def is_shape(x):
+    return isinstance(x, tuple) and not isinstance(x, P)
+
+
+def params():
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), SHAPES, is_leaf=is_shape
+    )
+
+
+@functools.cache
+def gradient(t):
+    rng = np.random.default_rng(t)
+    return jax.tree.map(
+        lambda shape: rng.standard_normal(shape, np.float32), SHAPES, is_leaf=is_shape
+    )
+
+
+def mesh_of(name, kind=AxisType.Auto):
+    return jax.make_mesh(MESHES[name], ("fsdp", "tensor"), axis_types=(kind,) * 2)
+
+
+def on(mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), CUT)
+
+
+def named(name):
+    # 8-bit blocks whole on each of eight devices.
+    options = {"shards": 8, "min_size": 16, "switch_step": T, "square": SQUARE}
+    options |= {"rank": R, "refresh_every": T, "dimension_numbers": RULES, "key": 0}
+    tx = call(METHODS[name].make, 1e-3, **options)
+    return optax.with_extra_args_support(tx)
+
+
+def typed(shapes, shardings):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+
+
+# --- how a state is cut ---
+
+
+def test_a_state_is_cut_as_its_stages_say():
+    mesh = mesh_of("both")
+    cut = on(mesh)
+    state = lro.state_shardings(named("grass_jump"), params(), cut)
+    moments = optax.tree.get(state, "mu")
+    assert moments["layers"]["attn"]["o"].spec == P(None, None, BOTH)
+    assert moments["layers"]["mlp"]["down"].spec == P(None, None, BOTH)
+    assert moments["embed"].spec == P(BOTH)
+    basis = optax.tree.get(state, "basis")
+    assert basis["layers"]["mlp"]["up"].spec == P(None, BOTH)
+    begun = optax.tree.get(state, "begun")
+    assert begun["layers"]["attn"]["q"].spec == P()
+    assert optax.tree.get(state, "rng_key").spec == P()
+    error = optax.tree.get(lro.state_shardings(named("ldadam"), params(), cut), "error")
+    assert error["layers"]["mlp"]["down"].spec == P(None, None, BOTH)  # turned
+    assert all(x.mesh == mesh for x in jax.tree.leaves(state))
+
+
+def test_where_the_rows_are_cut_too_or_do_not_divide():
+    mesh = mesh_of("both")
+    shapes = {"rows": (32, 64), "odd": (L, 64, 43), "heads": (32, 8, 12)}
+    cut = {"rows": P("fsdp", "tensor"), "odd": P(None, "fsdp"), "heads": P("fsdp")}
+    tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    cut = {k: NamedSharding(mesh, s) for k, s in cut.items()}
+    heads = MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+    tx = lro.galore(
+        1e-3,
+        rank=R,
+        refresh_every=T,
+        dimension_numbers=(("heads", heads), ("", lro.STACKED)),
+    )
+    state = lro.state_shardings(tx, tree, cut)
+    moments, basis = optax.tree.get(state, "mu"), optax.tree.get(state, "basis")
+    assert moments["rows"].spec == P("fsdp", "tensor")
+    assert basis["rows"].spec == P(("fsdp", "tensor"))
+    assert moments["odd"].spec == P(None, None, "fsdp")  # its 64 are the columns
+    assert basis["odd"].spec == P(None, None, "fsdp")  # 43 rows do not divide, 16 do
+    assert moments["heads"].spec == P("fsdp")
+
+
+def test_per_layer_and_optax_wrappers():
+    cut = on(mesh_of("both"))
+    layers = lro.per_layer(named("galore_adam8bit"))
+    state = lro.state_shardings(layers, params()["layers"], cut["layers"])
+    codes = optax.tree.get(state, "mu")["attn"]["q"]
+    assert codes.spec == P(None, None, BOTH)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
+    tx = optax.partition(
+        {"low": named("galore"), "full": tx},
+        {"layers": "low", "embed": "full"},
+    )
+    state = lro.state_shardings(optax.MultiSteps(tx, 2), params(), cut)
+    assert optax.tree.get(state, "trace")["embed"].spec == P(BOTH)
+    assert optax.tree.get(state, "acc_grads")["layers"]["attn"]["o"].spec == P(
+        None, BOTH
+    )
+
+
+def test_shardings_must_name_one_mesh():
+    with pytest.raises(ValueError, match="NamedSharding for each parameter"):
+        lro.state_shardings(optax.sgd(1.0), {"w": jnp.ones(8)})
+    two = {"a": NamedSharding(mesh_of("fsdp"), P())}
+    two["b"] = NamedSharding(mesh_of("both"), P())
+    tree = dict.fromkeys(two, jnp.ones(8))
+    with pytest.raises(ValueError, match="on 2 meshes"):
+        lro.state_shardings(optax.adam(1.0), tree, two)
+
+
+def test_square_matrices_are_projected_along_the_side_that_is_whole():
+    assert lro.square_sides(params(), on(mesh_of("both")), RULES) == [
+        ("^layers/attn/o$", "output"),
+        ("", "input"),
+    ]
+    tx = named("galore")
+    state = jax.eval_shape(tx.init, params())
+    turned = jax.eval_shape(
+        functools.partial(lro.project_gradient, tx), params(), state, params()
+    )
+    assert turned.low["layers"]["attn"]["o"].shape == (L, R, D)
+    with pytest.raises(ValueError, match="square='left': choose"):
+        lro.galore(1.0, rank=2, refresh_every=1, square=(("o", "left"),))
+
+
+def test_8_bit_blocks_lie_on_one_shard():
+    x = {"w": jnp.ones((64, 1376))}  # 172 of them on each of eight devices
+    adam = optax.scale_by_adam()
+    plain = lro.quantize_moments(adam).init(x).scales[1]["w"]
+    assert plain.shape == (64, 6)
+    state = lro.quantize_moments(adam, shards=8).init(x)
+    assert state.scales[1]["w"].shape == (64, 8)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    cut = {"w": NamedSharding(mesh, P(None, "d"))}
+    for shards, spec in ((1, P()), (8, P(None, "d"))):
+        tx = lro.quantize_moments(adam, shards=shards)
+        found = lro.state_shardings(tx, x, cut)
+        assert found.scales[1]["w"].spec == spec
+        assert found.inner_state.mu["w"].spec == P(None, "d")
+
+
+# --- the same steps ---
+
+# Also those without a subspace, but for Muon, whose products are of whole matrices.
+NAMES = [name for name in METHODS if name not in ("adamw", "muon")]
+LOW_RANK = pytest.mark.parametrize("name", NAMES)
+SUMS = ("ldadam", "coap", "online_subspace_descent")
+
+
+def steps(tx, mesh):
+    """The updates of four steps, two of them refreshes, and the last state."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        place, init = (lambda x: x), jax.jit(tx.init)
+        if mesh is not None:
+            place = functools.partial(jax.device_put, device=on(mesh))
+            if set(mesh.axis_types) == {AxisType.Auto}:
+                cut = lro.state_shardings(tx, params(), on(mesh))
+                init = jax.jit(tx.init, out_shardings=cut)
+        weights = place(gradient(0))
+        update = jax.jit(tx.update, static_argnames="refresh")
+        state, seen = init(weights), []
+        for t in range(2 * T):
+            updates, state = update(
+                place(gradient(t)), state, weights, refresh=t % T == 0
+            )
+            seen.append(jax.device_get(updates))
+        return seen, state
+
+
+def bases_of(state):
+    bases = jax.tree.leaves(optax.tree.get(state, "basis"))
+    keys = (jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in bases)
+    return jax.device_get([x for x, key in zip(bases, keys, strict=True) if not key])
+
+
+@functools.cache
+def on_one_device(name):
+    seen, state = steps(named(name), None)
+    return seen, bases_of(state)
+
+
+def check_same(name, seen, state):
+    updates, bases = on_one_device(name)
+    # Of the learning rate's size, 1e-3, and sums of some hundred float32 products,
+    # which a mesh adds up in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-7)
+    jax.tree.map(close, seen, updates)
+    # Bases are of whole matrices; but some follow moments, or derivatives, of sums,
+    # and have entries of up to one.
+    if name in SUMS:
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6)
+        jax.tree.map(close, bases_of(state), bases)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, bases_of(state), bases)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
+        *("alice_0", "sumo"),
+    ],
+)
+def test_the_same_steps_on_a_mesh(name):
+    tx, mesh = named(name), mesh_of("both")
+    seen, state = steps(tx, mesh)
+    check_same(name, seen, state)
+    cut = lro.state_shardings(tx, params(), on(mesh))
+    for x, sharding in zip(*map(jax.tree.leaves, (state, cut)), strict=True):
+        if x.size > 8 * D:  # the compiler may have small ones whole
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
+def test_the_same_steps_on_a_mesh_of_one_kind(mesh):
+    check_same("galore", *steps(named("galore"), mesh_of(mesh)))
+
+
+@pytest.mark.parametrize("name", ["galore_adam8bit", "ldadam"])
+def test_the_same_steps_on_explicit_axes(name):
+    """What jax.make_mesh gives: `init` itself returns a state that is cut."""
+    tx, mesh = named(name), mesh_of("both", AxisType.Explicit)
+    seen, state = steps(tx, mesh)
+    check_same(name, seen, state)
+    cut = lro.state_shardings(tx, params(), on(mesh))
+    for x, sharding in zip(*map(jax.tree.leaves, (state, cut)), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def layers_of(tree):
+    return tree["layers"]
+
+
+def steps_by_layer(tx, mesh):
+    """The layers' weights after each of four steps of `update_layers`."""
+    layered = lro.per_layer(tx)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        place, seen = (lambda x: x), []
+        if mesh is not None:
+            place = functools.partial(jax.device_put, device=on(mesh)["layers"])
+        weights = place(gradient(0)["layers"])
+        state = jax.jit(layered.init)(weights)
+        step = jax.jit(
+            lambda g, s, p, refresh: lro.update_layers(tx, g, s, p, refresh=refresh),
+            static_argnames="refresh",
+        )
+        for t in range(2 * T):
+            g = place(gradient(t)["layers"])
+            weights, state = step(g, state, weights, refresh=t % T == 0)
+            seen.append(jax.device_get(weights))
+        return seen
+
+
+def test_layers_on_a_mesh():
+    tx = named("grass_walk")
+    expected = steps_by_layer(tx, None)
+    # Weights of size one: an update's rounding, and their own.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        jax.tree.map(close, steps_by_layer(tx, mesh_of("both", kind)), expected)
+
+
+# --- what moves between devices ---
+
+MOVES = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+def moved(compiled):
+    """Of each collective in a program its kind and the numbers of its result."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := MOVES.search(line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            sizes = [math.prod(map(int, s.split(","))) if s else 1 for s in shapes]
+            found.append((match[2], max(sizes)))
+    return found
+
+
+def compiled_step(tx, mesh, **how):
+    weights = typed(params(), on(mesh))
+    cut = lro.state_shardings(tx, params(), on(mesh))
+    state = typed(jax.eval_shape(tx.init, params()), cut)
+
+    def step(gradient, state, weights):
+        updates, state = tx.update(gradient, state, weights, **how)
+        return optax.apply_updates(weights, updates), state
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, out_shardings=(on(mesh), cut), donate_argnums=(1, 2))
+        return step.lower(weights, state, weights).compile()
+
+
+# The largest that an ordinary step may move: the bases of one kernel's layers. AdamW's
+# own step moves nothing here.
+BASES, MATRIX = L * D * R, D * D
+
+
+@LOW_RANK
+def test_an_ordinary_step_moves_no_matrix(name):
+    """It holds for every method, of ldadam and dct_adamw for the steps they never take:
+    all of theirs are refreshes. Not for spectral_adam.
+    """
+    found = moved(compiled_step(named(name), mesh_of("both"), refresh=False))
+    assert BASES < MATRIX
+    # R R^T of a residual that is cut along n: m x m numbers, at each iteration.
+    most = L * MATRIX if name == "spectral_adam" else BASES
+    assert max((size for _, size in found), default=0) <= most, found
+
+
+def test_adamw_moves_nothing():
+    assert not moved(compiled_step(named("adamw"), mesh_of("both")))
+
+
+WHOLE = ("galore", "grass_jump", "subtrack", "ldadam", "coap", "dct_adamw")
+WHOLE += ("grass_sparse", "online_subspace_descent", "alice", "sumo")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_refresh_gathers_no_matrix(name):
+    """Each changes places once, or a few times: a share of it on each device."""
+    found = moved(compiled_step(named(name), mesh_of("both"), refresh=True))
+    # Eight devices, of which each gets one of L matrices, padded to eight.
+    most = {"all-to-all": 8 * D * F / 8, "collective-permute": 8 * D * F / 8}
+    for kind, size in found:
+        assert size <= most.get(kind, BASES), found

@@ -1,0 +1,46 @@
+"""Pictures of several runs."""
+
+from pathlib import Path
+
+import pytest
+
+from train.records import plots as picture
+
+RECORDS = [
+    {"step": 1, "loss": 5.0, "ms_per_step": 6000.0, "overlap/q": None},
+    {"step": 11, "loss": 4.0, "ms_per_step": 600.0, "overlap/q": 0.5},
+]
+
+
+def test_a_records_time_is_the_mean_of_its_steps() -> None:
+    assert picture._minutes(RECORDS) == pytest.approx([0.1, 0.2])
+
+
+def test_metrics_are_in_the_order_of_kinds_and_numbers() -> None:
+    names = {f"derivative/{kind}/{i}" for kind in "qk" for i in (1, 2, 10)}
+    names |= {"energy/q"}
+    expected = [f"derivative/{kind}/{i}" for kind in "kq" for i in (1, 2, 10)]
+    assert picture._of("derivative", names) == expected
+
+
+def test_long_names_leave_room_for_losses(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    picture.draw_losses({"=".join("name" * 30): [4.0]}, tmp_path / "a.png", "title")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_what_is_drawn_is_a_picture(tmp_path: Path) -> None:
+    runs = {"a": RECORDS, "b": RECORDS[:1]}
+    picture.draw_by_time(runs, tmp_path / "time.png", "title")
+    picture.draw_measured(runs, "overlap", tmp_path / "overlap.png", "title")
+    names = [f"derivative/{kind}/{i}" for kind in "qkvo" for i in (1, 2, 10)]
+    values = [{"step": s, **dict.fromkeys(names, 1.0 / s)} for s in (1, 2)]
+    panels = {"a": values, "b": values[:1]}
+    picture.draw_measured(panels, "derivative", tmp_path / "values.png", "title")
+    picture.draw_subspaces(values, tmp_path / "subspace.png", "title")
+    many = {str(i): RECORDS for i in range(12)}
+    picture.draw_runs(many, tmp_path / "many.png", "title")
+    picture.draw_losses({"a": [4.0, 4.1], "b": [3.0]}, tmp_path / "final.png", "title")
+    for name in ("time", "overlap", "values", "subspace", "many", "final"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

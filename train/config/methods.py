@@ -1,0 +1,234 @@
+"""The methods and the basis rules by the names that the command line gives them."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import lowrank_optax as lro
+from lowrank_optax.core.layout import path_of, specs_of
+
+Make = Callable[..., optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: all that the trainer knows of a method.
+
+    Attributes:
+      make: from the learning rate, and options by their names, to the optimizer.
+      rate: the peak learning rate, unless a run names another.
+      own: options that the method decides for itself, whatever a run says.
+    """
+
+    make: Make
+    rate: float
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that it takes, with their defaults; None where it has none."""
+        return {
+            key: None if option.default is option.empty else option.default
+            for key, option in inspect.signature(self.make).parameters.items()
+        }
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has a subspace."""
+        return "rank" in self.options
+
+    def uses(self, option: str, basis: str = "default") -> bool:
+        """Whether an option of a run changes anything, with a basis by its name."""
+        if option in self.own:
+            return False
+        if option in OF_THE_BASIS and basis != "default":
+            return option in inspect.signature(BASES[basis]).parameters
+        return {"switch": "switch_step"}.get(option, option) in self.options
+
+
+def _fira(step: Make) -> Make:
+    """Fira with the step that `step` makes of its options, in place of Adam's."""
+    of_fira, own = (inspect.signature(f).parameters for f in (lro.fira, step))
+
+    def make(*args: Any, **options: Any) -> optax.GradientTransformation:
+        given = {name: options.pop(name) for name in own if name in options}
+        return lro.fira(*args, **options, step=step(**given))
+
+    kept = [p for name, p in of_fira.items() if name not in ("step", "b1", "b2")]
+    vars(make)["__signature__"] = inspect.Signature([*kept, *own.values()])
+    return make
+
+
+# What a subspace_adam gives back of the gradient outside of its subspace.
+BACKS: dict[str, Make] = {
+    "project": lambda scale, _: lro.project_back(scale),
+    "rescale": lambda scale, _: lro.recover_residual(scale=scale),
+    "sign": lambda _, outside: lro.sign_residual(outside),
+    "compensate": lambda scale, outside: lro.compensate_columns(
+        scale=scale, residual_scale=outside / scale
+    ),
+    "spectral": lambda scale, outside: lro.spectral_residual(outside, scale=scale),
+    "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
+}
+
+# Which of a subspace_adam's moments turn into a new basis.
+ROTATIONS: dict[str, Make] = {
+    "on": lro.rotate_moments,
+    "first": functools.partial(lro.rotate_moments, moments="first"),
+    "off": lro.in_subspace,
+}
+
+
+def subspace_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    basis: optax.GradientTransformation | None = None,
+    rotate: str = "on",
+    back: str = "rescale",
+    residual_scale: float = 1.0,
+    scale: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    rank: Any = 0.25,
+    refresh_every: int = 200,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
+    square: Any = "input",
+    precision: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in any subspace, with or without rotation, any way back: for ablations."""
+    where = optax.chain(lro.dominant_svd() if basis is None else basis, lro.project())
+    if back == "feedback":
+        where = lro.error_feedback(where, b1=b1)
+    step = ROTATIONS[rotate](optax.scale_by_adam(b1, b2))
+    stages = optax.chain(where, step, BACKS[back](scale, residual_scale))
+    return lro.low_rank_optimizer(
+        stages,
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        weight_decay=weight_decay,
+        mask=mask,
+        dimension_numbers=dimension_numbers,
+        square=square,
+        precision=precision,
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    scale: float = 0.2,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
+) -> optax.GradientTransformation:
+    """optax's Muon for the matrices that others project, its NAdam for the rest.
+
+    Its steps have entries of the root mean square `scale` (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2), so that Adam's rates fit.
+    """
+
+    def matrices(params: optax.Params) -> Any:
+        specs = specs_of(dimension_numbers, params)
+        return jax.tree_util.tree_map_with_path(lambda p, _: specs[path_of(p)], params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=scale,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        muon_weight_dimension_numbers=matrices,
+    )
+
+
+def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
+    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
+
+
+OF_THE_BASIS = ("angle", "walk_rank")
+
+ONCE = 2**31 - 1  # a basis is chosen at the first step alone
+
+# SCALE normalises embedding and head too, which for all others have full rank.
+WEIGHT_MATRICES = (
+    (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
+    (r"^(embed|head)/", "matrix"),
+    (r"^norm/|^layers/\w+_norm/", None),
+)
+
+# Peak learning rates: of those tried on the 60M work (README.md) the best. msgd's
+# was not tried.
+METHODS = {
+    "adamw": Method(optax.adamw, 2e-3),
+    "muon": Method(muon, 3e-3),
+    "galore": Method(lro.galore, 1e-2),
+    "galore_adafactor": Method(lro.galore_adafactor, 1e-2),
+    "galore_adam_mini": Method(lro.galore_adam_mini, 5e-3),
+    "galore_adam8bit": Method(lro.galore_adam8bit, 1e-2),
+    "q_galore": Method(lro.q_galore, 5e-3),
+    "golore": Method(lro.golore, 1e-2),
+    "msgd": Method(lro.msgd, 1e-1),
+    "fira": Method(lro.fira, 3e-3),
+    "fira_adafactor": Method(
+        _fira(lambda: lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor()))), 3e-3
+    ),
+    "fira_adam_mini": Method(
+        _fira(lambda: lro.in_subspace(lro.scale_by_adam_mini())), 3e-3
+    ),
+    "fira_adam8bit": Method(_fira(_adam8bit), 3e-3),
+    "grass_walk": Method(lro.grass_walk, 2e-3),
+    "grass_jump": Method(lro.grass_jump, 2e-3),
+    "spectral_adam": Method(lro.spectral_adam, 4.5e-3),
+    "subspace_adam": Method(subspace_adam, 2e-3),
+    "subtrack": Method(lro.subtrack, 2e-3),
+    "ldadam": Method(lro.ldadam, 3e-3, own={"refresh_every": 1}),
+    "apollo": Method(lro.apollo, 3e-3),
+    "apollo_mini": Method(lro.apollo_mini, 3e-3, own={"rank": 1}),
+    "frugal": Method(lro.frugal, 1e-3),
+    "grass_sparse": Method(lro.grass_sparse, 1e-2),
+    "flora": Method(lro.flora, 2e-3),
+    "coap": Method(lro.coap, 1e-2),
+    "alice": Method(lro.alice, 5e-3),
+    "alice_0": Method(functools.partial(lro.alice, b3=None), 5e-3),
+    "sumo": Method(lro.sumo, 1e-3),
+    "racs": Method(lro.racs, 2e-2),
+    "scale_sgd": Method(
+        lro.scale_sgd, 5e-4, own={"dimension_numbers": WEIGHT_MATRICES}
+    ),
+    "dct_adamw": Method(lro.dct_adamw, 1e-3, own={"refresh_every": 1}),
+    "online_subspace_descent": Method(
+        lro.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}
+    ),
+}
+
+# Of a run's key, angle, walk_rank and b1 a rule gets those that it takes.
+BASES: dict[str, Make] = {
+    "svd": lambda: lro.dominant_svd(),  # its key is for sketches only
+    "sketch": lambda key: lro.dominant_svd(decomposition="randomized", key=key),
+    "sara": lro.sara_sample,
+    "walk": lro.grassmann_walk,
+    "jump": lro.grassmann_jump,
+    "track": lro.grassmann_track,
+    "power": lambda b1=0.908: lro.power_iterate(b1=b1),
+    "frozen": lambda: lro.frozen(lro.dominant_svd()),
+    "coordinates": lro.coordinates,
+}
+
+
+def call(make: Make, *args: Any, **options: Any) -> optax.GradientTransformation:
+    """`make` with those of the options that it takes and are not None."""
+    taken = inspect.signature(make).parameters
+    given = {k: v for k, v in options.items() if v is not None and k in taken}
+    return make(*args, **given)

@@ -1,0 +1,51 @@
+"""Optimizers by the short names that comparisons use, such as galore+sara@1e-2."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from train.config.config import Basis, OptimizerConfig, OptimizerName
+from train.config.methods import BASES, METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(OptimizerConfig):
+    """What the optimizers have in common, where they have it at all."""
+
+    name: Annotated[OptimizerName, tyro.conf.Fixed] = "grass_jump"
+    basis: Annotated[Basis, tyro.conf.Fixed] = "default"
+
+
+def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
+    """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
+
+    Without what it has no use for, which may be another's of the same comparison.
+
+    Raises:
+      ValueError: a name, basis or rate that does not exist.
+    """
+    method, _, rate = name.partition("@")
+    method, _, basis = method.partition("+")
+    basis = basis or "default"
+    bases = ("default", *BASES)
+    if method not in METHODS or basis not in bases:
+        raise ValueError(
+            f"{name!r} is not NAME[+BASIS][@RATE] with a NAME of {', '.join(METHODS)} "
+            f"and a BASIS of {', '.join(bases)}"
+        )
+    try:
+        learning_rate = float(rate) if rate else base.learning_rate
+    except ValueError as error:
+        raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
+    lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
+    nothing = {} if METHODS[method].low_rank else {"measure": "none", "anchor": None}
+    return dataclasses.replace(
+        base,
+        name=method,
+        basis=basis,
+        basis_dtype="float32" if basis == "default" else base.basis_dtype,
+        learning_rate=learning_rate,
+        **dict.fromkeys(lacking),
+        **nothing,
+    )

@@ -1,0 +1,90 @@
+"""A run's config with every default filled in: by method, device, mesh and folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+
+from models import SIZES
+from train.config.config import Config, OptimizerConfig, from_json, label, resolved
+from train.config.methods import METHODS
+from train.config.sizes import large_layers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
+
+
+def resolve(config: Config, platform: str | None = None) -> Config:
+    """The same work with every default filled in, as it is stored beside the run.
+
+    What is "auto" goes by the platform, by default that of JAX's default backend: then
+    call it after `jax.distributed.initialize`.
+    """
+    if config.resume_from is not None:
+        config = dataclasses.replace(config, resume=True)
+    model, optimizer = config.model, config.optimizer
+    size = SIZES[model.size]
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    if model.compute_dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+        model = dataclasses.replace(model, compute_dtype=dtype)
+    if model.remat == "auto":
+        model = dataclasses.replace(model, remat="none" if on_cpu else "dots")
+    model = _filled(model, vocab_size=size.vocab_size)
+    config = with_folder(config)
+    begun = _begun(config)
+    if config.layerwise == "auto":
+        one = config.microbatches == 1 and config.mesh.fsdp == 1
+        layerwise = "on" if one and not on_cpu and large_layers(size) else "off"
+        if begun is not None and begun.layerwise != "auto":
+            layerwise = begun.layerwise
+        config = dataclasses.replace(config, layerwise=layerwise)
+    method = METHODS[optimizer.name]
+    optimizer = _filled(
+        _on_mesh(config, optimizer, begun),
+        rank=size.hidden_size // 4,
+        learning_rate=method.rate,
+        **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
+    )
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def with_folder(config: Config) -> Config:
+    """With the folder that a run has if it names none."""
+    name = f"{config.model.size}-{label(config.optimizer)}"
+    return _filled(config, out=Path("runs") / name)
+
+
+def _begun(config: Config) -> Config | None:
+    """What a run that goes on began with, for choices that the mesh of then made."""
+    if not config.resume:
+        return None
+    try:
+        return from_json((resolved(config, "out") / "config.json").read_text())
+    except (OSError, ValueError):
+        return None  # `check_folder` says what is wrong there
+
+
+def _on_mesh(
+    config: Config, optimizer: OptimizerConfig, begun: Config | None
+) -> OptimizerConfig:
+    """The choices that a run makes for the mesh of its start, and keeps on others."""
+    mesh, method = config.mesh, METHODS[optimizer.name]
+    megatron = mesh.tensor > 1 and method.uses("square")
+    square, parts = "megatron" if megatron else "method", mesh.fsdp * mesh.tensor
+    if begun is not None:
+        first = begun.optimizer
+        square = "method" if first.square == "auto" else first.square
+        parts = first.block_shards or 1
+    if optimizer.square == "auto":
+        optimizer = dataclasses.replace(optimizer, square=square)
+    return _filled(optimizer, block_shards=parts)
+
+
+def _filled(config: C, **defaults: Any) -> C:
+    """The config with a default for each named field that is None."""
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)

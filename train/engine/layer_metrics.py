@@ -1,0 +1,75 @@
+"""What a run measures of its subspaces, by kinds of layers as the papers group them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+from train.config.config import OptimizerConfig, label
+from train.config.methods import METHODS
+
+# What each is called in the metrics; means over the layers.
+MEANS = {"overlap": "overlap", "anchor_overlap": "anchor", "energy": "energy"}
+SINGULAR_VALUES = 20  # as many as GrassWalk's Figure 2 has
+
+
+def measures(config: OptimizerConfig) -> bool:
+    """Whether anything is measured."""
+    return config.measure != "none" or config.anchor is not None
+
+
+def measured(
+    tx: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    """The low-rank method `tx`, and what the config asks to be measured of it."""
+    if not measures(config):
+        return tx
+    everything = config.measure == "all"
+    stage = lro.measure_subspace(
+        energy=everything,
+        overlap=config.measure != "none",
+        anchor=config.anchor,
+        spectrum=SINGULAR_VALUES if everything else 0,
+    )
+    return lro.add_stage(tx, stage)
+
+
+def check_measured(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
+    """ValueError if something is to be measured, and no chosen optimizer has it."""
+    if measures(given) and not any(METHODS[c.name].low_rank for c in chosen):
+        raise ValueError(
+            f"{', '.join(map(label, chosen))} has no subspace to be measured: leave "
+            "out --measure and --anchor"
+        )
+
+
+def kind_of(path: str) -> str:
+    """ "up" of layers/mlp/up/kernel."""
+    return path.split("/")[-2]
+
+
+def layer_metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """ "overlap/q" and so on, () each, over all layers that have a value; else NaN.
+
+    Of singular values "derivative/q/1", the largest, to "derivative/q/20": the largest
+    i-th one of any layer (GrassWalk paper, Figure 2).
+    """
+    means: dict[str, list[jax.Array]] = defaultdict(list)
+    largest: dict[str, list[jax.Array]] = defaultdict(list)
+    for path, measurement in sorted(lro.measurements(opt_state).items()):
+        kind = kind_of(path)
+        for field, name in MEANS.items():
+            if (value := getattr(measurement, field)) is not None:
+                means[f"{name}/{kind}"].append(jnp.ravel(value))
+        if (spectrum := measurement.spectrum) is not None:
+            for i in range(spectrum.shape[-1]):
+                value = jnp.ravel(spectrum[..., i])
+                largest[f"derivative/{kind}/{i + 1}"].append(value)
+    return {
+        **{name: jnp.nanmean(jnp.concatenate(x)) for name, x in sorted(means.items())},
+        **{name: jnp.nanmax(jnp.concatenate(x)) for name, x in largest.items()},
+    }

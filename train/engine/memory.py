@@ -1,0 +1,81 @@
+"""What a training step needs of a device's memory, as the compiler counts it."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train.engine.optimizer import parted
+from train.engine.step import Work, dense
+
+GIB, MIB = 2**30, 2**20
+
+
+class StepMemory(NamedTuple):
+    """Bytes of a step on one device; None where no compiler said.
+
+    Attributes:
+      weights: as they are kept.
+      state: the optimizer's.
+      gradients: those that are there at once: of all weights or, layer by layer, of one
+        layer and of embedding, head and norm.
+      temporaries: what lives during the step alone: gradients, activations, updates.
+      peak: weights, state, temporaries and the batch.
+    """
+
+    weights: int
+    state: int
+    gradients: int
+    temporaries: int | None
+    peak: int | None
+
+
+def step_memory(
+    work: Work, like: Any, compiled: jax.stages.Compiled | None
+) -> StepMemory:
+    """That of a step which takes a state of the shapes in `like`, and consumes it."""
+    weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
+    gradient = jax.eval_shape(partial(dense, work), like.params)
+    cuts = work.shards.shardings(like.step.sharding.mesh, gradient)
+    parts = parted(jax.tree.map(lambda x, cut: x.update(sharding=cut), gradient, cuts))
+    at_once = work.model.num_layers if work.layerwise else 1
+    gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)
+    memory = None if compiled is None else compiled.memory_analysis()
+    if memory is None:
+        return StepMemory(weights, state, gradients, None, None)
+    kept = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    temporaries = memory.temp_size_in_bytes
+    return StepMemory(weights, state, gradients, temporaries, kept + temporaries)
+
+
+def describe(memory: dict[bool, StepMemory], adamw: StepMemory | None) -> str:
+    """A table of steps by their kind, in MiB, and the device's own peak."""
+    rows = {("a refresh" if kind else "ordinary"): x for kind, x in memory.items()}
+    if adamw is not None:
+        rows["adamw, ordinary"] = adamw
+    lines = ["MiB on a device " + "".join(f"{x:>13}" for x in StepMemory._fields)]
+    for kind, numbers in rows.items():
+        cells = ("-" if x is None else f"{x / MIB:,.1f}" for x in numbers)
+        lines.append(f"{kind:<16}" + "".join(f"{x:>13}" for x in cells))
+    if (peak := device_peak()) is not None:
+        lines.append(f"the device's own peak: {peak / MIB:,.1f} MiB")
+    return "\n".join(lines)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of what one device has of all arrays; their types say how they are cut."""
+
+    def size(x: Any) -> int:
+        return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def device_peak() -> int | None:
+    """The most that this process has used of its first device; None if unknown."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,0 +1,410 @@
+"""The optimizer of a run: gradient clipping, the method, its schedule."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+from lowrank_optax.core.layout import Square, layout_of, path_of, specs_of
+from lowrank_optax.core.trees import squared_norm
+from models import init_params
+from train.config.config import Config, OptimizerConfig, label, model_config, resolved
+from train.config.methods import BASES, METHODS, call
+from train.config.ranks import check_ranks, parse_rank
+from train.engine.layer_metrics import check_measured, measured
+
+# The kernels of attention and MLP are (layers, in, out): the last two axes are the
+# matrix, the layers a batch of them. A parameter that no rule names is an error.
+MATRICES = (
+    (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
+    (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
+)
+
+# The side that is projected of square matrices, with square=megatron: that which
+# Megatron's cut leaves whole (`lowrank_optax.square_sides`).
+MEGATRON = ((r"attention/o/", "output"), ("", "input"))
+
+# Options of a run that mean nothing to some methods.
+NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
+NOT_ALL_HAVE += ("rotate", "back", "residual_scale", "precision", "switch", "square")
+
+
+class Parts(NamedTuple):
+    """Of the weights, or of the optimizer's state: the layers', and the rest's.
+
+    The state of the layers has a layer axis everywhere: each layer could be updated by
+    itself, when its gradient is there, and a run may change between that and a step for
+    all (`lowrank_optax.per_layer`). The rest: embedding, head and last norm.
+    """
+
+    layers: Any
+    rest: Any
+
+
+def parted(params: Any) -> Parts:
+    """The two parts of a tree like the weights, with their paths as they were."""
+    layers = {"layers": params["layers"]}
+    return Parts(layers, {k: v for k, v in params.items() if k != "layers"})
+
+
+def joined(parts: Parts) -> Any:
+    """Undoes `parted`."""
+    return {**parts.rest, **parts.layers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A gradient transformation, and what can be read off its state.
+
+    Attributes:
+      method: for the weights of one layer, or for the rest; skips a step whose gradient
+        is not finite.
+      clip: of gradients; has no state.
+      schedule: step, from 0, to learning rate.
+      refresh_every: steps between two bases; None for a method without any.
+      square: the side of square matrices that is projected.
+    """
+
+    method: optax.GradientTransformationExtraArgs
+    clip: optax.GradientTransformation
+    schedule: optax.Schedule
+    refresh_every: int | None
+    square: Square = "input"
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The method for all weights, with a state in `Parts`."""
+        return by_part(self.method)
+
+    @property
+    def clipped_method(self) -> optax.GradientTransformationExtraArgs:
+        """Clipping and the method, with the method's state.
+
+        It looks before it clips: clipping makes zeros of numbers so large that their
+        squares have no finite sum.
+        """
+
+        def update(
+            updates: Any, state: Any, params: Any = None, **extra_args: Any
+        ) -> tuple[Any, Any]:
+            accept = jnp.isfinite(squared_norm(updates))
+            return self.method.update(
+                self.clipped(updates), state, params, accept=accept, **extra_args
+            )
+
+        return optax.GradientTransformationExtraArgs(self.method.init, update)
+
+    def clipped(self, gradient: Any) -> Any:
+        return self.clip.update(gradient, optax.EmptyState())[0]
+
+    def refused(self, opt_state: optax.OptState) -> jax.Array:
+        """() int32: how often a part, a layer or the rest, refused a step so far."""
+        kinds = (lro.LowRankState, GuardState)
+        return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
+
+    def refreshes(self, opt_state: optax.OptState) -> jax.Array:
+        """() int32: how often new bases were due so far; q_galore may take fewer."""
+        return _most(s.refreshes for s in _found(lro.LowRankState, opt_state))
+
+    def learning_rate(self, opt_state: optax.OptState) -> jax.Array:
+        """() float32: that of the next step."""
+        states = _found(optax.ScaleByScheduleState, opt_state)
+        return jnp.asarray(self.schedule(_most(s.count for s in states)))
+
+
+def _found(kind: Any, opt_state: optax.OptState) -> list[Any]:
+    """The states of this kind inside an optimizer's state."""
+
+    def is_kind(x: object) -> bool:
+        return isinstance(x, kind)
+
+    return [*filter(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))]
+
+
+def _most(counts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, map(jnp.max, counts), jnp.int32(0))
+
+
+def by_part(
+    method: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`method` on every layer by itself, and on the rest."""
+    layered = lro.per_layer(method)
+
+    def init(params: Any) -> Parts:
+        parts = parted(params)
+        with warnings.catch_warnings():
+            # A low-rank method has nothing to project in the rest, as it should be.
+            warnings.filterwarnings("ignore", message="low_rank projects 0 of")
+            rest = method.init(parts.rest)
+        return Parts(layered.init(parts.layers), rest)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        steps, weights = parted(updates), parted(params)
+        done = Parts(
+            layered.update(steps.layers, state.layers, weights.layers, **extra_args),
+            method.update(steps.rest, state.rest, weights.rest, **extra_args),
+        )
+        return joined(Parts(*(x[0] for x in done))), Parts(*(x[1] for x in done))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class GuardState(NamedTuple):
+    """State of `skip_not_finite`.
+
+    Attributes:
+      skipped: () int32, steps refused because the gradient was not finite.
+      inner_state: the transformation's.
+    """
+
+    skipped: jax.Array
+    inner_state: Any
+
+
+def skip_not_finite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, and nothing changes at a step whose gradient is not finite.
+
+    The caller may have looked already, at all weights where this sees a part of them,
+    and says so by `accept`, as to `lowrank_optax.low_rank`. (`optax.apply_if_finite`
+    asks nobody, and gives in after a number of steps.)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> GuardState:
+        return GuardState(jnp.zeros([], jnp.int32), inner.init(params))
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        accept: bool | jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        if accept is None:
+            accept = jnp.isfinite(optax.tree.norm(updates))
+        steps, new = inner.update(updates, state.inner_state, params, **extra_args)
+        if accept is True:
+            return steps, GuardState(state.skipped, new)
+        take = functools.partial(jnp.where, accept)
+        return jax.tree.map(lambda u: take(u, jnp.zeros_like(u)), steps), GuardState(
+            state.skipped + ~accept, jax.tree.map(take, new, state.inner_state)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then cosine to `final` of it.
+
+    The first step (count 0) already has a learning rate above 0, the last warm-up step
+    has the peak, and the last step of all exactly `final` of the peak.
+    """
+    peak = resolved(config, "learning_rate")
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=round(config.warmup * steps),
+        decay_steps=steps,
+        end_value=config.final * peak,
+    )
+    return lambda count: schedule(count + 1)
+
+
+def why_steps_matter(config: Mapping[str, Any]) -> str | None:
+    """Why a run cannot be given more steps; of a config as JSON has it.
+
+    None if no step depends on how many there are.
+    """
+    name = config["name"]
+    if name in METHODS and METHODS[name].uses("switch"):
+        return f"{name} changes its subspace after a part of the steps"
+    if config["warmup"] == 0 and config["final"] == 1:
+        return None
+    return (
+        "the learning rate goes by the number of steps and ends at the last; only with "
+        "--warmup 0 --final 1, from the start, can steps be added"
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optimizer:
+    """The optimizer that a resolved config names, for the models' parameters.
+
+    `key` decides every random basis.
+    """
+    method = METHODS[config.name]
+    schedule = make_schedule(config, steps)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
+    tx = make_method(
+        config.name,
+        schedule,
+        basis=config.basis,
+        basis_dtype=config.basis_dtype,
+        key=key,
+        angle=config.angle,
+        walk_rank=config.walk_rank,
+        rank=parse_rank(resolved(config, "rank")),
+        refresh_every=config.refresh_every,
+        # Like the rank, it means nothing to AdamW in a comparison.
+        rotate=config.rotate,
+        back=config.back,
+        residual_scale=config.residual_scale,
+        scale=config.scale if method.low_rank or method.uses("scale") else None,
+        switch_step=round(config.switch * steps),
+        precision=None if config.precision == "default" else config.precision,
+        square=MEGATRON if config.square == "megatron" else None,
+        shards=config.block_shards,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    if not method.low_rank:
+        return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON)
+    refresh_every = method.own.get("refresh_every", config.refresh_every)
+    square = MEGATRON if config.square == "megatron" else method.options["square"]
+    tx = optax.with_extra_args_support(measured(tx, config))
+    return Optimizer(tx, clip, schedule, refresh_every, square)
+
+
+def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
+    """ValueError for an option that was given, and that no chosen optimizer has."""
+    for option in NOT_ALL_HAVE:
+        untouched = getattr(OptimizerConfig, option)
+        if getattr(given, option) == untouched or any(
+            METHODS[c.name].uses(option, c.basis) for c in chosen
+        ):
+            continue
+        flag = "--" + option.replace("_", "-")
+        who = ", ".join(map(label, chosen))
+        own = any(option in METHODS[c.name].own for c in chosen)
+        has = f"decides {option} by itself" if own else f"has no {option}"
+        raise ValueError(f"{who} {has}: leave out {flag}")
+    check_measured(given, chosen)
+    if given.basis_dtype != "float32" and all(c.basis == "default" for c in chosen):
+        raise ValueError(
+            f"basis_dtype={given.basis_dtype!r} needs a basis by name: --basis svd, or "
+            "galore+svd where several optimizers are named"
+        )
+
+
+def check_optimizer(config: Config) -> None:
+    """ValueError for a resolved config whose optimizer cannot be built, or not used."""
+    key = jax.random.key(0)
+    tx = make_optimizer(config.optimizer, config.steps, key).method
+    model, name = model_config(config.model), config.optimizer.name
+    params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
+    if METHODS[name].uses("rank"):
+        check_ranks(resolved(config.optimizer, "rank"), smaller_sides(params))
+    if METHODS[name].uses("precision"):
+        check_precision(config.optimizer.precision)
+    layer = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p), params)
+    state = jax.eval_shape(tx.init, layer)
+    jax.eval_shape(functools.partial(tx.update, refresh=True), layer, state, layer)
+    if config.layerwise == "off" or config.microbatches == 1:
+        return
+
+    def summed(layer: Any, state: Any) -> Any:
+        low = lro.project_gradient(tx, layer, state, layer).low
+        return tx.update(low, state, layer, refresh=False, projected=True)
+
+    try:
+        jax.eval_shape(summed, layer, state)
+    except ValueError as error:
+        raise ValueError(
+            f"layerwise=on with microbatches={config.microbatches} sums a layer's "
+            f"gradients in the subspace, which {config.optimizer.name} does not allow: "
+            f"{error}; take microbatches=1, or layerwise=off"
+        ) from error
+
+
+def smaller_sides(params: Any) -> dict[str, int]:
+    """The smaller side of each matrix that has a subspace, by its path."""
+    shapes = jax.tree_util.tree_leaves_with_path(params)
+    specs = specs_of(MATRICES, params)
+    return {
+        path: layout_of(path, x.shape, spec).m
+        for path, x in ((path_of(keys), x) for keys, x in shapes)
+        if (spec := specs[path]) is not None
+    }
+
+
+def check_precision(precision: str) -> None:
+    """ValueError unless JAX knows it, and this device has it."""
+    x = jnp.ones((8, 8))
+
+    def has(precision: str) -> bool:
+        try:
+            jnp.matmul(x, x, precision=precision).block_until_ready()
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return False
+        return True
+
+    if not has(precision):
+        names = (preset.name for preset in jax.lax.DotAlgorithmPreset)
+        known = ", ".join(("default", "high", "highest", *filter(has, names)))
+        raise ValueError(
+            f"precision={precision!r} is none that a {jax.default_backend()} has here; "
+            f"it has {known}"
+        )
+
+
+def make_method(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    basis: str = "default",
+    basis_dtype: str = "float32",
+    key: jax.Array | int | None = None,
+    angle: float | None = None,
+    walk_rank: int | None = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """A method by its name, with those of the options that it takes and are not None.
+
+    `key`, `angle` and `walk_rank` are for the basis, the method's own or another.
+
+    Raises:
+      ValueError: a basis for a method whose basis is its own, or a scale, b1 or b2 for
+        one that has none.
+    """
+    method = METHODS[name]
+    for option in ("scale", "b1", "b2"):
+        if options.get(option) is not None and option not in method.options:
+            raise ValueError(f"{name} has no {option}: leave it out")
+    rule = {"key": key, "angle": angle, "walk_rank": walk_rank}
+    own = {**rule, "b1": options.get("b1")}
+    if basis != "default":
+        if "basis" not in method.options:
+            raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
+        rule = {"basis": call(BASES[basis], **own)}
+        if basis_dtype != "float32":
+            rule["basis"] = lro.cast_basis(rule["basis"], basis_dtype)
+    elif basis_dtype != "float32":
+        raise ValueError(f"basis_dtype={basis_dtype!r} needs a basis by name: give one")
+    options = {"dimension_numbers": MATRICES, **options, **rule, **method.own}
+    return call(method.make, learning_rate, **options)
+
+
+def decayed(params: optax.Params) -> Any:
+    """True for the weights that decay: matrices and the embedding, no norm scales."""
+
+    def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
+        return not jax.tree_util.keystr(path, simple=True).endswith("scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,386 @@
+"""One training step and one evaluation step: pure functions, to be jitted.
+
+A batch is {"tokens": int (B, T)} and may have "weights": float (B, T), the weight of
+each token as a prediction's target; the first token of a window is never one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lowrank_optax as lro
+from lowrank_optax.core.trees import squared_norm
+from models import LlamaConfig, Params
+from models.cross_entropy import head_cross_entropy
+from models.params import draw_params, embed, finish, run_layer
+from train.config.sizes import large_layers
+from train.engine.layer_metrics import layer_metrics
+from train.engine.optimizer import Optimizer, Parts, joined, parted
+from train.engine.weight_sharding import Shards, cut_weights, looked_up, rows
+
+Batch = dict[str, jax.Array]
+LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+LOGIT_TOKENS = 2048
+"""How many tokens' logits there are at a time on a device."""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      step: () int32, steps done, skipped ones included.
+      params: the model's weights.
+      opt_state: the optimizer's state, in `Parts`.
+      until_refresh: () int32, steps until new bases are due; 0: at the next.
+      skipped: () int32, steps at which the gradient was not finite; layer by layer, at
+        which that of a layer, or of the rest, was not.
+      skipped_in_a_row: () int32, those since the last step that was not one.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    until_refresh: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+class Work(NamedTuple):
+    """What a step is bound to.
+
+    Attributes:
+      model: the model's configuration.
+      optimizer: the optimizer.
+      key: decides how weights of few bits are rounded.
+      weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
+      microbatches: parts of a batch that go through the model one after the other.
+      layerwise: whether each layer is updated when the backward pass has its gradient.
+      block_shards: into how many parts weights of int8 can be cut with whole blocks.
+    """
+
+    model: LlamaConfig
+    optimizer: Optimizer
+    key: jax.Array
+    weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    microbatches: int = 1
+    layerwise: bool = False
+    block_shards: int = 1
+
+    @property
+    def shards(self) -> Shards:
+        """Where the weights are on a mesh."""
+        return Shards(self.optimizer.square, self.model.compute_dtype)
+
+
+def init_weights(work: Work, key: jax.Array) -> Any:
+    """The weights before the first step, as they are kept."""
+    return draw_params(work.model, key, partial(keep_weights, work))
+
+
+def keep_weights(work: Work, params: Any) -> Any:
+    """Weights as this work keeps them, of weights as any other does."""
+    weights = work.shards.cut(lro.dense(params))
+    return lro.store_weights(weights, work.weight_dtype, shards=work.block_shards)
+
+
+def init_state(work: Work, params: Any) -> TrainState:
+    """The state before the first step; runs under jit and eval_shape."""
+    # Arrays of their own: one in several places could not be donated.
+    step, until, skipped, in_a_row = (jnp.zeros([], jnp.int32) for _ in range(4))
+    opt_state = work.optimizer.tx.init(dense(work, params))
+    return TrainState(step, params, opt_state, until, skipped, in_a_row)
+
+
+def dense(work: Work, params: Any) -> Any:
+    """The weights as the model takes them."""
+    return lro.dense(params, work.model.compute_dtype)
+
+
+def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The token to be predicted at each position, and its weight."""
+    tokens = batch["tokens"]
+    weights = batch.get("weights", jnp.ones(tokens.shape, jnp.float32))
+    # Rolled in, and the last position gets weight 0: slicing it off would cut a batch
+    # into odd lengths.
+    targets, weights = (jnp.roll(x, -1, axis=1) for x in (tokens, weights))
+    return targets, weights.at[:, -1].set(0.0)
+
+
+def embedded(work: Work, rest: Params, tokens: jax.Array) -> jax.Array:
+    """What the first layer reads: int (B, T) -> (B, T, D)."""
+    weights = work.shards.gather({"embed": rest["embed"]})
+    embedding = weights["embed"]["embedding"]
+    return looked_up(partial(embed, work.model, weights), embedding, tokens)
+
+
+def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
+    """One layer, its weights put together for as long as it is computed."""
+    gather = work.shards.gather if cut_weights() else None
+    return rows(run_layer(work.model, layer, x, gather))
+
+
+def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
+    """Weighted sum of the cross-entropy, in nats, from what the head reads."""
+    kernel = rest["head"]["kernel"]
+    spread = work.shards.spread(kernel)
+    return head_cross_entropy(
+        rows(x),
+        kernel,
+        *targets_of(batch),
+        compute_dtype=work.model.compute_dtype,
+        block_tokens=LOGIT_TOKENS * spread.groups,
+        spread=spread,
+    )
+
+
+def loss_sums(work: Work, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the next-token cross-entropy, in nats, and of the weights.
+
+    Kept apart, so that a mean over several batches is exact: add up both, divide once.
+    `params` are as they are kept, or as the model takes them.
+    """
+
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return through_layer(work, dense(work, layer), x), None
+
+    rest = dense(work, parted(params).rest)
+    x = embedded(work, rest, batch["tokens"])
+    x, _ = jax.lax.scan(body, x, params["layers"])
+    loss = head_loss(work, rest, finish(work.model, rest, x), batch)
+    return loss, jnp.sum(targets_of(batch)[1])
+
+
+def mean_gradient(
+    loss_sums: LossSums, params: Params, batch: Batch, microbatches: int
+) -> tuple[jax.Array, Params]:
+    """Token-weighted mean loss and its gradient, over microbatches in turn.
+
+    Every part's loss is divided by the weight of all tokens, so the sum over the parts
+    does not depend on how the tokens fall into them. (The loss is, not the gradient
+    afterwards: that would read and write all of it once more.)
+    """
+    weight = jnp.sum(targets_of(batch)[1])
+    mean = jax.value_and_grad(lambda params, part: loss_sums(params, part)[0] / weight)
+    if microbatches == 1:
+        return mean(params, batch)
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, mean(params, part)), None
+
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mean, params, batch)
+    )
+    parts = jax.tree.map(partial(_split, microbatches), batch)
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def _split(parts: int, x: jax.Array) -> jax.Array:
+    """(B, T) -> (parts, B / parts, T); each part has rows of every device's share."""
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+class Taken(NamedTuple):
+    """A step that was taken: loss, new weights and state, squared gradient norm."""
+
+    loss: jax.Array
+    params: Any
+    opt_state: Any
+    squared: jax.Array
+
+
+def train_step(
+    work: Work, state: TrainState, batch: Batch, *, refresh: bool
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step; bind `work`, jit with `refresh` static, donate the state.
+
+    A step whose gradient is not finite changes nothing but the counts.
+
+    Args:
+      work: what the step is bound to.
+      state: the state.
+      batch: the batch.
+      refresh: whether new bases are chosen.
+
+    Returns:
+      The new state, and the metrics.
+    """
+    by_layer = work.layerwise and work.microbatches == 1
+    take = layerwise_step if by_layer else whole_step
+    key = jax.random.fold_in(work.key, state.step)
+    taken = take(work, key, state, batch, refresh)
+    optimizer = work.optimizer
+    refused = optimizer.refused(taken.opt_state) > optimizer.refused(state.opt_state)
+    # A refresh that was refused is due again at once.
+    until = state.until_refresh - 1
+    if refresh:
+        until = jnp.where(refused, 0, (optimizer.refresh_every or 1) - 1)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=taken.params,
+        opt_state=taken.opt_state,
+        until_refresh=until,
+        skipped=state.skipped + refused,
+        skipped_in_a_row=refused * (state.skipped_in_a_row + 1),
+    )
+    metrics = {
+        "loss": taken.loss,
+        "grad_norm": jnp.sqrt(taken.squared),
+        "learning_rate": optimizer.learning_rate(state.opt_state),
+        "refreshes": optimizer.refreshes(taken.opt_state),
+        "skipped": new_state.skipped,
+        "skipped_in_a_row": new_state.skipped_in_a_row,
+        **layer_metrics(taken.opt_state),
+    }
+    return new_state, metrics
+
+
+def whole_step(
+    work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
+) -> Taken:
+    """All gradients first, then all updates: a step is taken whole or not at all.
+
+    With `layerwise`, and microbatches, what is summed of them is S^T G alone, so that a
+    norm is that of S^T G.
+    """
+    if work.layerwise:
+        state, loss, gradient, bases = projected_gradient(work, state, batch, refresh)
+        how = {"bases": bases, "projected": True}
+    else:
+        params = dense(work, state.params)
+        sums = partial(loss_sums, work)
+        loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
+        gradient = work.shards.cut(gradient)
+        how = {}
+    squared = squared_norm(gradient)
+    method, accept = work.optimizer.method, jnp.isfinite(squared)
+    old, steps = parted(state.params), parted(work.optimizer.clipped(gradient))
+    layers, layers_state = lro.update_layers(
+        method,
+        steps.layers,
+        state.opt_state.layers,
+        old.layers,
+        **how,
+        block=1 if large_layers(work.model) else None,
+        load=partial(dense, work),
+        apply_updates=added,
+        operands=(key,),
+        refresh=refresh,
+        accept=accept,
+    )
+    updates, rest_state = method.update(
+        steps.rest,
+        state.opt_state.rest,
+        dense(work, old.rest),
+        refresh=refresh,
+        accept=accept,
+    )
+    rest = added(old.rest, updates, None, key)
+    return Taken(
+        loss, joined(Parts(layers, rest)), Parts(layers_state, rest_state), squared
+    )
+
+
+def projected_gradient(
+    work: Work, state: TrainState, batch: Batch, refresh: bool
+) -> tuple[TrainState, jax.Array, Params, dict[str, jax.Array]]:
+    """The state, the mean loss, S^T G of the whole batch, and the bases S chosen.
+
+    The backward pass projects each layer's gradient as soon as it is there.
+    """
+    method, old = work.optimizer.method, parted(state.params)
+    load, weight = partial(dense, work), jnp.sum(targets_of(batch)[1])
+    layers = lro.open_sums(
+        method, old.layers, state.opt_state.layers, load=load, refresh=refresh
+    )
+    rest = dense(work, old.rest)
+
+    def add(carry: Any, part: Batch, *, first: bool) -> tuple[Any, None]:
+        layer = lro.sum_in_backward(
+            lambda weights, x: through_layer(work, weights["layers"], x),
+            method,
+            load=load,
+            refresh=refresh,
+            first=first,
+        )
+
+        def loss(rest: Params) -> jax.Array:
+            return loss_through(work, layer, layers, rest, part) / weight
+
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(rest)), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, rest)
+    parts = jax.tree.map(partial(_split, work.microbatches), batch)
+    # At a refresh the first chooses the bases; otherwise one program does for all.
+    start = int(refresh)
+    if refresh:
+        zeros, _ = add(zeros, jax.tree.map(lambda x: x[0], parts), first=True)
+    (loss, of_rest), _ = jax.lax.scan(
+        partial(add, first=False), zeros, jax.tree.map(lambda x: x[start:], parts)
+    )
+    params, own, sums = lro.close_sums(layers)
+    state = state._replace(
+        params=joined(Parts(params, old.rest)),
+        opt_state=Parts(own, state.opt_state.rest),
+    )
+    return state, loss, joined(Parts(sums.low, of_rest)), sums.bases
+
+
+def loss_through(
+    work: Work,
+    layer: Callable[..., jax.Array],
+    layers: Any,
+    rest: Params,
+    batch: Batch,
+) -> jax.Array:
+    """Weighted sum of the cross-entropy, through layers that are references."""
+
+    def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        return layer(index, layers, x), None
+
+    x = embedded(work, rest, batch["tokens"])
+    x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
+    return head_loss(work, rest, finish(work.model, rest, x), batch)
+
+
+def layerwise_step(
+    work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
+) -> Taken:
+    """Each layer is updated by the backward pass, and the rest afterwards.
+
+    Clipping is by the layer's own norm, and by that of the rest's gradient. A layer, or
+    the rest, whose gradient is not finite is skipped by itself.
+    """
+    old, method = parted(state.params), work.optimizer.clipped_method
+    layers = lro.open_layers(old.layers, state.opt_state.layers, key)
+    layer = lro.update_in_backward(
+        lambda weights, x: through_layer(work, weights["layers"], x),
+        method,
+        load=partial(dense, work),
+        apply_updates=added,
+        refresh=refresh,
+    )
+
+    def mean_loss(rest: Params) -> jax.Array:
+        total = loss_through(work, layer, layers, rest, batch)
+        return total / jnp.sum(targets_of(batch)[1])
+
+    rest = dense(work, old.rest)
+    loss, gradient = jax.value_and_grad(mean_loss)(rest)
+    updates, rest_state = method.update(
+        gradient, state.opt_state.rest, rest, refresh=refresh
+    )
+    done = lro.close_layers(layers)
+    squared = jnp.sum(done.squares) + squared_norm(gradient)
+    new = Parts(done.params, added(old.rest, updates, None, key))
+    return Taken(loss, joined(new), Parts(done.state, rest_state), squared)
+
+
+def added(params: Any, updates: Any, layer: jax.Array | None, key: jax.Array) -> Any:
+    """The weights with their updates; a layer's rounding has a key of its own."""
+    if layer is not None:
+        key = jax.random.fold_in(key, layer)
+    return lro.apply_updates(params, updates, key)

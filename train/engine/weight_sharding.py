@@ -1,0 +1,240 @@
+"""How weights are cut over the mesh, and put together where they are used.
+
+A layer's kernel is (..., in, out); the layers, before that, are not cut.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_optax as lro
+from lowrank_optax.core.layout import Square, path_of, side_of
+from lowrank_optax.core.sharding import devices_of, names_of
+from models.cross_entropy import Spread
+from train.engine.mesh import ROWS
+
+IN, OUT = -2, -1
+
+# The axis that tensor parallelism cuts (Shoeybi et al. 2019, "Megatron-LM"): each
+# device has its heads and its part of the MLP, so o and down sum over devices.
+MEGATRON = (
+    (r"(^|/)(q|k|v|gate|up|head)/kernel$", OUT),
+    (r"(^|/)(o|down)/kernel$", IN),
+)
+EMBEDDING = r"(^|/)embed/embedding$"
+
+
+class Kept(NamedTuple):
+    """Where a weight is.
+
+    Attributes:
+      cut: between two uses, as are its gradient and what the optimizer makes of it.
+      used: where it is used.
+    """
+
+    cut: P = P()
+    used: P = P()
+
+
+def place(
+    path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
+) -> Kept | None:
+    """Where a weight is on a mesh of these sizes; None for one that is never cut.
+
+    The axis "fsdp" cuts the side that a subspace is not of, the larger one or, of a
+    square matrix, the one that is not projected: so an ordinary step of the optimizer
+    is local. A side that does not divide leaves it to the other. An embedding is cut
+    along what a token's row holds, so that rows are moved and never the table.
+    """
+    axis = next((axis for rule, axis in MEGATRON if re.search(rule, path)), None)
+    if re.search(EMBEDDING, path):
+        orders = {"fsdp": (OUT, IN), "tensor": (OUT, IN)}
+    elif axis is None:
+        return None  # a norm's scale
+    else:
+        wide = shape[IN] < shape[OUT]
+        if shape[IN] == shape[OUT]:
+            wide = side_of(square, path) == "input"
+        largest = (OUT, IN) if wide or path.endswith("head/kernel") else (IN, OUT)
+        orders = {"tensor": (axis, -3 - axis), "fsdp": largest}
+    cut: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
+    for name, order in orders.items():
+        for side in order:
+            parts = math.prod(sizes[n] for n in (*cut[side], name))
+            if sizes[name] > 1 and shape[side] % parts == 0:
+                cut[side] += (name,)
+                break
+    if axis is None:
+        used = {OUT: cut[OUT]}
+    else:
+        used = {axis: tuple(name for name in cut[axis] if name == "tensor")}
+    return Kept(_spec(cut, len(shape)), _spec(used, len(shape)))
+
+
+def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
+    entries = [cut.get(side, ()) for side in (IN, OUT)]
+    return P(
+        *[None] * (ndim - 2), *(e[0] if len(e) == 1 else e or None for e in entries)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Where the weights of one run are, on any mesh; hashable.
+
+    In a step it goes by the mesh that is set (`jax.set_mesh`), and does nothing where
+    that cuts no weights.
+
+    Attributes:
+      square: the side of square matrices that is projected.
+      dtype: what is moved between devices is in it, if that is less.
+    """
+
+    square: Square
+    dtype: str
+
+    def shardings(self, mesh: Mesh, params: Any) -> Any:
+        """Of the weights as they are kept, or dense: a tree like them."""
+
+        def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
+            kept = place(path_of(keys), w.shape, mesh.shape, self.square) or Kept()
+            return jax.tree.map(
+                lambda x: NamedSharding(mesh, _fitted(kept.cut, x, mesh)), w
+            )
+
+        return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
+
+    def gather(self, weights: Any) -> Any:
+        """Weights as their products take them; each one's gradient is cut again."""
+
+        def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
+            kept = self._kept(keys, w)
+            narrow = jnp.promote_types(w.dtype, self.dtype) == w.dtype
+            # A token's gradients are summed in float32, one by one.
+            rounds = narrow and not re.search(EMBEDDING, path_of(keys))
+            dtype = self.dtype if rounds else w.dtype.name
+            return w if kept is None else _gather(kept, dtype, w.dtype.name, w)
+
+        return jax.tree_util.tree_map_with_path(of, weights)
+
+    def cut(self, weights: Any) -> Any:
+        """A tree like the weights, or gradients, cut as they are kept."""
+
+        def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
+            kept = self._kept(keys, w)
+            return w if kept is None else _constrained(w, kept.cut)
+
+        return jax.tree_util.tree_map_with_path(of, weights)
+
+    def remarks(self, mesh: Mesh, weights: Any) -> list[str]:
+        """What the mesh does less of than it might, since sides do not divide."""
+        parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
+        for keys, w in jax.tree_util.tree_leaves_with_path(weights):
+            path = path_of(keys)
+            kept = place(path, w.shape, mesh.shape, self.square)
+            if kept is None:
+                continue
+            found = math.prod(devices_of(entry, mesh) for entry in kept.cut)
+            if found < parts:
+                fewer.append(f"{path} ({found})")
+            if mesh.shape["tensor"] > 1 and "tensor" not in str(kept.used):
+                together.append(path)
+        remarks = {
+            f"cut into fewer parts than {parts}": fewer,
+            "not parallel along tensor": together,
+        }
+        return [f"{what}: {', '.join(x)}" for what, x in remarks.items() if x]
+
+    def spread(self, kernel: jax.Array) -> Spread:
+        """How the output head's work is spread."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return Spread()
+        kept = place("head/kernel", kernel.shape, mesh.shape, self.square) or Kept()
+        return Spread(devices_of(ROWS, mesh), ROWS, *kept)
+
+    def _kept(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> Kept | None:
+        mesh = _cutting_mesh()
+        if mesh is None:
+            return None
+        return place(path_of(keys), w.shape, mesh.shape, self.square)
+
+
+def cut_weights() -> bool:
+    """Whether the mesh that is set cuts any."""
+    return _cutting_mesh() is not None
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """(B, ...), each device with its rows."""
+    return _constrained(x, P(ROWS)) if cut_weights() else x
+
+
+def looked_up(
+    embed: Callable[[jax.Array], jax.Array], embedding: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """`embed(tokens)` (B, T, D), each device with its rows.
+
+    Each first looks its part of D up, for all rows that its neighbours along fsdp have
+    too; then they exchange them.
+    """
+    mesh = _cutting_mesh()
+    if mesh is None:
+        return embed(tokens)
+    kept = place("embed/embedding", embedding.shape, mesh.shape, "input") or Kept()
+    names = names_of(kept.used[1])
+    x = embed(_constrained(tokens, P("data")))
+    # First those of tensor: both at once are no exchange that the compiler knows.
+    for parts in (names, tuple(name for name in names if name == "fsdp")):
+        x = _constrained(x, P("data", None, parts))
+    return rows(x)
+
+
+def _constrained(x: jax.Array, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _forward(kept: Kept, dtype: str, own: str, w: jax.Array) -> tuple[jax.Array, None]:
+    # Cut first: else all layers may be gathered, and this one read of them.
+    narrow = _constrained(w, kept.cut).astype(dtype)
+    return _constrained(narrow, kept.used), None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(kept: Kept, dtype: str, own: str, w: jax.Array) -> jax.Array:
+    return _forward(kept, dtype, own, w)[0]
+
+
+def _backward(
+    kept: Kept, dtype: str, own: str, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (_constrained(gradient.astype(own), kept.cut),)
+
+
+_gather.defvjp(_forward, _backward)
+
+
+def _cutting_mesh() -> Any:
+    """The mesh that is set, if it cuts weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return None
+    return mesh
+
+
+def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
+    """The spec for what is kept of a weight: axes that it does not divide are whole."""
+    entries = zip(spec, x.shape, strict=False)
+    return P(*(e if size % devices_of(e, mesh) == 0 else None for e, size in entries))
+
+
+def _is_quantized(x: object) -> bool:
+    return isinstance(x, lro.QuantizedWeights)

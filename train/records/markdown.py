@@ -1,0 +1,49 @@
+"""Rows of results: JSON lines in a file, Markdown on the screen."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.host.atomic import check_writable
+
+Row = dict[str, Any]
+
+
+def rounded(row: Mapping[str, Any]) -> Row:
+    """Numbers to three digits, those within a mapping too."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return rounded(value)
+        return round(value, 3) if isinstance(value, float) else value
+
+    return {k: cut(v) for k, v in row.items()}
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table of those of the columns, keys and titles, that any row has."""
+    shown = {k: title for k, title in columns.items() if any(k in row for row in rows)}
+
+    def cell(row: Row, key: str) -> str:
+        value = row.get(key, "-")
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [" | ".join(shown.values()), "|".join("---" for _ in shown)]
+    lines += [" | ".join(cell(row, key) for key in shown) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def check_out(path: Path) -> None:
+    """OSError unless rows can be appended to the file; makes it, and its folder."""
+    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()
+
+
+def append(path: Path, rows: Sequence[Row], settings: Row) -> None:
+    """A line for each row, with the settings that they have in common."""
+    with path.open("a") as file:
+        for row in rows:
+            line = settings | rounded(row)
+            file.write(json.dumps(line, default=str) + "\n")

@@ -1,0 +1,191 @@
+"""Metrics of a run: JSON lines and TensorBoard, one logging interval late."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.host.atomic import Appender
+from train.host.console import warn
+from train.host.paths import Place
+from train.records.tensorboard import Board
+
+Record = dict[str, Any]
+Metrics = Mapping[str, jax.Array]
+
+
+class MetricsWriter:
+    """Appends records to `folder/metrics.jsonl` and `folder/tensorboard`.
+
+    Each line is an object with "step", on the disk as it is written; a number that is
+    not finite is null. Opening a folder again cuts it off after `step`, the step that
+    the run resumes from. Only process 0 writes.
+
+    No report stops a run: what cannot be written (a full disk) is a warning, once, and
+    is written when that is possible again.
+    """
+
+    def __init__(self, folder: Place, step: int) -> None:
+        self._outputs: list[_Output] = []
+        if jax.process_index() == 0:
+            lines = _Lines(folder / "metrics.jsonl", step)
+            board = Board(folder / "tensorboard", purge_step=step + 1)
+            self._outputs = [_Output(lines), _Output(board)]
+
+    def write(self, record: Record) -> None:
+        numbers = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        for output in self._outputs:
+            output.write(numbers)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for output in self._outputs:
+            output.close()
+
+
+class _Output:
+    """One place for records, and those that are still to be written there."""
+
+    def __init__(self, target: "_Lines | Board") -> None:
+        self._target = target
+        self._waiting: list[Record] = []
+        self._warned = False
+
+    def write(self, *records: Record) -> None:
+        self._waiting += records
+        try:
+            self._target.append(self._waiting)
+        except OSError as error:
+            if not self._warned:
+                warn(
+                    f"{self._target.path} cannot be written ({error.strerror}); the "
+                    "run goes on, and it is written when that is possible"
+                )
+            self._warned = True
+        else:
+            self._waiting = []
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write()
+        if self._waiting:
+            steps = [record["step"] for record in self._waiting]
+            warn(f"{self._target.path} lacks the records of the steps {steps}")
+
+
+class _Lines:
+    """A file of JSON lines."""
+
+    def __init__(self, path: Place, step: int) -> None:
+        self.path = path
+        self._file = Appender(path, _size_up_to(path, step) if path.exists() else 0)
+
+    def append(self, records: Sequence[Record]) -> None:
+        self._file.append(b"".join(json.dumps(r).encode() + b"\n" for r in records))
+
+
+def _size_up_to(path: Place, step: int) -> int:
+    """Bytes of the lines before a record of a later step, or one that is cut short."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = _parsed(line)
+            if not line.endswith(b"\n") or (record and record["step"] > step):
+                break
+            size += len(line)
+    return size
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def read_metrics(folder: Place) -> list[Record]:
+    """The records of `folder/metrics.jsonl`, in order; none if there is no such file.
+
+    A line that is no record is left out, and so is a last one that was cut short, when
+    the process was killed.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [_parsed(line) for line in lines if line.endswith(b"\n")]
+    return [record for record in records if record is not None]
+
+
+def is_healthy(record: Record) -> bool:
+    """Whether all was finite when it was written, and its step taken."""
+    losses = [record[x] for x in ("loss", "eval_loss") if x in record]
+    finite = all(x is not None and math.isfinite(x) for x in losses)
+    return finite and record.get("skipped_in_a_row", 0) == 0
+
+
+class Meter:
+    """Turns the device's metrics into records without making the device wait.
+
+    `add` keeps what a step returned on the device. `log` closes a record, and returns
+    the one before, which is computed by now; `flush` waits for the last one. In a
+    record the loss is the mean over its steps, the other metrics are its last step's,
+    and the time is the mean since the record before, pauses left out. It ends when the
+    device has done the record's last step, which a thread waits for: the host itself is
+    some steps ahead by then.
+    """
+
+    def __init__(
+        self, step: int, tokens_per_step: int, losses: Sequence[float] = ()
+    ) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._losses: list[Any] = list(losses)
+        self._waiter = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Future[tuple[Metrics, Any, float]]] | None = None
+        self.resume(step)
+
+    def resume(self, step: int) -> None:
+        """Start the clock (again): `step` steps are done, and the device is idle."""
+        self._since, self._step = time.perf_counter(), step
+
+    def add(self, metrics: Metrics) -> None:
+        self._losses.append(metrics["loss"])
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps since the last record that was closed; waits for them."""
+        return [float(x) for x in jax.device_get(self._losses)]
+
+    def log(self, step: int, metrics: Metrics) -> Record | None:
+        record = self.flush()
+        self._pending = step, self._waiter.submit(_fetched, metrics, self._losses)
+        self._losses = []
+        return record
+
+    def flush(self) -> Record | None:
+        if self._pending is None:
+            return None
+        step, fetched = self._pending
+        metrics, losses, when = fetched.result()
+        self._pending = None
+        seconds = (when - self._since) / (step - self._step)
+        self._since, self._step = when, step
+        return {
+            "step": step,
+            **{name: value.item() for name, value in metrics.items()},
+            "loss": float(np.mean(losses, dtype=np.float64)),
+            "ms_per_step": seconds * 1e3,
+            "tokens_per_s": self._tokens_per_step / seconds,
+        }
+
+
+def _fetched(metrics: Metrics, losses: list[jax.Array]) -> tuple[Metrics, Any, float]:
+    """Both on the host, and when they were there."""
+    on_host = jax.device_get((metrics, losses))
+    return *on_host, time.perf_counter()

@@ -1,0 +1,196 @@
+"""Curves and final losses as PNG."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from statistics import fmean
+
+from matplotlib import colormaps, rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+
+from train.host.atomic import write_bytes
+from train.host.paths import Place
+from train.records.metrics import Record
+
+
+def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
+    """Training loss, as logged and smoothed, and evaluation loss of one run."""
+    figure, axes = _figure(title)
+    steps, losses = _series(records, "loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
+    axes.plot(*_series(records, "eval_loss"), "o", color="tab:red", label="held out")
+    _save(figure, axes, path)
+
+
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
+    """Smoothed training loss of several runs; a dot is the final evaluation loss."""
+    figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
+    for name, records in runs.items():
+        steps, losses = _series(records, "loss")
+        (line,) = axes.plot(steps, _smooth(losses), label=name)
+        eval_steps, eval_losses = _series(records, "eval_loss")
+        axes.plot(eval_steps[-1:], eval_losses[-1:], "o", color=line.get_color())
+    _save(figure, axes, path)
+
+
+LABELS = {
+    "overlap": "overlap with the basis before",
+    "anchor": "overlap with the anchor",
+    "energy": "share of the gradient, R",
+    "derivative": "singular values, error's derivative",
+}
+
+
+def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
+    """What was measured of one run's subspaces, a line for each kind of layer.
+
+    Of singular values the largest.
+    """
+    names = {name for record in records for name in record if "/" in name}
+    groups = [group for group in LABELS if _of(group, names)]
+    figure = Figure(figsize=(4 * len(groups) + 2, 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        for name in _of(group, names):
+            _, kind, *index = name.split("/")
+            if index in ([], ["1"]):
+                axes.plot(*_series(records, name), ".-", label=kind)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LABELS[group])
+        axes.grid(alpha=0.3)
+    _save(figure, panels[-1], path)
+
+
+def draw_spectra(
+    values: Mapping[str, Sequence[float]], path: Place, title: str
+) -> None:
+    """Normalised singular values, descending, a line for each kind of layer."""
+    figure, axes = _figure(title)
+    for kind, line in values.items():
+        axes.plot(range(1, len(line) + 1), line, label=kind)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value over the largest, mean of layers")
+    _save(figure, axes, path)
+
+
+def draw_by_time(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
+    """As `draw_runs`, over the time that the steps took, compilation left out."""
+    figure, axes = _figure(f"{title}\nlines: training, smoothed")
+    for name, records in runs.items():
+        _, losses = _series(records, "loss")
+        axes.plot(_minutes(records), _smooth(losses), label=name)
+    axes.set_xlabel("minutes of training steps")
+    _save(figure, axes, path)
+
+
+def _minutes(records: Sequence[Record]) -> list[float]:
+    """Up to each record with a loss; a record's time is the mean of its steps."""
+    steps, times = _series([r for r in records if r.get("loss")], "ms_per_step")
+    taken = (b - a for a, b in pairwise([0, *steps]))
+    return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
+
+
+def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
+    """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
+    best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
+    size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for height, (_, values) in enumerate(best_last):
+        (dots,) = axes.plot(values, [height] * len(values), "o", alpha=0.6)
+        axes.plot(fmean(values), height, "|", color=dots.get_color(), markersize=14)
+    axes.set_yticks(range(len(best_last)), [name for name, _ in best_last])
+    axes.set_xlabel("held-out loss, nats per token")
+    axes.set_title(title)
+    axes.grid(axis="x", alpha=0.3)
+    _write(figure, path)
+
+
+def draw_measured(
+    runs: Mapping[str, Sequence[Record]], prefix: str, path: Place, title: str
+) -> None:
+    """What was measured of subspaces: a panel for each run, a line for each metric.
+
+    Of singular values a panel for each run's kinds of layers, a line for each value,
+    the largest in dark.
+    """
+    panels: dict[str, list[tuple[str, Sequence[Record], str]]] = {}
+    for name, records in runs.items():
+        for key in _of(prefix, {k for r in records for k in r}):
+            _, kind, *index = key.split("/")
+            panel = ", ".join([name, kind] if index else [name])
+            panels.setdefault(panel, []).append((key, records, kind))
+    lines_of_kinds = all(k.count("/") == 1 for p in panels.values() for k, *_ in p)
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4 * across + 1, 4 * down), layout="constrained")
+    grid = [*figure.subplots(down, across, sharey=lines_of_kinds, squeeze=False).flat]
+    for axes, (name, lines) in zip(grid, panels.items(), strict=False):
+        for i, (key, records, kind) in enumerate(lines):
+            color = None if lines_of_kinds else colormaps["viridis"](i / len(lines))
+            axes.plot(*_series(records, key), ".-", label=kind, color=color)
+        axes.set_title(name)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.axes[0].set_ylabel(LABELS[prefix])
+    if lines_of_kinds:
+        figure.axes[-1].legend(fontsize="small")
+    figure.suptitle(title)
+    _write(figure, path)
+
+
+def _of(group: str, names: Iterable[str]) -> list[str]:
+    """Names of a group, by kind, and by number."""
+    found = (name for name in names if name.startswith(f"{group}/"))
+    return sorted(found, key=lambda name: (name.split("/")[1], len(name), name))
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    # Ten colours, then the same ones dashed.
+    colors = rcParams["axes.prop_cycle"]
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * colors)
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: Place) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= 8:
+        axes.legend()
+    else:  # beside the axes, not over them
+        figure.set_size_inches(12, max(5, 0.2 * len(names) + 0.5))
+        figure.legend(handles, names, loc="outside right upper", fontsize="small")
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Place) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_bytes(path, image.getvalue())
+
+
+def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over about a tenth of the values, less near the ends."""
+    reach, last = len(values) // 20 + 1, len(values) - 1
+
+    def around(i: int) -> Sequence[float]:
+        half = min(reach, i, last - i)
+        return values[i - half : i + half + 1]
+
+    return [fmean(around(i)) for i in range(len(values))]

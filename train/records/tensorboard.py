@@ -1,0 +1,64 @@
+"""A run's curves for TensorBoard."""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
+from upath import UPath
+
+from train.host.atomic import Appender
+from train.host.paths import Place
+
+Event: Any = event_pb2.Event  # type: ignore[attr-defined]  # made at run time
+SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
+
+
+class Board:
+    """Writes records to an event file, each at once and by the thread that calls.
+
+    (`tensorboardX.SummaryWriter` has a thread for it, which a full disk ends; the next
+    record then waits for ever.)
+    """
+
+    def __init__(self, folder: Place, purge_step: int) -> None:
+        """What the folder's files have from `purge_step` on counts no more."""
+        self.path = folder
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = Appender(folder / f"{name}.{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)
+        self._head = [
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=purge_step, session_log=start),
+        ]
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """OSError if there is no room, and then none of them is written."""
+        if not isinstance(self.path, UPath):
+            self.path.mkdir(parents=True, exist_ok=True)
+        events = [*self._head, *map(_event, records)]
+        self._file.append(b"".join(_framed(event) for event in events))
+        self._head = []
+
+
+def _event(record: Mapping[str, Any]) -> Any:
+    event = Event(wall_time=time.time(), step=record["step"])
+    for name, value in record.items():
+        if name != "step" and value is not None:
+            event.summary.value.extend(scalar(name, value).value)
+    return event
+
+
+def _framed(event: Any) -> bytes:
+    """An event as event files have it: length, content, and a checksum of each."""
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    parts = (
+        (part, struct.pack("<I", masked_crc32c(part))) for part in (length, content)
+    )
+    return b"".join(part + crc for part, crc in parts)

@@ -1,0 +1,28 @@
+"""Errors of a run in progress that end it with a message."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from train.host.errors import said
+from train.run.checkpoint import CheckpointError
+from train.run.loop import DataError
+
+
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """What ends a run that was in order ends the program with its message too."""
+    try:
+        yield
+    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {said(error)}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"error: the device's memory does not suffice ({str(error).splitlines()[0]}"
+            "); lower --batch-size or --seq-len, or spend less on a step: "
+            "--microbatches 4, --layerwise on, --remat full, --weight-dtype bfloat16"
+        )

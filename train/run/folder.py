@@ -1,0 +1,210 @@
+"""The folder of a run: whose it is, and that one run at a time is at work in it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import filelock
+import jax
+from jax.experimental import multihost_utils
+from upath import UPath
+
+from train.config.config import Config, resolved, to_json
+from train.data.fingerprint import Fingerprint, changed
+from train.engine.optimizer import why_steps_matter
+from train.host.atomic import write_text
+from train.host.console import say
+from train.host.paths import Place
+
+# What may differ between a run and its resumption: where and how it is run, and what
+# it reports. All else decides what the next step does. Data may have moved: whether it
+# is the same is known by its fingerprint.
+FREE = ("preset", "out", "resume", "report.", "mesh.", "processes.")
+MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
+FREE += (*MOVED, "data.cache_dir")
+# How many documents were read is in the fingerprint.
+FREE += ("data.bad_lines",)
+# And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
+# alike, and the steps the same to rounding (but for one that is skipped).
+CLIP = "optimizer.clip_norm"
+# What a run did that was begun before there was a choice.
+BEFORE = {
+    "optimizer.square": "method",
+    "optimizer.block_shards": 1,
+    "optimizer.rotate": "on",
+    "optimizer.back": "rescale",
+    "optimizer.residual_scale": None,
+    "optimizer.measure": "none",
+    "optimizer.anchor": None,
+    "data.windows": "packed",
+}
+
+
+@contextmanager
+def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
+    """Make a resolved config's folder this run's own until the block ends.
+
+    Kept there: the config and the fingerprint of the data, by which a run that is
+    resumed is known to be the same. The lock is the operating system's (flock): one
+    that a dead process held is free. On NFS it is as good as the server's locks (not
+    tried); in a bucket, and on a file system without any, two runs are not kept apart,
+    and a line says so. Process 0 does it for all.
+
+    Args:
+      config: of the run.
+      fingerprint: of its data (`Data.fingerprint`).
+
+    Raises:
+      BlockingIOError: another run is at work in the folder.
+      OSError, ValueError: as `check_folder`; and `resume`, but the data has changed:
+        the message names what.
+    """
+    problem: Exception | None = None
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                _enter(config, fingerprint, stack)
+            except (OSError, ValueError) as error:
+                problem = error
+        if jax.process_count() > 1:
+            entered = multihost_utils.broadcast_one_to_all(problem is None)
+            if not entered and problem is None:
+                problem = ValueError("process 0 may not work in the folder; see there")
+        if problem is not None:
+            raise problem
+        yield
+
+
+def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
+    folder: Place = resolved(config, "out")
+    try:
+        _lock(folder, stack)
+    except filelock.Timeout as error:
+        raise BlockingIOError(
+            f"another run is at work in {folder}: wait for it or stop it, or give "
+            "another folder to --out"
+        ) from error
+    except NotImplementedError:
+        print(
+            f"{folder} is where there are no locks: see to it yourself that no other "
+            "run works in it"
+        )
+    check_folder(config)
+    data = folder / "data.json"
+    if config.resume:
+        check_same_data(_stored(data), fingerprint, data)
+    else:
+        write_text(data, json.dumps(fingerprint, indent=2) + "\n")
+    path = folder / "config.json"
+    if not config.resume or _stored(path)["steps"] != config.steps:
+        write_text(path, to_json(config))
+
+
+def _lock(folder: Place, stack: ExitStack) -> None:
+    """Make it, and hold its lock; NotImplementedError where there are none."""
+    if isinstance(folder, UPath):
+        raise NotImplementedError
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(filelock.FileLock(folder / "lock", blocking=False))
+
+
+def going_on(config: Config) -> Config:
+    """A config with a folder that says by `resume` what `resume_or_start` left open."""
+    if not config.resume_or_start:
+        return config
+    path = resolved(config, "out") / "config.json"
+    there = path.exists()
+    if jax.process_count() > 1:  # the first may have written it before another looks
+        there = bool(multihost_utils.broadcast_one_to_all(there))
+    say(f"{path.parent} holds {'a run: going on with it' if there else 'no run yet'}")
+    return dataclasses.replace(config, resume=there or config.resume)
+
+
+def check_folder(config: Config) -> None:
+    """Whether a resolved config may run in its folder; changes nothing.
+
+    Raises:
+      FileExistsError: a new run, but the folder holds one already.
+      FileNotFoundError: `resume`, but the folder holds no run; or what one leaves, but
+        not its config.
+      ValueError: `resume`, but the run there has another configuration; the message
+        names the fields.
+    """
+    path = resolved(config, "out") / "config.json"
+    folder = path.parent
+    left = [x for x in ("checkpoints", "metrics.jsonl") if (folder / x).exists()]
+    if left and not path.exists():
+        raise FileNotFoundError(
+            f"{folder} has {' and '.join(left)} of a run, but no config.json that says "
+            "which: put it back, or give another folder to --out"
+        )
+    if config.resume:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} holds no run to resume; leave out --resume to start one"
+            )
+        check_same_run(_stored(path), json.loads(to_json(config)), path)
+    elif path.exists() and jax.process_index() == 0:
+        raise FileExistsError(
+            f"{folder} holds a run already; go on with it by --resume, or give "
+            "another folder to --out"
+        )
+
+
+def _stored(path: Place) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): put it back, or start a new run in "
+            "another --out"
+        ) from error
+
+
+def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
+    """ValueError unless the two configs agree on all that is not FREE."""
+    old, new = BEFORE | _flat(stored), _flat(given)
+    same = all(x.get(CLIP, ...) is None for x in (old, new))
+    same &= all(x.get("microbatches") == 1 for x in (old, new))
+    free = (*FREE, "layerwise") if same else FREE
+    fixed = why_steps_matter(stored["optimizer"])
+    if fixed is None and old.get("steps", 0) <= new["steps"]:
+        free = (*free, "steps")
+    why = {
+        "steps": f" ({fixed or 'a run can be made longer, not shorter'}; begin a new "
+        f"one with the weights of this: --init-from {path.parent} --out ANOTHER)",
+        "layerwise": " (a layer is clipped by its own norm, or all by one; and of "
+        "microbatches the first chooses the bases, or all do)",
+    }
+    differences = [
+        f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
+        + why.get(field, "")
+        for field in sorted(old.keys() | new.keys())
+        if not field.startswith(free) and old.get(field) != new.get(field)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} is of a run with another configuration; give the same values, or "
+            "start a new run in another --out:\n" + "\n".join(differences)
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_same_data(stored: Fingerprint, given: Fingerprint, path: Place) -> None:
+    """ValueError unless a run would read what it read before."""
+    if told := changed(stored, given):
+        raise ValueError(
+            "the data is not what the run began with; put that back, or start a new "
+            f"run in another --out ({path} has what it was):\n  " + "\n  ".join(told)
+        )

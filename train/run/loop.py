@@ -1,0 +1,395 @@
+"""The training loop: steps, evaluations and checkpoints, in that order."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import lowrank_optax as lro
+from models import Params
+from train.config.config import Config, model_config, resolved, title
+from train.data.dataset import Data
+from train.engine.memory import StepMemory, step_memory
+from train.engine.mesh import by_row, like_batch, on_mesh, replicated, to_devices
+from train.engine.optimizer import Optimizer, make_optimizer
+from train.engine.step import (
+    Batch,
+    LossSums,
+    TrainState,
+    Work,
+    dense,
+    init_state,
+    init_weights,
+    keep_weights,
+    loss_sums,
+    train_step,
+)
+from train.host.console import say
+from train.host.paths import Place
+from train.host.signals import Stop, StoppedError
+from train.records.metrics import Meter, MetricsWriter, Record
+from train.records.progress import Progress
+from train.run.checkpoint import Checkpoints, Restored
+from train.run.start import weights_for
+from train.run.stored import keep_tokenizer
+
+Rows = Mapping[str, np.ndarray]
+"""This process' rows of a batch."""
+
+
+class Program(NamedTuple):
+    """What runs on the devices, compiled for one mesh.
+
+    Attributes:
+      step: (state, batch, refresh) to (state, metrics); consumes the state.
+      loss_sums: (params, batch) to the summed loss and weight.
+      put: a batch of this process' rows to the global batch.
+      refresh_every: steps from one refresh to the next; None for none at all.
+      compile_s: seconds to compile `step`.
+      memory: what each kind of step needs, by whether it is a refresh.
+      adamw: what AdamW's would need, all gradients first; None if it was not asked.
+    """
+
+    step: Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]
+    loss_sums: LossSums
+    put: Callable[[Rows], Batch]
+    refresh_every: int | None
+    compile_s: float
+    memory: dict[bool, StepMemory]
+    adamw: StepMemory | None = None
+
+    @property
+    def step_bytes(self) -> int | None:
+        """Memory that a step needs on one device; a refresh aside, if others are."""
+        return self.memory[min(self.memory)].peak
+
+
+class Around(NamedTuple):
+    """What a run writes to, and whom it listens to."""
+
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: Stop
+
+
+class DataError(Exception):
+    """What a run reads changed under it, or cannot be read any more."""
+
+
+class Trained(NamedTuple):
+    """A run at its end.
+
+    Attributes:
+      unsaved: why its last checkpoint could not be saved; None if it could.
+    """
+
+    state: TrainState
+    work: Work
+    program: Program
+    unsaved: str | None = None
+
+    @property
+    def weights(self) -> Params:
+        """As the model takes them."""
+        return dense(self.work, self.state.params)
+
+
+def train(config: Config, data: Data, mesh: Mesh) -> Trained:
+    """Run, or go on with, the work of a resolved config in its folder (`own_folder`).
+
+    Raises:
+      CheckpointError: no checkpoint can be read, or not the one that was asked for.
+      DataError: the data cannot be read any more.
+      FloatingPointError: after `max_skipped` steps in a row without a finite gradient,
+        or if the held-out loss is not finite.
+      StoppedError: by a signal.
+    """
+    folder: Place = resolved(config, "out")
+    keep_tokenizer(folder, data.tokenizer)
+    init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
+    work = work_of(config, optimizer_key)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder, config.report.keep) as checkpoints,
+    ):
+        given = None if config.init_from is None else partial(weights_for, config)
+        make, like = initial(work, mesh, given)
+        kinds, name = kinds_of_steps(work.optimizer), title(config.optimizer)
+        weights = jax.eval_shape(partial(dense, work), like.params)
+        for remark in work.shards.remarks(mesh, weights):
+            say(f"{name}: {remark}")
+        say(
+            f"{name}: compiling the training step of LLaMA-{config.model.size}, "
+            f"{config.batch_size} x {config.seq_len} tokens ..."
+        )
+        program = build_program(config, mesh, work, like, kinds, beside(config, work))
+        say(f"{name}: compiled in {program.compile_s:.1f} s")
+        batches = iter(data.train)
+        begun = checkpoints.restore_newest(like, batches, config.resume_from)
+        if begun is None:
+            begun = Restored(make(init_key), [])
+        start = int(begun.state.step)
+        with (
+            MetricsWriter(folder, start) as writer,
+            Progress(name, start, config.steps) as progress,
+            Stop() as stop,
+        ):
+            around = Around(writer, checkpoints, progress, stop)
+            state = fit(config, program, begun, batches, data.evaluation, around)
+    return Trained(state, work, program, checkpoints.unsaved)
+
+
+def work_of(config: Config, key: jax.Array) -> Work:
+    """What a step of a resolved config does; the key is the optimizer's."""
+    return Work(
+        model_config(config.model),
+        make_optimizer(config.optimizer, config.steps, key),
+        jax.random.fold_in(key, 0),
+        weight_dtype=config.model.weight_dtype,
+        microbatches=config.microbatches,
+        layerwise=resolved(config, "layerwise") == "on",
+        block_shards=resolved(config.optimizer, "block_shards"),
+    )
+
+
+def initial(
+    work: Work, mesh: Mesh, given: Callable[[], Any] | None = None
+) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    """What makes the first state from a key, and the state's shapes and shardings.
+
+    It is cut as it is made. The key draws the weights, if there is no function that
+    gives them, in the host's memory and as any run keeps them.
+    """
+    like = like_of(work, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    draw = jax.jit(partial(init_weights, work), out_shardings=shardings.params)
+    store = jax.jit(partial(keep_weights, work), out_shardings=shardings.params)
+    rest = jax.jit(partial(init_state, work), out_shardings=shardings, donate_argnums=0)
+
+    def make(key: jax.Array) -> TrainState:
+        if given is None:
+            return rest(draw(key))
+        weights = given()
+        return rest(store(on_mesh(work.shards.shardings(mesh, weights), weights)))
+
+    # One after the other: what drawing the weights takes is free again then.
+    return make, like
+
+
+def like_of(work: Work, mesh: Mesh) -> Any:
+    """The shapes of a `TrainState`, and their shardings; allocates nothing."""
+    params = jax.eval_shape(partial(init_weights, work), jax.random.key(0))
+    weights = jax.eval_shape(partial(dense, work), params)
+    state = jax.eval_shape(partial(init_state, work), params)
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)._replace(
+        params=work.shards.shardings(mesh, params),
+        opt_state=lro.state_shardings(
+            work.optimizer.tx, weights, work.shards.shardings(mesh, weights)
+        ),
+    )
+    return jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+        state,
+        shardings,
+    )
+
+
+def beside(config: Config, work: Work) -> Work | None:
+    """The same work with AdamW, gradients first; None if that is what it is."""
+    if config.optimizer.name == "adamw" and not work.layerwise:
+        return None
+    adamw = dataclasses.replace(
+        config.optimizer, name="adamw", basis="default", basis_dtype="float32"
+    )
+    optimizer = make_optimizer(adamw, config.steps, jax.random.key(0))
+    return work._replace(optimizer=optimizer, layerwise=False)
+
+
+def build_program(
+    config: Config,
+    mesh: Mesh,
+    work: Work,
+    like: Any,
+    kinds: Iterable[bool],
+    adamw: Work | None = None,
+) -> Program:
+    """Compile the training step for states of the shapes in `like`.
+
+    A program for each of `kinds`, whether it is a refresh (`kinds_of_steps`); and one
+    for `adamw`, whose memory alone is looked at, except on a CPU, which would have
+    nothing to do it with meanwhile.
+    """
+    start = time.perf_counter()
+    lowered: dict[Any, jax.stages.Lowered] = {
+        refresh: lower_step(config, mesh, work, like, refresh) for refresh in kinds
+    }
+    like_adamw = None if adamw is None else like_of(adamw, mesh)
+    if adamw is not None and jax.default_backend() != "cpu":
+        lowered["adamw"] = lower_step(config, mesh, adamw, like_adamw, False)
+    with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
+        compiled = dict(
+            zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
+        )
+    beside_it = compiled.pop("adamw", None)
+    seconds = time.perf_counter() - start
+
+    cuts = jax.tree.map(lambda x: x.sharding, like.params)
+    return Program(
+        step=lambda state, batch, refresh: compiled[refresh](state, batch),
+        loss_sums=jax.jit(
+            partial(loss_sums, work),
+            in_shardings=(cuts, by_row(mesh)),
+            out_shardings=replicated(mesh),
+        ),
+        put=partial(to_devices, mesh),
+        refresh_every=work.optimizer.refresh_every,
+        compile_s=seconds,
+        memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
+        adamw=adamw and step_memory(adamw, like_adamw, beside_it),
+    )
+
+
+def lower_step(
+    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
+) -> jax.stages.Lowered:
+    """The training step for states like `like_of(work, mesh)`, to be compiled.
+
+    Allocates nothing; the mesh may be of devices that are not here.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    step = jax.jit(
+        partial(train_step, work, refresh=refresh),
+        in_shardings=(shardings, by_row(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(like, like_batch(config))
+
+
+def kinds_of_steps(optimizer: Optimizer) -> list[bool]:
+    """Whether steps are refreshes: False and True, unless all are of one kind."""
+    if optimizer.refresh_every is None:
+        return [False]
+    return [True] if optimizer.refresh_every == 1 else [False, True]
+
+
+def fit(
+    config: Config,
+    program: Program,
+    begun: Restored,
+    batches: grain.DatasetIterator,
+    evaluation: Iterable[Rows],
+    around: Around,
+) -> TrainState:
+    """Take the steps that are left.
+
+    The host runs ahead of the device, so the next batch is ready when a step ends; it
+    waits where it writes a record, and then for the record before, and at a refresh
+    for whether it was accepted: if not, it asks again at the next step.
+    """
+    writer, checkpoints, progress, stop = around
+    report, last, state = config.report, config.steps, begun.state
+    start = int(state.step)
+    meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
+
+    def write(record: Record | None) -> None:
+        if record is not None:
+            writer.write(record)
+            progress.record(record)
+            check_finite(record, config.optimizer.max_skipped, checkpoints.healthy)
+
+    every = program.refresh_every
+    until = int(state.until_refresh)
+    for step in range(start + 1, last + 1):
+        refresh = every is not None and until == 0
+        state, metrics = program.step(state, put_next(program, batches), refresh)
+        if every != 1:
+            until = int(state.until_refresh) if refresh else until - 1
+        meter.add(metrics)
+        progress.step(metrics)
+        evaluating = step == last or is_due(step, report.eval_every)
+        saving = is_due(step, report.checkpoint_every, last)
+        if step == 1 or evaluating or saving or is_due(step, report.log_every):
+            write(meter.log(step, metrics))
+        if evaluating or saving:
+            record = meter.flush()
+            if record is not None and evaluating:
+                record |= evaluate(program, state.params, evaluation)
+            write(record)
+            if saving:
+                checkpoints.save(step, state, batches, record)
+            meter.resume(step)
+        if stop.reached(step) and step < last:
+            write(meter.flush())
+            if report.checkpoint_every and not saving:
+                checkpoints.save(step, state, batches, losses=meter.losses)
+            raise StoppedError(step, checkpoints.has(step), stop.number)
+    return state
+
+
+def put_next(program: Program, batches: grain.DatasetIterator) -> Batch:
+    """The next batch, on its way to the devices."""
+    try:
+        rows = next(batches)
+    except (OSError, ValueError) as error:
+        raise DataError(str(error)) from error
+    return program.put(rows)
+
+
+def is_due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether something done every so many steps, 0 for never, and at `last` is due."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> Record:
+    """Mean loss over all held-out tokens, in nats: sums first, one division.
+
+    And of how many batches.
+
+    Raises:
+      FloatingPointError: if it is NaN or infinite.
+    """
+    sums: list[Any] = []
+    for batch in batches:
+        rows = program.put(batch)
+        # One at a time: of several that exchange sums, and do not need each other's,
+        # the threads of a CPU's virtual devices may each begin another, and wait.
+        jax.block_until_ready(sums[-1:])
+        sums.append(program.loss_sums(params, rows))
+    losses, weights = zip(*jax.device_get(sums), strict=True)
+    loss = math.fsum(losses) / math.fsum(weights)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the held-out loss is {loss}; lower --learning-rate and start again"
+        )
+    return {"eval_loss": loss, "eval_batches": len(sums)}
+
+
+def check_finite(record: Record, limit: int, healthy: int | None) -> None:
+    """FloatingPointError for too many steps in a row that were skipped.
+
+    It names the last checkpoint from before that.
+    """
+    if record["skipped_in_a_row"] < limit:
+        return
+    kept = (
+        "no checkpoint is from before that"
+        if healthy is None
+        else f"the checkpoint of step {healthy} is from before that: a new run can "
+        f"begin with its weights, by --init-from FOLDER@{healthy}"
+    )
+    raise FloatingPointError(
+        f"step {record['step']}: {record['skipped_in_a_row']} steps in a row had a "
+        "gradient that is NaN or infinite, and were skipped; lower --learning-rate "
+        f"and start again ({kept})"
+    )

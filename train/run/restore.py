@@ -1,0 +1,116 @@
+"""A run's checkpoint in use: in a notebook, as the start of a new run, for text."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import lowrank_optax as lro
+from models import LlamaConfig, Params
+from models.params import draw_params
+from train.config.config import Config, model_config
+from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.host.paths import Place, for_orbax
+from train.host.quiet import quiet
+from train.run.checkpoint import brief, seals_of
+from train.run.checksum import checksums
+from train.run.stored import (
+    checked_step,
+    kept_tokenizer,
+    read_config,
+    run_and_step,
+    saved_steps,
+)
+
+
+class Run(NamedTuple):
+    """What a run has learnt.
+
+    Attributes:
+      config: the run's own, resolved.
+      model: the shape of its LLaMA.
+      weights: on the default device, as `models.forward` and `models.generate` take
+        them; those kept in int8 are in the model's compute dtype, others as they are
+        kept.
+      tokenizer: the run's; None if it was trained on token files without one.
+      step: how many steps were done.
+    """
+
+    config: Config
+    model: LlamaConfig
+    weights: Params
+    tokenizer: Tokenizer | None
+    step: int
+
+
+def load_run(folder: str | Place, step: int | None = None) -> Run:
+    """A run as one of its checkpoints has it; changes nothing in its folder.
+
+    The devices may be others than those it was trained on, and the run may still be
+    going on.
+
+    Args:
+      folder: the run's folder, the trainer's `--out`; "FOLDER@STEP" names the step too.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      FileNotFoundError: the folder holds no run, or no such checkpoint.
+      ValueError: its config is of another version.
+
+    Example:
+      run = load_run("runs/tiny-grass_jump")
+      tokens = jnp.asarray([run.tokenizer.encode("The American people")])
+      logits = models.forward(run.model, run.weights, tokens)
+    """
+    folder, named = run_and_step(str(folder))
+    step = checked_step(folder, named if step is None else step)
+    config = read_config(folder)
+    model = model_config(config.model)
+    stored = load_weights(folder, step)
+    weights = lro.dense(jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype)
+    kept = kept_tokenizer(folder)
+    return Run(config, model, weights, kept and open_tokenizer(kept), step)
+
+
+def load_weights(folder: Place, step: int) -> Any:
+    """The weights of a checkpoint as they are kept, in the host's memory.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    config = read_config(folder)
+    shards = config.optimizer.block_shards or 1
+    store = partial(lro.store_weights, dtype=config.model.weight_dtype, shards=shards)
+    draw = partial(draw_params, model_config(config.model), store=store)
+    like = {"params": jax.eval_shape(draw, jax.random.key(0))}
+    restore = ocp.args.PyTreeRestore(
+        item=like,
+        restore_args=jax.tree.map(
+            lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), like
+        ),
+        partial_restore=True,  # the weights alone, of all that a step changes
+    )
+    path = folder / "checkpoints" / str(step)
+    # Not by a CheckpointManager, which would tidy up what a run is writing just now.
+    with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            weights = checkpointer.restore(for_orbax(path) / "state", args=restore)[
+                "params"
+            ]
+            whole = seals_of(path)["state"]
+        except Exception as error:  # damaged files give errors of every class
+            raise _damaged(folder, step, brief(error)) from error
+    found = checksums(weights)
+    if any(whole[f".params{name}"] != value for name, value in found.items()):
+        raise _damaged(folder, step, "it does not hold what was saved")
+    return weights
+
+
+def _damaged(folder: Place, step: int, why: str) -> ValueError:
+    others = [s for s in saved_steps(folder) if s != step]
+    return ValueError(
+        f"the checkpoint of step {step} in {folder} cannot be used: {why}; name "
+        f"another, FOLDER@STEP, of {others}"
+    )

@@ -1,0 +1,124 @@
+"""How a run starts: its data, its tokenizer, and the weights it starts from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from train.config.config import Config, resolved
+from train.data.dataset import Data, open_data
+from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.host.paths import Place, place
+from train.run.restore import load_weights
+from train.run.stored import (
+    checked_step,
+    kept_tokenizer,
+    read_config,
+    run_and_step,
+    saved_steps,
+)
+
+
+def open_text(config: Config) -> Data:
+    """The data of a resolved config, this process' share of it."""
+    return open_data(
+        dataclasses.replace(config.data, tokenizer=tokenizer_file(config)),
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        vocab_size=resolved(config.model, "vocab_size"),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def pinned(config: Config) -> Config:
+    """A resolved config whose `init_from` names the step, as a run stores it.
+
+    Which is the newest one may change: a run that is resumed has the one of its start.
+
+    Raises:
+      FileNotFoundError: the folder holds no run, or no such checkpoint.
+    """
+    if config.init_from is None:
+        return config
+    folder, step = run_and_step(config.init_from)
+    own: Place = resolved(config, "out")
+    if config.resume and (own / "config.json").is_file():
+        began = read_config(own).init_from
+        if began is not None and step is None and run_and_step(began)[0] == folder:
+            return dataclasses.replace(config, init_from=began)
+    if not config.resume:
+        # That run may be going on, and the processes look one after the other.
+        newest = multihost_utils.broadcast_one_to_all(checked_step(folder, step))
+        step = int(newest)
+    name = folder if step is None else f"{folder}@{step}"
+    return dataclasses.replace(config, init_from=str(name))
+
+
+def tokenizer_file(config: Config) -> str | None:
+    """The tokenizer that a resolved and pinned config names, or inherits.
+
+    A run that goes on has its own, if the file that it was given is gone; one that
+    begins with another's weights has that one's, unless it names one.
+
+    Raises:
+      ValueError: a run that goes on is given another tokenizer than its own.
+    """
+    own = kept_tokenizer(resolved(config, "out")) if config.resume else None
+    given = config.data.tokenizer and place(config.data.tokenizer)
+    if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
+        raise ValueError(
+            f"tokenizer {given} is not the one that the run began with, which is "
+            f"{own}: put that back, or leave it out"
+        )
+    if own is None and config.data.tokenizer is None and config.init_from is not None:
+        own = kept_tokenizer(run_and_step(config.init_from)[0])
+    return config.data.tokenizer if own is None else str(own)
+
+
+def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Whether a run can begin with the weights that it names, in a model of its shape.
+
+    Says so if it cannot tell whether both have the same tokenizer.
+
+    Raises:
+      FileNotFoundError: there are no such weights.
+      ValueError: the model has another shape, or the text another tokenizer.
+    """
+    if config.init_from is None:
+        return
+    if config.resume and saved_steps(resolved(config, "out")):
+        return  # They were needed at its first step alone.
+    folder, step = run_and_step(config.init_from)
+    checked_step(folder, step)
+    there, here = read_config(folder).model, config.model
+    for flag, field in (("--size", "size"), ("--vocab-size", "vocab_size")):
+        old, new = getattr(there, field), getattr(here, field)
+        if old != new:
+            raise ValueError(
+                f"init_from: {folder} has {field} {old}, and this run {new}; the "
+                f"weights do not fit: give {flag} {old}"
+            )
+    kept = kept_tokenizer(folder)
+    if kept is None or tokenizer is None:
+        if jax.process_index() == 0:
+            print(
+                f"init_from: {folder} or this run has no tokenizer, so whether a token "
+                "means the same in both is not known"
+            )
+    elif open_tokenizer(kept).content != tokenizer.content:
+        raise ValueError(
+            f"init_from: {folder} has another tokenizer than this run, so its weights "
+            f"would read other tokens; leave out --tokenizer, or give {kept}"
+        )
+
+
+def weights_for(config: Config) -> Any:
+    """The weights that `init_from` of a pinned config names, in the host's memory.
+
+    They are as that run kept them.
+    """
+    folder, step = run_and_step(resolved(config, "init_from"))
+    return load_weights(folder, checked_step(folder, step))

@@ -1,0 +1,64 @@
+"""What the folder of a finished run holds: config, tokenizer, steps."""
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.config.config import Config, from_json
+from train.data.tokenizer import Tokenizer
+from train.host.atomic import write_bytes
+from train.host.paths import Place, for_orbax, place
+
+
+def run_and_step(name: str) -> tuple[Place, int | None]:
+    """The folder and the step that RUN_FOLDER or RUN_FOLDER@STEP names."""
+    folder, _, step = name.rpartition("@")
+    if step.isdigit() and folder and not place(name).exists():
+        return place(folder), int(step)
+    return place(name), None
+
+
+def checked_step(folder: Place, step: int | None) -> int:
+    """The step, which has a checkpoint; the newest for None.
+
+    Raises:
+      FileNotFoundError: the folder holds no run, or no such checkpoint.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no run: it has no config.json")
+    there = saved_steps(folder)
+    if not there:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint; train it with --checkpoint-every above 0"
+        )
+    if step is not None and step not in there:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint of step {step}; it has {there}"
+        )
+    return there[-1] if step is None else step
+
+
+def saved_steps(folder: Place) -> list[int]:
+    """Those of a run's complete checkpoints, in order."""
+    return sorted(ocp.utils.checkpoint_steps(for_orbax(folder) / "checkpoints"))
+
+
+def read_config(folder: Place) -> Config:
+    """A run's resolved config."""
+    path = folder / "config.json"
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def kept_tokenizer(folder: Place) -> Place | None:
+    """The file of a run's tokenizer, if it has one."""
+    found = (folder / f"tokenizer{suffix}" for suffix in (".json", ".model"))
+    return next((path for path in found if path.is_file()), None)
+
+
+def keep_tokenizer(folder: Place, tokenizer: Tokenizer | None) -> None:
+    """Make a tokenizer a run's, unless it has one: process 0 writes a file of it."""
+    if tokenizer is None or jax.process_index() or kept_tokenizer(folder):
+        return
+    write_bytes(folder / f"tokenizer{tokenizer.suffix}", tokenizer.content)
