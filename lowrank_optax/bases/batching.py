@@ -16,9 +16,9 @@ from lowrank_optax.core.spread import over_devices, replicated, sharing, spreads
 from lowrank_optax.core.stage import Clock
 
 
-def in_one_call(rule: Rule, frame: Frame) -> bool:
+def is_batched(rule: Rule, frame: Frame) -> bool:
     """Whether its matrices take less time in one batch than one after the other."""
-    return rule.together and frame.basis_shape[-2] <= linalg.TOGETHER
+    return rule.batched and frame.basis_shape[-2] <= linalg.TOGETHER
 
 
 def joins(rule: Rule, frame: Frame) -> bool:
@@ -27,14 +27,14 @@ def joins(rule: Rule, frame: Frame) -> bool:
     On a mesh they are, so that there are enough for all devices, and in a device's
     share, so that the program has one factorisation for all of one shape.
     """
-    return in_one_call(rule, frame) or ((spreads() or sharing()) and not rule.by_path)
+    return is_batched(rule, frame) or ((spreads() or sharing()) and not rule.by_path)
 
 
-def chosen_in_batches(
+def choose_in_batches(
     rule: Rule,
     frames: optax.Updates,
-    kept: Sequence[Any],
-    begun: optax.Params,
+    stored: Sequence[Any],
+    started: optax.Params,
     key: jax.Array | None,
     now: Clock,
 ) -> optax.Updates:
@@ -44,27 +44,27 @@ def chosen_in_batches(
     Args:
       rule: the rule.
       frames: a tree of Frames and other leaves.
-      kept: what is kept of each leaf's basis, in a list.
-      begun: as in `BasisState`.
+      stored: what is kept of each leaf's basis, in a list.
+      started: as in `BasisState`.
       key: of the refresh.
       now: the time.
     """
     leaves, structure = jax.tree.flatten(frames)
     groups: dict[Any, list[int]] = {}
     for i, frame in enumerate(leaves):
-        if not is_frame(frame) or frame.whole or frame.chosen is not None:
+        if not is_frame(frame) or frame.full_rank or frame.chosen is not None:
             continue
         if joins(rule, frame):
             m, n = frame.gradient.shape[-2:]
             absent = frame.momentum is None, frame.tracked is None
             group = m, n, frame.rank, frame.gradient.dtype, absent
             groups.setdefault(group, []).append(i)
-    begins = structure.flatten_up_to(begun)
+    begins = structure.flatten_up_to(started)
     for group in groups.values():
-        rows = [flat(rule, leaves[i], kept[i], begins[i], key) for i in group]
+        rows = [flat(rule, leaves[i], stored[i], begins[i], key) for i in group]
         joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
         ends = [
-            sum(len(row["begun"]) for row in rows[: i + 1]) for i in range(len(rows))
+            sum(len(row["started"]) for row in rows[: i + 1]) for i in range(len(rows))
         ]
         parts = jnp.split(ask(rule, leaves[group[0]], joined, now), ends[:-1])
         for i, s in zip(group, parts, strict=True):
@@ -76,18 +76,18 @@ def chosen_in_batches(
 def choose(
     rule: Rule,
     frame: Frame,
-    kept: Any,
-    begun: jax.Array,
+    stored: Any,
+    started: jax.Array,
     key: jax.Array | None,
     now: Clock,
 ) -> jax.Array:
     """What the rule chooses for one leaf: (*batch, m, r)."""
-    s = ask(rule, frame, flat(rule, frame, kept, begun, key), now)
+    s = ask(rule, frame, flat(rule, frame, stored, started, key), now)
     return s.reshape(frame.batch + s.shape[1:])
 
 
 def flat(
-    rule: Rule, frame: Frame, kept: Any, begun: jax.Array, key: jax.Array | None
+    rule: Rule, frame: Frame, stored: Any, started: jax.Array, key: jax.Array | None
 ) -> dict[str, jax.Array]:
     """What a rule looks at, of each matrix of a leaf, with one batch axis."""
     count = math.prod(frame.batch)
@@ -95,8 +95,8 @@ def flat(
         "gradient": frame.gradient,
         "momentum": frame.momentum,
         "tracked": frame.tracked,
-        "basis": rule.storage.unpack(frame, kept),
-        "begun": begun,
+        "basis": rule.storage.unpack(frame, stored),
+        "started": started,
     }
     each = {
         name: x.reshape(count, *x.shape[len(frame.batch) :])
@@ -116,7 +116,7 @@ def ask(rule: Rule, frame: Frame, each: dict[str, jax.Array], now: Clock) -> jax
             tracked=each.get("tracked"),
             basis=each["basis"],
         )
-        return _ask(rule, seen, each["begun"], each.get("keys"), now)
+        return _ask(rule, seen, each["started"], each.get("keys"), now)
 
     if rule.by_path:
         return some(jax.tree.map(replicated, each), now)
@@ -130,13 +130,13 @@ def ask(rule: Rule, frame: Frame, each: dict[str, jax.Array], now: Clock) -> jax
 
 
 def _ask(
-    rule: Rule, seen: Frame, begun: jax.Array, keys: jax.Array | None, now: Clock
+    rule: Rule, seen: Frame, started: jax.Array, keys: jax.Array | None, now: Clock
 ) -> jax.Array:
     if isinstance(rule.svd_until, int) and rule.svd_until == 0:
         return rule.choose(seen, keys, now)
     old = seen.need("basis", "a basis rule")
     # Layers of one kernel may begin at different steps; where they do, both are asked.
-    early = ~begun | (now.step < rule.svd_until)
+    early = ~started | (now.step < rule.svd_until)
     first = jax.lax.cond(
         jnp.any(early),
         lambda: linalg.leading(seen.gradient, seen.rank, rule.decomposition),

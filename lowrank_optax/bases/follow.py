@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from lowrank_optax.bases.batching import choose, chosen_in_batches, in_one_call
+from lowrank_optax.bases.batching import choose, choose_in_batches, is_batched
 from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
 from lowrank_optax.core.keys import canonical_key, check_key, split
 from lowrank_optax.core.linalg import Decomposition, select, transpose
-from lowrank_optax.core.sharding import cut_basis, cut_matrices
+from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both, branch, timed_stage
 from lowrank_optax.core.trees import each_apart, frames_of, in_turn, map_frames, nothing
@@ -33,8 +33,8 @@ def basis_rule(
 ) -> BasisRule:
     """A basis rule from a function that chooses S_t at a refresh.
 
-    Sets `basis`, `moved` and `turn` = S_t^T S_{t-1} of each Frame. The basis before the
-    first refresh is the first r coordinates.
+    Sets `basis`, `refreshed` and `rotation` = S_t^T S_{t-1} of each Frame. The basis
+    before the first refresh is the first r coordinates.
 
     A matrix whose gradient has been zero so far (behind a projection that starts at
     zero, say) has no subspace to choose: whatever a refresh takes then is replaced at
@@ -93,16 +93,16 @@ class Chosen(NamedTuple):
     """The basis of one leaf, or trees of those of all.
 
     Attributes:
-      begun: as in `BasisState`.
-      turn: (*batch, r, r), S_t^T S_{t-1}.
-      moved: (*batch,) bool, whether it was chosen at this step.
-      kept: as in `BasisState.basis`; () where that is shared.
+      started: as in `BasisState`.
+      rotation: (*batch, r, r), S_t^T S_{t-1}.
+      refreshed: (*batch,) bool, whether it was chosen at this step.
+      stored: as in `BasisState.basis`; () where that is shared.
     """
 
-    begun: Any
-    turn: Any
-    moved: Any
-    kept: Any
+    started: Any
+    rotation: Any
+    refreshed: Any
+    stored: Any
 
 
 def follow(rule: Rule) -> BasisRule:
@@ -112,36 +112,36 @@ def follow(rule: Rule) -> BasisRule:
         key = None if rule.key is None else canonical_key(rule.key)
 
         def first(frame: Frame) -> Chosen:
-            begun = jnp.full(frame.batch, not rule.from_gradient)
-            kept = rule.storage.pack(frame, rule.first(frame), key)
+            started = jnp.full(frame.batch, not rule.from_gradient)
+            stored = rule.storage.pack(frame, rule.first(frame), key)
             if not rule.coordinates and not rule.storage.shared:
-                kept = jax.tree.map(partial(cut_basis, frame), kept)
-            return unmoved(frame, cut_matrices(frame, begun), kept)
+                stored = jax.tree.map(partial(shard_basis, frame), stored)
+            return unmoved(frame, shard_batch(frame, started), stored)
 
         chosen = on_subspaces(rule, first, params)
         if rule.storage.shared and key is not None:
             # A copy: one buffer in two places of a state could not be donated.
-            chosen = chosen._replace(kept=jax.random.clone(key))
-        return BasisState(key, chosen.kept, chosen.begun)
+            chosen = chosen._replace(stored=jax.random.clone(key))
+        return BasisState(key, chosen.stored, chosen.started)
 
     def update(
         frames: optax.Updates, state: BasisState, now: Clock
     ) -> tuple[optax.Updates, BasisState]:
-        if all(frame.whole for frame in frames_of(frames)):
+        if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
         due = both(now.refresh, now.step == 0) if rule.once else now.refresh
 
         def refresh(state: BasisState) -> tuple[BasisState, Chosen]:
             key, sub = split(state.rng_key)
 
-            def anew(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
-                return choose_anew(rule, frame, begun, kept, sub, now, due)
+            def anew(frame: Frame, started: jax.Array, stored: Any) -> Chosen:
+                return choose_anew(rule, frame, started, stored, sub, now, due)
 
-            kept = each_kept(rule, jax.tree.structure(frames), state.basis)
-            asked = chosen_in_batches(rule, frames, kept, state.begun, sub, now)
+            stored = each_stored(rule, jax.tree.structure(frames), state.basis)
+            asked = choose_in_batches(rule, frames, stored, state.started, sub, now)
             chosen = on_subspaces(rule, anew, asked, state)
-            kept = sub if rule.storage.shared else chosen.kept
-            return BasisState(key, kept, chosen.begun), chosen
+            stored = sub if rule.storage.shared else chosen.stored
+            return BasisState(key, stored, chosen.started), chosen
 
         def keep(state: BasisState) -> tuple[BasisState, Chosen]:
             return state, on_subspaces(rule, unmoved, frames, state)
@@ -150,7 +150,7 @@ def follow(rule: Rule) -> BasisRule:
         # would make the host wait for the device as often.
         wanted = due
         if not isinstance(now.refresh, bool):
-            wanted |= starts(rule, frames, state.begun)
+            wanted |= starts(rule, frames, state.started)
         new, chosen = branch(wanted, refresh, keep, state)
         return with_bases(rule, frames, state.basis, new.basis, chosen), new
 
@@ -166,7 +166,7 @@ def on_subspaces(
     state: BasisState | None = None,
     *trees: Any,
 ) -> Chosen:
-    """Trees of f(frame, begun, kept, *others), or of f(frame) without a state.
+    """Trees of f(frame, started, stored, *others), or of f(frame) without a state.
 
     Where there is no subspace they have `nothing`.
     """
@@ -175,20 +175,20 @@ def on_subspaces(
     leaves, structure = jax.tree.flatten(frames)
     rows: list[tuple[Any, ...]] = [()] * len(leaves)
     if state is not None:
-        kept = each_kept(rule, structure, state.basis)
-        begun, *others = map(structure.flatten_up_to, (state.begun, *trees))
-        rows = [*zip(begun, kept, *others, strict=True)]
+        stored = each_stored(rule, structure, state.basis)
+        started, *others = map(structure.flatten_up_to, (state.started, *trees))
+        rows = [*zip(started, stored, *others, strict=True)]
 
     def one(leaf: Any, row: tuple[Any, ...]) -> Chosen:
-        if not is_frame(leaf) or leaf.whole:
+        if not is_frame(leaf) or leaf.full_rank:
             return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
         chosen = f(leaf, *row)
-        return chosen._replace(kept=()) if rule.storage.shared else chosen
+        return chosen._replace(stored=()) if rule.storage.shared else chosen
 
     return in_turn(structure, inside, [*map(one, leaves, rows)])
 
 
-def each_kept(rule: Rule, structure: Any, basis: Any) -> list[Any]:
+def each_stored(rule: Rule, structure: Any, basis: Any) -> list[Any]:
     """What is kept of each leaf's basis, in a list."""
     if rule.storage.shared:
         return [basis] * structure.num_leaves
@@ -202,79 +202,85 @@ def with_bases(
     leaves, structure = jax.tree.flatten(frames)
     rows = zip(
         leaves,
-        each_kept(rule, structure, old),
-        each_kept(rule, structure, new),
-        structure.flatten_up_to(chosen.turn),
-        structure.flatten_up_to(chosen.moved),
+        each_stored(rule, structure, old),
+        each_stored(rule, structure, new),
+        structure.flatten_up_to(chosen.rotation),
+        structure.flatten_up_to(chosen.refreshed),
         strict=True,
     )
     return structure.unflatten(
         frame
-        if not is_frame(frame) or frame.whole
+        if not is_frame(frame) or frame.full_rank
         else frame.replace(
             previous=replicated(rule.storage.unpack(frame, before)),
             basis=replicated(rule.storage.unpack(frame, after)),
-            turn=turn,
-            moved=moved,
+            rotation=rotation,
+            refreshed=refreshed,
             orthonormal=rule.orthonormal,
-            together=in_one_call(rule, frame),
+            batched=is_batched(rule, frame),
         )
-        for frame, before, after, turn, moved in rows
+        for frame, before, after, rotation, refreshed in rows
     )
 
 
-def unmoved(frame: Frame, begun: jax.Array, kept: Any) -> Chosen:
-    return Chosen(begun, frame.still(), jnp.zeros(frame.batch, bool), kept)
+def unmoved(frame: Frame, started: jax.Array, stored: Any) -> Chosen:
+    return Chosen(started, frame.no_rotation(), jnp.zeros(frame.batch, bool), stored)
 
 
-def turn_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
     """S_t^T S_{t-1}, (*batch, r, r)."""
     if are_coordinates(new):
         return (new[..., :, None] == old[..., None, :]).astype(dtype)
     return jnp.matmul(transpose(new), old, precision="highest")
 
 
-def starts(rule: Rule, frames: optax.Updates | Frame, begun: Any) -> jax.Array:
+def starts(rule: Rule, frames: optax.Updates | Frame, started: Any) -> jax.Array:
     """() bool: whether a matrix has its first gradient that is not zero."""
     if not rule.from_gradient:
         return jnp.array(False)
-    begun = map_frames(lambda _, b: b, frames, begun, plain=lambda *_: jnp.array(True))
+    started = map_frames(
+        lambda _, b: b, frames, started, plain=lambda *_: jnp.array(True)
+    )
 
     def look() -> jax.Array:
         new = map_frames(
-            lambda f, b: jnp.any(~b & f.nonzero()), frames, begun, plain=nothing
+            lambda f, b: jnp.any(~b & f.nonzero()), frames, started, plain=nothing
         )
         return jnp.any(jnp.stack(jax.tree.leaves(new)))
 
-    # Gradients are looked at only until all have begun.
-    all_begun = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(begun)]))
-    return jax.lax.cond(all_begun, lambda: jnp.array(False), look)
+    # Gradients are looked at only until all have started.
+    all_started = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(started)]))
+    return jax.lax.cond(all_started, lambda: jnp.array(False), look)
 
 
 def choose_anew(
     rule: Rule,
     frame: Frame,
-    begun: jax.Array,
-    kept: Any,
+    started: jax.Array,
+    stored: Any,
     key: jax.Array | None,
     now: Clock,
     due: bool | jax.Array,
 ) -> Chosen:
     """The basis of one leaf, for those of its matrices that are due or just begin."""
     pack, unpack, _, shared = rule.storage
-    now_begun = begun | frame.nonzero() if rule.from_gradient else begun
-    moved = due | now_begun & ~begun
-    old = unpack(frame, kept)
+    now_started = started | frame.nonzero() if rule.from_gradient else started
+    refreshed = due | now_started & ~started
+    old = unpack(frame, stored)
     s = frame.chosen
     if s is None:
-        s = choose(rule, frame, kept, begun, key, now)
+        s = choose(rule, frame, stored, started, key, now)
     new = pack(frame, s, key)
     if not shared:
         # A rule may keep its basis at a refresh; to round it again would move it.
-        stays = ~moved | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
-        new = jax.tree.map(lambda x, y: select(stays, x, y), kept, new)
+        stays = ~refreshed | jnp.all(
+            s == old, axis=tuple(range(len(frame.batch), s.ndim))
+        )
+        new = jax.tree.map(lambda x, y: select(stays, x, y), stored, new)
     # Whole, as everything that uses S: the same bits on every sharding.
-    turn = turn_between(
+    rotation = rotation_between(
         replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype
     )
-    return Chosen(now_begun, select(moved, turn, frame.still()), moved, new)
+    return Chosen(
+        now_started, select(refreshed, rotation, frame.no_rotation()), refreshed, new
+    )

@@ -61,7 +61,7 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
 
     def init(params: optax.Params) -> BasisState:
         for frame in frames_of(params):
-            if not frame.whole:
+            if not frame.full_rank:
                 given(frame.path, frame.basis_shape)
         return cast(BasisState, rule.init(params))
 

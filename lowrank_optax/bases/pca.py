@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
-from lowrank_optax.core.sharding import cut_basis, cut_matrices
+from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import over_devices, replicated
 from lowrank_optax.core.stage import Clock, both, branch, timed_stage
 from lowrank_optax.core.trees import map_frames
@@ -76,7 +76,7 @@ def online_pca(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> OnlinePCAState:
-        basis = _on_subspaces(lambda f: cut_basis(f, eye_basis(f)), params)
+        basis = _on_subspaces(lambda f: shard_basis(f, eye_basis(f)), params)
         loss, drift = (_on_subspaces(_number, params) for _ in range(2))
         return OnlinePCAState(basis, optimizer.init(basis), loss, drift)
 
@@ -101,7 +101,7 @@ def online_pca(
             (optax.tree.zeros_like(steps), state.inner_state),
         )
         frames = map_frames(
-            lambda f, p: f if f.whole else f.replace(basis=p, orthonormal=False),
+            lambda f, p: f if f.full_rank else f.replace(basis=p, orthonormal=False),
             frames,
             basis,
         )
@@ -113,7 +113,7 @@ def online_pca(
 
 def _number(frame: Frame) -> jax.Array:
     """Zero, for each matrix."""
-    return cut_matrices(frame, jnp.zeros(frame.batch, frame.gradient.dtype))
+    return shard_batch(frame, jnp.zeros(frame.batch, frame.gradient.dtype))
 
 
 def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
@@ -123,7 +123,7 @@ def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
 
     def one(x: Any, *xs: Any) -> jax.Array:
         if isinstance(x, Frame):
-            if not x.whole:
+            if not x.full_rank:
                 return f(x, *xs)
             x = x.gradient
         return jnp.zeros([], jnp.promote_types(x.dtype, jnp.float32))

@@ -96,8 +96,8 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
     section 4; Hao et al. 2024, "FLora", section 2.3).
 
     The state is a key, and S is drawn from it again at every step; no array of mr
-    numbers is kept. `stored=True` keeps it instead, as the released apollo-torch does:
-    the same numbers, memory for time.
+    numbers is stored. `stored=True` stores it, as the released apollo-torch does: the
+    same numbers, memory for time.
 
     Args:
       key: a seed or a typed key.

@@ -43,7 +43,7 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
     """
     inside = rule_of(rule, "frozen()")
     # Not together: whether it is asked at all depends on the step.
-    return follow(dataclasses.replace(inside, once=True, together=False))
+    return follow(dataclasses.replace(inside, once=True, batched=False))
 
 
 class LazyRefreshState(NamedTuple):
@@ -104,7 +104,7 @@ def lazy_refresh(
     for name, value in (("window", window), ("factor", factor)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
-    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), together=False)
+    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
     if inside.storage.shared or inside.once:
         raise ValueError(
             "lazy_refresh() compares a basis with the last one; it has nothing to do "
@@ -132,28 +132,36 @@ def lazy_refresh(
             key, sub = branch(now.refresh, split, lambda k: (k, k), key)
 
         def ask(
-            frame: Frame, begun: jax.Array, kept: Any, cycle: jax.Array, wait: jax.Array
+            frame: Frame,
+            started: jax.Array,
+            stored: Any,
+            cycle: jax.Array,
+            wait: jax.Array,
         ) -> Chosen:
             due, clock = both(now.refresh, wait == 0), now._replace(cycle=cycle)
             wanted = due
             if not isinstance(now.refresh, bool):
-                wanted |= starts(inside, frame, begun)
+                wanted |= starts(inside, frame, started)
             return branch(
                 wanted,
-                lambda: choose_anew(inside, frame, begun, kept, sub, clock, due),
-                lambda: unmoved(frame, begun, kept),
+                lambda: choose_anew(inside, frame, started, stored, sub, clock, due),
+                lambda: unmoved(frame, started, stored),
             )
 
-        def pace(frame: Frame, turn: jax.Array, *last: jax.Array) -> tuple[Any, ...]:
-            if frame.whole:
-                return frame, turn, *last
-            overlap = jnp.mean(jnp.sum(jnp.square(turn), axis=(-2, -1))) / frame.rank
-            return frame, turn, *paced(now, overlap, threshold, factor, *last)
+        def pace(
+            frame: Frame, rotation: jax.Array, *last: jax.Array
+        ) -> tuple[Any, ...]:
+            if frame.full_rank:
+                return frame, rotation, *last
+            overlap = (
+                jnp.mean(jnp.sum(jnp.square(rotation), axis=(-2, -1))) / frame.rank
+            )
+            return frame, rotation, *paced(now, overlap, threshold, factor, *last)
 
         chosen = on_subspaces(inside, ask, frames, old, state.cycle, state.wait)
-        _, _, *paces = update_frames(pace, frames, chosen.turn, *state[1:])
-        rule_state = BasisState(key, chosen.kept, chosen.begun)
-        frames = with_bases(inside, frames, old.basis, chosen.kept, chosen)
+        _, _, *paces = update_frames(pace, frames, chosen.rotation, *state[1:])
+        rule_state = BasisState(key, chosen.stored, chosen.started)
+        frames = with_bases(inside, frames, old.basis, chosen.stored, chosen)
         return frames, LazyRefreshState(rule_state, *paces)
 
     return timed_stage(init, update)

@@ -25,23 +25,23 @@ class BasisState(NamedTuple):
       basis: what is kept of S: S itself, (*batch, m, r), or (*batch, r) integers where
         its columns are coordinates; a `QuantizedBasis` of trees for `quantize_basis`,
         and for `gaussian` the one typed key that all bases are drawn from.
-      begun: (*batch,) bool, whether a gradient that is not zero was seen.
+      started: (*batch,) bool, whether a gradient that is not zero was seen.
     """
 
     rng_key: jax.Array | None
     basis: Any
-    begun: Any
+    started: Any
 
 
 class Storage(NamedTuple):
     """How a basis is kept between steps.
 
     Attributes:
-      pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is kept,
-        a tree of arrays with the batch axes in front.
+      pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is
+        stored, a tree of arrays with the batch axes in front.
       unpack: from a Frame and what is kept to S_t.
-      like: a tree of the structure of what is kept.
-      shared: whether the refresh's key is kept, for all matrices, and no tree of what
+      like: a tree of the structure of what is stored.
+      shared: whether the refresh's key is stored, for all matrices, and no tree of what
         `pack` gives for each.
     """
 
@@ -60,9 +60,9 @@ class Rule:
 
     Attributes:
       first: the basis before the first refresh, from a Frame.
-      storage: how bases are kept.
+      storage: how bases are stored.
       once: whether a basis is for good.
-      together: whether small matrices are best asked for in one batch (`in_one_call`):
+      batched: whether small matrices are best asked for in one batch (`is_batched`):
         `choose` has no conditional, and looks at nothing but gradients and keys.
       by_path: whether `choose` goes by a leaf's path, and must see all of its matrices.
     """
@@ -76,7 +76,7 @@ class Rule:
     from_gradient: bool = True
     storage: Storage = AS_IT_IS
     once: bool = False
-    together: bool = False
+    batched: bool = False
     by_path: bool = False
 
     def first(self, frame: Frame) -> jax.Array:

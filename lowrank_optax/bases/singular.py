@@ -55,7 +55,7 @@ def dominant_svd(
 
     if decomposition == "randomized" and key is not None:
         return follow(Rule(choose=choose, key=check_key(key)))
-    return follow(Rule(choose=choose, together=True))
+    return follow(Rule(choose=choose, batched=True))
 
 
 def sara_sample(
@@ -98,4 +98,4 @@ def sara_sample(
         index = sample_indices(keys, s, frame.rank)
         return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
-    return follow(Rule(choose=choose, key=check_key(key), together=True))
+    return follow(Rule(choose=choose, key=check_key(key), batched=True))

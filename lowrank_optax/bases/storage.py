@@ -55,15 +55,15 @@ def packing(bits: int, group_size: int) -> Storage:
             codes, scales[..., 0], zero_points[..., 0].astype(jnp.uint8)
         )
 
-    def unpack(frame: Frame, kept: QuantizedBasis) -> jax.Array:
+    def unpack(frame: Frame, stored: QuantizedBasis) -> jax.Array:
         """S = (code - zero point) scale, (*batch, m, r)."""
         m, r = frame.basis_shape[-2:]
-        codes = kept.codes
+        codes = stored.codes
         if bits == 4:
             codes = jnp.stack([codes & 15, codes >> 4], axis=-1)
         codes = codes.reshape(*frame.batch, -1)[..., : m * r]
-        groups = in_groups(codes).astype(kept.scales.dtype)
-        values = (groups - kept.zero_points[..., None]) * kept.scales[..., None]
+        groups = in_groups(codes).astype(stored.scales.dtype)
+        values = (groups - stored.zero_points[..., None]) * stored.scales[..., None]
         return values.reshape(*frame.batch, -1)[..., : m * r].reshape(frame.basis_shape)
 
     return Storage(pack, unpack, like=QuantizedBasis(0, 0, 0))
@@ -152,7 +152,7 @@ def cast_basis(
     inside = _stored_as_it_is(rule, "cast_basis()")
     rounded = Storage(
         pack=lambda _, s, __: s.astype(dtype),
-        unpack=lambda frame, kept: kept.astype(frame.gradient.dtype),
+        unpack=lambda frame, stored: stored.astype(frame.gradient.dtype),
     )
     return follow(dataclasses.replace(inside, storage=rounded))
 

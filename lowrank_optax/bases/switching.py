@@ -13,7 +13,7 @@ from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
-from lowrank_optax.core.sharding import cut_matrices
+from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import Clock, stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
@@ -174,10 +174,10 @@ def track_gram(
 
     def init(params: optax.Params) -> TrackingState:
         def zeros(frame: Frame) -> jax.Array:
-            if frame.whole:
+            if frame.full_rank:
                 return nothing()
             shape = *frame.batch, frame.rank, frame.rank
-            return cut_matrices(frame, jnp.zeros(shape, frame.gradient.dtype))
+            return shard_batch(frame, jnp.zeros(shape, frame.gradient.dtype))
 
         return TrackingState(
             map_frames(zeros, params, plain=nothing), stages.init(params)
@@ -192,10 +192,10 @@ def track_gram(
         def tell(frame: Frame, gram: jax.Array) -> Frame:
             # Directions do not depend on size: G G^T is what it is added to.
             past = decay / (1 - decay)
-            return frame if frame.whole else frame.replace(tracked=past * gram)
+            return frame if frame.full_rank else frame.replace(tracked=past * gram)
 
         def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
-            if frame.whole:
+            if frame.full_rank:
                 return frame, gram
             low = frame.need("low", "project()")
             new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
-from lowrank_optax.bracket.leaf import Leaf, decide_leaves, is_leaf, tell
+from lowrank_optax.bracket.leaf import Leaf, decide_leaves, is_leaf, warn_of_full_rank
 from lowrank_optax.core.frame import (
     BASIS_RULE,
     Frame,
@@ -218,7 +218,7 @@ def _bracket(
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
         if refresh_every is not None:
-            tell(jax.tree.leaves(leaves, is_leaf=is_leaf))
+            warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
         # Three arrays: one in several places could not be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
@@ -332,7 +332,7 @@ def _open(
         rank=leaf.rank,
         path=leaf.path,
         columns=leaf.layout.columns,
-        turned=leaf.layout.turned,
+        transposed=leaf.layout.transposed,
         layer=None if layer is None else jnp.asarray(layer),
         precision=precision,
         chosen=bases.get(leaf.path),
@@ -394,7 +394,7 @@ def _all_finite(
         seen = [x]
         if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
             seen = [x, o.gradient]
-        elif is_frame(o) and o.low is not None and not o.whole:
+        elif is_frame(o) and o.low is not None and not o.full_rank:
             seen = [x if are_coordinates(o.need("basis", BASIS_RULE)) else o.low]
         squares = (jnp.sum(jnp.square(_at_least_f32(x))) for x in seen)
         return functools.reduce(operator.and_, map(jnp.isfinite, squares))

@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
     rank: int
 
     @property
-    def whole(self) -> bool:
+    def full_rank(self) -> bool:
         """Whether r = m, so that a matrix has full rank because of its rank."""
         return self.layout is not None and self.rank == self.layout.m
 
@@ -79,18 +79,18 @@ def decisions() -> Iterator[list[Leaf]]:
         _decided.reset(token)
 
 
-def tell(leaves: list[Leaf]) -> None:
+def warn_of_full_rank(leaves: list[Leaf]) -> None:
     """A warning where a rank is no rank, or nothing is projected."""
     if (seen := _decided.get()) is not None:
         seen.extend(leaves)
         return
     # A matrix of one row is a vector, and has full rank as one.
     matrices = [x for x in leaves if len(x.shape) > 1 and _rows(x) > 1]
-    whole = [x for x in matrices if x.whole]
-    projected = sum(x.layout is not None and not x.whole for x in leaves)
-    if not matrices or (projected and not whole):
+    full_rank = [x for x in matrices if x.full_rank]
+    projected = sum(x.layout is not None and not x.full_rank for x in leaves)
+    if not matrices or (projected and not full_rank):
         return
-    why = [f"{x.path} (rank {x.rank} is all of it)" for x in whole[:3]]
+    why = [f"{x.path} (rank {x.rank} is all of it)" for x in full_rank[:3]]
     why += [f"{x.path} (by its rule)" for x in matrices if x.layout is None][:3]
     warnings.warn(
         f"low_rank projects {projected} of {len(matrices)} matrices; of full rank are "

@@ -17,7 +17,7 @@ class Frame:
     """Stands where a matrix leaf stood, in the papers' orientation m <= n.
 
     Each stage reads the fields of the stages before it and fills in its own:
-    a basis rule `basis`, `turn` and `moved`, `project` `low`, `in_subspace` or
+    a basis rule `basis`, `rotation` and `refreshed`, `project` `low`, `in_subspace` or
     `rotate_moments` `low_step`, `project_back` or `recover_residual` `step`.
     All arrays share the leading batch axes (the layers of a stacked kernel).
 
@@ -26,7 +26,7 @@ class Frame:
     scaling a basis.
 
     At rank r = m the subspace is the whole space: S is the identity, is not stored or
-    chosen, and `basis` and `turn` stay None.
+    chosen, and `basis` and `rotation` stay None.
 
     Attributes:
       gradient: (*batch, m, n), G.
@@ -35,7 +35,7 @@ class Frame:
       columns: which of the weight's axes the n columns are, "input" or "output".
       layer: () integer, which layer of a stack this is, where the layers of a stacked
         leaf are taken one at a time (`per_layer`); None where all are here.
-      turned: whether the weight is stored with the n columns before the m rows.
+      transposed: whether the weight is stored with the n columns before the m rows.
       precision: of the products with S, as `jax.lax.dot_general` takes it.
       momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
         of S_{t-1}; None for a step that keeps none.
@@ -44,12 +44,12 @@ class Frame:
       basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
         columns. S_{t-1} until a basis rule has set S_t.
       previous: S_{t-1}, as `basis`.
-      turn: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
-      moved: (*batch,) bool, whether S_t was chosen at this step.
+      rotation: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
+      refreshed: (*batch,) bool, whether S_t was chosen at this step.
       orthonormal: whether S's columns are orthonormal.
       chosen: S_t where it was chosen before, from another gradient of this step (see
         `project_gradient`), or with other matrices.
-      together: whether S_t was, or at a refresh would be, chosen with other matrices in
+      batched: whether S_t was, or at a refresh would be, chosen with other matrices in
         one call.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
@@ -63,17 +63,17 @@ class Frame:
     path: str
     columns: str = "output"
     layer: jax.Array | None = None
-    turned: bool = False
+    transposed: bool = False
     precision: jax.lax.PrecisionLike = None
     momentum: jax.Array | None = None
     tracked: jax.Array | None = None
     basis: jax.Array | None = None
     previous: jax.Array | None = None
-    turn: jax.Array | None = None
-    moved: jax.Array | None = None
+    rotation: jax.Array | None = None
+    refreshed: jax.Array | None = None
     orthonormal: bool = True
     chosen: jax.Array | None = None
-    together: bool = False
+    batched: bool = False
     low: jax.Array | None = None
     low_step: jax.Array | None = None
     step: jax.Array | None = None
@@ -84,7 +84,7 @@ class Frame:
         return self.gradient.shape[:-2]
 
     @property
-    def whole(self) -> bool:
+    def full_rank(self) -> bool:
         """Whether r = m: the subspace is the whole space, and S the identity."""
         return self.rank == self.gradient.shape[-2]
 
@@ -111,7 +111,7 @@ class Frame:
 
     def down(self, x: jax.Array) -> jax.Array:
         """S^T x: (*batch, m, k) to (*batch, r, k)."""
-        if self.whole:
+        if self.full_rank:
             return x
         basis = self.need("basis", BASIS_RULE)
         if are_coordinates(basis):
@@ -132,11 +132,11 @@ class Frame:
 
         What is done there to arrays as large as the weight needs no turned copy.
         """
-        return jnp.swapaxes(x, -1, -2) if self.turned else x
+        return jnp.swapaxes(x, -1, -2) if self.transposed else x
 
     def up(self, y: jax.Array) -> jax.Array:
         """S y: (*batch, r, k) to (*batch, m, k)."""
-        if self.whole:
+        if self.full_rank:
             return y
         basis = self.need("basis", BASIS_RULE)
         if are_coordinates(basis):
@@ -144,7 +144,7 @@ class Frame:
             for _ in self.batch:
                 spread = jax.vmap(spread)
             return spread(basis, y)
-        product = "...mr,...rk->...km" if self.turned else "...mr,...rk->...mk"
+        product = "...mr,...rk->...km" if self.transposed else "...mr,...rk->...mk"
         x = jnp.einsum(product, basis, y, precision=self.precision)
         return self.as_stored(x.astype(y.dtype))
 
@@ -168,8 +168,8 @@ class Frame:
                 "take project_back() alone"
             )
 
-    def still(self) -> jax.Array:
-        """The `turn` of a basis that stands still, I: (*batch, r, r)."""
+    def no_rotation(self) -> jax.Array:
+        """The `rotation` of a basis that stands still, I: (*batch, r, r)."""
         eye = jnp.eye(self.rank, dtype=self.gradient.dtype)
         return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
 

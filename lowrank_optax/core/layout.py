@@ -15,7 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from lowrank_optax.core.sharding import cut_of, merged
+from lowrank_optax.core.sharding import merged_spec, spec_of
 
 Rules = Sequence[tuple[str, Any]]
 # MuonDimensionNumbers, "matrix" or None; rules or a tree of these; a function to one.
@@ -75,7 +75,7 @@ class Layout:
     columns: Side
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the leaf has the n columns before the m rows."""
         return self.axes[-1] < self.axes[len(self.batch)]
 
@@ -84,9 +84,9 @@ class Layout:
         if x.ndim == len(self.batch) + 2:
             return x
         shape = (*self.batch, self.m, self.n)
-        if not any(cut_of(x)):
+        if not any(spec_of(x)):
             return x.reshape(shape)
-        return jnp.reshape(x, shape, out_sharding=P(*merged(x, shape)))
+        return jnp.reshape(x, shape, out_sharding=P(*merged_spec(x, shape)))
 
     def from_matrix(self, y: jax.Array) -> jax.Array:
         inverse = tuple(int(i) for i in np.argsort(self.axes))

@@ -14,45 +14,47 @@ from jax.sharding import PartitionSpec as P
 
 from lowrank_optax.core.frame import Frame, ProjectedAway
 
-Cut = tuple[Any, ...]
+Spec = tuple[Any, ...]
 """One entry for each axis of an array: the mesh axes that cut it, or None."""
 
 
 def low_zeros(frame: Frame) -> jax.Array:
     """Zeros like S^T G (*batch, r, n), r cut as m is, and n as n."""
     zeros = jnp.zeros(frame.low_shape, frame.gradient.dtype)
-    return cut_along(zeros, cut_of(frame.gradient), of=frame.gradient)
+    return shard_along(zeros, spec_of(frame.gradient), of=frame.gradient)
 
 
-def cut_matrices(frame: Frame, x: jax.Array) -> jax.Array:
+def shard_batch(frame: Frame, x: jax.Array) -> jax.Array:
     """x (*batch, ...), a few numbers for each matrix, with its batch axes cut."""
-    return cut_along(x, cut_of(frame.gradient)[: len(frame.batch)], of=frame.gradient)
+    return shard_along(
+        x, spec_of(frame.gradient)[: len(frame.batch)], of=frame.gradient
+    )
 
 
-def cut_basis(frame: Frame, x: jax.Array) -> jax.Array:
+def shard_basis(frame: Frame, x: jax.Array) -> jax.Array:
     """What is kept of a basis, (*batch, m, r) or packed (*batch, numbers).
 
     All axes that cut the gradient cut it too: along m, or r if m does not divide.
     """
-    cut, first = cut_of(frame.gradient), len(frame.batch)
-    names = tuple(name for entry in cut[first:] for name in names_of(entry))
+    cut, first = spec_of(frame.gradient), len(frame.batch)
+    names = tuple(name for entry in cut[first:] for name in mesh_axes_of(entry))
     for axis in range(first, x.ndim):
-        if x.shape[axis] % devices_of(names, jax.typeof(frame.gradient).sharding.mesh):
+        if x.shape[axis] % shards_of(names, jax.typeof(frame.gradient).sharding.mesh):
             continue
         rest: list[Any] = [None] * (x.ndim - first)
         rest[axis - first] = names or None
-        return cut_along(x, (*cut[:first], *rest), of=frame.gradient)
-    return cut_matrices(frame, x)
+        return shard_along(x, (*cut[:first], *rest), of=frame.gradient)
+    return shard_batch(frame, x)
 
 
-def cut_of(x: Any) -> Cut:
+def spec_of(x: Any) -> Spec:
     """How the type of x says that it is cut; a gradient that is away says nothing."""
     if isinstance(x, ProjectedAway):
         return (None,) * len(x.shape)
-    return padded(jax.typeof(x).sharding.spec, jnp.ndim(x))
+    return padded_spec(jax.typeof(x).sharding.spec, jnp.ndim(x))
 
 
-def cut_along(x: jax.Array, cut: Cut, *, of: Any) -> jax.Array:
+def shard_along(x: jax.Array, cut: Spec, *, of: Any) -> jax.Array:
     """x, cut along its first axes as `cut` says, where that goes without a rest.
 
     `of` is an array on the mesh that `cut` speaks of.
@@ -61,7 +63,7 @@ def cut_along(x: jax.Array, cut: Cut, *, of: Any) -> jax.Array:
         return x
     mesh = jax.typeof(of).sharding.mesh
     fits = [
-        entry if size % devices_of(entry, mesh) == 0 else None
+        entry if size % shards_of(entry, mesh) == 0 else None
         for size, entry in zip(x.shape, cut, strict=False)
     ]
     return jax.sharding.reshard(x, P(*fits)) if any(fits) else x
@@ -116,9 +118,9 @@ def _has_arrays(x: Any) -> bool:
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
 
 
-def merged(x: jax.Array, shape: tuple[int, ...]) -> Cut:
-    """How x is cut once neighbouring axes are merged into `shape`: by the first's."""
-    entries, sizes = list(cut_of(x)), list(x.shape)
+def merged_spec(x: jax.Array, shape: tuple[int, ...]) -> Spec:
+    """The spec of x with neighbouring axes merged into `shape`: the first axis' entry."""
+    entries, sizes = list(spec_of(x)), list(x.shape)
     cut = []
     for size in shape:
         first, have = entries.pop(0), sizes.pop(0)
@@ -130,16 +132,16 @@ def merged(x: jax.Array, shape: tuple[int, ...]) -> Cut:
     return tuple(cut)
 
 
-def padded(spec: P, ndim: int) -> Cut:
+def padded_spec(spec: P, ndim: int) -> Spec:
     """A spec with an entry for each axis."""
     return (*spec, *(None,) * (ndim - len(spec)))
 
 
-def names_of(entry: Any) -> tuple[str, ...]:
+def mesh_axes_of(entry: Any) -> tuple[str, ...]:
     """The mesh axes of an entry."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-def devices_of(entry: Any, mesh: Any) -> int:
+def shards_of(entry: Any, mesh: Any) -> int:
     """How many parts an entry makes."""
-    return math.prod(mesh.shape[name] for name in names_of(entry))
+    return math.prod(mesh.shape[name] for name in mesh_axes_of(entry))

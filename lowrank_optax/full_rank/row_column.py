@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.sharding import cut_along, cut_matrices, cut_of
+from lowrank_optax.core.sharding import shard_along, shard_batch, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 from lowrank_optax.recovery.limiter import limit_growth
@@ -79,15 +79,15 @@ def scale_rows_and_columns(
     def init(params: optax.Params) -> RowColumnState:
         def along(axis: int) -> Any:
             def zeros(frame: Frame) -> jax.Array:
-                shape, cut = frame.gradient.shape, cut_of(frame.gradient)
+                shape, cut = frame.gradient.shape, spec_of(frame.gradient)
                 x = jnp.zeros((*shape[:-2], shape[axis]), frame.gradient.dtype)
-                return cut_along(x, (*cut[:-2], cut[axis]), of=frame.gradient)
+                return shard_along(x, (*cut[:-2], cut[axis]), of=frame.gradient)
 
             return map_frames(zeros, params, plain=nothing)
 
         def before(frame: Frame) -> jax.Array:
             none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return cut_matrices(frame, none)
+            return shard_batch(frame, none)
 
         norm = map_frames(before, params, plain=nothing)
         return RowColumnState(along(-2), along(-1), norm)

@@ -21,7 +21,7 @@ class MemoryRow:
       shape: the parameter's.
       rank: of its subspace, m where that is the whole space; None where the state has
         full rank by a rule, the parameter's shape, or an optimizer without subspaces.
-      whole: whether the rank is m.
+      full_rank: whether the rank is m.
       state_bytes: of the optimizer state that belongs to it.
       adamw_bytes: of AdamW's, in the parameter's dtype.
     """
@@ -31,7 +31,7 @@ class MemoryRow:
     rank: int | None
     state_bytes: int
     adamw_bytes: int
-    whole: bool = False
+    full_rank: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MemoryReport:
     def __str__(self) -> str:
         def line(row: MemoryRow) -> tuple[str, ...]:
             rank = "full" if row.rank is None else f"{row.rank}"
-            rank += " (all)" if row.whole else ""
+            rank += " (all)" if row.full_rank else ""
             sizes = f"{row.state_bytes:,}", f"{row.adamw_bytes:,}"
             if row.path == SHARED:
                 return row.path, "", "", *sizes
@@ -123,8 +123,8 @@ def memory_report(
 
     def row(path: str, shape: tuple[int, ...]) -> MemoryRow:
         leaf = leaves.get(path)
-        rank, whole = (None, False) if leaf is None else (leaf.rank, leaf.whole)
-        return MemoryRow(path, shape, rank, ours[path], adamw[path], whole)
+        rank, full_rank = (None, False) if leaf is None else (leaf.rank, leaf.full_rank)
+        return MemoryRow(path, shape, rank, ours[path], adamw[path], full_rank)
 
     return MemoryReport(tuple(row(*item) for item in {**shapes, SHARED: ()}.items()))
 

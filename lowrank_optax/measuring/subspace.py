@@ -12,7 +12,7 @@ from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import BASIS_RULE, Frame, ProjectedAway, are_coordinates
 from lowrank_optax.core.layout import path_of
 from lowrank_optax.core.linalg import column_norms_squared, ratio, select
-from lowrank_optax.core.sharding import cut_basis, cut_matrices
+from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.stage import Clock, branch, timed_stage
 from lowrank_optax.core.trees import frames_of, map_frames, nothing, update_frames
 
@@ -31,7 +31,7 @@ class MeasureState(NamedTuple):
       overlap: (*batch,), of the last basis with the one before it.
       anchor_overlap: (*batch,), of the last basis with the anchor.
       spectrum: (*batch, k), at the last refresh.
-      begun: (*batch,) bool, whether a basis was chosen from a gradient that is not
+      started: (*batch,) bool, whether a basis was chosen from a gradient that is not
         zero; what stood there before is no subspace.
       anchor: (*batch, m, r), the basis that later ones are compared with.
     """
@@ -40,7 +40,7 @@ class MeasureState(NamedTuple):
     overlap: Any = None
     anchor_overlap: Any = None
     spectrum: Any = None
-    begun: Any = None
+    started: Any = None
     anchor: Any = None
 
 
@@ -148,7 +148,7 @@ def measure_subspace(
         "overlap": overlap,
         "anchor_overlap": anchor is not None,
         "spectrum": spectrum > 0,
-        "begun": at_refreshes,
+        "started": at_refreshes,
         "anchor": anchor is not None,
     }
 
@@ -177,22 +177,22 @@ def _empty(params: optax.Params, fields: list[str], spectrum: int) -> MeasureSta
 
     def number(frame: Frame, *shape: int) -> jax.Array:
         none = jnp.full((*frame.batch, *shape), NONE_YET, frame.gradient.dtype)
-        return cut_matrices(frame, none)
+        return shard_batch(frame, none)
 
     def values(frame: Frame) -> jax.Array:
         return number(frame, min(spectrum, frame.rank))
 
-    def begun(frame: Frame) -> jax.Array:
-        return cut_matrices(frame, jnp.zeros(frame.batch, bool))
+    def started(frame: Frame) -> jax.Array:
+        return shard_batch(frame, jnp.zeros(frame.batch, bool))
 
     def anchor(frame: Frame) -> jax.Array:
-        return cut_basis(frame, jnp.zeros(frame.basis_shape, frame.gradient.dtype))
+        return shard_basis(frame, jnp.zeros(frame.basis_shape, frame.gradient.dtype))
 
-    makers = {"spectrum": values, "begun": begun, "anchor": anchor}
+    makers = {"spectrum": values, "started": started, "anchor": anchor}
 
     def tree(make: Callable[..., jax.Array]) -> Any:
         return map_frames(
-            lambda frame: nothing() if frame.whole else make(frame),
+            lambda frame: nothing() if frame.full_rank else make(frame),
             params,
             plain=nothing,
         )
@@ -209,7 +209,7 @@ def _map(
         return state
 
     def one(frame: Frame, *old: jax.Array) -> tuple[Any, ...]:
-        if frame.whole:
+        if frame.full_rank:
             return frame, *old
         new = f(frame, MeasureState(**dict(zip(kept, old, strict=True))))
         values = (getattr(new, name) for name in kept)
@@ -221,7 +221,7 @@ def _map(
 
 def _check(frame: Frame, *, of_gradient: bool) -> None:
     """ValueError where something is not defined."""
-    if frame.whole:
+    if frame.full_rank:
         return
     frame.need("basis", BASIS_RULE)
     reason = ""
@@ -230,7 +230,7 @@ def _check(frame: Frame, *, of_gradient: bool) -> None:
             "the basis is not orthonormal, so that ||S^T G|| is no share of ||G||, and "
             "S^T S' no overlap; leave it out, or take another basis rule"
         )
-    elif frame.moved is None or frame.turn is None:
+    elif frame.refreshed is None or frame.rotation is None:
         reason = "this basis rule does not say when and how its basis moves"
     elif of_gradient and isinstance(frame.gradient, ProjectedAway):
         reason = (
@@ -248,9 +248,9 @@ def _has_moved(frames: optax.Updates, now: Clock) -> bool | jax.Array:
     """Whether a basis may have been chosen: one predicate for all matrices."""
     if isinstance(now.refresh, bool):
         return now.refresh
-    subspaces = [frame for frame in frames_of(frames) if not frame.whole]
-    moved = [jnp.any(frame.need("moved", BASIS_RULE)) for frame in subspaces]
-    return jnp.any(jnp.stack([now.refresh, *moved]))
+    subspaces = [frame for frame in frames_of(frames) if not frame.full_rank]
+    refreshed = [jnp.any(frame.need("refreshed", BASIS_RULE)) for frame in subspaces]
+    return jnp.any(jnp.stack([now.refresh, *refreshed]))
 
 
 def _energy(frame: Frame, _: MeasureState) -> MeasureState:
@@ -265,18 +265,18 @@ def _energy(frame: Frame, _: MeasureState) -> MeasureState:
 
 def _compared(frame: Frame, old: MeasureState, now: Clock, anchor: int) -> MeasureState:
     """What a new basis says beside the one before, and beside the anchor."""
-    moved = frame.need("moved", BASIS_RULE)
-    begun = old.begun | moved & frame.nonzero()
-    comparable, new = moved & old.begun, old._replace(begun=begun)
+    refreshed = frame.need("refreshed", BASIS_RULE)
+    started = old.started | refreshed & frame.nonzero()
+    comparable, new = refreshed & old.started, old._replace(started=started)
     if old.overlap is not None:
-        overlap = _overlap(frame, frame.need("turn", BASIS_RULE))
+        overlap = _overlap(frame, frame.need("rotation", BASIS_RULE))
         new = new._replace(overlap=select(comparable, overlap, old.overlap))
     if old.spectrum is not None:
         values = _derivative(frame, old.spectrum.shape[-1])
         new = new._replace(spectrum=select(comparable, values, old.spectrum))
     if old.anchor is not None:
         has = old.anchor_overlap >= 0
-        due = now.refresh & begun & (now.cycle >= anchor)
+        due = now.refresh & started & (now.cycle >= anchor)
         kept = select(due & ~has, _columns(frame), old.anchor)
         exact = frame.replace(precision="highest")
         overlap = jnp.where(due | has, _overlap(frame, exact.down(kept)), NONE_YET)
@@ -293,7 +293,7 @@ def _overlap(frame: Frame, product: jax.Array) -> jax.Array:
 def _columns(frame: Frame) -> jax.Array:
     """S as (*batch, m, r), where it is coordinates too."""
     basis = frame.need("basis", BASIS_RULE)
-    return frame.up(frame.still()) if are_coordinates(basis) else basis
+    return frame.up(frame.no_rotation()) if are_coordinates(basis) else basis
 
 
 def _derivative(frame: Frame, count: int) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
-from lowrank_optax.core.sharding import cut_along, cut_matrices, cut_of
+from lowrank_optax.core.sharding import shard_along, shard_batch, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 from lowrank_optax.recovery.limiter import limit_growth
@@ -79,13 +79,13 @@ def compensate_columns(
 
     def init(params: optax.Params) -> CompensationState:
         def columns(frame: Frame) -> jax.Array:
-            shape, cut = frame.gradient.shape, cut_of(frame.gradient)
+            shape, cut = frame.gradient.shape, spec_of(frame.gradient)
             zeros = jnp.zeros((*shape[:-2], shape[-1]), frame.gradient.dtype)
-            return cut_along(zeros, (*cut[:-2], cut[-1]), of=frame.gradient)
+            return shard_along(zeros, (*cut[:-2], cut[-1]), of=frame.gradient)
 
         def before(frame: Frame) -> jax.Array:
             none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return cut_matrices(frame, none)
+            return shard_batch(frame, none)
 
         return CompensationState(
             map_frames(columns, params, plain=nothing),

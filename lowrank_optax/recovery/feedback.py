@@ -59,7 +59,7 @@ def error_feedback(
 
     def init(params: optax.Params) -> ErrorFeedbackState:
         def zero(frame: Frame) -> jax.Array:
-            return nothing() if frame.whole else jnp.zeros_like(frame.gradient)
+            return nothing() if frame.full_rank else jnp.zeros_like(frame.gradient)
 
         errors = map_frames(zero, params, plain=nothing)
         return ErrorFeedbackState(errors, stages.init(params))
@@ -71,10 +71,12 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         def add(frame: Frame, e: jax.Array) -> Frame:
-            return frame if frame.whole else frame.replace(gradient=frame.gradient + e)
+            return (
+                frame if frame.full_rank else frame.replace(gradient=frame.gradient + e)
+            )
 
         def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
-            if not frame.whole:
+            if not frame.full_rank:
                 e = _lost(frame, b1)
             reason = "error_feedback() gives the residual back already"
             return frame.replace(no_residual=reason), e
@@ -97,8 +99,8 @@ def _lost(frame: Frame, b1: float | jax.Array) -> jax.Array:
     inside, outside = frame.need("low", "project()"), frame.gradient
     if frame.momentum is not None:
         kept = (b1 / (1 - b1)) * frame.momentum
-        turn = frame.need("turn", BASIS_RULE)
-        inside = inside + jnp.matmul(turn, kept, precision="highest")
+        rotation = frame.need("rotation", BASIS_RULE)
+        inside = inside + jnp.matmul(rotation, kept, precision="highest")
         old = frame.replace(basis=frame.need("previous", BASIS_RULE))
         outside = outside + old.up(kept)
     return outside - frame.up(inside)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.sharding import cut_matrices
+from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 from lowrank_optax.recovery.published import Arithmetic, arithmetic_of
@@ -33,7 +33,7 @@ def limited_stage(
     def init(params: optax.Params) -> LimiterState:
         def before(frame: Frame) -> jax.Array:
             none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return cut_matrices(frame, none)
+            return shard_batch(frame, none)
 
         return LimiterState(map_frames(before, params, plain=nothing))
 

@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax.core.layout import Rules, match, path_of
 from lowrank_optax.core.moments import register_moments
-from lowrank_optax.core.sharding import cut_along, cut_of
+from lowrank_optax.core.sharding import shard_along, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import frames_of
 
@@ -92,7 +92,7 @@ def scale_by_adam_mini(
                     f"{path}: blocks of shape {block} do not divide the shape {shape}"
                 )
             counts = [d // b for d, b in zip(shape, block, strict=True)]
-            return cut_along(jnp.zeros(counts, x.dtype), cut_of(x), of=x)
+            return shard_along(jnp.zeros(counts, x.dtype), spec_of(x), of=x)
 
         return AdamMiniState(
             count=jnp.zeros([], jnp.int32),

@@ -11,7 +11,7 @@ import optax
 
 from lowrank_optax.core.linalg import fence
 from lowrank_optax.core.moments import register_storage
-from lowrank_optax.core.sharding import cut_along, cut_of, on_auto_axes
+from lowrank_optax.core.sharding import on_auto_axes, shard_along, spec_of
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import nothing
 
@@ -238,8 +238,8 @@ def quantize_moments(
         if x.size < min_size or not smaller:
             return nothing()
         zeros = jnp.zeros((*x.shape[:-1], blocks), x.dtype)
-        cut = cut_of(x) if x.shape[-1] % blocks == 0 else cut_of(x)[:-1]
-        return cut_along(zeros, cut, of=x)
+        cut = spec_of(x) if x.shape[-1] % blocks == 0 else spec_of(x)[:-1]
+        return shard_along(zeros, cut, of=x)
 
     def init(params: optax.Params) -> QuantizedState:
         state = inner.init(params)

@@ -78,8 +78,8 @@ def rotate_moments(
         # From the state that is, not from a new one: its hyperparameters may have been
         # changed since.
         _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
-        turn = Turn(frames, with_second=moments == "both")
-        return _map_moments(turn.moments, state, unit)
+        rotation = Rotation(frames, with_second=moments == "both")
+        return _map_moments(rotation.moments, state, unit)
 
     def init(params: optax.Params) -> optax.OptState:
         state = inside.init(params)
@@ -99,7 +99,7 @@ def rotate_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
-        if any(not frame.whole for frame in frames_of(frames)):
+        if any(not frame.full_rank for frame in frames_of(frames)):
             state = branch(
                 both(now.refresh, now.step > 0),  # there is nothing to turn at step 0
                 lambda s: rotate(frames, s),
@@ -111,8 +111,8 @@ def rotate_moments(
     return stage(init, update)
 
 
-class Turn:
-    """Turns the moments of a tree of Frames by their `turn`; other leaves stay."""
+class Rotation:
+    """Turns the moments of a tree of Frames by their `rotation`; other leaves stay."""
 
     def __init__(self, frames: optax.Updates, *, with_second: bool = True):
         self._frames = frames
@@ -144,7 +144,7 @@ class Turn:
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
         """C M (eq. 7)."""
-        return _matmul(_turn_of(frame), m)
+        return _matmul(_rotation_of(frame), m)
 
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
@@ -156,27 +156,27 @@ class Turn:
                 '(eq. 8); take rotate_moments(inner, moments="first") or '
                 "in_subspace(inner)"
             )
-        c, m_hat = _turn_of(frame), m.astype(v.dtype) / w_m
+        c, m_hat = _rotation_of(frame), m.astype(v.dtype) / w_m
         variance = v / w_v - jnp.square(m_hat)
         mean = _matmul(c, m_hat)
         return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
 
     def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
         def one(frame: Frame, m: Any, *others: Any) -> Any:
-            if frame.whole or isinstance(m, optax.MaskedNode):
+            if frame.full_rank or isinstance(m, optax.MaskedNode):
                 return m
             return f(frame, m, *others).astype(m.dtype)
 
         return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
 
 
-def _turn_of(frame: Frame) -> jax.Array:
-    if frame.turn is None and frame.basis is not None:
+def _rotation_of(frame: Frame) -> jax.Array:
+    if frame.rotation is None and frame.basis is not None:
         raise ValueError(
             f"{frame.path}: this basis rule does not say how its basis turns; "
             "take in_subspace(inner), which leaves the moments as they are"
         )
-    return frame.need("turn", BASIS_RULE)
+    return frame.need("rotation", BASIS_RULE)
 
 
 def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:

@@ -176,15 +176,15 @@ def reset_moments(
         states = each_apart(structure, one, state)
         news = each_apart(structure, one, inside.init(updates))
         for i, frame in enumerate(leaves):
-            if is_frame(frame) and not frame.whole:
-                if frame.moved is None and frame.basis is not None:
+            if is_frame(frame) and not frame.full_rank:
+                if frame.refreshed is None and frame.basis is not None:
                     raise ValueError(
                         f"{frame.path}: this basis rule moves its basis at every step, "
                         "and reset_moments() would forget as often; take in_subspace()"
                     )
-                moved = frame.need("moved", BASIS_RULE)
+                refreshed = frame.need("refreshed", BASIS_RULE)
                 states[i] = jax.tree.map(
-                    lambda new, old, moved=moved: select(moved, new, old),
+                    lambda new, old, refreshed=refreshed: select(refreshed, new, old),
                     news[i],
                     states[i],
                 )

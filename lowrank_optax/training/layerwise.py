@@ -206,22 +206,22 @@ def _chosen_together(
         return {}
     inner = optax.with_extra_args_support(tx)
 
-    def of_one(layer: Any, *, together: bool) -> dict[str, Any]:
+    def of_one(layer: Any, *, batched: bool) -> dict[str, Any]:
         (i, g, s, stored), seen = layer, []
         inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
-        chosen = (f for f in frames_of(seen) if f.moved is not None)
-        return {f.path: f.basis for f in chosen if f.together == together}
+        chosen = (f for f in frames_of(seen) if f.refreshed is not None)
+        return {f.path: f.basis for f in chosen if f.batched == batched}
 
     # Nothing but those bases is computed under jit.
-    def in_one_call(layers: Any) -> dict[str, Any]:
-        return jax.vmap(partial(of_one, together=True))(layers)
+    def is_batched(layers: Any) -> dict[str, Any]:
+        return jax.vmap(partial(of_one, batched=True))(layers)
 
     def all_of_some(layers: Any, _: Any) -> dict[str, Any]:
-        in_turn = jax.lax.map(partial(of_one, together=False), layers)
-        return in_one_call(layers) | in_turn
+        in_turn = jax.lax.map(partial(of_one, batched=False), layers)
+        return is_batched(layers) | in_turn
 
     layers = jnp.arange(count_of(gradient)), gradient, state, params
-    return over_devices(all_of_some, layers) if spreads() else in_one_call(layers)
+    return over_devices(all_of_some, layers) if spreads() else is_batched(layers)
 
 
 def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def project_gradient(
     chosen = {
         f.path: f.need("basis", BASIS_RULE)
         for f in frames_of(seen[0])
-        if refresh and not f.whole
+        if refresh and not f.full_rank
     }
     low = map_frames(lambda f: f.need("low", "project()"), seen[0])
     return Projected(low, chosen)

@@ -15,7 +15,7 @@ from lowrank_optax.core.layout import (
     path_of,
     specs_of,
 )
-from lowrank_optax.core.sharding import devices_of, names_of, padded
+from lowrank_optax.core.sharding import mesh_axes_of, padded_spec, shards_of
 
 
 def state_shardings(
@@ -33,7 +33,7 @@ def state_shardings(
         basis (m, r)     along m, or r, over all axes that cut G; gathered for its use
         error (m, n)     as G
 
-    Cut weights along the larger side then, and square ones along the side that is not
+    Spec weights along the larger side then, and square ones along the side that is not
     projected (`square_sides`). Where m is cut, S^T G is summed over devices: r rows in
     place of m. Leaves of full rank have moments like themselves. 8-bit moments keep
     their blocks whole if you say how many shards there may be (`quantize_moments`).
@@ -143,9 +143,9 @@ def square_sides(
     def parts(axes: Any, sharding: NamedSharding, ndim: int) -> tuple[int, int]:
         """How many devices cut these axes, and by how many names."""
         axes = (axes,) if isinstance(axes, int) else axes
-        cut = padded(sharding.spec, ndim)
-        names = [name for a in axes for name in names_of(cut[a])]
-        return devices_of(tuple(names), sharding.mesh), len(names)
+        cut = padded_spec(sharding.spec, ndim)
+        names = [name for a in axes for name in mesh_axes_of(cut[a])]
+        return shards_of(tuple(names), sharding.mesh), len(names)
 
     def is_cut_along_its_input(path: str, x: Any, sharding: NamedSharding) -> bool:
         if (spec := specs[path]) is None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import Square, path_of, side_of
-from lowrank_optax.core.sharding import devices_of, names_of
+from lowrank_optax.core.sharding import mesh_axes_of, shards_of
 from models.cross_entropy import Spread
 from train.engine.mesh import ROWS
 
@@ -142,7 +142,7 @@ class Shards:
             kept = place(path, w.shape, mesh.shape, self.square)
             if kept is None:
                 continue
-            found = math.prod(devices_of(entry, mesh) for entry in kept.cut)
+            found = math.prod(shards_of(entry, mesh) for entry in kept.cut)
             if found < parts:
                 fewer.append(f"{path} ({found})")
             if mesh.shape["tensor"] > 1 and "tensor" not in str(kept.used):
@@ -159,7 +159,7 @@ class Shards:
         if mesh.empty:
             return Spread()
         kept = place("head/kernel", kernel.shape, mesh.shape, self.square) or Kept()
-        return Spread(devices_of(ROWS, mesh), ROWS, *kept)
+        return Spread(shards_of(ROWS, mesh), ROWS, *kept)
 
     def _kept(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> Kept | None:
         mesh = _cutting_mesh()
@@ -190,7 +190,7 @@ def looked_up(
     if mesh is None:
         return embed(tokens)
     kept = place("embed/embedding", embedding.shape, mesh.shape, "input") or Kept()
-    names = names_of(kept.used[1])
+    names = mesh_axes_of(kept.used[1])
     x = embed(_constrained(tokens, P("data")))
     # First those of tensor: both at once are no exchange that the compiler knows.
     for parts in (names, tuple(name for name in names if name == "fsdp")):
@@ -233,7 +233,7 @@ def _cutting_mesh() -> Any:
 def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
     """The spec for what is kept of a weight: axes that it does not divide are whole."""
     entries = zip(spec, x.shape, strict=False)
-    return P(*(e if size % devices_of(e, mesh) == 0 else None for e, size in entries))
+    return P(*(e if size % shards_of(e, mesh) == 0 else None for e, size in entries))
 
 
 def _is_quantized(x: object) -> bool:

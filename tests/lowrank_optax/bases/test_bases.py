@@ -38,7 +38,7 @@ class Walk(NamedTuple):
     """What a rule said at each step, stacked."""
 
     basis: Any
-    turn: Any
+    rotation: Any
     low: Any
     back: Any
     state: Any
@@ -52,7 +52,7 @@ def scanned(rule: Any, gradients: Any, refresh: Any, rank: int = R) -> Walk:
         clock = Clock(step=t, refresh=due, cycle=cycle)
         frame = frame_of(g, rank).replace(momentum=m)
         out, state = rule.update(frame, state, clock=clock)
-        turn = out.still() if out.turn is None else out.turn
+        turn = out.no_rotation() if out.rotation is None else out.rotation
         low = out.down(out.gradient)
         moment = B1 * turn @ m + (1 - B1) * low
         return (state, moment), Walk(out.basis, turn, low, out.up(low), state)
@@ -182,7 +182,7 @@ def walks(rule: str) -> Walk:
 @each_rule
 def test_any_gradient_gives_a_basis(rule: str) -> None:
     found = walks(rule)
-    assert np.isfinite(found.turn).all()
+    assert np.isfinite(found.rotation).all()
     assert np.isfinite(found.low).all()
     if np.issubdtype(found.basis.dtype, np.integer):
         assert found.basis.shape == (3, *GRADIENTS.shape[:2], R)
@@ -216,7 +216,7 @@ def test_a_rule_says_whether_its_bases_are_orthonormal(rule: str) -> None:
 def test_the_key_decides_the_draw(rule: str) -> None:
     found = walks(rule)
     assert same_bits(found.basis[0], found.basis[1])
-    assert same_bits(found.turn[0], found.turn[1])
+    assert same_bits(found.rotation[0], found.rotation[1])
     assert same_bits(found.low[0], found.low[1])
     for t in np.flatnonzero(DUE):
         if rule in DRAWN:
@@ -233,7 +233,7 @@ def test_the_turn_is_that_of_the_bases(rule: str) -> None:
     if rule == "online_pca":  # it moves at every step, and says no turn
         assert (np.diff(walks(rule).basis[0, 1:], axis=0) != 0).any((1, 2, 3)).all()
         return
-    basis, turn = walks(rule).basis[0], walks(rule).turn[0]
+    basis, turn = walks(rule).basis[0], walks(rule).rotation[0]
     if np.issubdtype(basis.dtype, np.integer):
         dense = np.swapaxes(np.eye(M)[basis], -1, -2)
     else:
@@ -258,7 +258,7 @@ def test_redrawn_and_stored_projections_are_the_same_bits(every: int) -> None:
     stored = walk(lro.gaussian(5, stored=True), gradients, every)
     assert same_bits(drawn.basis, stored.basis)
     # The turn of step 0, from no basis at all, is never used.
-    assert same_bits(drawn.turn[1:], stored.turn[1:])
+    assert same_bits(drawn.rotation[1:], stored.rotation[1:])
     assert same_bits(drawn.low, stored.low)
     assert same_bits(drawn.back, stored.back)
     for t in range(1, 7):
@@ -295,7 +295,7 @@ def test_the_state_of_a_gaussian_is_two_keys() -> None:
         assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
         assert key.shape == ()
     # And a bool for each leaf, as every rule has.
-    assert jax.tree.map(bool, state.begun) == {"a": True, "b": False}
+    assert jax.tree.map(bool, state.started) == {"a": True, "b": False}
     stored: Any = lro.gaussian(0, stored=True).init(tree)
     assert jax.tree.map(jnp.shape, stored.basis) == {"a": (M, R), "b": ()}
 
@@ -791,7 +791,7 @@ def test_a_frozen_basis_is_that_of_step_zero(rule: Any) -> None:
         lambda gs: (scanned(lro.frozen(rule), gs, due), scanned(rule, gs, due).basis)
     )(gradients)
     assert same_bits(found.basis, np.stack([moving[0]] * 6))
-    assert same_bits(found.turn[1:], np.broadcast_to(np.eye(R), (5, 2, R, R)))
+    assert same_bits(found.rotation[1:], np.broadcast_to(np.eye(R), (5, 2, R, R)))
     key = found.state.rng_key
     assert bool(jnp.all(key == key[0]))
     assert not same_bits(moving[-1], moving[0])

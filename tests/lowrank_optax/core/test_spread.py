@@ -208,7 +208,7 @@ def watch():
         return _Seen(zeros)
 
     def update(updates, state, params=None):
-        return updates, _Seen(lro.map_frames(lambda f: f.up(f.still()), updates))
+        return updates, _Seen(lro.map_frames(lambda f: f.up(f.no_rotation()), updates))
 
     return optax.GradientTransformation(init, update)
 

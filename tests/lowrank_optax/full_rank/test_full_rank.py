@@ -278,7 +278,7 @@ def test_a_stage_of_whole_matrices_has_no_subspace() -> None:
     tx = lro.whole_matrices(optax.stateless(look))
     updates, state = tx.update(g, tx.init(g), refresh=True)
     assert seen[-1].gradient.shape == (4, 6)
-    assert seen[-1].whole
+    assert seen[-1].full_rank
     np.testing.assert_array_equal(updates["w"], 2 * g["w"])
     assert (int(state.count), int(state.refreshes)) == (1, 0)
 

@@ -93,7 +93,7 @@ def test_each_row_is_the_sum_by_hand(name: str) -> None:
     ranks = {row.path: row.rank for row in report.rows}
     low = {"layers/attention": RANK, "layers/mlp": RANK}
     assert ranks == {**dict.fromkeys(expected), **low}
-    assert not any(row.whole for row in report.rows)
+    assert not any(row.full_rank for row in report.rows)
     shapes = {row.path: row.shape for row in report.rows}
     assert shapes["layers/mlp"] == (3, 16, 40)
 
@@ -122,7 +122,7 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
         warnings.simplefilter("error")  # the report says it, and does not warn
         report = lro.memory_report(tx, params)
     (row, _) = report.rows
-    assert (row.rank, row.whole) == (16, True)
+    assert (row.rank, row.full_rank) == (16, True)
     # No basis and a byte in its place, the byte of `begun`, and the limiter's norm.
     assert row.state_bytes == row.adamw_bytes + 2 + 4 * limited(name)
     assert str(report).splitlines()[1].split()[2:4] == ["16", "(all)"]

@@ -166,10 +166,10 @@ def measured(old: Any, new: Any, g: Any, **what: Any) -> lro.Measurement:
     """Of one frame whose basis goes from `old` to `new`, by the stage alone."""
     stage = lro.measure_subspace(**{"spectrum": R, **what})
     frame = Frame(gradient=jnp.asarray(g), rank=R, path="w")
-    state = stage.init(frame)._replace(begun=jnp.array(True))
+    state = stage.init(frame)._replace(started=jnp.array(True))
     old, new = jnp.asarray(old), jnp.asarray(new)
     frame = frame.replace(
-        basis=new, previous=old, turn=new.T @ old, moved=jnp.array(True)
+        basis=new, previous=old, rotation=new.T @ old, refreshed=jnp.array(True)
     )
     clock = Clock(jnp.int32(3), True, jnp.int32(1))
     found = lro.measurements({"w": stage.update(frame, state, clock=clock)[1]})

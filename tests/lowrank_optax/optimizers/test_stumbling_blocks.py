@@ -369,7 +369,7 @@ def test_a_matrix_has_full_rank_by_its_rank_only_with_a_warning() -> None:
         warnings.simplefilter("error")
         report = lro.memory_report(tx, params)
         jax.eval_shape(lro.galore(0.1, rank=32, refresh_every=9).init, params)
-    assert {r.path: (r.rank, r.whole) for r in report.rows[:2]} == {
+    assert {r.path: (r.rank, r.full_rank) for r in report.rows[:2]} == {
         "attn/kernel": (128, False),
         "mlp/kernel": (64, True),
     }

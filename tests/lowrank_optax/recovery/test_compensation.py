@@ -34,7 +34,7 @@ def chosen(rule: Any, g: Any, s: Any, rank: int = R, tracked: Any = None) -> Any
     frame = Frame(gradient=jnp.asarray(g), rank=rank, path="w").replace(tracked=tracked)
     state = rule.init(frame)
     now = Clock(step=jnp.int32(5), refresh=True, cycle=jnp.int32(1))
-    state = state._replace(basis=jnp.asarray(s), begun=jnp.ones(layers, bool))
+    state = state._replace(basis=jnp.asarray(s), started=jnp.ones(layers, bool))
     return np.asarray(rule.update(frame, state, clock=now)[0].basis)
 
 

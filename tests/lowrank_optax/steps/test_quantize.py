@@ -682,7 +682,7 @@ def spy():
     def update(frames, state, params=None):
         (f,) = jax.tree.leaves(frames, is_leaf=lambda x: isinstance(x, lro.Frame))
         return frames, SpyState(
-            f.basis, f.turn, state.changes + jnp.any(f.basis != state.s)
+            f.basis, f.rotation, state.changes + jnp.any(f.basis != state.s)
         )
 
     return optax.GradientTransformation(init, update)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from train.experiments import launch
 from train.experiments.launch import Command, run_all, slots
 
 
@@ -64,7 +65,7 @@ def test_places_share_a_gpus_memory_or_a_cpus_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a machine with GPUs answers, which there is none of here."""
-    monkeypatch.setattr(commands, "_ASK", "print('gpu', 2)")
+    monkeypatch.setattr(launch, "_ASK", "print('gpu', 2)")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [p["CUDA_VISIBLE_DEVICES"] for p in slots(1)] == ["0", "1"]
     places = slots(2)
@@ -72,14 +73,14 @@ def test_places_share_a_gpus_memory_or_a_cpus_cores(
     assert {p["XLA_PYTHON_CLIENT_MEM_FRACTION"] for p in places} == {"0.450"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [p["CUDA_VISIBLE_DEVICES"] for p in slots(1)] == ["3", "5"]
-    monkeypatch.setattr(commands, "_ASK", "print('cpu', 1)")
+    monkeypatch.setattr(launch, "_ASK", "print('cpu', 1)")
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     monkeypatch.delenv("NPROC", raising=False)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     assert slots(1) == [{}]
     assert slots(4) == [{"NPROC": "1", "OPENBLAS_NUM_THREADS": "1"}] * 4
     assert [p["NPROC"] for p in slots(2)] == ["3", "3"]
-    monkeypatch.setattr(commands, "_ASK", "raise RuntimeError('none found')")
+    monkeypatch.setattr(launch, "_ASK", "raise RuntimeError('none found')")
     with pytest.raises(OSError, match="JAX finds no device: RuntimeError: none found"):
         slots(1)
 
