@@ -58,7 +58,7 @@ def weights_of(name: str) -> tuple[str, Any]:
     folder, step = run_and_step(name)
     step = checked_step(folder, step)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        weights = lro.dense(load_weights(folder, step), "float32")
+        weights = lro.weights.dense(load_weights(folder, step), "float32")
     return f"{folder}@{step}", jax.device_get(weights)
 
 

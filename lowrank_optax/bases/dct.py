@@ -30,7 +30,7 @@ def dct_columns() -> BasisRule:
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.dct_columns(), lro.project(),
+      >>> stages = optax.chain(lro.bases.dct_columns(), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
     """
 

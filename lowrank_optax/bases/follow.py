@@ -68,8 +68,8 @@ def basis_rule(
       >>> # Keeps the first singular vector, and samples the rest by singular value.
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> def top_and_sample(frame, keys, clock):
-      ...     u, s = lro.left_singular(frame.gradient)
-      ...     rest = 1 + lro.sample_indices(keys, s[:, 1:], frame.rank - 1)
+      ...     u, s = lro.stages.left_singular(frame.gradient)
+      ...     rest = 1 + lro.stages.sample_indices(keys, s[:, 1:], frame.rank - 1)
       ...     index = jnp.concatenate([jnp.zeros_like(rest[:, :1]), rest], axis=1)
       ...     return jnp.take_along_axis(u, index[:, None, :], axis=-1)
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,

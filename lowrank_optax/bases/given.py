@@ -32,7 +32,8 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
+      >>> stages = optax.chain(
+      ...     lro.bases.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
       >>> g = {"w": jnp.ones((4, 6))}

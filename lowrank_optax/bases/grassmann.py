@@ -149,7 +149,7 @@ def grassmann_track(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> tx = lro.low_rank(optax.chain(lro.grassmann_track(None), lro.project(),
+      >>> tx = lro.low_rank(optax.chain(lro.bases.grassmann_track(None), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
       >>> state = tx.init({"w": jnp.ones((8, 16))})

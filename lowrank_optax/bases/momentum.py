@@ -41,7 +41,7 @@ def power_iterate(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.low_rank(optax.chain(lro.power_iterate(b1=0.9), lro.project(),
+      >>> tx = lro.low_rank(optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(0.9)), lro.project_back()),
       ...     rank=4, refresh_every=1)
       >>> state = tx.init({"w": jnp.ones((8, 16))})
@@ -90,7 +90,7 @@ def correlation_aware(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.correlation_aware(), lro.project(),
+      >>> stages = optax.chain(lro.bases.correlation_aware(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
     if not isinstance(recompute_every, int) or recompute_every < 1:

@@ -67,7 +67,7 @@ def online_pca(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.online_pca(optax.adam(1e-3)), lro.project(),
+      >>> stages = optax.chain(lro.bases.online_pca(optax.adam(1e-3)), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
     linalg.check_full(decomposition)

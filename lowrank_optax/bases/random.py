@@ -76,7 +76,7 @@ def random_after(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.random_after(8000, key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.random_after(8000, key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
       ...     lro.project_back(0.25))
     """
@@ -108,7 +108,7 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.gaussian(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
     """
 

@@ -38,7 +38,7 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.frozen(lro.dominant_svd()), lro.project(),
+      >>> stages = optax.chain(lro.bases.frozen(lro.dominant_svd()), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
     inside = rule_of(rule, "frozen()")
@@ -99,7 +99,7 @@ def lazy_refresh(
     Example:
       >>> import lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
-      ...     basis=lro.lazy_refresh(lro.dominant_svd()))
+      ...     basis=lro.bases.lazy_refresh(lro.dominant_svd()))
     """
     for name, value in (("window", window), ("factor", factor)):
         if not isinstance(value, int) or value < 1:

@@ -43,7 +43,7 @@ def coordinates(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.coordinates(order="descending"), lro.project(),
+      >>> stages = optax.chain(lro.bases.coordinates(order="descending"), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
       >>> g = {"w": jnp.ones((5, 6))}
@@ -86,7 +86,7 @@ def sample_rows(key: jax.Array | int) -> BasisRule:
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.sample_rows(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.sample_rows(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.project_back())
     """
 

@@ -105,7 +105,7 @@ def quantize_basis(
     Example:
       >>> import lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
-      ...     basis=lro.quantize_basis(lro.sara_sample(key=0)))
+      ...     basis=lro.bases.quantize_basis(lro.sara_sample(key=0)))
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits!r}: choose 4 or 8")
@@ -141,7 +141,7 @@ def cast_basis(
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
-      ...     basis=lro.cast_basis(lro.sara_sample(key=0)))
+      ...     basis=lro.bases.cast_basis(lro.sara_sample(key=0)))
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((8, 16))}})
       >>> optax.tree.get(state, "basis")["mlp"]["kernel"].dtype.name
       'bfloat16'

@@ -59,7 +59,7 @@ def switch_basis(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.switch_basis(key=0, keep=0.5), lro.project(),
+      >>> stages = optax.chain(lro.bases.switch_basis(key=0, keep=0.5), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
     whole = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
@@ -167,7 +167,8 @@ def track_gram(
     Example:
       >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(
-      ...     lro.track_gram(optax.chain(lro.switch_basis(key=0), lro.project())),
+      ...     lro.bases.track_gram(
+      ...         optax.chain(lro.bases.switch_basis(key=0), lro.project())),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
     stages = optax.with_extra_args_support(stages)

@@ -167,7 +167,7 @@ def low_rank(
     return _bracket(inner, decide, refresh_every, precision)
 
 
-def whole_matrices(
+def full_matrices(
     inner: optax.GradientTransformation,
     *,
     dimension_numbers: DimensionNumbers = None,
@@ -191,9 +191,9 @@ def whole_matrices(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> sign = optax.stateless(lambda frames, _: lro.map_frames(
+      >>> sign = optax.stateless(lambda frames, _: lro.stages.map_frames(
       ...     lambda f: f.replace(step=jnp.sign(f.gradient)), frames))
-      >>> tx = lro.whole_matrices(sign)
+      >>> tx = lro.full_rank.full_matrices(sign)
       >>> g = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
       >>> tx.update(g, tx.init(g))[0]["w"].shape
       (8, 4)

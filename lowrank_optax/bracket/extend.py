@@ -44,7 +44,7 @@ def add_stage(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.subtrack(0.002, rank=2, refresh_every=100)
+      >>> tx = lro.recipes.subtrack(0.002, rank=2, refresh_every=100)
       >>> tx = lro.add_stage(tx, lro.measure_subspace())
       >>> params = {"mlp": {"kernel": jnp.ones((8, 16))}}
       >>> updates, state = tx.update(params, tx.init(params), params)

@@ -50,7 +50,7 @@ def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> keys = jax.random.split(jax.random.key(0), 2)
       >>> scores = jnp.array([[0.0, 1.0, 0.0, 2.0], [5.0, 0.0, 0.0, 1.0]])
-      >>> lro.sample_indices(keys, scores, 2).tolist()
+      >>> lro.stages.sample_indices(keys, scores, 2).tolist()
       [[1, 3], [0, 3]]
     """
     m = scores.shape[-1]

@@ -249,7 +249,7 @@ def left_singular(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> u, s = lro.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
+      >>> u, s = lro.stages.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
       >>> u.shape, [round(float(x), 3) for x in s]
       ((2, 2), [3.0, 1.0])
     """

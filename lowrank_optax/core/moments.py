@@ -47,7 +47,7 @@ def register_moments(
       >>> import typing, lowrank_optax as lro
       >>> class HeavyBallState(typing.NamedTuple):
       ...     velocity: typing.Any
-      >>> lro.register_moments(HeavyBallState, first="velocity")
+      >>> lro.steps.register_moments(HeavyBallState, first="velocity")
     """
     wanted = {first} if second is None else {first, second, count}
     if missing := sorted(wanted - {*getattr(state_type, "_fields", ())}):
@@ -97,8 +97,8 @@ def _map_moments(
         raise ValueError(
             f"rotate_moments does not know how {owner or kind.__name__} turns with the "
             f"basis (it holds an array of shape {arrays[0].shape}); name its moments "
-            "with lowrank_optax.register_moments, or take in_subspace(inner), which "
-            "leaves them as they are"
+            "with lowrank_optax.steps.register_moments, or take in_subspace(inner), "
+            "which leaves them as they are"
         )
     return state
 

@@ -119,7 +119,7 @@ def _has_arrays(x: Any) -> bool:
 
 
 def merged_spec(x: jax.Array, shape: tuple[int, ...]) -> Spec:
-    """The spec of x with neighbouring axes merged into `shape`: the first axis' entry."""
+    """The spec of x once neighbouring axes are merged into `shape`."""
     entries, sizes = list(spec_of(x)), list(x.shape)
     cut = []
     for size in shape:

@@ -20,7 +20,7 @@ def map_frames(
 
     Example:
       >>> import optax, lowrank_optax as lro
-      >>> negate = optax.stateless(lambda frames, params: lro.map_frames(
+      >>> negate = optax.stateless(lambda frames, params: lro.stages.map_frames(
       ...     lambda frame: frame.replace(low_step=-frame.low_step), frames))
     """
     return jax.tree.map(
@@ -54,7 +54,7 @@ def update_frames(
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> def shrink(frame, factor):  # the body of a stage's update, with its state
       ...     return frame.replace(low_step=factor * frame.low_step), factor / 2
-      >>> lro.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": False})[1]
+      >>> lro.stages.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": False})[1]
       {'bias': False}
     """
     leaves, structure = jax.tree.flatten(tree)

@@ -12,7 +12,7 @@ from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
-def normalize_outputs() -> optax.GradientTransformation:
+def normalize_by_output_rms() -> optax.GradientTransformation:
     """The gradient, the weights of each output with a root mean square of one (SCALE).
 
     step_ij = G_ij / sqrt(mean_i G_ij^2), i over the inputs of output j (Glentis et al.
@@ -21,11 +21,11 @@ def normalize_outputs() -> optax.GradientTransformation:
     paper divides by the norm, and its released code by the root mean square, as here,
     whose step is sqrt(inputs) times as large; its learning rates are for that. An
     output without a gradient stays where it is. It has no state, and stands in
-    `whole_matrices`, or in `low_rank` in place of all other stages.
+    `full_matrices`, or in `low_rank` in place of all other stages.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.whole_matrices(lro.normalize_outputs())
+      >>> tx = lro.full_rank.full_matrices(lro.full_rank.normalize_by_output_rms())
       >>> g = jnp.array([[3.0, 0.1], [3.0, 0.1], [3.0, -0.1]])   # three inputs
       >>> tx.update(g, tx.init(g))[0].round(3).tolist()
       [[1.0, 1.0], [1.0, 1.0], [1.0, -1.0]]
@@ -44,7 +44,7 @@ def normalize_outputs() -> optax.GradientTransformation:
 
 
 class MomentumState(NamedTuple):
-    """State of `momentum_of`.
+    """State of `trace_matching`.
 
     Attributes:
       momentum: M, (*batch, m, n), for matrices that have one; False for all others.
@@ -53,7 +53,7 @@ class MomentumState(NamedTuple):
     momentum: Any
 
 
-def momentum_of(
+def trace_matching(
     pattern: str, decay: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum in place of the gradient, for matrices by their paths alone.
@@ -70,8 +70,9 @@ def momentum_of(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> tx = lro.whole_matrices(optax.chain(
-      ...     lro.momentum_of("head/kernel$"), lro.normalize_outputs()))
+      >>> tx = lro.full_rank.full_matrices(optax.chain(
+      ...     lro.full_rank.trace_matching("head/kernel$"),
+      ...     lro.full_rank.normalize_by_output_rms()))
     """
     try:
         matches = re.compile(pattern).search

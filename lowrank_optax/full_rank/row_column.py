@@ -16,7 +16,7 @@ from lowrank_optax.recovery.published import arithmetic_of
 
 
 class RowColumnState(NamedTuple):
-    """State of `scale_rows_and_columns`; False at leaves of full rank.
+    """State of `scale_by_racs`; False at leaves of full rank.
 
     Attributes:
       rows: q, (*batch, m).
@@ -30,7 +30,7 @@ class RowColumnState(NamedTuple):
     norm: Any
 
 
-def scale_rows_and_columns(
+def scale_by_racs(
     limit: float | jax.Array = 1.01,
     *,
     scale: float | jax.Array = 1.0,
@@ -52,7 +52,7 @@ def scale_rows_and_columns(
 
     (Gong et al. 2025, "Structured Fisher Approximation", section 4, Algorithm 1: the
     Kronecker product of two diagonals that is nearest to the Fisher matrix.) No
-    subspace: it stands in `whole_matrices`, or in `low_rank` in place of all other
+    subspace: it stands in `full_matrices`, or in `low_rank` in place of all other
     stages. Neither average is corrected for bias, as in the paper, so that the first
     step is 1 / (1 - decay) times as large as the later ones.
 
@@ -71,7 +71,8 @@ def scale_rows_and_columns(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.whole_matrices(lro.with_rest(lro.scale_rows_and_columns()))
+      >>> tx = lro.full_rank.full_matrices(
+      ...     lro.steps.with_rest(lro.full_rank.scale_by_racs()))
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")

@@ -1,1 +1,19 @@
-""""""
+"""What an optimizer costs in memory, and what its subspaces capture."""
+
+from lowrank_optax.measuring.memory import MemoryReport, MemoryRow, memory_report
+from lowrank_optax.measuring.subspace import (
+    Measurement,
+    MeasureState,
+    measure_subspace,
+    measurements,
+)
+
+__all__ = [
+    "MeasureState",
+    "Measurement",
+    "MemoryReport",
+    "MemoryRow",
+    "measure_subspace",
+    "measurements",
+    "memory_report",
+]

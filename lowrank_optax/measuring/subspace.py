@@ -126,7 +126,7 @@ def measure_subspace(
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(0.01, rank=2, refresh_every=1, dimension_numbers=None,
-      ...     basis=optax.chain(lro.coordinates(order="ascending"),
+      ...     basis=optax.chain(lro.bases.coordinates(order="ascending"),
       ...                       lro.measure_subspace()))
       >>> g = {"w": jnp.ones((4, 6))}
       >>> state = tx.init(g)

@@ -1,1 +1,1 @@
-"""The methods by name: each a choice of where, step and back."""
+"""The named optimizers."""

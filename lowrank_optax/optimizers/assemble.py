@@ -9,9 +9,9 @@ import optax
 
 from lowrank_optax.bracket.bracket import (
     LowRankState,
+    full_matrices,
     if_accepted,
     low_rank,
-    whole_matrices,
 )
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.core.layout import (
@@ -188,8 +188,8 @@ def whole_optimizer(
     dimension_numbers: DimensionNumbers,
     square: Square = "input",
 ) -> Extensible:
-    """`low_rank_optimizer` without subspaces, in `whole_matrices`."""
-    bracket = whole_matrices(stages, dimension_numbers=dimension_numbers, square=square)
+    """`low_rank_optimizer` without subspaces, in `full_matrices`."""
+    bracket = full_matrices(stages, dimension_numbers=dimension_numbers, square=square)
     return _skip_together(bracket, decay_and_rate(learning_rate, weight_decay, mask))
 
 

@@ -1,1 +1,26 @@
-""""""
+"""Back: from the low-rank step to full space, with or without the residual."""
+
+from lowrank_optax.recovery.compensation import CompensationState, compensate_columns
+from lowrank_optax.recovery.feedback import ErrorFeedbackState, error_feedback
+from lowrank_optax.recovery.limiter import LimiterState, clip_step_growth
+from lowrank_optax.recovery.projection import project, project_back
+from lowrank_optax.recovery.residual import recover_residual, sign_residual
+from lowrank_optax.recovery.scaling import scale_by_shape, scale_channels, scale_tensor
+from lowrank_optax.recovery.spectral import spectral_residual
+
+__all__ = [
+    "CompensationState",
+    "ErrorFeedbackState",
+    "LimiterState",
+    "clip_step_growth",
+    "compensate_columns",
+    "error_feedback",
+    "project",
+    "project_back",
+    "recover_residual",
+    "scale_by_shape",
+    "scale_channels",
+    "scale_tensor",
+    "sign_residual",
+    "spectral_residual",
+]

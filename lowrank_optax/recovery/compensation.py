@@ -72,7 +72,7 @@ def compensate_columns(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.switch_basis(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.switch_basis(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()),
       ...     lro.compensate_columns(scale=0.3, residual_scale=0.4))
     """

@@ -52,7 +52,7 @@ def error_feedback(
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(
-      ...     lro.error_feedback(optax.chain(lro.power_iterate(), lro.project())),
+      ...     lro.error_feedback(optax.chain(lro.bases.power_iterate(), lro.project())),
       ...     lro.rotate_moments(optax.scale_by_adam(0.908, 0.99)), lro.project_back())
     """
     stages = optax.with_extra_args_support(stages)

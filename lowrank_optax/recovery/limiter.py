@@ -15,7 +15,7 @@ from lowrank_optax.recovery.published import Arithmetic, arithmetic_of
 
 
 class LimiterState(NamedTuple):
-    """State of `recover_residual`, `scale_channels`, `scale_tensor` and `limit_step`.
+    """State of the stages with a limiter, `recover_residual` for example.
 
     Attributes:
       norm: ||Lambda_{t-1}||_F per matrix, (*batch,); negative before the first step;
@@ -46,7 +46,7 @@ def limited_stage(
     return simple_stage(init, update)
 
 
-def limit_step(
+def clip_step_growth(
     limit: float | jax.Array = 1.1,
 ) -> optax.GradientTransformationExtraArgs:
     """The step in the subspace, its norm limited to grow by `limit` a step.
@@ -69,7 +69,8 @@ def limit_step(
     Example:
       >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
-      ...     lro.in_subspace(optax.trace(0.9)), lro.limit_step(), lro.project_back())
+      ...     lro.in_subspace(optax.trace(0.9)), lro.recovery.clip_step_growth(),
+      ...     lro.project_back())
     """
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:

@@ -112,7 +112,7 @@ def sign_residual(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.coordinates(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """
     if step not in ("sign", "sgd"):

@@ -44,7 +44,7 @@ def scale_channels(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.gaussian(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
     """
     return _scaled("scale_channels()", True, limit, scale, variant)
@@ -72,8 +72,9 @@ def scale_tensor(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.gaussian(key=0), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_tensor(scale=128.0))
+      >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
+      ...     lro.in_subspace(optax.scale_by_adam()),
+      ...     lro.recovery.scale_tensor(scale=128.0))
     """
     return _scaled("scale_tensor()", False, limit, scale, variant)
 
@@ -95,9 +96,10 @@ def scale_by_shape(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> step = optax.chain(optax.trace(0.95), lro.orthogonalize())
+      >>> step = optax.chain(optax.trace(0.95), lro.steps.scale_by_polar_factor())
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
-      ...     lro.rotate_moments(step), lro.project_back(), lro.scale_by_shape())
+      ...     lro.rotate_moments(step), lro.project_back(),
+      ...     lro.recovery.scale_by_shape())
     """
 
     def one(frame: Frame) -> Frame:

@@ -54,7 +54,7 @@ def spectral_residual(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> stages = optax.chain(lro.power_iterate(b1=0.9), lro.project(),
+      >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
     """
     check_iterations(iterations)

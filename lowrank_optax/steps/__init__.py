@@ -1,1 +1,46 @@
-""""""
+"""Step: transformations of the low-rank gradient, and how their moments are kept."""
+
+from lowrank_optax.core.moments import register_moments
+from lowrank_optax.steps.adafactor import scale_by_adafactor
+from lowrank_optax.steps.adam_mini import (
+    ADAM_MINI_RULES,
+    AdamMiniState,
+    adam_mini_blocks,
+    check_heads,
+    scale_by_adam_mini,
+)
+from lowrank_optax.steps.orthogonal import scale_by_polar_factor
+from lowrank_optax.steps.quantize import (
+    QuantizedArray,
+    QuantizedState,
+    quantize_moments,
+)
+from lowrank_optax.steps.rest import RestState, with_rest
+from lowrank_optax.steps.rotation import rotate_moments
+from lowrank_optax.steps.subspace import (
+    in_full_space,
+    in_subspace,
+    per_matrix,
+    reset_moments,
+)
+
+__all__ = [
+    "ADAM_MINI_RULES",
+    "AdamMiniState",
+    "QuantizedArray",
+    "QuantizedState",
+    "RestState",
+    "adam_mini_blocks",
+    "check_heads",
+    "in_full_space",
+    "in_subspace",
+    "per_matrix",
+    "quantize_moments",
+    "register_moments",
+    "reset_moments",
+    "rotate_moments",
+    "scale_by_adafactor",
+    "scale_by_adam_mini",
+    "scale_by_polar_factor",
+    "with_rest",
+]

@@ -25,7 +25,8 @@ def scale_by_adafactor(
     Example:
       >>> import lowrank_optax as lro
       >>> tx = lro.fira(0.003, rank=4, refresh_every=200,
-      ...     step=lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor())))
+      ...     step=lro.in_subspace(
+      ...         lro.steps.per_matrix(lro.steps.scale_by_adafactor())))
     """
     stages = [
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),

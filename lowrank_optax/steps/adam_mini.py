@@ -75,7 +75,7 @@ def scale_by_adam_mini(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> state = lro.scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
+      >>> state = lro.steps.scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
       >>> optax.tree.get(state, "nu")["kernel"].shape
       (3, 1, 16)
     """
@@ -182,7 +182,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
 
     Example:
       >>> import lowrank_optax as lro
-      >>> blocks = lro.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
+      >>> blocks = lro.steps.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
       >>> blocks("layers/attn/q/kernel", (12, 128, 768))
       (1, 128, 64)
       >>> blocks("layers/mlp/up/kernel", (12, 128, 2048))
@@ -228,9 +228,9 @@ def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> heads = [("attn/[qk]", 4)]
-      >>> step = lro.scale_by_adam_mini(blocks=lro.adam_mini_blocks(heads))
+      >>> step = lro.steps.scale_by_adam_mini(blocks=lro.steps.adam_mini_blocks(heads))
       >>> tx = lro.low_rank(optax.chain(lro.dominant_svd(), lro.project(),
-      ...     lro.check_heads(heads), lro.in_subspace(step), lro.project_back()),
+      ...     lro.steps.check_heads(heads), lro.in_subspace(step), lro.project_back()),
       ...     rank=2, refresh_every=200)
       >>> state = tx.init({"attn": {"q": jnp.ones((8, 8))}})
       >>> optax.tree.get(state, "nu")["attn"]["q"].shape

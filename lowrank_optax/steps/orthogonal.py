@@ -13,7 +13,7 @@ from lowrank_optax.core.newton_schulz import check_iterations, newton_schulz
 Polar = Literal["eigh", "svd", "newton_schulz"]
 
 
-def orthogonalize(
+def scale_by_polar_factor(
     method: Polar = "eigh", *, iterations: int = 5
 ) -> optax.GradientTransformation:
     """Each matrix's polar factor: M = U diag(s) V^T to U V^T.
@@ -37,7 +37,7 @@ def orthogonalize(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.orthogonalize()
+      >>> tx = lro.steps.scale_by_polar_factor()
       >>> m = jnp.array([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
       >>> tx.update(m, tx.init(m))[0].round(3).tolist()
       [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]

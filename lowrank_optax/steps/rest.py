@@ -31,8 +31,8 @@ def with_rest(
     """`stages` for the matrices, `rest` for the leaves of full rank.
 
     Without it leaves of full rank take the step inside `in_subspace` too, which is what
-    they should where that is Adam's; a step for matrices alone (`orthogonalize`), or
-    rates of decay that were chosen for them, is not for vectors and embeddings. A leaf
+    they should where that is Adam's; a step for matrices alone
+    (`scale_by_polar_factor`), or rates of decay that were chosen for them, is not for vectors and embeddings. A leaf
     that the other one takes stands as a zero in each tree, so that a state has an array
     for every parameter; optimizers that read all leaves together (a global norm) see
     that.
@@ -46,8 +46,8 @@ def with_rest(
 
     Example:
       >>> import lowrank_optax as lro, optax
-      >>> step = optax.chain(optax.trace(0.95), lro.orthogonalize())
-      >>> stages = lro.with_rest(optax.chain(lro.dominant_svd(), lro.project(),
+      >>> step = optax.chain(optax.trace(0.95), lro.steps.scale_by_polar_factor())
+      >>> stages = lro.steps.with_rest(optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.rotate_moments(step), lro.project_back()), optax.scale_by_adam())
     """
     inner = optax.with_extra_args_support(stages)

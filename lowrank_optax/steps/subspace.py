@@ -35,7 +35,8 @@ def per_matrix(
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
+      >>> tx = lro.steps.per_matrix(
+      ...     optax.scale_by_factored_rms(min_dim_size_to_factor=1))
       >>> tx.init({"w": jnp.ones((3, 4, 8))}).v_row["w"].shape
       (3, 4)
     """
@@ -158,7 +159,7 @@ def reset_moments(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.coordinates(key=0), lro.project(),
+      >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """
     each = per_matrix(inner)
@@ -211,8 +212,9 @@ def in_full_space(
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(
-      ...     lro.in_full_space(lro.per_matrix(optax.scale_by_factored_rms())),
-      ...     lro.gaussian(key=0), lro.project(),
+      ...     lro.steps.in_full_space(
+      ...         lro.steps.per_matrix(optax.scale_by_factored_rms())),
+      ...     lro.bases.gaussian(key=0), lro.project(),
       ...     lro.rotate_moments(optax.ema(0.9)), lro.project_back())
     """
     inner = optax.with_extra_args_support(inner)

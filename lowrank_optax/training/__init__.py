@@ -1,1 +1,38 @@
-""""""
+"""Around the optimizer: layer by layer, micro-batches, devices, sharded state."""
+
+from lowrank_optax.training.data_parallel import average_gradients
+from lowrank_optax.training.layerwise import (
+    Layers,
+    close_layers,
+    open_layers,
+    per_layer,
+    update_in_backward,
+    update_layers,
+)
+from lowrank_optax.training.microbatches import (
+    LayerSums,
+    Projected,
+    close_sums,
+    open_sums,
+    project_gradient,
+    sum_in_backward,
+)
+from lowrank_optax.training.state_sharding import square_sides, state_shardings
+
+__all__ = [
+    "LayerSums",
+    "Layers",
+    "Projected",
+    "average_gradients",
+    "close_layers",
+    "close_sums",
+    "open_layers",
+    "open_sums",
+    "per_layer",
+    "project_gradient",
+    "square_sides",
+    "state_shardings",
+    "sum_in_backward",
+    "update_in_backward",
+    "update_layers",
+]

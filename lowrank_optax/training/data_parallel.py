@@ -45,7 +45,7 @@ def average_gradients(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((4, 8))}
-      >>> state, each = tx.init(params), lro.average_gradients(tx, "devices")
+      >>> state, each = tx.init(params), lro.training.average_gradients(tx, "devices")
       >>> def step(gradient):
       ...     return each.update(gradient, state, params, refresh=False)[0]
       >>> shares = {"w": jnp.ones((1, 4, 8))}  # of one device

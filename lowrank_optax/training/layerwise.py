@@ -48,7 +48,7 @@ def per_layer(
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params = {"mlp": {"kernel": jnp.ones((12, 16, 64))}}  # 12 layers
-      >>> tx = lro.per_layer(lro.galore(0.01, rank=4, refresh_every=200))
+      >>> tx = lro.training.per_layer(lro.galore(0.01, rank=4, refresh_every=200))
       >>> state = tx.init(params)
       >>> optax.tree.get(state, "mu")["mlp"]["kernel"].shape
       (12, 4, 64)
@@ -161,8 +161,8 @@ def update_layers(
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params, tx = {"w": jnp.ones((12, 8, 8))}, optax.sgd(0.5)
-      >>> state = lro.per_layer(tx).init(params)
-      >>> new, state = lro.update_layers(tx, params, state, params, block=4)
+      >>> state = lro.training.per_layer(tx).init(params)
+      >>> new, state = lro.training.update_layers(tx, params, state, params, block=4)
       >>> float(new["w"][3, 0, 0])
       0.5
     """
@@ -274,8 +274,8 @@ def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params = {"w": jnp.ones((12, 8, 8))}
-      >>> state = lro.per_layer(optax.sgd(0.1)).init(params)
-      >>> layers = lro.open_layers(params, state)
+      >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
+      >>> layers = lro.training.open_layers(params, state)
       >>> layers.params["w"].shape
       (12, 8, 8)
     """
@@ -292,8 +292,8 @@ def close_layers(layers: Layers) -> Layers:
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> layers = lro.open_layers({"w": jnp.ones((12, 8, 8))}, ())
-      >>> lro.close_layers(layers).params["w"].shape
+      >>> layers = lro.training.open_layers({"w": jnp.ones((12, 8, 8))}, ())
+      >>> lro.training.close_layers(layers).params["w"].shape
       (12, 8, 8)
     """
     return layers._replace(
@@ -324,8 +324,8 @@ def update_in_backward(
     (In PyTorch known as a fused backward, or per-layer updates; jax issue 30338.) It is
     the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
 
-        layer = lro.update_in_backward(block, tx, refresh=refresh)
-        layers = lro.open_layers(params, state)
+        layer = lro.training.update_in_backward(block, tx, refresh=refresh)
+        layers = lro.training.open_layers(params, state)
 
         def loss(rest):                       # the embedding, the head, ...
             def body(x, i):
@@ -334,7 +334,7 @@ def update_in_backward(
             return head_loss(rest, x)
 
         value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
-        params, state, *_ = lro.close_layers(layers)
+        params, state, *_ = lro.training.close_layers(layers)
 
     The whole of it stands in one jitted step that donates `params` and `state`. The
     forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
@@ -372,13 +372,14 @@ def update_in_backward(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = optax.adamw(1e-3)
       >>> params = jnp.full((12, 8, 8), 0.1)
-      >>> layers = lro.open_layers(params, lro.per_layer(tx).init(params))
-      >>> layer = lro.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
+      >>> layers = lro.training.open_layers(
+      ...     params, lro.training.per_layer(tx).init(params))
+      >>> layer = lro.training.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(
       ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
       >>> gradient = jax.grad(loss)(jnp.ones(8))
-      >>> bool(jnp.all(lro.close_layers(layers).params < params))
+      >>> bool(jnp.all(lro.training.close_layers(layers).params < params))
       True
     """
     step = _step(tx, load, apply_updates, extra_args)

@@ -49,8 +49,8 @@ def project_gradient(
     batch's; random bases are the same. `bases` hands it on to the other micro-batches
     and to the update:
 
-        first = lro.project_gradient(tx, g_1, state, params, refresh=True)
-        other = lro.project_gradient(
+        first = lro.training.project_gradient(tx, g_1, state, params, refresh=True)
+        other = lro.training.project_gradient(
             tx, g_2, state, params, refresh=True, bases=first.bases)
         low = jax.tree.map(lambda a, b: (a + b) / 2, first.low, other.low)
         updates, state = tx.update(
@@ -79,7 +79,7 @@ def project_gradient(
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((4, 8))}
       >>> state = tx.init(params)
-      >>> lro.project_gradient(tx, params, state, params).low["w"].shape
+      >>> lro.training.project_gradient(tx, params, state, params).low["w"].shape
       (2, 8)
     """
     tx, seen = optax.with_extra_args_support(tx), []
@@ -141,7 +141,8 @@ def open_sums(
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((12, 4, 8))}
-      >>> layers = lro.open_sums(tx, params, lro.per_layer(tx).init(params))
+      >>> layers = lro.training.open_sums(
+      ...     tx, params, lro.training.per_layer(tx).init(params))
       >>> layers.sums.low["w"].shape
       (12, 2, 8)
     """
@@ -167,8 +168,9 @@ def close_sums(layers: LayerSums) -> LayerSums:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((12, 4, 8))}
-      >>> layers = lro.open_sums(tx, params, lro.per_layer(tx).init(params))
-      >>> float(lro.close_sums(layers).sums.low["w"].max())
+      >>> layers = lro.training.open_sums(
+      ...     tx, params, lro.training.per_layer(tx).init(params))
+      >>> float(lro.training.close_sums(layers).sums.low["w"].max())
       0.0
     """
     return jax.tree.map(jax.freeze, layers)
@@ -188,12 +190,12 @@ def sum_in_backward(
     layer's gradient is there, and r x n numbers for each matrix. The step follows when
     all micro-batches are through:
 
-        layers = lro.open_sums(tx, params, state)
-        layer = lro.sum_in_backward(block, tx)
+        layers = lro.training.open_sums(tx, params, state)
+        layer = lro.training.sum_in_backward(block, tx)
         for x in microbatches:      # jax.lax.scan, in earnest
             jax.grad(loss)(rest, x) # loss as in `update_in_backward`
-        params, state, sums = lro.close_sums(layers)
-        params, state = lro.update_layers(
+        params, state, sums = lro.training.close_sums(layers)
+        params, state = lro.training.update_layers(
             tx, sums.low, state, params, refresh=False, projected=True)
 
     At a refresh the first micro-batch chooses the bases (`project_gradient`), and
@@ -216,13 +218,14 @@ def sum_in_backward(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = jnp.full((12, 8, 8), 0.01)
-      >>> layers = lro.open_sums(tx, params, lro.per_layer(tx).init(params))
-      >>> layer = lro.sum_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
+      >>> layers = lro.training.open_sums(
+      ...     tx, params, lro.training.per_layer(tx).init(params))
+      >>> layer = lro.training.sum_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(
       ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
       >>> gradient = jax.grad(loss)(jnp.ones(8))
-      >>> bool(jnp.all(lro.close_sums(layers).sums.low != 0))
+      >>> bool(jnp.all(lro.training.close_sums(layers).sums.low != 0))
       True
     """
 

@@ -135,7 +135,7 @@ def square_sides(
       >>> params = {"q": jnp.ones((8, 8)), "o": jnp.ones((8, 8))}
       >>> cut = {"q": NamedSharding(mesh, P(None, "tensor")),
       ...        "o": NamedSharding(mesh, P("tensor"))}
-      >>> lro.square_sides(params, cut)
+      >>> lro.training.square_sides(params, cut)
       [('^o$', 'output'), ('', 'input')]
     """
     specs = specs_of(dimension_numbers, params)

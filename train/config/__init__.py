@@ -1,1 +1,1 @@
-""""""
+"""The choices of a run: options, methods, presets, ranks."""

@@ -174,42 +174,47 @@ METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "muon": Method(muon, 3e-3),
     "galore": Method(lro.galore, 1e-2),
-    "galore_adafactor": Method(lro.galore_adafactor, 1e-2),
-    "galore_adam_mini": Method(lro.galore_adam_mini, 5e-3),
-    "galore_adam8bit": Method(lro.galore_adam8bit, 1e-2),
-    "q_galore": Method(lro.q_galore, 5e-3),
-    "golore": Method(lro.golore, 1e-2),
-    "msgd": Method(lro.msgd, 1e-1),
+    "galore_adafactor": Method(lro.recipes.galore_adafactor, 1e-2),
+    "galore_adam_mini": Method(lro.recipes.galore_adam_mini, 5e-3),
+    "galore_adam8bit": Method(lro.recipes.galore_adam8bit, 1e-2),
+    "q_galore": Method(lro.recipes.q_galore, 5e-3),
+    "golore": Method(lro.recipes.golore, 1e-2),
+    "msgd": Method(lro.recipes.msgd, 1e-1),
     "fira": Method(lro.fira, 3e-3),
     "fira_adafactor": Method(
-        _fira(lambda: lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor()))), 3e-3
+        _fira(
+            lambda: lro.in_subspace(
+                lro.steps.per_matrix(lro.steps.scale_by_adafactor())
+            )
+        ),
+        3e-3,
     ),
     "fira_adam_mini": Method(
-        _fira(lambda: lro.in_subspace(lro.scale_by_adam_mini())), 3e-3
+        _fira(lambda: lro.in_subspace(lro.steps.scale_by_adam_mini())), 3e-3
     ),
     "fira_adam8bit": Method(_fira(_adam8bit), 3e-3),
     "grass_walk": Method(lro.grass_walk, 2e-3),
     "grass_jump": Method(lro.grass_jump, 2e-3),
     "spectral_adam": Method(lro.spectral_adam, 4.5e-3),
     "subspace_adam": Method(subspace_adam, 2e-3),
-    "subtrack": Method(lro.subtrack, 2e-3),
+    "subtrack": Method(lro.recipes.subtrack, 2e-3),
     "ldadam": Method(lro.ldadam, 3e-3, own={"refresh_every": 1}),
     "apollo": Method(lro.apollo, 3e-3),
     "apollo_mini": Method(lro.apollo_mini, 3e-3, own={"rank": 1}),
     "frugal": Method(lro.frugal, 1e-3),
-    "grass_sparse": Method(lro.grass_sparse, 1e-2),
-    "flora": Method(lro.flora, 2e-3),
-    "coap": Method(lro.coap, 1e-2),
-    "alice": Method(lro.alice, 5e-3),
-    "alice_0": Method(functools.partial(lro.alice, b3=None), 5e-3),
-    "sumo": Method(lro.sumo, 1e-3),
-    "racs": Method(lro.racs, 2e-2),
+    "grass_sparse": Method(lro.recipes.grass_sparse, 1e-2),
+    "flora": Method(lro.recipes.flora, 2e-3),
+    "coap": Method(lro.recipes.coap, 1e-2),
+    "alice": Method(lro.recipes.alice, 5e-3),
+    "alice_0": Method(functools.partial(lro.recipes.alice, b3=None), 5e-3),
+    "sumo": Method(lro.recipes.sumo, 1e-3),
+    "racs": Method(lro.recipes.racs, 2e-2),
     "scale_sgd": Method(
-        lro.scale_sgd, 5e-4, own={"dimension_numbers": WEIGHT_MATRICES}
+        lro.recipes.scale_sgd, 5e-4, own={"dimension_numbers": WEIGHT_MATRICES}
     ),
-    "dct_adamw": Method(lro.dct_adamw, 1e-3, own={"refresh_every": 1}),
+    "dct_adamw": Method(lro.recipes.dct_adamw, 1e-3, own={"refresh_every": 1}),
     "online_subspace_descent": Method(
-        lro.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}
+        lro.recipes.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}
     ),
 }
 
@@ -220,10 +225,10 @@ BASES: dict[str, Make] = {
     "sara": lro.sara_sample,
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,
-    "track": lro.grassmann_track,
-    "power": lambda b1=0.908: lro.power_iterate(b1=b1),
-    "frozen": lambda: lro.frozen(lro.dominant_svd()),
-    "coordinates": lro.coordinates,
+    "track": lro.bases.grassmann_track,
+    "power": lambda b1=0.908: lro.bases.power_iterate(b1=b1),
+    "frozen": lambda: lro.bases.frozen(lro.dominant_svd()),
+    "coordinates": lro.bases.coordinates,
 }
 
 

@@ -1,1 +1,1 @@
-""""""
+"""From text or token files to batches of windows."""

@@ -1,1 +1,1 @@
-""""""
+"""One training step: optimizer, mesh, sharded weights, memory."""

@@ -27,7 +27,7 @@ MATRICES = (
 )
 
 # The side that is projected of square matrices, with square=megatron: that which
-# Megatron's cut leaves whole (`lowrank_optax.square_sides`).
+# Megatron's cut leaves whole (`lowrank_optax.training.square_sides`).
 MEGATRON = ((r"attention/o/", "output"), ("", "input"))
 
 # Options of a run that mean nothing to some methods.
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
     The state of the layers has a layer axis everywhere: each layer could be updated by
     itself, when its gradient is there, and a run may change between that and a step for
-    all (`lowrank_optax.per_layer`). The rest: embedding, head and last norm.
+    all (`lowrank_optax.training.per_layer`). The rest: embedding, head and last norm.
     """
 
     layers: Any
@@ -105,12 +105,12 @@ class Optimizer:
 
     def refused(self, opt_state: optax.OptState) -> jax.Array:
         """() int32: how often a part, a layer or the rest, refused a step so far."""
-        kinds = (lro.LowRankState, GuardState)
+        kinds = (lro.stages.LowRankState, GuardState)
         return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
 
     def refreshes(self, opt_state: optax.OptState) -> jax.Array:
         """() int32: how often new bases were due so far; q_galore may take fewer."""
-        return _most(s.refreshes for s in _found(lro.LowRankState, opt_state))
+        return _most(s.refreshes for s in _found(lro.stages.LowRankState, opt_state))
 
     def learning_rate(self, opt_state: optax.OptState) -> jax.Array:
         """() float32: that of the next step."""
@@ -135,7 +135,7 @@ def by_part(
     method: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """`method` on every layer by itself, and on the rest."""
-    layered = lro.per_layer(method)
+    layered = lro.training.per_layer(method)
 
     def init(params: Any) -> Parts:
         parts = parted(params)
@@ -320,7 +320,7 @@ def check_optimizer(config: Config) -> None:
         return
 
     def summed(layer: Any, state: Any) -> Any:
-        low = lro.project_gradient(tx, layer, state, layer).low
+        low = lro.training.project_gradient(tx, layer, state, layer).low
         return tx.update(low, state, layer, refresh=False, projected=True)
 
     try:
@@ -394,7 +394,7 @@ def make_method(
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
         rule = {"basis": call(BASES[basis], **own)}
         if basis_dtype != "float32":
-            rule["basis"] = lro.cast_basis(rule["basis"], basis_dtype)
+            rule["basis"] = lro.bases.cast_basis(rule["basis"], basis_dtype)
     elif basis_dtype != "float32":
         raise ValueError(f"basis_dtype={basis_dtype!r} needs a basis by name: give one")
     options = {"dimension_numbers": MATRICES, **options, **rule, **method.own}

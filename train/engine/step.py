@@ -83,8 +83,8 @@ def init_weights(work: Work, key: jax.Array) -> Any:
 
 def keep_weights(work: Work, params: Any) -> Any:
     """Weights as this work keeps them, of weights as any other does."""
-    weights = work.shards.cut(lro.dense(params))
-    return lro.store_weights(weights, work.weight_dtype, shards=work.block_shards)
+    weights = work.shards.cut(lro.weights.dense(params))
+    return lro.weights.store(weights, work.weight_dtype, shards=work.block_shards)
 
 
 def init_state(work: Work, params: Any) -> TrainState:
@@ -97,7 +97,7 @@ def init_state(work: Work, params: Any) -> TrainState:
 
 def dense(work: Work, params: Any) -> Any:
     """The weights as the model takes them."""
-    return lro.dense(params, work.model.compute_dtype)
+    return lro.weights.dense(params, work.model.compute_dtype)
 
 
 def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -258,7 +258,7 @@ def whole_step(
     squared = squared_norm(gradient)
     method, accept = work.optimizer.method, jnp.isfinite(squared)
     old, steps = parted(state.params), parted(work.optimizer.clipped(gradient))
-    layers, layers_state = lro.update_layers(
+    layers, layers_state = lro.training.update_layers(
         method,
         steps.layers,
         state.opt_state.layers,
@@ -293,13 +293,13 @@ def projected_gradient(
     """
     method, old = work.optimizer.method, parted(state.params)
     load, weight = partial(dense, work), jnp.sum(targets_of(batch)[1])
-    layers = lro.open_sums(
+    layers = lro.training.open_sums(
         method, old.layers, state.opt_state.layers, load=load, refresh=refresh
     )
     rest = dense(work, old.rest)
 
     def add(carry: Any, part: Batch, *, first: bool) -> tuple[Any, None]:
-        layer = lro.sum_in_backward(
+        layer = lro.training.sum_in_backward(
             lambda weights, x: through_layer(work, weights["layers"], x),
             method,
             load=load,
@@ -321,7 +321,7 @@ def projected_gradient(
     (loss, of_rest), _ = jax.lax.scan(
         partial(add, first=False), zeros, jax.tree.map(lambda x: x[start:], parts)
     )
-    params, own, sums = lro.close_sums(layers)
+    params, own, sums = lro.training.close_sums(layers)
     state = state._replace(
         params=joined(Parts(params, old.rest)),
         opt_state=Parts(own, state.opt_state.rest),
@@ -355,8 +355,8 @@ def layerwise_step(
     the rest, whose gradient is not finite is skipped by itself.
     """
     old, method = parted(state.params), work.optimizer.clipped_method
-    layers = lro.open_layers(old.layers, state.opt_state.layers, key)
-    layer = lro.update_in_backward(
+    layers = lro.training.open_layers(old.layers, state.opt_state.layers, key)
+    layer = lro.training.update_in_backward(
         lambda weights, x: through_layer(work, weights["layers"], x),
         method,
         load=partial(dense, work),
@@ -373,7 +373,7 @@ def layerwise_step(
     updates, rest_state = method.update(
         gradient, state.opt_state.rest, rest, refresh=refresh
     )
-    done = lro.close_layers(layers)
+    done = lro.training.close_layers(layers)
     squared = jnp.sum(done.squares) + squared_norm(gradient)
     new = Parts(done.params, added(old.rest, updates, None, key))
     return Taken(loss, joined(new), Parts(done.state, rest_state), squared)
@@ -383,4 +383,4 @@ def added(params: Any, updates: Any, layer: jax.Array | None, key: jax.Array) ->
     """The weights with their updates; a layer's rounding has a key of its own."""
     if layer is not None:
         key = jax.random.fold_in(key, layer)
-    return lro.apply_updates(params, updates, key)
+    return lro.weights.add_updates(params, updates, key)

@@ -237,4 +237,4 @@ def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
 
 
 def _is_quantized(x: object) -> bool:
-    return isinstance(x, lro.QuantizedWeights)
+    return isinstance(x, lro.weights.QuantizedWeights)

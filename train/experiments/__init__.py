@@ -1,1 +1,1 @@
-""""""
+"""The papers' experiments and ours: which runs, and how they are launched."""

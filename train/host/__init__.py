@@ -1,1 +1,1 @@
-""""""
+"""The machine: paths, atomic writes, signals, processes."""

@@ -1,1 +1,1 @@
-""""""
+"""A run: the loop, its checkpoints, its folder, what it leaves behind."""

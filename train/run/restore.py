@@ -69,7 +69,9 @@ def load_run(folder: str | Place, step: int | None = None) -> Run:
     config = read_config(folder)
     model = model_config(config.model)
     stored = load_weights(folder, step)
-    weights = lro.dense(jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype)
+    weights = lro.weights.dense(
+        jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
+    )
     kept = kept_tokenizer(folder)
     return Run(config, model, weights, kept and open_tokenizer(kept), step)
 
@@ -82,7 +84,7 @@ def load_weights(folder: Place, step: int) -> Any:
     """
     config = read_config(folder)
     shards = config.optimizer.block_shards or 1
-    store = partial(lro.store_weights, dtype=config.model.weight_dtype, shards=shards)
+    store = partial(lro.weights.store, dtype=config.model.weight_dtype, shards=shards)
     draw = partial(draw_params, model_config(config.model), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
     restore = ocp.args.PyTreeRestore(

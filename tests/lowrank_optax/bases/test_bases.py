@@ -112,21 +112,21 @@ def captured(s: Any, g: Any) -> Any:
 # ------------------------------------------------------------------ every rule
 
 RULES: dict[str, Any] = {
-    "coordinates": lambda key: lro.coordinates(key),
-    "ascending": lambda _: lro.coordinates(order="ascending"),
-    "sample_rows": lambda key: lro.sample_rows(key),
-    "gaussian": lambda key: lro.gaussian(key),
-    "gaussian stored": lambda key: lro.gaussian(key, stored=True),
-    "track": lambda _: lro.grassmann_track(),
-    "track by line search": lambda _: lro.grassmann_track(None),
-    "random_after": lambda key: lro.random_after(2, key),
-    "online_pca": lambda _: lro.online_pca(),
-    "power_iterate": lambda _: lro.power_iterate(b1=B1),
-    "correlation_aware": lambda _: lro.correlation_aware(recompute_every=3),
-    "frozen": lambda key: lro.frozen(lro.sara_sample(key)),
-    "lazy": lambda key: lro.lazy_refresh(lro.sara_sample(key), window=1),
-    "4 bits": lambda key: lro.quantize_basis(lro.sara_sample(key)),
-    "switch": lambda key: lro.switch_basis(key),
+    "coordinates": lambda key: lro.bases.coordinates(key),
+    "ascending": lambda _: lro.bases.coordinates(order="ascending"),
+    "sample_rows": lambda key: lro.bases.sample_rows(key),
+    "gaussian": lambda key: lro.bases.gaussian(key),
+    "gaussian stored": lambda key: lro.bases.gaussian(key, stored=True),
+    "track": lambda _: lro.bases.grassmann_track(),
+    "track by line search": lambda _: lro.bases.grassmann_track(None),
+    "random_after": lambda key: lro.bases.random_after(2, key),
+    "online_pca": lambda _: lro.bases.online_pca(),
+    "power_iterate": lambda _: lro.bases.power_iterate(b1=B1),
+    "correlation_aware": lambda _: lro.bases.correlation_aware(recompute_every=3),
+    "frozen": lambda key: lro.bases.frozen(lro.sara_sample(key)),
+    "lazy": lambda key: lro.bases.lazy_refresh(lro.sara_sample(key), window=1),
+    "4 bits": lambda key: lro.bases.quantize_basis(lro.sara_sample(key)),
+    "switch": lambda key: lro.bases.switch_basis(key),
 }
 DRAWN = {
     "switch",
@@ -254,8 +254,8 @@ def test_the_turn_is_that_of_the_bases(rule: str) -> None:
 @pytest.mark.parametrize("every", [1, 3])
 def test_redrawn_and_stored_projections_are_the_same_bits(every: int) -> None:
     gradients = normal(7, 2, M, N)
-    drawn = walk(lro.gaussian(5), gradients, every)
-    stored = walk(lro.gaussian(5, stored=True), gradients, every)
+    drawn = walk(lro.bases.gaussian(5), gradients, every)
+    stored = walk(lro.bases.gaussian(5, stored=True), gradients, every)
     assert same_bits(drawn.basis, stored.basis)
     # The turn of step 0, from no basis at all, is never used.
     assert same_bits(drawn.rotation[1:], stored.rotation[1:])
@@ -270,7 +270,8 @@ def test_a_whole_optimizer_cannot_tell_which_is_stored() -> None:
     step = lro.rotate_moments(optax.ema(0.9))
     drawn, stored = (
         updates_of(
-            bracket(lro.gaussian(5, stored=kept), step, refresh_every=2), gradients
+            bracket(lro.bases.gaussian(5, stored=kept), step, refresh_every=2),
+            gradients,
         )[0]
         for kept in (False, True)
     )
@@ -279,7 +280,7 @@ def test_a_whole_optimizer_cannot_tell_which_is_stored() -> None:
 
 def test_outside_of_scan_too() -> None:
     gradients = normal(4, M, N)
-    tx = bracket(lro.gaussian(5), refresh_every=2)
+    tx = bracket(lro.bases.gaussian(5), refresh_every=2)
     state, update = tx.init({"w": gradients[0]}), jax.jit(tx.update)
     for g in gradients:
         updates, state = update({"w": jnp.asarray(g)}, state)
@@ -290,20 +291,20 @@ def test_outside_of_scan_too() -> None:
 
 def test_the_state_of_a_gaussian_is_two_keys() -> None:
     tree = {"a": frame_of(normal(M, N)), "b": jnp.ones(5)}
-    state: Any = lro.gaussian(0).init(tree)
+    state: Any = lro.bases.gaussian(0).init(tree)
     for key in (state.rng_key, state.basis):
         assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
         assert key.shape == ()
     # And a bool for each leaf, as every rule has.
     assert jax.tree.map(bool, state.started) == {"a": True, "b": False}
-    stored: Any = lro.gaussian(0, stored=True).init(tree)
+    stored: Any = lro.bases.gaussian(0, stored=True).init(tree)
     assert jax.tree.map(jnp.shape, stored.basis) == {"a": (M, R), "b": ()}
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_entries_are_normal_with_variance_one_over_r(rank: int) -> None:
     layers = 2000
-    basis = walk(lro.gaussian(3), np.zeros((1, layers, M, N)), rank=rank).basis[0]
+    basis = walk(lro.bases.gaussian(3), np.zeros((1, layers, M, N)), rank=rank).basis[0]
     x = np.float64(basis).reshape(-1) * math.sqrt(rank)
     # Four and a half standard deviations of each mean, on fixed seeds: x, x^2 and x^4
     # of a standard normal have variances 1, 2 and 96.
@@ -317,7 +318,7 @@ def test_entries_are_normal_with_variance_one_over_r(rank: int) -> None:
 
 
 def test_layers_leaves_and_refreshes_draw_apart() -> None:
-    rule = lro.gaussian(3)
+    rule = lro.bases.gaussian(3)
     frames = {
         "w": frame_of(np.zeros((2, M, N))),
         "v": frame_of(np.zeros((M, N)), R, "v"),
@@ -339,7 +340,7 @@ def test_layers_leaves_and_refreshes_draw_apart() -> None:
 
 def test_random_rows_are_uniform_without_replacement() -> None:
     layers, m, r = 4000, 6, 2
-    rows = walk(lro.coordinates(0), np.zeros((1, layers, m, 7)), rank=r).basis[0]
+    rows = walk(lro.bases.coordinates(0), np.zeros((1, layers, m, 7)), rank=r).basis[0]
     assert rows.shape == (layers, r)
     assert rows.dtype == jnp.int32
     assert (np.diff(rows) > 0).all()
@@ -354,7 +355,7 @@ def test_random_rows_are_uniform_without_replacement() -> None:
 def test_rows_in_turn_are_all_covered_and_then_begin_again(order: Any) -> None:
     sizes = [(m, r) for m in range(2, 10) for r in range(1, m)]
     frames = {str(x): frame_of(np.zeros((x[0], 10)), rank=x[1]) for x in sizes}
-    rule = lro.coordinates(order=order)
+    rule = lro.bases.coordinates(order=order)
 
     def step(state: Any, now: Any) -> Any:
         clock = Clock(step=now, refresh=now >= 0, cycle=now)
@@ -394,7 +395,7 @@ def _both_ways(basis: Any, x: Any, y: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "rule", [lro.coordinates(order="ascending"), lro.sample_rows(0)]
+    "rule", [lro.bases.coordinates(order="ascending"), lro.bases.sample_rows(0)]
 )
 def test_a_nan_in_a_row_that_is_not_taken_skips_the_step(rule: Any) -> None:
     tx = bracket(rule, lro.in_subspace(optax.scale_by_adam()), refresh_every=9)
@@ -420,7 +421,7 @@ def test_layers_take_turns() -> None:
         -1.0,
         rank=0.25,
         refresh_every=every,
-        basis=lro.coordinates(order="descending"),
+        basis=lro.bases.coordinates(order="descending"),
         dimension_numbers=lro.LAYERS,
     )
     found, states = updates_of(tx, g)
@@ -447,7 +448,7 @@ def test_rows_are_sampled_by_norm_without_replacement() -> None:
     unit = normal(4, 5)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     g = np.tile(unit * np.array(norms, np.float32)[:, None], (1, count, 1, 1))
-    rows = walk(lro.sample_rows(0), g, rank=2).basis[0]
+    rows = walk(lro.bases.sample_rows(0), g, rank=2).basis[0]
     pairs = [tuple(x) for x in np.asarray(rows).tolist()]
     for pair, p in sample_probabilities(norms).items():
         # Four and a half standard deviations of a frequency, on fixed seeds.
@@ -459,9 +460,9 @@ def test_zero_rows_come_last_and_the_first_of_them_fill_up() -> None:
     g = np.zeros((1, 200, M, N), np.float32)
     g[..., [3, 6], :] = normal(2, N)
     g[..., 6, :] *= 1e-6
-    rows = walk(lro.sample_rows(0), g).basis[0]
+    rows = walk(lro.bases.sample_rows(0), g).basis[0]
     assert same_bits(rows, np.tile([0, 3, 6], (200, 1)))
-    none = walk(lro.sample_rows(0), np.zeros((1, 200, M, N))).basis[0]
+    none = walk(lro.bases.sample_rows(0), np.zeros((1, 200, M, N))).basis[0]
     assert same_bits(np.unique(none), np.arange(M))  # all zero: any of them
 
 
@@ -495,9 +496,9 @@ def test_tracking_follows_what_a_frozen_basis_loses() -> None:
             k: (np.square(found[k]) / R).sum((1, 2)) for k in gradients
         }  # ||G||^2 = R
 
-    frozen = shares(lro.frozen(lro.dominant_svd()))
+    frozen = shares(lro.bases.frozen(lro.dominant_svd()))
     # 0.4: of a lag along a singular value of one, 2 * 0.4 is made good at once.
-    for rule in (lro.grassmann_track(0.4), lro.grassmann_track(None)):
+    for rule in (lro.bases.grassmann_track(0.4), lro.bases.grassmann_track(None)):
         for k, share in shares(rule).items():
             # One of R directions moves at a time: each lags R steps, and two more for
             # what a step of 0.8 leaves. cos^2(5 * 0.01) = 0.9975.
@@ -513,13 +514,13 @@ def tracked(step_size: float | None) -> Any:
     """Bases of 2000 refreshes on white noise: full-size steps for ever."""
     gradients = normal(2000, M, N)
     if step_size is None:
-        return walk(lro.grassmann_track(None), gradients).basis
+        return walk(lro.bases.grassmann_track(None), gradients).basis
     return _tracked(step_size, gradients)
 
 
 @jax.jit
 def _tracked(step_size: Any, gradients: Any) -> Any:
-    rule = lro.grassmann_track(step_size)
+    rule = lro.bases.grassmann_track(step_size)
     return scanned(rule, gradients, jnp.arange(len(gradients)) >= 0).basis
 
 
@@ -545,7 +546,7 @@ def test_only_one_direction_turns_at_a_refresh(step_size: Any) -> None:
 
 def test_a_zero_gradient_leaves_the_basis_where_it_is() -> None:
     g = np.concatenate([normal(2, M, N), np.zeros((50, M, N), np.float32)])
-    basis = walk(lro.grassmann_track(None), g).basis
+    basis = walk(lro.bases.grassmann_track(None), g).basis
     # One Newton-Schulz step off orthonormality, a few eps, and no drift after it.
     np.testing.assert_allclose(basis[2:], basis[1:2].repeat(50, 0), atol=1e-6)
 
@@ -581,7 +582,7 @@ def _kept(common: Any, g: Any) -> float:
 
 @jax.jit
 def _two_tracked(g: Any) -> Any:
-    return scanned(lro.grassmann_track(None), g, jnp.arange(2) >= 0).basis
+    return scanned(lro.bases.grassmann_track(None), g, jnp.arange(2) >= 0).basis
 
 
 def _searched(first: Any, g: Any) -> Any:
@@ -595,7 +596,7 @@ def _searched(first: Any, g: Any) -> Any:
 def test_singular_vectors_before_the_switch_and_random_bases_from_it_on() -> None:
     gradients = normal(8, 2, M, N)
     # Refreshes at 0, 2, 4, 6; the switch falls between two of them.
-    found = walk(lro.random_after(3, key=0), gradients, every=2)
+    found = walk(lro.bases.random_after(3, key=0), gradients, every=2)
     tops = np.asarray(jax.jit(lambda g: leading(g, R))(jnp.asarray(gradients)))
     for t in (0, 2):
         assert same_bits(found.basis[t], tops[t])
@@ -604,14 +605,14 @@ def test_singular_vectors_before_the_switch_and_random_bases_from_it_on() -> Non
             angles = subspace_angles(found.basis[t, layer], tops[t, layer])
             assert angles.max() > 0.1  # smaller in less than 1e-4 of random ones
     assert orthonormality_error(found.basis) < 1e-5
-    at_once = walk(lro.random_after(0, key=0), gradients[:1]).basis
+    at_once = walk(lro.bases.random_after(0, key=0), gradients[:1]).basis
     assert not same_bits(at_once[0], tops[0])
 
 
 def test_late_bases_are_uniform() -> None:
     m, count = 6, 3000
     g = np.zeros((1, count, m, 8))
-    s = np.float64(walk(lro.random_after(0, key=0), g, rank=2).basis[0])
+    s = np.float64(walk(lro.bases.random_after(0, key=0), g, rank=2).basis[0])
     projector = (s @ s.swapaxes(1, 2)).mean(0)
     # Four and a half standard deviations of a diagonal entry, Beta(r/2, (m - r)/2);
     # those beside it have a smaller one.
@@ -638,7 +639,7 @@ def learned(penalty: float) -> Walk:
 
 @jax.jit
 def _learned(penalty: Any, gradients: Any) -> Any:
-    rule = lro.online_pca(optax.adam(0.02), penalty=penalty)
+    rule = lro.bases.online_pca(optax.adam(0.02), penalty=penalty)
     return scanned(rule, gradients, jnp.arange(len(gradients)) >= 0)
 
 
@@ -668,7 +669,7 @@ def test_a_penalty_keeps_the_drift_small() -> None:
 
 def test_online_pca_stands_still_at_step_zero() -> None:
     gradients = normal(3, 2, M, N)
-    rule = lro.online_pca(optax.adam(0.02))
+    rule = lro.bases.online_pca(optax.adam(0.02))
     found = walk(rule, gradients)
     top = jax.jit(lambda g: leading(g, R))(jnp.asarray(gradients[0]))
     assert same_bits(found.basis[0], top)
@@ -699,12 +700,15 @@ def fixed_after_another(steps: int) -> Any:
     ("rule", "step"),
     [
         (
-            lro.power_iterate(b1=B1),
+            lro.bases.power_iterate(b1=B1),
             lro.rotate_moments(optax.scale_by_adam(B1, 0.99)),
         ),
-        (lro.power_iterate(b1=B1), lro.rotate_moments(optax.ema(B1, debias=False))),
         (
-            lro.correlation_aware(recompute_every=2),
+            lro.bases.power_iterate(b1=B1),
+            lro.rotate_moments(optax.ema(B1, debias=False)),
+        ),
+        (
+            lro.bases.correlation_aware(recompute_every=2),
             lro.in_subspace(optax.scale_by_adam()),
         ),
     ],
@@ -742,7 +746,7 @@ def test_they_need_a_first_moment(name: str, inner: Any) -> None:
     "step",
     [
         lro.in_subspace(optax.scale_by_adam()),
-        lro.in_subspace(lro.per_matrix(optax.scale_by_adam())),
+        lro.in_subspace(lro.steps.per_matrix(optax.scale_by_adam())),
         lro.in_subspace(optax.chain(optax.trace(0.9), optax.scale(0.5))),
         lro.in_subspace(optax.scale_by_lion()),
         lro.reset_moments(optax.scale_by_adam()),
@@ -765,7 +769,7 @@ def test_the_moment_is_found_in_every_step(step: Any) -> None:
 
 def test_a_recomputed_basis_is_orthonormal_and_a_stepped_one_is_not() -> None:
     gradients = 100 * normal(10, 2, M, N)  # of loss gradients far above norm one
-    s = walk(lro.correlation_aware(0.5, recompute_every=3), gradients).basis
+    s = walk(lro.bases.correlation_aware(0.5, recompute_every=3), gradients).basis
     errors = [float(orthonormality_error(x)) for x in s]
     for t, error in enumerate(errors):
         assert (error < 1e-5) == (t % 3 == 0), (t, error)
@@ -777,18 +781,21 @@ def test_a_recomputed_basis_is_orthonormal_and_a_stepped_one_is_not() -> None:
 @pytest.mark.parametrize("bad", [0, -1, 2.0, None])
 def test_recompute_every_is_a_positive_int(bad: Any) -> None:
     with pytest.raises(ValueError, match="recompute_every must be an int of at least"):
-        lro.correlation_aware(recompute_every=bad)
+        lro.bases.correlation_aware(recompute_every=bad)
 
 
 # ------------------------------------------------------------------ when
 
 
-@pytest.mark.parametrize("rule", [lro.sara_sample(3), lro.coordinates(3)])
+@pytest.mark.parametrize("rule", [lro.sara_sample(3), lro.bases.coordinates(3)])
 def test_a_frozen_basis_is_that_of_step_zero(rule: Any) -> None:
     gradients = jnp.asarray(normal(6, 2, M, N))
     due = jnp.arange(6) % 2 == 0
     found, moving = jax.jit(
-        lambda gs: (scanned(lro.frozen(rule), gs, due), scanned(rule, gs, due).basis)
+        lambda gs: (
+            scanned(lro.bases.frozen(rule), gs, due),
+            scanned(rule, gs, due).basis,
+        )
     )(gradients)
     assert same_bits(found.basis, np.stack([moving[0]] * 6))
     assert same_bits(found.rotation[1:], np.broadcast_to(np.eye(R), (5, 2, R, R)))
@@ -829,7 +836,9 @@ def test_a_leaf_that_stands_still_is_asked_less_and_less_and_another_is_not() ->
     moving = [STILL, ACROSS] * steps
     given_bases = {"a": chosen([STILL]), "b": chosen(moving), "c": chosen([STILL])}
     asked: list[tuple[str, int]] = []
-    rule = lro.lazy_refresh(counted(lro.replay(given_bases), asked), window=2)
+    rule = lro.bases.lazy_refresh(
+        counted(lro.bases.replay(given_bases), asked), window=2
+    )
     g = {k: normal(steps, M, N) for k in "abc"} | {"v": normal(steps, 5)}
     _, states = updates_of(bracket(rule, refresh_every=every), g)
     lazy = states.inner_state[0]
@@ -890,8 +899,8 @@ def test_lazy_refreshes_are_those_of_its_model(rows: Any, ninths: int) -> None:
 
 @jax.jit
 def _lazily(given_bases: Any, threshold: Any) -> Any:
-    rule = lro.lazy_refresh(
-        lro.replay({"": given_bases}), threshold=threshold, window=3
+    rule = lro.bases.lazy_refresh(
+        lro.bases.replay({"": given_bases}), threshold=threshold, window=3
     )
 
     def step(state: Any, t: Any) -> Any:
@@ -914,8 +923,8 @@ def test_a_stack_has_one_interval_by_the_mean_over_its_layers(
     rows = [[STILL] + [[STILL, ACROSS][t % 2]] * (layers - 1) for t in range(steps)]
     # Odd factors, so that a longer interval does not meet the same basis again.
     asked: list[tuple[str, int]] = []
-    replayed = counted(lro.replay({"w": chosen(rows)}), asked)
-    rule = lro.lazy_refresh(replayed, window=1, factor=3)
+    replayed = counted(lro.bases.replay({"w": chosen(rows)}), asked)
+    rule = lro.bases.lazy_refresh(replayed, window=1, factor=3)
     g = {"w": normal(steps, layers, M, N)}
     _, states = updates_of(bracket(rule), g)
     lazy = states.inner_state[0]
@@ -927,13 +936,13 @@ def test_a_stack_has_one_interval_by_the_mean_over_its_layers(
 def test_a_window_and_a_factor_are_positive_ints(name: str, bad: Any) -> None:
     arguments: dict[str, Any] = {name: bad}
     with pytest.raises(ValueError, match=f"{name} must be an int of at least 1"):
-        lro.lazy_refresh(lro.dominant_svd(), **arguments)
+        lro.bases.lazy_refresh(lro.dominant_svd(), **arguments)
 
 
 @pytest.mark.parametrize("wrapper", ["lazy_refresh", "frozen"])
 def test_a_basis_without_refreshes_has_none_to_put_off(wrapper: str) -> None:
     wrap = getattr(lro, wrapper)
-    for rule in (lro.online_pca(), lro.lazy_refresh(lro.dominant_svd())):
+    for rule in (lro.bases.online_pca(), lro.bases.lazy_refresh(lro.dominant_svd())):
         with pytest.raises(
             ValueError,
             match=rf"^{wrapper}\(\) goes around a basis .* online_pca\(\) moves",
@@ -941,9 +950,11 @@ def test_a_basis_without_refreshes_has_none_to_put_off(wrapper: str) -> None:
             wrap(rule)
 
 
-@pytest.mark.parametrize("rule", [lro.gaussian(0), lro.frozen(lro.dominant_svd())])
+@pytest.mark.parametrize(
+    "rule", [lro.bases.gaussian(0), lro.bases.frozen(lro.dominant_svd())]
+)
 def test_there_is_nothing_to_compare_a_basis_with(rule: Any) -> None:
     with pytest.raises(
         ValueError, match=r"^lazy_refresh\(\) compares a basis with the"
     ):
-        lro.lazy_refresh(rule)
+        lro.bases.lazy_refresh(rule)

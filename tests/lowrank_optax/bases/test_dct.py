@@ -36,7 +36,7 @@ def test_large_matrices_are_orthonormal_in_float32() -> None:
 
 def test_the_state_is_r_integers() -> None:
     params = {"w": jnp.ones((3, M, N))}
-    tx = lro.dct_adamw(LR, rank=R, dimension_numbers=lro.STACKED)
+    tx = lro.recipes.dct_adamw(LR, rank=R, dimension_numbers=lro.STACKED)
     index = optax.tree.get(tx.init(params), "basis")["w"]
     assert index.shape == (3, R)
     assert jnp.issubdtype(index.dtype, jnp.integer)
@@ -52,7 +52,7 @@ def test_the_optimizer_is_the_sources(feedback: bool, every: int) -> None:
     ours, index = np.copy(w), np.zeros(R, int)
     m, v, e = np.zeros((R, N)), np.zeros((R, N)), np.zeros((M, N))
     with jax.enable_x64(True):
-        tx: Any = lro.dct_adamw(
+        tx: Any = lro.recipes.dct_adamw(
             LR,
             rank=R,
             refresh_every=every,

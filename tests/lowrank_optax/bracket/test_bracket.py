@@ -87,8 +87,8 @@ def test_signs_of_the_basis_do_not_change_a_step(chain):
         signs[:] = signs[0]  # moments that are not turned need one choice for all
     signs = signs.astype(np.float32)
     g = {"w": gradients(M, N)}
-    a = run(chain(lro.replay({"w": s})), g)["w"]
-    b = run(chain(lro.replay({"w": s * signs})), g)["w"]
+    a = run(chain(lro.bases.replay({"w": s})), g)["w"]
+    b = run(chain(lro.bases.replay({"w": s * signs})), g)["w"]
     assert np.any(signs < 0)
     if chain.step is kept:
         # A sign commutes with every rounding as long as no sums are reordered.
@@ -102,8 +102,8 @@ def test_without_rotation_a_changing_sign_does_change_the_step():
     signs = np.asarray([1, -1, 1, -1], np.float32).reshape(4, 1, 1)
     g = {"w": gradients(M, N)}
     chain = CHAINS["galore"]
-    a = run(chain(lro.replay({"w": s})), g)["w"]
-    b = run(chain(lro.replay({"w": s * signs})), g)["w"]
+    a = run(chain(lro.bases.replay({"w": s})), g)["w"]
+    b = run(chain(lro.bases.replay({"w": s * signs})), g)["w"]
     assert np.abs(a - b).max() > 0.01
 
 
@@ -271,7 +271,7 @@ def test_a_step_that_is_not_finite_changes_nothing(rule):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_no_entry_hides(where, value):
     """Also where the basis is zero: it is finiteness of G~ that is looked at."""
-    tx = CHAINS["fira"](lro.replay({"w": jnp.eye(M, R)[None]}))
+    tx = CHAINS["fira"](lro.bases.replay({"w": jnp.eye(M, R)[None]}))
     g = {"w": gradients(M, N)[0]}
     g["w"][where] = value
     updates, state = jax.jit(tx.update)(g, tx.init(g))
@@ -403,7 +403,7 @@ def test_a_stage_cannot_hide_a_gradient_that_is_not_finite(
 ) -> None:
     tx = lro.low_rank(
         optax.chain(
-            lro.in_full_space(before),
+            lro.steps.in_full_space(before),
             lro.dominant_svd(),
             lro.project(),
             lro.in_subspace(optax.identity()),

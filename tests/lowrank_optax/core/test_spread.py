@@ -202,32 +202,34 @@ def watch():
     """Keeps S of the last step, dense: S I, which is exact."""
 
     def init(params):
-        zeros = lro.map_frames(
+        zeros = lro.stages.map_frames(
             lambda f: jnp.zeros(f.basis_shape, f.gradient.dtype), params
         )
         return _Seen(zeros)
 
     def update(updates, state, params=None):
-        return updates, _Seen(lro.map_frames(lambda f: f.up(f.no_rotation()), updates))
+        return updates, _Seen(
+            lro.stages.map_frames(lambda f: f.up(f.no_rotation()), updates)
+        )
 
     return optax.GradientTransformation(init, update)
 
 
 OTHER_RULES = {
-    "coordinates": lro.coordinates(3),
-    "gaussian": lro.gaussian(3),
-    "track": lro.grassmann_track(None),
+    "coordinates": lro.bases.coordinates(3),
+    "gaussian": lro.bases.gaussian(3),
+    "track": lro.bases.grassmann_track(None),
     "walk of one direction": lro.grassmann_walk(3),
-    "dct_columns": lro.dct_columns(),
-    "switch_basis": lro.switch_basis(3),
-    "4 bits": lro.quantize_basis(lro.sara_sample(3)),
+    "dct_columns": lro.bases.dct_columns(),
+    "switch_basis": lro.bases.switch_basis(3),
+    "4 bits": lro.bases.quantize_basis(lro.sara_sample(3)),
 }
 # Their bases come from sums of every step, which a mesh adds up in another order: the
 # first moment, or the gradient of a loss.
 TO_ROUNDING = {
-    "power_iterate": lro.power_iterate(b1=0.9),
-    "correlation_aware": lro.correlation_aware(recompute_every=2),
-    "online_pca": lro.online_pca(optax.sgd(0.05)),
+    "power_iterate": lro.bases.power_iterate(b1=0.9),
+    "correlation_aware": lro.bases.correlation_aware(recompute_every=2),
+    "online_pca": lro.bases.online_pca(optax.sgd(0.05)),
 }
 
 

@@ -90,9 +90,9 @@ def full_rank(w: Array, grads: list[Array]) -> list[Array]:
 
 COMMON: dict[str, Any] = {"weight_decay": DECAY, "dimension_numbers": RULES}
 METHODS: dict[str, tuple[Any, Any]] = {
-    "racs": (lro.racs(RATE, **COMMON), lambda name: racs),
+    "racs": (lro.recipes.racs(RATE, **COMMON), lambda name: racs),
     "scale_sgd": (
-        lro.scale_sgd(RATE, **COMMON),
+        lro.recipes.scale_sgd(RATE, **COMMON),
         lambda name: scale(0.9 if name == "head" else 0.0),
     ),
 }
@@ -118,12 +118,16 @@ def test_every_step_is_the_sources_in_float64(name: str) -> None:
 def test_a_square_matrix_begins_with_the_side_that_is_named() -> None:
     grads = [tree_of(t + 1) for t in range(3)]
     names = ("input", "output")
-    a, b = (weights_of(lro.racs(RATE, square=n, **COMMON), grads) for n in names)
+    a, b = (
+        weights_of(lro.recipes.racs(RATE, square=n, **COMMON), grads) for n in names
+    )
     assert not np.allclose(a[-1]["square"], b[-1]["square"], atol=1e-6)
     np.testing.assert_array_equal(a[-1]["tall"], b[-1]["tall"])
     turned = [{**g, "square": g["square"].T} for g in grads]
-    c = weights_of(lro.racs(RATE, dimension_numbers=RULES), turned)
-    d = weights_of(lro.racs(RATE, dimension_numbers=RULES, square="output"), grads)
+    c = weights_of(lro.recipes.racs(RATE, dimension_numbers=RULES), turned)
+    d = weights_of(
+        lro.recipes.racs(RATE, dimension_numbers=RULES, square="output"), grads
+    )
     start = tree_of(0)["square"]
     np.testing.assert_allclose(
         (c[-1]["square"] - start).T, d[-1]["square"] - start, atol=1e-12
@@ -149,7 +153,7 @@ def step_of(tx: Any, grads: Any) -> Any:
     sign=st.sampled_from([-1.0, 1.0]),
     tall=st.booleans(),
 )
-@pytest.mark.parametrize("make", [lro.racs, lro.scale_sgd])
+@pytest.mark.parametrize("make", [lro.recipes.racs, lro.recipes.scale_sgd])
 def test_a_step_has_the_gradients_sign_and_not_its_size(
     make: Any, seed: int, log_size: float, sign: float, tall: bool
 ) -> None:
@@ -167,8 +171,8 @@ def test_rows_and_columns_of_any_size_are_evened_out() -> None:
     random = np.random.default_rng(0)
     signs = np.sign(random.normal(size=(6, 9)))
     sizes = np.outer(10.0 ** random.uniform(-3, 3, 6), 10.0 ** random.uniform(-3, 3, 9))
-    stage = lro.scale_rows_and_columns(limit=1e9, decay=0.0)
-    found = step_of(lro.whole_matrices(stage), [np.float32(signs * sizes)])[0]
+    stage = lro.full_rank.scale_by_racs(limit=1e9, decay=0.0)
+    found = step_of(lro.full_rank.full_matrices(stage), [np.float32(signs * sizes)])[0]
     np.testing.assert_allclose(found, signs, rtol=1e-4)
 
 
@@ -185,7 +189,7 @@ def test_the_fit_is_the_leading_singular_pair_of_the_squares() -> None:
 # ------------------------------------------------------------------ zeros
 
 
-@pytest.mark.parametrize("make", [lro.racs, lro.scale_sgd])
+@pytest.mark.parametrize("make", [lro.recipes.racs, lro.recipes.scale_sgd])
 def test_zero_gradients_rows_and_columns_move_nothing(make: Any) -> None:
     g = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
     g[:, 2] = 0
@@ -202,7 +206,7 @@ def test_zero_gradients_rows_and_columns_move_nothing(make: Any) -> None:
 
 def test_a_zero_gradient_binds_no_later_step() -> None:
     g = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
-    tx: Any = lro.racs(1.0, dimension_numbers=None)
+    tx: Any = lro.recipes.racs(1.0, dimension_numbers=None)
     without = step_of(tx, g)
     with_zeros = step_of(tx, np.stack([0 * g[0], g[0], 0 * g[0], g[1], g[2]]))
     np.testing.assert_array_equal(with_zeros[[1, 3, 4]], without)
@@ -213,17 +217,17 @@ def test_a_zero_gradient_binds_no_later_step() -> None:
 
 def test_momentum_is_kept_where_it_is_asked_for_and_nowhere_else() -> None:
     params = {"head": {"kernel": jnp.ones((4, 9))}, "up": jnp.ones((4, 6))}
-    state = lro.scale_sgd(RATE, b1=0.5).init(params)
+    state = lro.recipes.scale_sgd(RATE, b1=0.5).init(params)
     momentum = optax.tree.get(state, "momentum")
     assert momentum["head"]["kernel"].shape == (4, 9)
     assert momentum["up"].dtype == bool
     with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
-        lro.momentum_of("(")
+        lro.full_rank.trace_matching("(")
 
 
 def test_an_embedding_is_normalised_over_its_tokens() -> None:
     g = {"embedding": np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)}
-    tx: Any = lro.scale_sgd(1.0)
+    tx: Any = lro.recipes.scale_sgd(1.0)
     updates, _ = tx.update(g, tx.init(g), g)
     size = np.sqrt(np.mean(np.square(updates["embedding"]), axis=0))
     np.testing.assert_allclose(size, 1, rtol=1e-5)
@@ -254,7 +258,7 @@ def test_each_leaf_has_one_optimizer() -> None:
         return out
 
     lion = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_lion())
-    both = run(bracket(lro.with_rest(stages, lion)), lambda x: x)
+    both = run(bracket(lro.steps.with_rest(stages, lion)), lambda x: x)
     low = run(bracket(stages), lambda x: {"w": x["w"]})
     rest = run(lion, lambda x: {"v": x["v"]})
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
@@ -266,16 +270,16 @@ def test_each_leaf_has_one_optimizer() -> None:
 
 def test_a_stage_of_whole_matrices_has_no_subspace() -> None:
     g = {"w": jnp.ones((6, 4)), "v": jnp.ones(3)}
-    tx: Any = lro.whole_matrices(lro.project_back())
+    tx: Any = lro.full_rank.full_matrices(lro.project_back())
     with pytest.raises(ValueError, match=r"w: the Frame has no `low_step` yet"):
         tx.update(g, tx.init(g))
     seen = []
 
     def look(frames: Any, _: Any) -> Any:
         seen.append(frames["w"])
-        return lro.map_frames(lambda f: f.replace(step=2 * f.gradient), frames)
+        return lro.stages.map_frames(lambda f: f.replace(step=2 * f.gradient), frames)
 
-    tx = lro.whole_matrices(optax.stateless(look))
+    tx = lro.full_rank.full_matrices(optax.stateless(look))
     updates, state = tx.update(g, tx.init(g), refresh=True)
     assert seen[-1].gradient.shape == (4, 6)
     assert seen[-1].full_rank
@@ -287,4 +291,4 @@ def test_bad_numbers_of_iterations() -> None:
     bad: Any
     for bad in (0, -1, 2.5):
         with pytest.raises(ValueError, match="iterations must be an int of at least 1"):
-            lro.racs(0.1, iterations=bad)
+            lro.recipes.racs(0.1, iterations=bad)

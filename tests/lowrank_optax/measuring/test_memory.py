@@ -150,20 +150,23 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
 # optax keeps one unused number for each factored second moment, and a count.
 FORMULAS: dict[str, tuple[Any, Any]] = {
     "galore_adafactor": (
-        lro.galore_adafactor,
+        lro.recipes.galore_adafactor,
         lambda m, n, r: m * r + n * r + n + r + 3,
     ),
-    "galore_adam_mini": (lro.galore_adam_mini, lambda m, n, r: m * r + n * r + n),
+    "galore_adam_mini": (
+        lro.recipes.galore_adam_mini,
+        lambda m, n, r: m * r + n * r + n,
+    ),
     "galore_adam8bit": (
-        lro.galore_adam8bit,
+        lro.recipes.galore_adam8bit,
         lambda m, n, r: m * r + 2 * n * r / 4 * (1 + 4 / 256),
     ),
     "golore": (
-        partial(lro.golore, switch_step=5, key=0),
+        partial(lro.recipes.golore, switch_step=5, key=0),
         lambda m, n, r: m * r + 2 * n * r,
     ),
-    "msgd": (partial(lro.msgd, key=0), lambda m, n, r: m * r + n * r),
-    "subtrack": (lro.subtrack, lambda m, n, r: m * r + 2 * n * r + 1),
+    "msgd": (partial(lro.recipes.msgd, key=0), lambda m, n, r: m * r + n * r),
+    "subtrack": (lro.recipes.subtrack, lambda m, n, r: m * r + 2 * n * r + 1),
     "spectral_adam": (lro.spectral_adam, lambda m, n, r: m * r + 2 * n * r),
     "ldadam": (lro.ldadam, lambda m, n, r: m * r + 2 * n * r + m * n),
     "ldadam_no_feedback": (
@@ -172,43 +175,43 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     ),
     "apollo": (partial(lro.apollo, key=0), lambda m, n, r: 2 * n * r + 1),
     "apollo_stored": (
-        partial(lro.apollo, basis=lro.gaussian(0, stored=True)),
+        partial(lro.apollo, basis=lro.bases.gaussian(0, stored=True)),
         lambda m, n, r: m * r + 2 * n * r + 1,
     ),
     "apollo_mini": (partial(lro.apollo_mini, key=0), lambda m, n, r: 2 * n * r + 1),
     # Adam's count is one of each matrix, for each begins anew by itself.
     "frugal": (lro.frugal, lambda m, n, r: m * r + 2 * n * r + 1),
     "frugal_coordinates": (
-        partial(lro.frugal, basis=lro.coordinates(0)),
+        partial(lro.frugal, basis=lro.bases.coordinates(0)),
         lambda m, n, r: 2 * n * r + r + 1,
     ),
     "grass_sparse": (
-        partial(lro.grass_sparse, key=0),
+        partial(lro.recipes.grass_sparse, key=0),
         lambda m, n, r: 2 * n * r + r + 1,
     ),
-    "flora": (partial(lro.flora, key=0), lambda m, n, r: n * r + m + n + 2),
-    "dct_adamw": (lro.dct_adamw, lambda m, n, r: 2 * n * r + r),
+    "flora": (partial(lro.recipes.flora, key=0), lambda m, n, r: n * r + m + n + 2),
+    "dct_adamw": (lro.recipes.dct_adamw, lambda m, n, r: 2 * n * r + r),
     "dct_adamw_feedback": (
-        partial(lro.dct_adamw, feedback=True),
+        partial(lro.recipes.dct_adamw, feedback=True),
         lambda m, n, r: 2 * n * r + r + m * n,
     ),
-    "coap": (lro.coap, lambda m, n, r: m * r + 2 * n * r),
+    "coap": (lro.recipes.coap, lambda m, n, r: m * r + 2 * n * r),
     # Two thirds: of AdamW for the rest a zero of each moment, for the three layers.
     "alice": (
-        partial(lro.alice, key=0),
+        partial(lro.recipes.alice, key=0),
         lambda m, n, r: m * r + 2 * n * r + n + 1 + r * r + 2 / 3,
     ),
     "alice_0": (
-        partial(lro.alice, key=0, b3=None),
+        partial(lro.recipes.alice, key=0, b3=None),
         lambda m, n, r: m * r + 2 * n * r + n + 1 + 2 / 3,
     ),
-    "sumo": (lro.sumo, lambda m, n, r: m * r + n * r + 1 + 2 / 3),
+    "sumo": (lro.recipes.sumo, lambda m, n, r: m * r + n * r + 1 + 2 / 3),
     "online_subspace_descent": (
-        lambda lr, refresh_every, **kw: lro.online_subspace_descent(lr, **kw),
+        lambda lr, refresh_every, **kw: lro.recipes.online_subspace_descent(lr, **kw),
         lambda m, n, r: 3 * m * r + 2 * n * r + 2,
     ),
     "q_galore": (
-        lro.q_galore,
+        lro.recipes.q_galore,
         # Four bits a number and five bytes a group; eight numbers a leaf for laziness.
         lambda m, n, r: (
             m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 256) + 8 / 3
@@ -232,10 +235,10 @@ def test_the_state_of_a_matrix_is_what_the_formula_says(name: str) -> None:
 
 
 WHOLE: dict[str, tuple[Any, Any]] = {
-    "racs": (lro.racs, lambda m, n: m + n + 1),
-    "scale_sgd": (lro.scale_sgd, lambda m, n: 0),
+    "racs": (lro.recipes.racs, lambda m, n: m + n + 1),
+    "scale_sgd": (lro.recipes.scale_sgd, lambda m, n: 0),
     "scale_sgd_head": (
-        partial(lro.scale_sgd, momentum="layers"),
+        partial(lro.recipes.scale_sgd, momentum="layers"),
         lambda m, n: m * n,
     ),
 }

@@ -104,13 +104,13 @@ def derivative(s: Any, g: Any) -> Any:
     return np.linalg.svd(2 * (s @ a - g) @ a.T, compute_uv=False)
 
 
-def expected(t: int, bases: Any, g: Any, before: Any) -> lro.Measurement:
+def expected(t: int, bases: Any, g: Any, before: Any) -> lro.measuring.Measurement:
     """Of one matrix with the bases S_0, S_1, ... of steps 0, T, 2T, ..."""
     k, at = t // T, ALL_OF_IT["anchor"]
     values = before.spectrum
     if t % T == 0 and k > 0:
         values = derivative(bases[k - 1], g)[: ALL_OF_IT["spectrum"]]
-    return lro.Measurement(
+    return lro.measuring.Measurement(
         energy=share(bases[k], g),
         overlap=overlap(bases[k], bases[k - 1]) if k > 0 else np.nan,
         anchor_overlap=overlap(bases[k], bases[at]) if k >= at else np.nan,
@@ -126,10 +126,10 @@ def test_all_measures_against_numpy(x64: Any, static: bool) -> None:
         {k: normal(*s, seed=10 * t + i) for i, (k, s) in enumerate(shapes.items())}
         for t in range(K * T)
     ]
-    rule = lro.replay(jax.tree.map(jnp.asarray, bases))
+    rule = lro.bases.replay(jax.tree.map(jnp.asarray, bases))
     tx = bracket(rule, lro.measure_subspace(**ALL_OF_IT))
     seen = after_each_step(tx, jax.tree.map(jnp.asarray, grads), static)
-    nothing = lro.Measurement(spectrum=np.full(2, np.nan))
+    nothing = lro.measuring.Measurement(spectrum=np.full(2, np.nan))
     for name in shapes:
         for i in range(L):
             last = nothing
@@ -144,7 +144,8 @@ def test_all_measures_against_numpy(x64: Any, static: bool) -> None:
 def test_coordinates_are_measured_as_the_columns_that_they_are(x64: Any) -> None:
     """Rows 0 1, 2 3, 3 4 and again 0 1, of five."""
     tx = bracket(
-        lro.coordinates(order="ascending"), lro.measure_subspace(anchor=0, spectrum=R)
+        lro.bases.coordinates(order="ascending"),
+        lro.measure_subspace(anchor=0, spectrum=R),
     )
     grads = [{"w": jnp.asarray(normal(M, N, seed=t))} for t in range(4 * T)]
     seen = [x["w"] for x in after_each_step(tx, grads)[::T]]
@@ -162,7 +163,7 @@ def test_coordinates_are_measured_as_the_columns_that_they_are(x64: Any) -> None
 # --- what the numbers mean ---
 
 
-def measured(old: Any, new: Any, g: Any, **what: Any) -> lro.Measurement:
+def measured(old: Any, new: Any, g: Any, **what: Any) -> lro.measuring.Measurement:
     """Of one frame whose basis goes from `old` to `new`, by the stage alone."""
     stage = lro.measure_subspace(**{"spectrum": R, **what})
     frame = Frame(gradient=jnp.asarray(g), rank=R, path="w")
@@ -276,7 +277,7 @@ def test_before_there_are_two_bases_there_is_no_overlap() -> None:
 
 
 def test_a_frozen_basis_is_its_own_anchor() -> None:
-    tx = bracket(lro.frozen(lro.dominant_svd()), lro.measure_subspace(anchor=1))
+    tx = bracket(lro.bases.frozen(lro.dominant_svd()), lro.measure_subspace(anchor=1))
     g = {"w": jnp.asarray(normal(M, N), jnp.float32)}
     seen = after_each_step(tx, [g] * (2 * T + 1))
     assert all(np.isnan(x["w"].overlap) for x in seen)
@@ -400,12 +401,12 @@ def check_like_the_stack(state: Any) -> None:
 
 
 def test_layers_by_themselves_are_measured_like_the_stack() -> None:
-    tx, by_layer = layered(), lro.per_layer(layered())
+    tx, by_layer = layered(), lro.training.per_layer(layered())
 
     @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, states: Any, refresh: bool) -> Any:
         _, one = by_layer.update(g, states[0], g, refresh=refresh)
-        _, two = lro.update_layers(tx, g, states[1], g, refresh=refresh)
+        _, two = lro.training.update_layers(tx, g, states[1], g, refresh=refresh)
         return one, two
 
     states = (by_layer.init(stacked(0)),) * 2
@@ -421,8 +422,8 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
 
     @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, state: Any, refresh: bool) -> Any:
-        layers = lro.open_layers(params, state)
-        layer = lro.update_in_backward(
+        layers = lro.training.open_layers(params, state)
+        layer = lro.training.update_in_backward(
             lambda w, x, c: x + jnp.sum(w["w"] * c), tx, refresh=refresh
         )
 
@@ -433,9 +434,9 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
             return jax.lax.scan(body, x, jnp.arange(L))[0]
 
         jax.grad(loss)(jnp.float32(0))
-        return lro.close_layers(layers).state
+        return lro.training.close_layers(layers).state
 
-    state = lro.per_layer(tx).init(params)
+    state = lro.training.per_layer(tx).init(params)
     for t in range(2 * T + 1):
         state = step(stacked(t), state, refresh=t % T == 0)
     check_like_the_stack(state)
@@ -483,7 +484,9 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
         tx = bracket(rule, stage)
         state = tx.init(weights)
         for t, g in enumerate(grads):
-            first = lro.project_gradient(tx, g, state, weights, refresh=t % T == 0)
+            first = lro.training.project_gradient(
+                tx, g, state, weights, refresh=t % T == 0
+            )
             how = {"projected": True, "refresh": t % T == 0, "bases": first.bases}
             _, state = tx.update(first.low, state, weights, **how)
         return lro.measurements(state)["w"]

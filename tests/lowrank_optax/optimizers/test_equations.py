@@ -169,7 +169,7 @@ def library_run(
 
 def bases_in(state: Any) -> dict[str, Any]:
     def is_basis(x: Any) -> bool:
-        return isinstance(x, lro.BasisState)
+        return isinstance(x, lro.bases.BasisState)
 
     (found,) = filter(is_basis, jax.tree.leaves(state, is_leaf=is_basis))
     return found.basis
@@ -286,7 +286,7 @@ def walk_of(
 def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int) -> np.ndarray:
     """What a random rule draws: `key` is split, and Frame.keys gives one per matrix."""
     gradient = jnp.zeros(shape)
-    frame = lro.Frame(gradient=gradient, rank=rank, path="w", precision=None)
+    frame = lro.stages.Frame(gradient=gradient, rank=rank, path="w", precision=None)
     keys = frame.keys(jax.random.split(key)[1])
     draws = [
         jax.random.normal(keys[i], frame.basis_shape[1:], gradient.dtype)

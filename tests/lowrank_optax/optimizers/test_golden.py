@@ -22,7 +22,7 @@ from tests.helpers.repository import ROOT
 GOLDEN = ROOT / "tests" / "golden"
 OPTIMIZERS = {
     "galore_adamw": lro.galore,
-    "galore_adafactor": lro.galore_adafactor,
+    "galore_adafactor": lro.recipes.galore_adafactor,
     "fira_adamw": lro.fira,
     "apollo_adamw_channel": lro.apollo,
     "apollo_adamw_tensor": lro.apollo_mini,
@@ -126,7 +126,7 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("name", FIXED + REFRESHED + RANDOM)
 def test_weights_match_the_package_on_its_own_bases(name: str) -> None:
     case = load(name)
-    rule = lro.replay({"w": case.bases}, orthonormal=name not in RANDOM)
+    rule = lro.bases.replay({"w": case.bases}, orthonormal=name not in RANDOM)
     weights, bases = trajectory(build(name, case.config, basis=rule), case)
     restarted = name.startswith("frugal")
     tolerance = RESTARTED_TOLERANCE if restarted else TOLERANCE
@@ -207,7 +207,7 @@ def test_the_packages_are_not_matched_by_chance(
     case = load(name)
     if not name.startswith("ldadam"):
         orthonormal = name not in RANDOM
-        changes["basis"] = lro.replay({"w": case.bases}, orthonormal=orthonormal)
+        changes["basis"] = lro.bases.replay({"w": case.bases}, orthonormal=orthonormal)
     weights, _ = trajectory(build(name, case.config, **changes), case)
     # A hundred times what is accepted; a step moves the weights by 5 % of the largest.
     assert error(weights, case.weights) > 100 * TOLERANCE

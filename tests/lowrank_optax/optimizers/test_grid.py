@@ -22,21 +22,21 @@ BASES = {
     "sara_sample": lro.sara_sample(0),
     "grassmann_walk": lro.grassmann_walk(0),
     "grassmann_jump": lro.grassmann_jump(0),
-    "grassmann_track": lro.grassmann_track(),
-    "random_after": lro.random_after(3, 0),
-    "power_iterate": lro.power_iterate(b1=0.9),
-    "correlation_aware": lro.correlation_aware(),
-    "online_pca": lro.online_pca(),
-    "gaussian": lro.gaussian(0),
-    "gaussian_stored": lro.gaussian(0, stored=True),
-    "coordinates": lro.coordinates(0),
-    "sample_rows": lro.sample_rows(0),
-    "dct_columns": lro.dct_columns(),
-    "switch_basis": lro.switch_basis(0),
-    "frozen": lro.frozen(lro.dominant_svd()),
-    "lazy_refresh": lro.lazy_refresh(lro.sara_sample(0)),
-    "quantize_basis": lro.quantize_basis(lro.dominant_svd()),
-    "replay": lro.replay(EYE),
+    "grassmann_track": lro.bases.grassmann_track(),
+    "random_after": lro.bases.random_after(3, 0),
+    "power_iterate": lro.bases.power_iterate(b1=0.9),
+    "correlation_aware": lro.bases.correlation_aware(),
+    "online_pca": lro.bases.online_pca(),
+    "gaussian": lro.bases.gaussian(0),
+    "gaussian_stored": lro.bases.gaussian(0, stored=True),
+    "coordinates": lro.bases.coordinates(0),
+    "sample_rows": lro.bases.sample_rows(0),
+    "dct_columns": lro.bases.dct_columns(),
+    "switch_basis": lro.bases.switch_basis(0),
+    "frozen": lro.bases.frozen(lro.dominant_svd()),
+    "lazy_refresh": lro.bases.lazy_refresh(lro.sara_sample(0)),
+    "quantize_basis": lro.bases.quantize_basis(lro.dominant_svd()),
+    "replay": lro.bases.replay(EYE),
 }
 ADAM = optax.scale_by_adam()
 STEPS = {
@@ -46,16 +46,16 @@ STEPS = {
     "adam_restarted": lro.reset_moments(ADAM),
     "adam_8bit": lro.in_subspace(lro.quantize_moments(ADAM, min_size=1)),
     "adam_8bit_rotated": lro.rotate_moments(lro.quantize_moments(ADAM, min_size=1)),
-    "adam_mini": lro.in_subspace(lro.scale_by_adam_mini()),
-    "adam_mini_rotated": lro.rotate_moments(lro.scale_by_adam_mini()),
-    "adafactor": lro.in_subspace(lro.per_matrix(lro.scale_by_adafactor())),
+    "adam_mini": lro.in_subspace(lro.steps.scale_by_adam_mini()),
+    "adam_mini_rotated": lro.rotate_moments(lro.steps.scale_by_adam_mini()),
+    "adafactor": lro.in_subspace(lro.steps.per_matrix(lro.steps.scale_by_adafactor())),
     "adafactor_no_momentum": lro.in_subspace(
-        lro.per_matrix(lro.scale_by_adafactor(None))
+        lro.steps.per_matrix(lro.steps.scale_by_adafactor(None))
     ),
     "momentum_rotated": lro.rotate_moments(optax.trace(0.9)),
     "lion_rotated": lro.rotate_moments(optax.scale_by_lion()),
     "orthogonalized": lro.rotate_moments(
-        optax.chain(optax.trace(0.9), lro.orthogonalize())
+        optax.chain(optax.trace(0.9), lro.steps.scale_by_polar_factor())
     ),
     "accumulated": lro.in_subspace(optax.MultiSteps(ADAM, 2).gradient_transformation()),
 }
@@ -64,7 +64,7 @@ BACKS = {
     "recover_residual": lro.recover_residual(),
     "sign_residual": lro.sign_residual(),
     "scale_channels": lro.scale_channels(),
-    "scale_tensor": lro.scale_tensor(),
+    "scale_tensor": lro.recovery.scale_tensor(),
     "compensate_columns": lro.compensate_columns(),
     "spectral_residual": lro.spectral_residual(),
 }
@@ -113,7 +113,7 @@ def fork(refused: dict[str, str]) -> optax.GradientTransformation:
             except ValueError as error:
                 refused[name] = str(error)
         first = out[0]
-        total = lro.map_frames(
+        total = lro.stages.map_frames(
             lambda f, *others: f.replace(step=f.step + sum(o.step for o in others)),
             first,
             *out[1:],
@@ -189,11 +189,11 @@ def test_error_feedback_goes_around_orthonormal_bases(basis: str) -> None:
 # ------------------------------------------------------------------------ ablation
 
 ABLATED = {
-    "track": lro.grassmann_track(None),
+    "track": lro.bases.grassmann_track(None),
     "walk": lro.grassmann_walk(1),
     "jump": lro.grassmann_jump(2),
     "svd": lro.dominant_svd(),
-    "frozen": lro.frozen(lro.dominant_svd()),
+    "frozen": lro.bases.frozen(lro.dominant_svd()),
 }
 CELLS = list(itertools.product(ABLATED, (False, True), (False, True)))
 TRAINING = 120

@@ -39,7 +39,7 @@ def test_on_a_tpu(rule):
 def test_no_qr_and_no_triangular_solve_of_a_large_rank_on_a_tpu():
     """The compiler unrolls them: at rank 1024 it would take minutes for each."""
     x = jax.ShapeDtypeStruct((2, 1024, 384), "float32")
-    traced = jax.jit(lro.linalg.orthonormalize).trace(x)
+    traced = jax.jit(lro.stages.linalg.orthonormalize).trace(x)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     columns = [
         *re.findall(r"custom_call @Qr.*?: \(tensor<\d+x(\d+)xf32>", text),
@@ -61,27 +61,27 @@ COMMON = {"rank": 4, "refresh_every": 2, "dimension_numbers": lro.STACKED}
 OPTIMIZERS = {
     "apollo": lambda: lro.apollo(0.01, key=0, **COMMON),
     "apollo_mini": lambda: lro.apollo_mini(0.01, key=0, **{**COMMON, "rank": 1}),
-    "flora": lambda: lro.flora(0.01, key=0, **COMMON),
-    "frugal rows": lambda: lro.frugal(0.01, basis=lro.coordinates(0), **COMMON),
-    "grass_sparse": lambda: lro.grass_sparse(0.01, key=0, **COMMON),
+    "flora": lambda: lro.recipes.flora(0.01, key=0, **COMMON),
+    "frugal rows": lambda: lro.frugal(0.01, basis=lro.bases.coordinates(0), **COMMON),
+    "grass_sparse": lambda: lro.recipes.grass_sparse(0.01, key=0, **COMMON),
     "frugal": lambda: lro.frugal(0.01, **COMMON),
-    "q_galore": lambda: lro.q_galore(0.01, **COMMON),
-    "galore_adafactor": lambda: lro.galore_adafactor(0.01, **COMMON),
-    "galore_adam8bit": lambda: lro.galore_adam8bit(0.01, **COMMON),
-    "online": lambda: lro.online_subspace_descent(
+    "q_galore": lambda: lro.recipes.q_galore(0.01, **COMMON),
+    "galore_adafactor": lambda: lro.recipes.galore_adafactor(0.01, **COMMON),
+    "galore_adam8bit": lambda: lro.recipes.galore_adam8bit(0.01, **COMMON),
+    "online": lambda: lro.recipes.online_subspace_descent(
         0.01, rank=4, dimension_numbers=lro.STACKED
     ),
-    "subtrack": lambda: lro.subtrack(0.01, **COMMON),
+    "subtrack": lambda: lro.recipes.subtrack(0.01, **COMMON),
     "spectral_adam": lambda: lro.spectral_adam(0.01, **COMMON),
-    "golore": lambda: lro.golore(0.01, key=0, switch_step=3, **COMMON),
+    "golore": lambda: lro.recipes.golore(0.01, key=0, switch_step=3, **COMMON),
     "ldadam": lambda: lro.ldadam(0.01, rank=4, dimension_numbers=lro.STACKED),
-    "coap": lambda: lro.coap(0.01, **COMMON),
-    "msgd": lambda: lro.msgd(0.01, key=0, **COMMON),
-    "dct_adamw": lambda: lro.dct_adamw(0.01, **COMMON),
-    "alice": lambda: lro.alice(0.01, key=0, **COMMON),
-    "sumo": lambda: lro.sumo(0.01, **COMMON),
-    "racs": lambda: lro.racs(0.01, dimension_numbers=lro.STACKED),
-    "scale_sgd": lambda: lro.scale_sgd(0.01, dimension_numbers=lro.STACKED),
+    "coap": lambda: lro.recipes.coap(0.01, **COMMON),
+    "msgd": lambda: lro.recipes.msgd(0.01, key=0, **COMMON),
+    "dct_adamw": lambda: lro.recipes.dct_adamw(0.01, **COMMON),
+    "alice": lambda: lro.recipes.alice(0.01, key=0, **COMMON),
+    "sumo": lambda: lro.recipes.sumo(0.01, **COMMON),
+    "racs": lambda: lro.recipes.racs(0.01, dimension_numbers=lro.STACKED),
+    "scale_sgd": lambda: lro.recipes.scale_sgd(0.01, dimension_numbers=lro.STACKED),
 }
 NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
 NONE |= {"racs", "scale_sgd"}

@@ -35,51 +35,59 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "galore": (lro.galore, {}),
     "galore_sara": (lro.galore, SARA),
     "galore_published": (lro.galore, PUBLISHED),
-    "galore_adafactor": (lro.galore_adafactor, {}),
-    "galore_adam_mini": (lro.galore_adam_mini, {}),
-    "galore_adam8bit": (lro.galore_adam8bit, {"min_size": 1}),
+    "galore_adafactor": (lro.recipes.galore_adafactor, {}),
+    "galore_adam_mini": (lro.recipes.galore_adam_mini, {}),
+    "galore_adam8bit": (lro.recipes.galore_adam8bit, {"min_size": 1}),
     # The moments of matrices as small as these stay as they are in q_galore itself.
-    "q_galore": (lro.q_galore, {}),
+    "q_galore": (lro.recipes.q_galore, {}),
     "q_galore_sara_8bit": (
         lro.galore,
         {
-            "basis": lro.lazy_refresh(lro.quantize_basis(lro.sara_sample(key=7))),
+            "basis": lro.bases.lazy_refresh(
+                lro.bases.quantize_basis(lro.sara_sample(key=7))
+            ),
             **step(ADAM_8BIT),
         },
     ),
-    "golore": (lro.golore, {"key": 1, "switch_step": 4}),
-    "msgd": (lro.msgd, {"key": 1}),
+    "golore": (lro.recipes.golore, {"key": 1, "switch_step": 4}),
+    "msgd": (lro.recipes.msgd, {"key": 1}),
     "fira": (lro.fira, {}),
     "fira_sara": (lro.fira, SARA),
     "fira_published": (lro.fira, PUBLISHED),
-    "fira_adafactor": (lro.fira, step(lro.per_matrix(lro.scale_by_adafactor()))),
-    "fira_adam_mini": (lro.fira, step(lro.scale_by_adam_mini())),
+    "fira_adafactor": (
+        lro.fira,
+        step(lro.steps.per_matrix(lro.steps.scale_by_adafactor())),
+    ),
+    "fira_adam_mini": (lro.fira, step(lro.steps.scale_by_adam_mini())),
     "fira_adam8bit": (lro.fira, step(ADAM_8BIT)),
     "grass_walk": (lro.grass_walk, {"key": 1}),
     "grass_walk_all": (lro.grass_walk, {"key": 1, "walk_rank": None}),
     "grass_walk_sara": (lro.grass_walk, SARA),
     "grass_jump": (lro.grass_jump, {"key": 2}),
     "grass_jump_sara": (lro.grass_jump, SARA),
-    "subtrack": (lro.subtrack, {}),
+    "subtrack": (lro.recipes.subtrack, {}),
     "spectral_adam": (lro.spectral_adam, {}),
     "ldadam": (lro.ldadam, {"refresh_every": 1}),
     "apollo": (lro.apollo, {"key": 1}),
     "apollo_published": (lro.apollo, {"key": 1, **PUBLISHED}),
     "apollo_mini": (lro.apollo_mini, {"key": 1, "rank": 1}),
     "frugal": (lro.frugal, {}),
-    "frugal_coordinates": (lro.frugal, {"basis": lro.coordinates(key=1)}),
-    "grass_sparse": (lro.grass_sparse, {"key": 1}),
-    "flora": (lro.flora, {"key": 1}),
-    "coap": (lro.coap, {}),
-    "alice": (lro.alice, {"key": 1, "keep": 1}),
-    "alice_0": (lro.alice, {"key": 1, "b3": None}),
-    "sumo": (lro.sumo, {}),
-    "sumo_newton_schulz": (lro.sumo, {"method": "newton_schulz"}),
-    "racs": (lro.racs, {}),
-    "scale_sgd": (lro.scale_sgd, {"momentum": "matrix"}),
-    "dct_adamw": (lro.dct_adamw, {}),
-    "dct_adamw_feedback": (lro.dct_adamw, {"feedback": True, "refresh_every": 1}),
-    "online_subspace_descent": (lro.online_subspace_descent, {}),
+    "frugal_coordinates": (lro.frugal, {"basis": lro.bases.coordinates(key=1)}),
+    "grass_sparse": (lro.recipes.grass_sparse, {"key": 1}),
+    "flora": (lro.recipes.flora, {"key": 1}),
+    "coap": (lro.recipes.coap, {}),
+    "alice": (lro.recipes.alice, {"key": 1, "keep": 1}),
+    "alice_0": (lro.recipes.alice, {"key": 1, "b3": None}),
+    "sumo": (lro.recipes.sumo, {}),
+    "sumo_newton_schulz": (lro.recipes.sumo, {"method": "newton_schulz"}),
+    "racs": (lro.recipes.racs, {}),
+    "scale_sgd": (lro.recipes.scale_sgd, {"momentum": "matrix"}),
+    "dct_adamw": (lro.recipes.dct_adamw, {}),
+    "dct_adamw_feedback": (
+        lro.recipes.dct_adamw,
+        {"feedback": True, "refresh_every": 1},
+    ),
+    "online_subspace_descent": (lro.recipes.online_subspace_descent, {}),
 }
 # One wrapper at a time, for what differs most in how state is kept: moments that turn
 # and a key, moments that begin anew, a state for each leaf, an error that is fed back.
@@ -307,7 +315,7 @@ def full_rank(name: str) -> optax.GradientTransformation:
     if name.endswith("adafactor"):
         return after(second, optax.clip_by_block_rms(1.0), momentum)
     if name.endswith("adam_mini"):
-        return after(lro.scale_by_adam_mini())
+        return after(lro.steps.scale_by_adam_mini())
     if name.endswith("8bit"):
         return after(ADAM_8BIT)
     if name.endswith("published"):
@@ -594,6 +602,10 @@ def test_a_state_can_be_donated(name: str) -> None:
 
 def test_a_callers_key_is_not_the_states() -> None:
     key = jax.random.key(3)
-    for rule in (lro.sara_sample(key), lro.gaussian(key), lro.grassmann_jump(key)):
+    for rule in (
+        lro.sara_sample(key),
+        lro.bases.gaussian(key),
+        lro.grassmann_jump(key),
+    ):
         tx = lro.low_rank(optax.chain(rule, lro.project()), rank=2, refresh_every=1)
         assert not any(x is key for x in jax.tree.leaves(tx.init(tree_of())))

@@ -51,7 +51,7 @@ PACKAGES = {
     "galore_adafactor": Package(
         "galore_torch",
         "GaLoreAdafactor",
-        lro.galore_adafactor,
+        lro.recipes.galore_adafactor,
         GALORE,
         {"scale_parameter": False, "relative_step": False},
         GALORE | {"b1": None},
@@ -177,7 +177,7 @@ def errors(ours: Arrays, theirs: Arrays) -> dict[str, float]:
 
 
 def replayed(case: str, bases: Arrays) -> Any:
-    return lro.replay(bases, orthonormal=PACKAGES[case].orthonormal)
+    return lro.bases.replay(bases, orthonormal=PACKAGES[case].orthonormal)
 
 
 @pytest.mark.parametrize("case", PACKAGES)

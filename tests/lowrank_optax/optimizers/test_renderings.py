@@ -304,30 +304,30 @@ def of_galore(make: Callable[[], Any], choose: Any = svd, alpha: float = 0.25) -
 
 
 KEY: dict[str, Any] = {"key": 3}
-GAUSSIAN = lro.gaussian(3, stored=True)
+GAUSSIAN = lro.bases.gaussian(3, stored=True)
 NO_REFRESH = {k: v for k, v in COMMON.items() if k != "refresh_every"}
 # The library's optimizer, and (gradients, basis of each step) -> steps in numpy.
 METHODS: dict[str, tuple[Any, Any]] = {
     "galore_adafactor": (
-        lro.galore_adafactor(1.0, clip=0.8, **COMMON),
+        lro.recipes.galore_adafactor(1.0, clip=0.8, **COMMON),
         of_galore(lambda: Adafactor(0.9, clip=0.8)),
     ),
     "golore": (
-        lro.golore(1.0, switch_step=SWITCH, **KEY, **COMMON),
+        lro.recipes.golore(1.0, switch_step=SWITCH, **KEY, **COMMON),
         of_galore(lambda: Adam(rotate="first"), None),
     ),
     "msgd": (
-        lro.msgd(1.0, b1=0.8, **KEY, **COMMON),
+        lro.recipes.msgd(1.0, b1=0.8, **KEY, **COMMON),
         of_galore(lambda: Average(0.8), None, alpha=1.0),
     ),
     "online_subspace_descent": (
-        lro.online_subspace_descent(
+        lro.recipes.online_subspace_descent(
             1.0, optimizer_of_basis=optax.adam(0.01), penalty=0.3, **NO_REFRESH
         ),
         lambda g, bases: online(g),
     ),
     "subtrack": (
-        lro.subtrack(1.0, step_size=0.01, **COMMON),
+        lro.recipes.subtrack(1.0, step_size=0.01, **COMMON),
         lambda g, bases: numpy_steps(g, Adam(rotate="both"), fira, track),
     ),
     "ldadam": (
@@ -347,21 +347,21 @@ METHODS: dict[str, tuple[Any, Any]] = {
         lambda g, bases: numpy_steps(g, Adam(restart=True), frugal, svd),
     ),
     "frugal_coordinates": (
-        lro.frugal(1.0, residual_scale=0.7, basis=lro.coordinates(4), **COMMON),
+        lro.frugal(1.0, residual_scale=0.7, basis=lro.bases.coordinates(4), **COMMON),
         lambda g, bases: numpy_steps(g, Adam(restart=True), frugal, bases),
     ),
     "grass_sparse": (
-        lro.grass_sparse(1.0, **KEY, **COMMON),
+        lro.recipes.grass_sparse(1.0, **KEY, **COMMON),
         of_galore(lambda: Adam(restart=True), None),
     ),
     "flora": (
-        # Stored, so that the draw can be read; that is another chain than lro.flora's
-        # by this alone; tests/lowrank_optax/bases compares the two rules bit by bit.
+        # Stored, so that the draw can be read; lro.recipes.flora is this
+        # chain but for that; tests/lowrank_optax/bases compares the two bit by bit.
         optax.chain(
             lro.low_rank(
                 optax.chain(
-                    lro.in_full_space(
-                        lro.per_matrix(
+                    lro.steps.in_full_space(
+                        lro.steps.per_matrix(
                             optax.scale_by_factored_rms(min_dim_size_to_factor=1)
                         )
                     ),
@@ -379,16 +379,19 @@ METHODS: dict[str, tuple[Any, Any]] = {
         ),
     ),
     "alice": (
-        lro.alice(1.0, b3=0.7, **KEY, **COMMON),
+        lro.recipes.alice(1.0, b3=0.7, **KEY, **COMMON),
         lambda g, bases: alice(g, bases, 0.7),
     ),
     "alice_0": (
-        lro.alice(1.0, b3=None, **KEY, **COMMON),
+        lro.recipes.alice(1.0, b3=None, **KEY, **COMMON),
         lambda g, bases: alice(g, bases, None),
     ),
-    "sumo": (lro.sumo(1.0, b1=0.8, scale=0.5, **COMMON), lambda g, bases: sumo(g)),
+    "sumo": (
+        lro.recipes.sumo(1.0, b1=0.8, scale=0.5, **COMMON),
+        lambda g, bases: sumo(g),
+    ),
     "coap": (
-        lro.coap(1.0, recompute_every=2, **COMMON),
+        lro.recipes.coap(1.0, recompute_every=2, **COMMON),
         of_galore(lambda: Adam(eps=1e-6), coap),
     ),
 }

@@ -182,7 +182,7 @@ def test_rotation_refuses_what_is_no_average_of_squares(inner: Any) -> None:
         optax.scale_by_adam(0.0, 0.0),
         optax.scale_by_adam(nesterov=True, mu_dtype=jnp.bfloat16),
         optax.scale_by_radam(),
-        lro.per_matrix(optax.scale_by_adam()),
+        lro.steps.per_matrix(optax.scale_by_adam()),
         lro.quantize_moments(optax.scale_by_adam(), min_size=1),
         optax.inject_hyperparams(optax.scale_by_adam)(b2=optax.constant_schedule(0.99)),
     ],
@@ -216,7 +216,7 @@ def test_eq_8_goes_by_the_decay_rates_of_now() -> None:
     def bracket(inner: Any) -> Any:
         step = lro.rotate_moments(inner)
         return lro.low_rank(
-            stages(basis=lro.replay(bases), step=step), rank=3, refresh_every=4
+            stages(basis=lro.bases.replay(bases), step=step), rank=3, refresh_every=4
         )
 
     # Four steps at b2 = 0.9; the fifth turns V, with 0.99.
@@ -262,14 +262,14 @@ def test_a_first_gradient_of_low_rank_does_not_hold_the_residual_back(
 # --- gradients that begin at zero ---
 
 STARTS = {
-    "frozen": lambda: lro.frozen(lro.dominant_svd()),
+    "frozen": lambda: lro.bases.frozen(lro.dominant_svd()),
     "walk": lambda: lro.grassmann_walk(0, 0.1),
-    "track": lambda: lro.grassmann_track(0.0),
+    "track": lambda: lro.bases.grassmann_track(0.0),
     "svd": lro.dominant_svd,
     "jump": lambda: lro.grassmann_jump(0),
-    "lazy": lambda: lro.lazy_refresh(lro.dominant_svd()),
-    "lazy walk": lambda: lro.lazy_refresh(lro.grassmann_walk(0, 0.1)),
-    "4 bits": lambda: lro.quantize_basis(lro.dominant_svd()),
+    "lazy": lambda: lro.bases.lazy_refresh(lro.dominant_svd()),
+    "lazy walk": lambda: lro.bases.lazy_refresh(lro.grassmann_walk(0, 0.1)),
+    "4 bits": lambda: lro.bases.quantize_basis(lro.dominant_svd()),
 }
 
 
@@ -330,8 +330,8 @@ def test_moments_are_reset_only_where_the_basis_moves() -> None:
         return [int(s.inner_state[2].count["w"]) for s in states]
 
     assert counts(lro.dominant_svd()) == [1, 2, 1, 2, 1, 2, 1]
-    assert counts(lro.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]
-    lazy = lro.lazy_refresh(lro.dominant_svd(), threshold=0.0, window=1)
+    assert counts(lro.bases.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]
+    lazy = lro.bases.lazy_refresh(lro.dominant_svd(), threshold=0.0, window=1)
     assert counts(lazy) == [1, 2, 1, 2, 3, 4, 1]
 
 
@@ -416,7 +416,9 @@ def test_a_stock_transformation_between_stages_is_an_error(stage: Any) -> None:
 
 def test_a_stage_that_returns_an_array_for_its_frame() -> None:
     params = {"mlp": {"kernel": normal(M, N)}}
-    lost = optax.stateless(lambda frames, _: lro.map_frames(lambda f: f.step, frames))
+    lost = optax.stateless(
+        lambda frames, _: lro.stages.map_frames(lambda f: f.step, frames)
+    )
     chain = optax.chain(stages(), lost)
     tx = lro.low_rank(chain, rank=3, refresh_every=1)
     with pytest.raises(TypeError, match=r"mlp/kernel: a stage put .* Frame's place"):
@@ -516,7 +518,9 @@ def test_leaves_without_numbers(name: str) -> None:
 
 def test_leaves_without_numbers_do_not_spoil_the_others() -> None:
     params = {"none": jnp.zeros((0, 4)), "empty": jnp.zeros((3, 0)), "w": normal(4, 6)}
-    tx = lro.galore_adam_mini(0.1, rank=2, refresh_every=2, dimension_numbers=None)
+    tx = lro.recipes.galore_adam_mini(
+        0.1, rank=2, refresh_every=2, dimension_numbers=None
+    )
     updates, states = run(tx, [params] * 3)
     assert np.any(updates[-1]["w"])
     assert int(states[-1][0].skipped) == 0

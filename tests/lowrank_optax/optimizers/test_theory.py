@@ -43,7 +43,7 @@ def train(
 
     The steps are rounded up to whole cycles.
     """
-    tx = lro.msgd(
+    tx = lro.recipes.msgd(
         rate,
         rank=RANK,
         refresh_every=every,
@@ -128,7 +128,7 @@ def test_momentum_is_what_lemma_a3_starts_from() -> None:
     """M~ = S M obeys M~ <- S S^T ((1 - beta_1) M~ + beta_1 G), at every step."""
     grads = np.random.default_rng(2).normal(size=(9, 3, 5, 7))
     with jax.enable_x64(True):
-        tx = lro.msgd(
+        tx = lro.recipes.msgd(
             1.0, rank=RANK, refresh_every=3, key=4, b1=0.7, dimension_numbers=STACKED
         )
         state, momentum = tx.init(jnp.asarray(grads[0])), np.zeros(grads.shape[1:])
@@ -194,7 +194,7 @@ def test_sampled_vectors_converge_where_noise_dominates() -> None:
 
 def test_random_bases_converge_after_the_switch_where_noise_dominates() -> None:
     switch = STALL_STEPS // 2
-    left = gradient_left(lro.random_after(switch, key=1), noise=1.5)
+    left = gradient_left(lro.bases.random_after(switch, key=1), noise=1.5)
     np.testing.assert_allclose(left[: switch + 1], 1, rtol=1e-4)
     # Seen: 1e-3 to 2e-3 with eight keys; a random basis lets noise in, SARA does not.
     assert left[-1] < 1e-2

@@ -21,7 +21,7 @@ GRADIENT = rng.normal(size=(M, N)).astype(np.float32)
 def bracket(back: Any, inner: Any = None, rule: Any = None) -> Any:
     """A fixed basis, `inner` in it, and a way back."""
     stages = optax.chain(
-        rule or lro.replay({"w": BASIS[None]}),
+        rule or lro.bases.replay({"w": BASIS[None]}),
         lro.project(),
         lro.in_subspace(inner or optax.scale_by_adam()),
         back,
@@ -65,7 +65,7 @@ def test_the_rest_takes_a_step_without_a_state(step: Any, scale: float) -> None:
 
 
 def test_nothing_moves_without_a_gradient_and_rows_are_whole() -> None:
-    rows = lro.coordinates(order="ascending")
+    rows = lro.bases.coordinates(order="ascending")
     for step in ("sign", "sgd"):
         tx = bracket(lro.sign_residual(7.0, step=step), optax.identity(), rows)
         found, _ = run(tx, np.stack([0 * GRADIENT, GRADIENT]))
@@ -85,7 +85,7 @@ def test_which_steps_there_are() -> None:
 
 # ------------------------------------------------------------------ scaling
 
-SCALED = {"channels": lro.scale_channels, "tensor": lro.scale_tensor}
+SCALED = {"channels": lro.scale_channels, "tensor": lro.recovery.scale_tensor}
 each = pytest.mark.parametrize("name", SCALED)
 each_variant = pytest.mark.parametrize("variant", ["paper", "published"])
 
@@ -97,7 +97,7 @@ def norm_of(state: Any) -> Any:
 @each
 def test_the_identity_gives_the_gradient_itself(name: str) -> None:
     # phi = 1 wherever S^T G is not zero, for any basis, Gaussian ones too.
-    tx = bracket(SCALED[name](scale=4.0), optax.identity(), lro.gaussian(0))
+    tx = bracket(SCALED[name](scale=4.0), optax.identity(), lro.bases.gaussian(0))
     found, _ = run(tx, GRADIENT[None])
     # The root of the scale; a rounding of two norms of the same numbers.
     np.testing.assert_allclose(found[0], 2 * GRADIENT, rtol=1e-6)
@@ -201,7 +201,7 @@ def test_odd_gradients_give_no_nan(name: str, variant: Any, inner: Any) -> None:
     """Each kind first, and each after an ordinary gradient and before another."""
     kinds = np.stack(list(ODD.values())).astype(np.float32)
     usual = np.broadcast_to(GRADIENT, kinds.shape)
-    rule = lro.replay({"w": np.broadcast_to(BASIS, (1, len(ODD), M, R))})
+    rule = lro.bases.replay({"w": np.broadcast_to(BASIS, (1, len(ODD), M, R))})
     tx = bracket(SCALED[name](variant=variant), inner(), rule)
     updates, state = run(tx, np.stack([kinds, usual, kinds, usual]))
     assert np.isfinite(updates).all()
@@ -253,7 +253,7 @@ def test_an_overflow_of_the_step_leaves_out_that_step_alone(
     sizes = np.ones((4, 2, 1, 1), np.float32)
     sizes[[0, 2], 0] = 1e15
     square = optax.stateless(lambda us, _: jax.tree.map(lambda x: x * jnp.abs(x), us))
-    rule = lro.replay({"w": np.broadcast_to(BASIS, (1, 2, M, R))})
+    rule = lro.bases.replay({"w": np.broadcast_to(BASIS, (1, 2, M, R))})
     tx = bracket(SCALED[name](LIMIT, variant=variant), square, rule)
     updates, state = run(tx, sizes * GRADIENT)
     assert state.skipped[-1] == 0
@@ -271,7 +271,7 @@ def test_an_overflow_of_the_step_leaves_out_that_step_alone(
 @each
 def test_layers_are_limited_one_by_one(name: str) -> None:
     sizes = np.array([[1, 1], [1, 50], [1, 50]], np.float32)[..., None, None]
-    rule = lro.replay({"w": np.stack([BASIS, BASIS])[None]})
+    rule = lro.bases.replay({"w": np.stack([BASIS, BASIS])[None]})
     tx = bracket(SCALED[name](LIMIT), optax.identity(), rule)
     _, state = run(tx, sizes * GRADIENT)
     free = np.linalg.norm(GRADIENT)
@@ -283,8 +283,8 @@ def test_layers_are_limited_one_by_one(name: str) -> None:
 def test_they_need_their_stages(name: str) -> None:
     back, g = SCALED[name](), {"w": GRADIENT}
     for stages, message in (
-        ([lro.gaussian(0), back], r"w: .*put project\(\) before"),
-        ([lro.gaussian(0), lro.project(), back], r"w: .*put in_subspace\(\) or"),
+        ([lro.bases.gaussian(0), back], r"w: .*put project\(\) before"),
+        ([lro.bases.gaussian(0), lro.project(), back], r"w: .*put in_subspace\(\) or"),
     ):
         tx = lro.low_rank(optax.chain(*stages), rank=R, refresh_every=1)
         with pytest.raises(ValueError, match=message):
@@ -330,13 +330,13 @@ def test_what_is_lost_is_kept(seed: int, log_sizes: list[float]) -> None:
 
 @jax.jit
 def _conserved(bases: Any, gradients: Any) -> Any:
-    tx = fed_back(lro.replay({"w": bases}), lro.in_subspace(optax.identity()))
+    tx = fed_back(lro.bases.replay({"w": bases}), lro.in_subspace(optax.identity()))
     updates, state = run(tx, gradients)
     return updates, optax.tree.get(state, "error")["w"]
 
 
 def test_a_basis_that_covers_the_error_gives_all_of_it_back() -> None:
-    rows = lro.coordinates(order="ascending")
+    rows = lro.bases.coordinates(order="ascending")
     gradients = np.stack([GRADIENT, 0 * GRADIENT, 0 * GRADIENT, 0 * GRADIENT])
     tx = fed_back(rows, lro.in_subspace(optax.identity()))
     found, state = run(tx, gradients)
@@ -361,7 +361,7 @@ def test_what_the_moment_loses_by_turning_is_fed_back() -> None:
     gradients = random.normal(size=(6, M, N))
     with jax.enable_x64(True):
         step = lro.rotate_moments(optax.ema(b1, debias=False))
-        tx = fed_back(lro.replay({"w": bases}), step, b1=b1)
+        tx = fed_back(lro.bases.replay({"w": bases}), step, b1=b1)
         updates, state = jax.device_get(run(tx, gradients))
     errors = optax.tree.get(state, "error")["w"]
     moments = optax.tree.get(state, "ema")["w"]
@@ -400,7 +400,7 @@ FEEDING: dict[str, Any] = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
     "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.scale_tensor,
+    "scale_tensor": lro.recovery.scale_tensor,
 }
 
 
@@ -430,11 +430,11 @@ def refused(stages: Any, g: Any) -> str:
 @pytest.mark.parametrize(
     "rule",
     [
-        lro.gaussian(0),
-        lro.gaussian(0, stored=True),
-        lro.online_pca(),
-        lro.correlation_aware(),
-        lro.quantize_basis(lro.dominant_svd()),
+        lro.bases.gaussian(0),
+        lro.bases.gaussian(0, stored=True),
+        lro.bases.online_pca(),
+        lro.bases.correlation_aware(),
+        lro.bases.quantize_basis(lro.dominant_svd()),
     ],
     ids=["gaussian", "stored", "online_pca", "correlation_aware", "4 bits"],
 )
@@ -456,11 +456,11 @@ def test_feedback_of_feedback_and_stages_that_are_missing() -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        lro.frozen(lro.dominant_svd()),
-        lro.coordinates(0),
-        lro.grassmann_track(None),
+        lro.bases.frozen(lro.dominant_svd()),
+        lro.bases.coordinates(0),
+        lro.bases.grassmann_track(None),
         lro.grassmann_walk(0),
-        lro.power_iterate(),
+        lro.bases.power_iterate(),
     ],
     ids=["frozen", "coordinates", "track", "walk", "power_iterate"],
 )

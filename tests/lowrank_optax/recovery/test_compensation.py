@@ -50,7 +50,7 @@ def test_leading_ones_are_kept_and_the_others_are_drawn_uniformly() -> None:
     layers = 3000
     one, s = normal(M, N), orthonormal()
     many = [np.broadcast_to(x, (layers, *x.shape)) for x in (one, s)]
-    bases = chosen(lro.switch_basis(7, keep=1), many[0], many[1])
+    bases = chosen(lro.bases.switch_basis(7, keep=1), many[0], many[1])
     power = np.linalg.qr(one @ one.T @ s)[0]
     values, vectors = np.linalg.eigh(power.T @ one @ one.T @ power)
     first = power @ vectors[:, values.argmax()]
@@ -85,7 +85,9 @@ def test_it_is_orthonormal_whatever_the_gradient(
     elif kind == "inside":
         g = s @ (s.T @ g)
     g = np.float32(0 if kind == "zero" else size) * g
-    found = chosen(lro.switch_basis(seed % 1000, keep=keep), g[None], s[None], rank)
+    found = chosen(
+        lro.bases.switch_basis(seed % 1000, keep=keep), g[None], s[None], rank
+    )
     # What `orthonormalize` lets pass is 6e-6.
     assert linalg.orthonormality_error(jnp.asarray(found)) < 1e-5
 
@@ -98,7 +100,7 @@ def test_many_refreshes_stay_orthonormal_and_find_what_lasts() -> None:
     g[0] -= strong @ (strong.T @ g[0])  # the first basis has not seen it
     tx: Any = lro.low_rank(
         optax.chain(
-            lro.switch_basis(3, keep=1),
+            lro.bases.switch_basis(3, keep=1),
             lro.project(),
             lro.in_subspace(optax.identity()),
             lro.project_back(),
@@ -122,7 +124,7 @@ def test_how_many_are_kept() -> None:
 
     def kept(keep: Any, rank: int = 6) -> int:
         old = s[..., :rank]
-        found = chosen(lro.switch_basis(1, keep=keep), g, old, rank)
+        found = chosen(lro.bases.switch_basis(1, keep=keep), g, old, rank)
         stays = np.isclose(found, leading(g, old), atol=1e-6).all(axis=(0, 1))
         assert (np.diff(stays.astype(int)) <= 0).all()  # the first ones
         return int(stays.sum())
@@ -135,7 +137,7 @@ def test_how_many_are_kept() -> None:
     bad: Any
     for bad in (0, -1, 0.0, 1.5, True, "1"):
         with pytest.raises(ValueError, match=r"keep=.*: give how many directions"):
-            lro.switch_basis(0, keep=bad)
+            lro.bases.switch_basis(0, keep=bad)
     with pytest.raises(ValueError, match=r"w: keep=7 directions of a basis of rank 6"):
         kept(7)
 
@@ -147,7 +149,7 @@ def test_a_tracked_direction_is_kept_though_the_gradient_has_left_it() -> None:
     s = orthonormal()
     past = 100 * np.diag([1.0, 9.0, 4.0]).astype(np.float32)
     g = normal(M, N)
-    rule = lro.switch_basis(0, keep=1)
+    rule = lro.bases.switch_basis(0, keep=1)
     without = chosen(rule, g[None], s[None])[0, :, 0]
     found = chosen(rule, g[None], s[None], tracked=jnp.asarray(past)[None])[0, :, 0]
     q = s @ past @ s.T + g @ g.T
@@ -162,7 +164,7 @@ def test_a_tracked_direction_is_kept_though_the_gradient_has_left_it() -> None:
 def test_no_product_of_what_is_tracked_leaves_float32(size: float, past: float) -> None:
     g, s = np.float32(size) * normal(1, M, N), orthonormal()[None]
     t = np.float32(past * min(size, 1e15) ** 2) * np.eye(R, dtype=np.float32)[None]
-    found = chosen(lro.switch_basis(0), g, s, tracked=jnp.asarray(t))
+    found = chosen(lro.bases.switch_basis(0), g, s, tracked=jnp.asarray(t))
     assert linalg.orthonormality_error(jnp.asarray(found)) < 1e-5
 
 
@@ -170,8 +172,8 @@ def test_what_is_tracked_is_a_running_mean() -> None:
     s = orthonormal()
     tx: Any = lro.low_rank(
         optax.chain(
-            lro.track_gram(
-                optax.chain(lro.replay({"w": s[None]}), lro.project()), decay=0.75
+            lro.bases.track_gram(
+                optax.chain(lro.bases.replay({"w": s[None]}), lro.project()), decay=0.75
             ),
             lro.in_subspace(optax.identity()),
             lro.project_back(),
@@ -197,7 +199,7 @@ def test_what_is_tracked_is_a_running_mean() -> None:
 
 def bracket(basis: Any, inner: Any = None, **options: Any) -> Any:
     stages = optax.chain(
-        lro.replay({"w": np.asarray(basis)[None]}),
+        lro.bases.replay({"w": np.asarray(basis)[None]}),
         lro.project(),
         lro.in_subspace(inner or optax.identity()),
         lro.compensate_columns(**options),
@@ -325,7 +327,9 @@ def test_layers_are_compensated_one_by_one() -> None:
 
 def test_at_full_rank_nothing_is_lost() -> None:
     g = normal(M, N)
-    tx: Any = lro.alice(1.0, rank=M, refresh_every=2, key=0, dimension_numbers=None)
+    tx: Any = lro.recipes.alice(
+        1.0, rank=M, refresh_every=2, key=0, dimension_numbers=None
+    )
     with pytest.warns(UserWarning, match="0 of 1 matrices"):
         state = tx.init({"w": jnp.asarray(g)})
     updates, _ = tx.update({"w": jnp.asarray(g)}, state, {"w": jnp.asarray(g)})
@@ -337,7 +341,7 @@ def test_at_full_rank_nothing_is_lost() -> None:
 
 def test_it_needs_its_stages() -> None:
     s, g = orthonormal()[None], {"w": jnp.ones((M, N))}
-    replay, back = lro.replay({"w": s}), lro.compensate_columns()
+    replay, back = lro.bases.replay({"w": s}), lro.compensate_columns()
 
     def update(*stages: Any) -> None:
         tx: Any = lro.low_rank(optax.chain(*stages), rank=R, refresh_every=1)

@@ -23,7 +23,7 @@ def orthonormal(seed, *batch):
 def bracket(basis, inner=None, *, limit=LIMIT, scale=1.0, variant: Any = "paper"):
     """A fixed basis, `inner` in it, and the residual back."""
     stages = optax.chain(
-        lro.replay({"w": basis[None]}),
+        lro.bases.replay({"w": basis[None]}),
         lro.project(),
         lro.in_subspace(inner or optax.scale_by_adam()),
         lro.recover_residual(limit, scale=scale, variant=variant),
@@ -304,7 +304,7 @@ def test_unknown_variant():
 
 def test_it_needs_its_stages():
     s = orthonormal(9)[None]
-    replay, back = lro.replay({"w": s}), lro.recover_residual()
+    replay, back = lro.bases.replay({"w": s}), lro.recover_residual()
     g = {"w": jnp.ones((M, N))}
 
     def update(*stages):

@@ -110,7 +110,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
 
 def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
     chain = optax.chain(
-        lro.gaussian(0),
+        lro.bases.gaussian(0),
         lro.project(),
         lro.in_subspace(optax.identity()),
         lro.spectral_residual(),
@@ -126,7 +126,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
 def test_spectral_adam_is_its_chain() -> None:
     g = {"mlp": {"kernel": jnp.asarray(matrix(0, 6, 10), jnp.float32)}}
     chain = optax.chain(
-        lro.power_iterate(b1=0.8),
+        lro.bases.power_iterate(b1=0.8),
         lro.project(),
         lro.rotate_moments(optax.scale_by_adam(0.8, 0.9, 1e-8)),
         lro.spectral_residual(0.3, scale=0.5, iterations=4),

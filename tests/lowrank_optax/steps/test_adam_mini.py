@@ -82,7 +82,7 @@ def bases(seed, count):
 def bracket(s, *, refresh_every=100, wrap=lro.in_subspace, inner=None):
     inner = inner or scale_by_adam_mini(B1, B2, EPS, blocks=adam_mini_blocks(HEADS))
     stages = optax.chain(
-        lro.replay(s),
+        lro.bases.replay(s),
         check_heads(HEADS),
         lro.project(),
         wrap(inner),

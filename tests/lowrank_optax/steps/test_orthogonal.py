@@ -32,7 +32,9 @@ def conditioned(condition: float, r: int, n: int, seed: int) -> Any:
 
 
 def polar(x: Any, **options: Any) -> Any:
-    return np.asarray(lro.orthogonalize(**options).update(jnp.asarray(x), ())[0])
+    return np.asarray(
+        lro.steps.scale_by_polar_factor(**options).update(jnp.asarray(x), ())[0]
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -92,7 +94,7 @@ def test_matrices_of_a_batch_do_not_see_each_other() -> None:
 
 def test_what_is_no_matrix_stays() -> None:
     tree = {"scalar": jnp.ones([]), "vector": jnp.arange(3.0), "none": jnp.ones((0, 3))}
-    updates, _ = lro.orthogonalize().update(tree, optax.EmptyState())
+    updates, _ = lro.steps.scale_by_polar_factor().update(tree, optax.EmptyState())
     jax.tree.map(np.testing.assert_array_equal, updates, tree)
 
 
@@ -114,17 +116,17 @@ def test_newton_schulz_comes_near(tall: bool) -> None:
 def test_bad_arguments() -> None:
     method: Any = "qr"
     with pytest.raises(ValueError, match="method='qr': choose one of eigh, svd, new"):
-        lro.orthogonalize(method)
+        lro.steps.scale_by_polar_factor(method)
     with pytest.raises(ValueError, match="iterations must be an int of at least 1"):
-        lro.orthogonalize("newton_schulz", iterations=0)
+        lro.steps.scale_by_polar_factor("newton_schulz", iterations=0)
 
 
 # ------------------------------------------------------------------ the step
 
 
 def steps(basis: Any, gradients: Any, **options: Any) -> Any:
-    rule = lro.replay({"w": np.asarray(basis)[None]})
-    tx: Any = lro.sumo(
+    rule = lro.bases.replay({"w": np.asarray(basis)[None]})
+    tx: Any = lro.recipes.sumo(
         1.0, rank=R, refresh_every=99, basis=rule, dimension_numbers=None, **options
     )
     params = {"w": jnp.zeros((M, N))}
@@ -173,7 +175,9 @@ def test_the_limit_is_on_the_growth_of_the_rank() -> None:
 
 
 def test_zero_gradients_and_layers_apart() -> None:
-    tx: Any = lro.sumo(1.0, rank=R, refresh_every=2, dimension_numbers=lro.STACKED)
+    tx: Any = lro.recipes.sumo(
+        1.0, rank=R, refresh_every=2, dimension_numbers=lro.STACKED
+    )
     params = {"w": jnp.zeros((2, M, N))}
     state, moved = tx.init(params), []
     for t in range(4):
@@ -188,13 +192,17 @@ def test_zero_gradients_and_layers_apart() -> None:
 
 def test_a_limited_step_needs_a_step() -> None:
     tx: Any = lro.low_rank(
-        optax.chain(lro.dominant_svd(), lro.limit_step()), rank=R, refresh_every=1
+        optax.chain(lro.dominant_svd(), lro.recovery.clip_step_growth()),
+        rank=R,
+        refresh_every=1,
     )
     g = {"w": jnp.ones((M, N))}
     with pytest.raises(ValueError, match=r"w: .*put in_subspace\(\) or rotate_moments"):
         tx.update(g, tx.init(g))
     tx = lro.low_rank(
-        optax.chain(lro.dominant_svd(), lro.scale_by_shape()), rank=R, refresh_every=1
+        optax.chain(lro.dominant_svd(), lro.recovery.scale_by_shape()),
+        rank=R,
+        refresh_every=1,
     )
     with pytest.raises(ValueError, match=r"w: .*put project_back\(\) or another way"):
         tx.update(g, tx.init(g))

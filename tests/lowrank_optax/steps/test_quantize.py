@@ -283,7 +283,7 @@ def gradients(count, seed=0, dtype=np.float64):
 
 
 def bracket(inner, given_bases, *, refresh_every=2, wrap=lro.in_subspace):
-    rule = lro.replay({"w": given_bases})
+    rule = lro.bases.replay({"w": given_bases})
     stages = optax.chain(rule, lro.project(), wrap(inner), lro.project_back())
     return lro.low_rank(stages, rank=R, refresh_every=refresh_every)
 
@@ -383,11 +383,13 @@ def test_the_momentum_is_found_dequantised():
     seen = []
 
     def look(frames, _):
-        seen.append(lro.map_frames(lambda f: f.momentum, frames)["w"])
+        seen.append(lro.stages.map_frames(lambda f: f.momentum, frames)["w"])
         return frames
 
     s, grads = float32_bases(3), gradients(2, dtype=np.float32)
-    stages = optax.chain(lro.replay({"w": s}), lro.project(), optax.stateless(look))
+    stages = optax.chain(
+        lro.bases.replay({"w": s}), lro.project(), optax.stateless(look)
+    )
     stages = optax.chain(stages, lro.in_subspace(eight_bit()), lro.project_back())
     tx = lro.low_rank(stages, rank=R, refresh_every=1)
     state = tx.init(grads[0])
@@ -589,8 +591,8 @@ def test_map_params_reaches_codes_and_whole_arrays_and_scales():
     "wrap",
     [
         lro.rotate_moments,
-        lambda inner: lro.in_subspace(lro.per_matrix(inner)),
-        lambda inner: lro.rotate_moments(lro.per_matrix(inner)),
+        lambda inner: lro.in_subspace(lro.steps.per_matrix(inner)),
+        lambda inner: lro.rotate_moments(lro.steps.per_matrix(inner)),
     ],
     ids=["rotate_moments", "per_matrix", "both"],
 )
@@ -675,12 +677,16 @@ def spy():
     """A stage that keeps what the basis rule gave the Frame of a tree of one matrix."""
 
     def init(frames):
-        (f,) = jax.tree.leaves(frames, is_leaf=lambda x: isinstance(x, lro.Frame))
+        (f,) = jax.tree.leaves(
+            frames, is_leaf=lambda x: isinstance(x, lro.stages.Frame)
+        )
         square = (*f.batch, f.rank, f.rank)
         return SpyState(jnp.zeros(f.basis_shape), jnp.zeros(square), jnp.int32(0))
 
     def update(frames, state, params=None):
-        (f,) = jax.tree.leaves(frames, is_leaf=lambda x: isinstance(x, lro.Frame))
+        (f,) = jax.tree.leaves(
+            frames, is_leaf=lambda x: isinstance(x, lro.stages.Frame)
+        )
         return frames, SpyState(
             f.basis, f.rotation, state.changes + jnp.any(f.basis != state.s)
         )
@@ -719,7 +725,7 @@ def packed_leaf(state):
 
 def replayed(*s):
     """A rule that replays bases of the leaf "w", orthonormal or not."""
-    return lro.replay({"w": jnp.stack(s)}, orthonormal=False)
+    return lro.bases.replay({"w": jnp.stack(s)}, orthonormal=False)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -777,10 +783,10 @@ def test_bytes_of_a_basis():
         used = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(q))
         assert used == 64 * 32 * bits // 8 + 5 * (64 * 32 // 256)
     # Nothing else is kept of it, but whether it has begun.
-    frame = lro.Frame(gradient=g["w"], rank=32, path="w")
+    frame = lro.stages.Frame(gradient=g["w"], rank=32, path="w")
     rule = quantize_basis(lro.dominant_svd())
     state = jax.eval_shape(lambda: rule.init({"w": frame}))
-    assert isinstance(state, lro.BasisState)
+    assert isinstance(state, lro.bases.BasisState)
     used = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert used == 64 * 32 // 2 + 5 * (64 * 32 // 256) + 1
 
@@ -920,12 +926,12 @@ def test_refusals():
         lambda f, *_: jnp.broadcast_to(jnp.arange(f.rank), (*f.batch, f.rank)),
         coordinates=True,
     )
-    for rule in (rows, lro.sample_rows(0), lro.gaussian(0)):
+    for rule in (rows, lro.bases.sample_rows(0), lro.bases.gaussian(0)):
         with pytest.raises(ValueError, match="this rule keeps coordinates or a key in"):
             quantize_basis(rule)
     for rule in (
         optax.chain(lro.dominant_svd()),
-        lro.online_pca(),
+        lro.bases.online_pca(),
         lazy_refresh(lro.dominant_svd()),
     ):
         with pytest.raises(

@@ -28,7 +28,10 @@ def bases(seed, count=2, m=M, r=R):
 def bracket(inner, given_bases, *, refresh_every=1, wrap=lro.rotate_moments):
     """`inner` in the given bases of the leaf "w"; the vector "b" is of full rank."""
     stages = optax.chain(
-        lro.replay({"w": given_bases}), lro.project(), wrap(inner), lro.project_back()
+        lro.bases.replay({"w": given_bases}),
+        lro.project(),
+        wrap(inner),
+        lro.project_back(),
     )
     rank = given_bases.shape[-1]
     return lro.low_rank(stages, rank=rank, refresh_every=refresh_every)
@@ -327,7 +330,7 @@ NESTS = {
         optax.scale_by_schedule(lambda _: 1.0),
     ),
     "apply_if_finite": lambda adam: optax.apply_if_finite(adam, 3),
-    "per_matrix": lro.per_matrix,
+    "per_matrix": lro.steps.per_matrix,
 }
 
 
@@ -363,7 +366,7 @@ def test_moments_in_bfloat16():
     )
 
 
-@pytest.mark.parametrize("wrap", [lambda adam: adam, lro.per_matrix])
+@pytest.mark.parametrize("wrap", [lambda adam: adam, lro.steps.per_matrix])
 def test_stacked_layers_turn_one_by_one(wrap):
     s = np.stack([bases(11), bases(12)], axis=1)
     grads = [
@@ -371,7 +374,7 @@ def test_stacked_layers_turn_one_by_one(wrap):
         for a, b in zip(gradients(3), gradients(3, seed=1), strict=True)
     ]
     stages = optax.chain(
-        lro.replay({"w": s}),
+        lro.bases.replay({"w": s}),
         lro.project(),
         lro.rotate_moments(wrap(optax.scale_by_adam(B1, B2))),
         lro.project_back(),
@@ -411,7 +414,7 @@ def test_a_state_without_a_rotation_is_an_error_at_init(inner, name):
     tx = bracket(inner, bases(13).astype(np.float32))
     with pytest.raises(ValueError, match=f"does not know how {name} turns") as caught:
         tx.init(float32(gradients(1)[0]))
-    assert "lowrank_optax.register_moments" in str(caught.value)
+    assert "lowrank_optax.steps.register_moments" in str(caught.value)
     assert "in_subspace(inner)" in str(caught.value)
     # The advice is good.
     plain = bracket(inner, bases(13), wrap=lro.in_subspace)
@@ -448,14 +451,16 @@ def test_register_moments():
     first = float32(grads[0])
     with pytest.raises(ValueError, match="_Heavy"):
         bracket(heavy, s).init(first)
-    stages = optax.chain(lro.power_iterate(), lro.project(), lro.in_subspace(heavy))
+    stages = optax.chain(
+        lro.bases.power_iterate(), lro.project(), lro.in_subspace(heavy)
+    )
     follows = lro.low_rank(
         optax.chain(stages, lro.project_back()), rank=R, refresh_every=1
     )
     with pytest.raises(ValueError, match=r"power_iterate\(\) follows the first moment"):
         jax.eval_shape(follows.update, first, follows.init(first))
 
-    lro.register_moments(_Heavy, first="ball")  # of a state without a count
+    lro.steps.register_moments(_Heavy, first="ball")  # of a state without a count
 
     states, _ = run(bracket(heavy, s), grads)
     np.testing.assert_allclose(
@@ -483,7 +488,7 @@ def test_register_moments_by_any_name():
         return step, _Renamed(*new)
 
     renamed = optax.GradientTransformation(lambda p: _Renamed(*adam.init(p)), update)
-    lro.register_moments(_Renamed, first="speed", second="noise", count="steps")
+    lro.steps.register_moments(_Renamed, first="speed", second="noise", count="steps")
     s, grads = bases(16, 3), gradients(3)
     states, updates = run(bracket(renamed, s), grads)
     plain, expected = run(bracket(adam, s), grads)
@@ -505,7 +510,7 @@ def test_register_moments_by_any_name():
 )
 def test_moments_that_are_no_fields(fields, missing):
     with pytest.raises(ValueError, match=rf"_Renamed has no fields \['{missing}'\]"):
-        lro.register_moments(_Renamed, **fields)
+        lro.steps.register_moments(_Renamed, **fields)
 
 
 def test_rotate_moments_needs_its_stages():
@@ -513,7 +518,7 @@ def test_rotate_moments_needs_its_stages():
     inner = lro.rotate_moments(optax.trace(0.9))
     g = float32(gradients(1)[0])
     tx = lro.low_rank(
-        optax.chain(lro.replay({"w": s}), inner, lro.project_back()),
+        optax.chain(lro.bases.replay({"w": s}), inner, lro.project_back()),
         rank=R,
         refresh_every=1,
     )

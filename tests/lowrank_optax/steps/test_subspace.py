@@ -53,7 +53,7 @@ def bracket(
 ) -> Any:
     stages = optax.chain(
         before or optax.identity(),
-        rule or lro.replay(BASES | each_alone(BASES)),
+        rule or lro.bases.replay(BASES | each_alone(BASES)),
         lro.project(),
         step,
         back or lro.project_back(),
@@ -120,7 +120,9 @@ INNERS = {
 def test_per_matrix_is_each_layer_apart(name: str) -> None:
     gradients, params = tree(0, STEPS), tree(1)
     stacked, _ = run(
-        bracket(lro.in_subspace(lro.per_matrix(INNERS[name]()))), gradients, params
+        bracket(lro.in_subspace(lro.steps.per_matrix(INNERS[name]()))),
+        gradients,
+        params,
     )
     alone, _ = run(
         bracket(lro.in_subspace(INNERS[name]())),
@@ -143,13 +145,13 @@ def test_entry_by_entry_it_makes_no_difference() -> None:
     adam = optax.scale_by_adam(B1, B2)
     with_it, without = (
         run(bracket(lro.in_subspace(inner)), gradients, params)[0]
-        for inner in (lro.per_matrix(adam), adam)
+        for inner in (lro.steps.per_matrix(adam), adam)
     )
     check_close(with_it, without)
 
 
 def test_its_state_is_one_for_each_leaf() -> None:
-    tx = bracket(lro.in_subspace(lro.per_matrix(optax.scale_by_adam())))
+    tx = bracket(lro.in_subspace(lro.steps.per_matrix(optax.scale_by_adam())))
     state = tx.init(tree(1)).inner_state[3]
     assert isinstance(state, optax.ScaleByAdamState)
     # Moments in the subspace, and a count for each matrix of a leaf.
@@ -175,7 +177,7 @@ def test_params_in_the_subspace_are_projected_weights() -> None:
 
     inner = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
     params, gradients = tree(1), tree(0)
-    tx = bracket(lro.in_subspace(lro.per_matrix(inner)))
+    tx = bracket(lro.in_subspace(lro.steps.per_matrix(inner)))
     updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
     bases = optax.tree.get(state, "basis")
     for name in MATRICES:
@@ -232,7 +234,7 @@ def test_a_matrix_starts_anew_when_its_own_basis_moves_and_at_no_other_time() ->
     """No refresh that a frozen basis passes over, and each layer of a stack apart."""
     gradients = {"layers": np.ones((7, 3, M, N), np.float32)}
     gradients["layers"][:3, 1] = 0  # its basis is chosen at its first gradient
-    rule = lro.frozen(lro.dominant_svd())
+    rule = lro.bases.frozen(lro.dominant_svd())
     step = lro.reset_moments(optax.scale_by_adam(B1, B2))
     _, states = run(bracket(step, rule), gradients, {"layers": gradients["layers"][0]})
     on, anew = [*range(1, 8)], [1, 2, 3, 1, 2, 3, 4]
@@ -251,7 +253,7 @@ def test_without_matrices_or_without_other_leaves() -> None:
 def test_each_needs_its_stages() -> None:
     params = {"mlp": {"kernel": np.ones((M, N), np.float32)}}
     for stage in (
-        lro.in_subspace(lro.per_matrix(optax.scale_by_adam())),
+        lro.in_subspace(lro.steps.per_matrix(optax.scale_by_adam())),
         lro.reset_moments(optax.scale_by_adam()),
     ):
         chain = optax.chain(lro.dominant_svd(), stage, lro.project_back())
@@ -259,7 +261,9 @@ def test_each_needs_its_stages() -> None:
         with pytest.raises(ValueError, match=r"mlp/kernel: .*put project\(\) before"):
             jax.eval_shape(tx.update, params, tx.init(params))
     # A basis rule too, one that says when its basis moves.
-    stages = optax.chain(lro.online_pca(), lro.project(), stage, lro.project_back())
+    stages = optax.chain(
+        lro.bases.online_pca(), lro.project(), stage, lro.project_back()
+    )
     tx = lro.low_rank(stages, rank=R, refresh_every=1)
     with pytest.raises(
         ValueError, match="mlp/kernel: this basis rule moves its basis at every step"
@@ -288,14 +292,16 @@ def test_what_runs_in_full_space_decides_the_basis_too(per_matrix: bool) -> None
         inner: Any = optax.scale_by_adam(B1, B2)
         before = run(inner, gradients, params)[0]
     else:
-        inner = lro.per_matrix(adafactor())
+        inner = lro.steps.per_matrix(adafactor())
         whole = run(adafactor(), each_alone(gradients), each_alone(params))[0]
         before = {}
         for name, shape in SHAPES.items():
             own = [np.asarray(v) for k, v in whole.items() if k.split()[0] == name]
             before[name] = np.stack(own, 1).reshape(STEPS, *shape)
     step = lro.in_subspace(optax.trace(0.9))
-    inside, _ = run(bracket(step, before=lro.in_full_space(inner)), gradients, params)
+    inside, _ = run(
+        bracket(step, before=lro.steps.in_full_space(inner)), gradients, params
+    )
     expected, _ = run(bracket(step), before, params)
     check_close(inside, expected)
 
@@ -352,7 +358,7 @@ def test_a_turned_first_moment_is_a_sum_over_gaussian_bases_too(seed: int) -> No
 @jax.jit
 def _traced(bases: Any, gradients: Any) -> Any:
     stages = optax.chain(
-        lro.replay({"w": bases}, orthonormal=False),
+        lro.bases.replay({"w": bases}, orthonormal=False),
         lro.project(),
         lro.rotate_moments(optax.trace(0.5)),
         lro.project_back(),
@@ -365,11 +371,11 @@ def _traced(bases: Any, gradients: Any) -> Any:
 
 
 LOOSE = {
-    "gaussian": lro.gaussian(0),
-    "stored": lro.gaussian(0, stored=True),
-    "4 bits": lro.quantize_basis(lro.dominant_svd()),
-    "replay": lro.replay({"w": np.ones((1, M, R))}, orthonormal=False),
-    "correlation_aware": lro.correlation_aware(),
+    "gaussian": lro.bases.gaussian(0),
+    "stored": lro.bases.gaussian(0, stored=True),
+    "4 bits": lro.bases.quantize_basis(lro.dominant_svd()),
+    "replay": lro.bases.replay({"w": np.ones((1, M, R))}, orthonormal=False),
+    "correlation_aware": lro.bases.correlation_aware(),
 }
 
 
@@ -395,7 +401,7 @@ def test_a_basis_that_says_no_turn_turns_nothing() -> None:
     g = {"w": np.ones((M, N), np.float32)}
     for moments in ("both", "first"):
         step = lro.rotate_moments(optax.scale_by_adam(), moments=moments)
-        tx = bracket(step, lro.online_pca())
+        tx = bracket(step, lro.bases.online_pca())
         with pytest.raises(ValueError, match="does not say how its basis turns"):
             jax.eval_shape(tx.update, g, tx.init(g))
 
@@ -415,7 +421,7 @@ def multi_steps() -> Any:
 
 ACCUMULATING = {
     "in_subspace": lambda: lro.in_subspace(multi_steps()),
-    "per_matrix": lambda: lro.in_subspace(lro.per_matrix(multi_steps())),
+    "per_matrix": lambda: lro.in_subspace(lro.steps.per_matrix(multi_steps())),
     "nested": lambda: lro.in_subspace(
         optax.chain(optax.scale(1.0), optax.masked(multi_steps(), {"one": True}))
     ),
@@ -425,7 +431,7 @@ REFUSING = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
     "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.scale_tensor,
+    "scale_tensor": lro.recovery.scale_tensor,
 }
 
 
@@ -457,7 +463,7 @@ def test_it_may_be_projected_back(step: str) -> None:
     gradients = {"w": tree(0, 2)["one"]}
     params = {"w": gradients["w"][0]}
     found, states = run(
-        bracket(ACCUMULATING[step](), lro.frozen(lro.dominant_svd())),
+        bracket(ACCUMULATING[step](), lro.bases.frozen(lro.dominant_svd())),
         gradients,
         params,
     )

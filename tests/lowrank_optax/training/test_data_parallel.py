@@ -79,7 +79,7 @@ def by_pmap(tx):
 )
 def test_the_step_is_that_of_the_mean_gradient(how, options):
     tx, params = galore(**options), weights()
-    step = how(lro.average_gradients(tx, "d"))
+    step = how(lro.training.average_gradients(tx, "d"))
     state, plain = tx.init(params), tx.init(params)
     for t in range(2 * T):
         refresh = t % T == 0
@@ -94,7 +94,7 @@ def test_the_step_is_that_of_the_mean_gradient(how, options):
 
 def test_between_refreshes_r_rows_move_in_place_of_m():
     tx, params = galore(), weights()
-    step = by_shard_map(lro.average_gradients(tx, "d"))
+    step = by_shard_map(lro.training.average_gradients(tx, "d"))
     state = tx.init(params)
 
     def sizes(refresh):
@@ -110,14 +110,14 @@ def test_what_needs_the_gradient_itself_is_refused_at_the_first_step():
     for make in (lro.fira, lro.apollo, lro.frugal, lro.grass_jump, lro.ldadam):
         key = {"key": 0} if make in (lro.apollo, lro.grass_jump) else {}
         tx = make(0.1, rank=R, refresh_every=T, dimension_numbers=None, **key)
-        step = by_shard_map(lro.average_gradients(tx, "d"))
+        step = by_shard_map(lro.training.average_gradients(tx, "d"))
         with pytest.raises(ValueError, match="w: a stage needs the gradient itself"):
             step(shares(0), tx.init(params), params, refresh=True)
 
 
 def test_it_must_be_told_when_and_of_what():
     tx = galore()
-    state, each = tx.init(weights()), lro.average_gradients(tx, "d")
+    state, each = tx.init(weights()), lro.training.average_gradients(tx, "d")
     with pytest.raises(ValueError, match="refresh=None: say by True or False"):
         each.update(weights(), state, weights())
     with pytest.raises(ValueError, match="parameters"):

@@ -202,7 +202,7 @@ def test_a_refresh_at_any_step(name: str) -> None:
 
 def test_coordinates_step_to_the_next_block() -> None:
     stages = optax.chain(
-        lro.coordinates(order="ascending"),
+        lro.bases.coordinates(order="ascending"),
         lro.project(),
         lro.in_subspace(optax.identity()),
         lro.project_back(),

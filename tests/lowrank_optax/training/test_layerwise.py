@@ -118,15 +118,15 @@ def in_backward(
     """A step of (params, state, rest, batch, *operands) to the first three."""
 
     def step(params: Any, state: Any, rest: Any, batch: Data, *operands: Any) -> Any:
-        layers = lro.open_layers(params, state, *operands)
-        layer = lro.update_in_backward(block, tx, **options)
+        layers = lro.training.open_layers(params, state, *operands)
+        layer = lro.training.update_in_backward(block, tx, **options)
 
         def loss(rest: Any) -> Any:
             body = remat(lambda x, i: (layer(i, layers, x), None))
             return through(body, rest, batch, jnp.asarray(order))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.close_layers(layers)
+        done = lro.training.close_layers(layers)
         return done.params, done.state, stepped(rest, gradient)
 
     return step
@@ -151,7 +151,7 @@ def gradients_first(
 
     def step(params: Any, state: Any, rest: Any, batch: Data, *operands: Any) -> Any:
         g, of_rest = gradients(load(params), rest, batch, order, remat)
-        new, state = lro.update_layers(
+        new, state = lro.training.update_layers(
             tx, g, state, params, operands=operands, **options
         )
         return new, state, stepped(rest, of_rest)
@@ -164,7 +164,7 @@ def by_per_layer(tx: Any, **options: Any) -> Any:
 
     def step(params: Any, state: Any, rest: Any, batch: Data) -> Any:
         g, of_rest = gradients(params, rest, batch)
-        updates, state = lro.per_layer(tx).update(g, state, params, **options)
+        updates, state = lro.training.per_layer(tx).update(g, state, params, **options)
         return optax.apply_updates(params, updates), state, stepped(rest, of_rest)
 
     return step
@@ -184,7 +184,11 @@ def run(make: Any, tx: Any, steps: int = STEPS, every: int = EVERY) -> Any:
 
 def start(tx: Any, load: Any = lambda w: w, params: Any = None) -> Any:
     params = arrays(layers_of()) if params is None else params
-    return params, jax.jit(lro.per_layer(tx).init)(load(params)), arrays(rest_of())
+    return (
+        params,
+        jax.jit(lro.training.per_layer(tx).init)(load(params)),
+        arrays(rest_of()),
+    )
 
 
 def close(ours: Any, theirs: Any, atol: float, rtol: float = 0.0) -> None:
@@ -300,14 +304,14 @@ def test_momentum_in_numpy() -> None:
 def test_squares_are_of_each_layers_gradient() -> None:
     tx = optax.sgd(RATE)
     params, state, rest = start(tx)
-    layers = lro.open_layers(params, state)
-    layer = lro.update_in_backward(block, tx)
+    layers = lro.training.open_layers(params, state)
+    layer = lro.training.update_in_backward(block, tx)
     jax.grad(
         lambda rest: through(
             lambda x, i: (layer(i, layers, x), None), rest, data(0), jnp.arange(LAYERS)
         )
     )(rest)
-    found = lro.close_layers(layers).squares
+    found = lro.training.close_layers(layers).squares
     g, _ = gradients(params, rest, data(0))
     expected = sum(np.sum(np.square(x).reshape(LAYERS, -1), 1) for x in g.values())
     assert found.dtype == jnp.float32
@@ -324,8 +328,8 @@ def test_inputs_get_gradients() -> None:
         return x + scale["a"] * k * (block(w, x) - x)
 
     def ours(scale: Any) -> Any:
-        layers = lro.open_layers(params, state)
-        layer = lro.update_in_backward(scaled, tx)
+        layers = lro.training.open_layers(params, state)
+        layer = lro.training.update_in_backward(scaled, tx)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:
             return layer(i, layers, x, scale, i), None
@@ -375,7 +379,7 @@ WIDE = {"width": 64, "hidden": 128}
 def temporaries(make: Any, tx: Any, count: int, **options: Any) -> int:
     params = jax.tree.map(jnp.float32, layers_of(count, **WIDE))
     rest = jax.tree.map(jnp.float32, rest_of(WIDE["width"]))
-    state = lro.per_layer(tx).init(params)
+    state = lro.training.per_layer(tx).init(params)
     step = jax.jit(make(tx, refresh=False, **options), donate_argnums=(0, 1))
     batch = Data(*(x[:8] for x in data(0)))
     memory: Any = step.lower(params, state, rest, batch).compile().memory_analysis()
@@ -427,11 +431,11 @@ def test_on_a_mesh(spread: str, name: str) -> None:
 
 def a_step(tx: Any, params: Any, **options: Any) -> Any:
     """`update_layers` of these weights on themselves, after a refresh."""
-    state = jax.jit(lro.per_layer(tx).init)(params)
+    state = jax.jit(lro.training.per_layer(tx).init)(params)
     g = jax.tree.map(jnp.sin, params)
-    first = jax.jit(functools.partial(lro.per_layer(tx).update, refresh=True))
+    first = jax.jit(functools.partial(lro.training.per_layer(tx).update, refresh=True))
     _, state = first(g, state, params)
-    f = functools.partial(lro.update_layers, tx, refresh=False, **options)
+    f = functools.partial(lro.training.update_layers, tx, refresh=False, **options)
     return f, (g, state, params)
 
 
@@ -453,9 +457,9 @@ def test_blocks(name: str) -> None:
 GRAM: dict[str, Any] = {
     "svd": lro.dominant_svd(decomposition="gram"),
     "sara": lro.sara_sample(0, decomposition="gram"),
-    "bfloat16": lro.cast_basis(lro.dominant_svd(decomposition="gram")),
-    "lazy": lro.lazy_refresh(lro.dominant_svd(decomposition="gram")),
-    "frozen": lro.frozen(lro.dominant_svd(decomposition="gram")),
+    "bfloat16": lro.bases.cast_basis(lro.dominant_svd(decomposition="gram")),
+    "lazy": lro.bases.lazy_refresh(lro.dominant_svd(decomposition="gram")),
+    "frozen": lro.bases.frozen(lro.dominant_svd(decomposition="gram")),
 }
 # Whether it is asked or not depends on each layer's count, or on each matrix.
 ALONE = ["lazy", "frozen"]
@@ -477,7 +481,7 @@ def test_small_matrices_of_all_layers_and_leaves_in_one_call(
         monkeypatch.setattr(linalg, "TOGETHER", limit)
         f, operands = a_step(tx, arrays(layers_of()), block=LAYERS)
         if way == "per_layer":
-            f = lro.per_layer(tx).update
+            f = lro.training.per_layer(tx).update
         program = jax.jit(functools.partial(f, refresh=True))
         text = program.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
         found = re.findall(
@@ -496,9 +500,9 @@ def test_small_matrices_of_all_layers_and_leaves_in_one_call(
 RULES: dict[str, Any] = {
     "grass_jump": lro.grassmann_jump(3),
     "sara_sample": lro.sara_sample(3),
-    "gaussian": lro.gaussian(3, stored=True),
-    "gaussian of a key": lro.gaussian(3),
-    "coordinates": lro.coordinates(3),
+    "gaussian": lro.bases.gaussian(3, stored=True),
+    "gaussian of a key": lro.bases.gaussian(3),
+    "coordinates": lro.bases.coordinates(3),
 }
 
 
@@ -617,8 +621,8 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
 
     @jax.jit
     def step(params: Any, state: Any, rest: Any, batch: Data, factors: Any) -> Any:
-        layers = lro.open_layers(params, state)
-        layer = lro.update_in_backward(poisoned_block, tx, refresh=refresh)
+        layers = lro.training.open_layers(params, state)
+        layer = lro.training.update_in_backward(poisoned_block, tx, refresh=refresh)
 
         def loss(rest: Any) -> Any:
 
@@ -628,7 +632,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
             return through(body, rest, batch, jnp.arange(LAYERS))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.close_layers(layers)
+        done = lro.training.close_layers(layers)
         return done.params, done.state, stepped(rest, gradient)
 
     ones = jnp.ones(LAYERS)
@@ -661,18 +665,18 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
 
 
 def as_float32(w: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), lro.dense(w))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), lro.weights.dense(w))
 
 
 def rounded(w: Any, u: Any, i: Any, key: Any) -> Any:
-    return lro.apply_updates(w, u, jax.random.fold_in(key, i))
+    return lro.weights.add_updates(w, u, jax.random.fold_in(key, i))
 
 
 @pytest.mark.parametrize("name", ["apollo", "adamw"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_weights_in_few_bits(dtype: Any, name: str) -> None:
     tx = optimizer(name)
-    stored = lro.store_weights(arrays(layers_of()), dtype, lambda k: k != "norm")
+    stored = lro.weights.store(arrays(layers_of()), dtype, lambda k: k != "norm")
     options = {"load": as_float32, "apply_updates": rounded, "refresh": False}
     results = []
     for make in (in_backward, gradients_first):
@@ -705,14 +709,14 @@ def test_nothing_is_updated_without_differentiation() -> None:
 
     @jax.jit
     def evaluate(params: Any, state: Any, rest: Any) -> Any:
-        layers = lro.open_layers(params, state)
-        layer = lro.update_in_backward(block, tx, refresh=True)
+        layers = lro.training.open_layers(params, state)
+        layer = lro.training.update_in_backward(block, tx, refresh=True)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:
             return layer(i, layers, x), None
 
         loss = through(body, rest, data(0), jnp.arange(LAYERS))
-        done = lro.close_layers(layers)
+        done = lro.training.close_layers(layers)
         return loss, done.params, done.state, done.squares
 
     loss, *after, squares = evaluate(params, state, rest)
@@ -746,10 +750,10 @@ def test_leaves_without_one_number_of_layers(other: Any, axes: str) -> None:
     params, tx = {"a": jnp.ones((4, 2)), "b": other}, optax.sgd(RATE)
     message = re.escape(f"found first axes of {axes}: keep what is not stacked apart")
     for f in (
-        lambda: lro.open_layers(params, ()),
-        lambda: lro.update_layers(tx, params, (), params),
-        lambda: lro.per_layer(tx).update(params, (), params),
-        lambda: lro.per_layer(tx).init(params),
+        lambda: lro.training.open_layers(params, ()),
+        lambda: lro.training.update_layers(tx, params, (), params),
+        lambda: lro.training.per_layer(tx).update(params, (), params),
+        lambda: lro.training.per_layer(tx).init(params),
     ):
         with pytest.raises(ValueError, match=message):
             f()

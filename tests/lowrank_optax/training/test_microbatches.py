@@ -70,11 +70,11 @@ def mean_loss(y: Any, weight: Any) -> Any:
 def summed(
     tx: Any, refresh: bool, params: Any, state: Any, parts: Any
 ) -> tuple[Any, Any, Any]:
-    layers = lro.open_sums(tx, params, state, refresh=refresh)
+    layers = lro.training.open_sums(tx, params, state, refresh=refresh)
 
     def add(carry: Any, part: Any, *, first: bool) -> Any:
         x, weight = part
-        layer = lro.sum_in_backward(block, tx, refresh=refresh, first=first)
+        layer = lro.training.sum_in_backward(block, tx, refresh=refresh, first=first)
 
         def loss(x: Any) -> Any:
             over = jnp.arange(COUNT)
@@ -88,8 +88,8 @@ def summed(
         total, _ = add(total, jax.tree.map(lambda x: x[0], parts), first=True)
     others = jax.tree.map(lambda x: x[start:], parts)
     jax.lax.scan(functools.partial(add, first=False), total, others)
-    params, state, sums = lro.close_sums(layers)
-    params, state = lro.update_layers(
+    params, state, sums = lro.training.close_sums(layers)
+    params, state = lro.training.update_layers(
         tx,
         sums.low,
         state,
@@ -112,14 +112,14 @@ def gradient_of(params: Any, x: Any, weight: Any = 1 / PARTS) -> Any:
 def whole(tx: Any, refresh: bool, params: Any, state: Any, parts: Any) -> Any:
     each = [gradient_of(params, *part) for part in zip(*parts, strict=True)]
     gradient = jax.tree.map(lambda *g: sum(g), *each)
-    return lro.update_layers(tx, gradient, state, params, refresh=refresh)
+    return lro.training.update_layers(tx, gradient, state, params, refresh=refresh)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", SUMMED)
 def test_the_step_is_that_of_the_whole_batch(name: str) -> None:
     tx, params = optimizer(name), layers_of()
-    ours = theirs = params, jax.jit(lro.per_layer(tx).init)(params)
+    ours = theirs = params, jax.jit(lro.training.per_layer(tx).init)(params)
     of_parts, of_all = (
         {due: jax.jit(functools.partial(f, tx, due)) for due in (True, False)}
         for f in (summed, whole)
@@ -139,7 +139,7 @@ def test_the_step_is_that_of_the_whole_batch(name: str) -> None:
 @pytest.mark.usefixtures("x64")
 def test_the_first_micro_batch_chooses_and_all_are_projected() -> None:
     tx, params = optimizer("galore"), layers_of()
-    state = lro.per_layer(tx).init(params)
+    state = lro.training.per_layer(tx).init(params)
     parts = parts_of(1)  # each its own
     *_, sums = jax.jit(functools.partial(summed, tx, True))(params, state, parts)
     each = [gradient_of(params, x) for x in parts[0]]
@@ -161,7 +161,7 @@ def test_the_first_micro_batch_chooses_and_all_are_projected() -> None:
 def test_a_step_that_needs_the_gradient_is_refused(name: str) -> None:
     tx, params = optimizer(name), {"up": jnp.ones((WIDTH, HIDDEN))}
     state = tx.init(params)
-    low = lro.project_gradient(tx, params, state, params).low
+    low = lro.training.project_gradient(tx, params, state, params).low
     with pytest.raises(ValueError, match="up: a stage needs the gradient itself"):
         tx.update(low, state, params, refresh=False, projected=True)
 
@@ -170,7 +170,7 @@ def test_a_step_that_needs_the_gradient_is_refused(name: str) -> None:
 def test_without_a_subspace_nothing_is_projected(name: str) -> None:
     tx, params = optimizer(name), {"up": jnp.ones((WIDTH, HIDDEN))}
     with pytest.raises(ValueError, match="this transformation has 0; sum whole"):
-        lro.project_gradient(tx, params, tx.init(params), params)
+        lro.training.project_gradient(tx, params, tx.init(params), params)
 
 
 def test_every_named_optimizer_is_one_of_these() -> None:
@@ -183,7 +183,7 @@ def test_what_cannot_be_projected_is_an_error() -> None:
     params = {"up": jnp.ones((WIDTH, HIDDEN))}
     adamw = optax.adamw(RATE)
     with pytest.raises(ValueError, match="this transformation has 0"):
-        lro.project_gradient(adamw, params, adamw.init(params), params)
+        lro.training.project_gradient(adamw, params, adamw.init(params), params)
     tx = optimizer("galore")
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"up: a projected gradient of shape \(16, 24"):
@@ -197,12 +197,12 @@ def test_no_sum_of_whole_gradients() -> None:
     tx, params = optimizer("galore"), layers_of()
     params = jax.tree.map(lambda x: jnp.tile(x, (8, 4, 4)[: x.ndim]), params)
     count, size = 8 * COUNT, sum(x.nbytes for x in jax.tree.leaves(params))
-    state = jax.eval_shape(lro.per_layer(tx).init, params)
+    state = jax.eval_shape(lro.training.per_layer(tx).init, params)
     parts = jnp.zeros((PARTS, ROWS, 4 * WIDTH))
 
     def sums(params: Any, state: Any, parts: Any) -> Any:
-        layers = lro.open_sums(tx, params, state)
-        layer = lro.sum_in_backward(block, tx)
+        layers = lro.training.open_sums(tx, params, state)
+        layer = lro.training.sum_in_backward(block, tx)
 
         def add(total: Any, x: Any) -> Any:
             def loss(x: Any) -> Any:
@@ -213,7 +213,7 @@ def test_no_sum_of_whole_gradients() -> None:
             return total + jnp.sum(jax.grad(loss)(x)), None
 
         total, _ = jax.lax.scan(add, 0.0, parts)
-        return total, lro.close_sums(layers)
+        return total, lro.training.close_sums(layers)
 
     def gradients(params: Any, parts: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, params)

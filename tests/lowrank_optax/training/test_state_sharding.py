@@ -131,7 +131,7 @@ def test_where_the_rows_are_cut_too_or_do_not_divide():
 
 def test_per_layer_and_optax_wrappers():
     cut = on(mesh_of("both"))
-    layers = lro.per_layer(named("galore_adam8bit"))
+    layers = lro.training.per_layer(named("galore_adam8bit"))
     state = lro.state_shardings(layers, params()["layers"], cut["layers"])
     codes = optax.tree.get(state, "mu")["attn"]["q"]
     assert codes.spec == P(None, None, BOTH)
@@ -158,14 +158,14 @@ def test_shardings_must_name_one_mesh():
 
 
 def test_square_matrices_are_projected_along_the_side_that_is_whole():
-    assert lro.square_sides(params(), on(mesh_of("both")), RULES) == [
+    assert lro.training.square_sides(params(), on(mesh_of("both")), RULES) == [
         ("^layers/attn/o$", "output"),
         ("", "input"),
     ]
     tx = named("galore")
     state = jax.eval_shape(tx.init, params())
     turned = jax.eval_shape(
-        functools.partial(lro.project_gradient, tx), params(), state, params()
+        functools.partial(lro.training.project_gradient, tx), params(), state, params()
     )
     assert turned.low["layers"]["attn"]["o"].shape == (L, R, D)
     with pytest.raises(ValueError, match="square='left': choose"):
@@ -282,7 +282,7 @@ def layers_of(tree):
 
 def steps_by_layer(tx, mesh):
     """The layers' weights after each of four steps of `update_layers`."""
-    layered = lro.per_layer(tx)
+    layered = lro.training.per_layer(tx)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         place, seen = (lambda x: x), []
         if mesh is not None:
@@ -290,7 +290,9 @@ def steps_by_layer(tx, mesh):
         weights = place(gradient(0)["layers"])
         state = jax.jit(layered.init)(weights)
         step = jax.jit(
-            lambda g, s, p, refresh: lro.update_layers(tx, g, s, p, refresh=refresh),
+            lambda g, s, p, refresh: lro.training.update_layers(
+                tx, g, s, p, refresh=refresh
+            ),
             static_argnames="refresh",
         )
         for t in range(2 * T):

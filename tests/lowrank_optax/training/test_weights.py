@@ -16,20 +16,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.stats import binom
 
-from lowrank_optax.training.weights import (
+from lowrank_optax.weights import (
     QuantizedWeights,
     apply_updates,
     dense,
-    quantize_weights,
+    quantize,
     round_stochastically,
-    store_weights,
+    store,
 )
 
 LIMIT: Any = functools.partial(settings, derandomize=True, deadline=None)
 DTYPES = [jnp.bfloat16, jnp.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 rounded = jax.jit(round_stochastically, static_argnums=2)
-quantize = jax.jit(quantize_weights, static_argnums=2)
+quantize = jax.jit(quantize, static_argnums=2)
 apply = jax.jit(apply_updates)
 dequantize = jax.jit(QuantizedWeights.dequantize)
 
@@ -143,7 +143,7 @@ def test_other_dtypes_are_refused():
         round_stochastically(jnp.zeros(2, jnp.uint32), jnp.ones(2), jnp.bfloat16)
 
 
-# --- quantize_weights ---
+# --- quantize ---
 
 
 @st.composite
@@ -213,7 +213,7 @@ def test_a_zero_update_changes_no_bit_of_a_float(dtype):
 def test_each_number_has_its_mean_and_the_largest_too():
     n = 20_000
     x = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
-    draw = jax.jit(jax.vmap(lambda key: quantize_weights(jnp.asarray(x), key, 12)))
+    draw = jax.jit(jax.vmap(lambda key: quantize(jnp.asarray(x), key, 12)))
     q = draw(keys(1, n))
     back = np.asarray(dequantize(q), np.float64)
     parts, scales = back.reshape(n, 2, 2, 12), np.asarray(q.scales, np.float64)
@@ -248,8 +248,8 @@ def test_blocks_are_equally_long(n, block_size, lengths):
 
 def test_the_layers_are_independent():
     x = jax.random.normal(jax.random.key(0), (3, 2, 70))
-    stacked = quantize_weights(x, block_size=32)
-    per_layer = jax.vmap(functools.partial(quantize_weights, block_size=32))
+    stacked = quantize(x, block_size=32)
+    per_layer = jax.vmap(functools.partial(quantize, block_size=32))
     same_bits(jax.jit(per_layer)(x), stacked)
     same_bits(jax.jit(jax.vmap(per_layer))(x), stacked)
     same_bits(jax.vmap(dequantize)(stacked), dequantize(stacked))
@@ -273,9 +273,9 @@ def test_zeros_and_the_smallest_blocks():
 def test_refusals():
     for x in (jnp.ones(()), jnp.ones((2, 0)), jnp.ones(3, int), jnp.ones(3, complex)):
         with pytest.raises(ValueError, match=r"cannot store \w+ of shape"):
-            quantize_weights(x)
+            quantize(x)
     with pytest.raises(ValueError, match="block_size must be an int of at least 1"):
-        quantize_weights(jnp.ones(3), block_size=0)
+        quantize(jnp.ones(3), block_size=0)
 
 
 # --- apply_updates ---
@@ -311,8 +311,8 @@ def test_updates_below_half_a_code_move_the_mean():
     x[:, 7] = -127 * 0.25
     u = np.full(x.shape, 0.25 * p, np.float32)
     u[:, 7] = 0
-    w = quantize_weights(jnp.asarray(x))
-    nearest = after(steps, w, u, lambda w, u, _: quantize_weights(w.dequantize() + u))
+    w = quantize(jnp.asarray(x))
+    nearest = after(steps, w, u, lambda w, u, _: quantize(w.dequantize() + u))
     same_bits(nearest, w)
     new = after(steps, w, u)
     same_bits(new.scales, w.scales)
@@ -328,7 +328,7 @@ def test_the_largest_of_a_block_moves_too():
     x[:, 0] = 127 * scale
     u = np.zeros_like(x)
     u[:, 0] = scale / 1000
-    new = after(steps, quantize_weights(jnp.asarray(x)), u)
+    new = after(steps, quantize(jnp.asarray(x)), u)
     moved = np.asarray(new.dequantize(), np.float64)[:, 0] - x[:, 0]
     # A scale's bit is 2^-16 of it here; the variance is a quarter bit^2 a step at most.
     bound = 6 * 127 * scale * 2.0**-16 / 2 * np.sqrt(steps / len(x))
@@ -425,7 +425,7 @@ def test_updates_that_do_not_fit():
         apply_updates(jnp.ones(2, jnp.float8_e4m3fn), jnp.ones(2), 0)
 
 
-# --- dense, store_weights ---
+# --- dense, store ---
 
 
 def transformer():
@@ -444,30 +444,30 @@ def transformer():
 
 def test_stored_weights():
     params = transformer()
-    in_int8 = store_weights(params, "int8")
+    in_int8 = store(params, "int8")
     layers = in_int8["layers"]
     for block, name in (("mlp", "up"), ("attn", "q")):
         w = params["layers"][block][name]["kernel"]
         stored = layers[block][name]["kernel"]
-        same_bits(stored, quantize_weights(w))
+        same_bits(stored, quantize(w))
         assert stored.codes.nbytes + stored.scales.nbytes == w.size * (1 + 4 / 256)
     rest = [in_int8["embed"], in_int8["router"], layers["norm"]]
     rest = jax.tree.leaves([*rest, layers["attn"]["q"]["bias"]])
     assert {x.dtype for x in rest} == {jnp.dtype(jnp.bfloat16)}
     same_bits(in_int8["count"], params["count"])
 
-    half = store_weights(params, "bfloat16")
+    half = store(params, "bfloat16")
     same_bits(half["router"], params["router"].astype(jnp.bfloat16))
-    same_bits(store_weights(params, "float32"), params)
-    masked = store_weights(params, "int8", mask=lambda path: path == "router")
+    same_bits(store(params, "float32"), params)
+    masked = store(params, "int8", mask=lambda path: path == "router")
     assert isinstance(masked["router"], QuantizedWeights)
     assert masked["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="dtype='int4': choose float32, bfloat16 or"):
-        store_weights(params, "int4")  # pyright: ignore[reportArgumentType]
+        store(params, "int4")  # pyright: ignore[reportArgumentType]
 
 
 def test_dense():
-    stored = store_weights(transformer(), "int8")
+    stored = store(transformer(), "int8")
     for dtype in (jnp.float32, jnp.bfloat16):
         found = dense(stored, dtype)
         kernel = stored["layers"]["mlp"]["up"]["kernel"]
@@ -498,10 +498,10 @@ def test_training_in_few_bits_follows_training_in_float32(dtype):
 
     def to_nearest(w, u, _):
         if isinstance(w, QuantizedWeights):
-            return quantize_weights(w.dequantize() + u)
+            return quantize(w.dequantize() + u)
         return optax.apply_updates(w, u)
 
-    stored = store_weights(start, dtype, mask=lambda _: True)
+    stored = store(start, dtype, mask=lambda _: True)
     assert distance(start) > 0.099
     assert distance(train(start, apply_updates)) < 0.001
     # Half a gap for the draw, in the mean square, and half for Adam's turning round.

@@ -128,7 +128,7 @@ def test_metrics_are_means_over_the_layers_that_have_a_value():
             }
         }
 
-    state = lro.MeasureState(
+    state = lro.measuring.MeasureState(
         energy=tree([0.25, 0.75], [0.5, 0.5]),
         overlap=tree([-1.0, -1.0], [-1.0, 0.5]),
         spectrum=tree([[1.0, 0.5], [3.0, 0.25]], [[2.0, 1.0], [-1.0, -1.0]]),

@@ -118,7 +118,7 @@ def test_a_run_is_loaded_as_it_was_saved(saved, tokenizer, dtype):
     assert (run.config, run.step) == (config, 20)
     assert run.model == model_config(config.model)
     # In int8 the numbers are what the model of the training saw.
-    expected = lro.dense(state.params, run.model.compute_dtype)
+    expected = lro.weights.dense(state.params, run.model.compute_dtype)
     assert bits(run.weights) == bits(expected)
     assert jax.tree.structure(run.weights) == jax.tree.structure(expected)
     assert run.tokenizer is not None
@@ -179,8 +179,8 @@ def test_a_new_run_begins_with_the_weights_of_another(tmp_path, mesh, saved, old
     begun = first_state(config, mesh, given=partial(weights_for, config))
     if old == new:
         assert bits(begun.params) == bits(state.params)
-    expected = lro.store_weights(
-        state.params if new == "int8" else lro.dense(state.params), new
+    expected = lro.weights.store(
+        state.params if new == "int8" else lro.weights.dense(state.params), new
     )
     assert bits(begun.params) == bits(expected)
     assert int(begun.step) == 0

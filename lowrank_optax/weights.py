@@ -114,7 +114,7 @@ class QuantizedWeights(NamedTuple):
         return from_blocks(parts * self.scales[..., None], self.codes).astype(dtype)
 
 
-def quantize_weights(
+def quantize(
     x: jax.Array,
     key: jax.Array | int | None = None,
     block_size: int = 256,
@@ -188,13 +188,13 @@ def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWei
     return QuantizedWeights(from_blocks(codes, x).astype(jnp.int8), scales[..., 0])
 
 
-def apply_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -> Any:
+def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -> Any:
     """`optax.apply_updates` for weights kept in few bits.
 
         W <- round(W + U)
 
     with the sum in float32 at least. A bfloat16 or float16 leaf is rounded by
-    `round_stochastically`, `QuantizedWeights` by `quantize_weights`, its scales found
+    `round_stochastically`, `QuantizedWeights` by `quantize`, its scales found
     anew (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest); others are
     added to as by optax, and need no key. A zero update changes no stored bit.
 
@@ -283,7 +283,7 @@ def _is_transformer_matrix(path: str) -> bool:
     return next(values, None) is not None
 
 
-def store_weights(
+def store(
     params: Any,
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] = _is_transformer_matrix,
@@ -301,7 +301,7 @@ def store_weights(
       mask: whether the leaf of a path, "layers/mlp/up/kernel", is kept in int8; asked
         for those of two or more axes. By default those that `TRANSFORMER_MATRICES`
         calls matrices.
-      shards: of those in int8, as in `quantize_weights`.
+      shards: of those in int8, as in `quantize`.
 
     Raises:
       ValueError: another dtype.
@@ -322,7 +322,7 @@ def store_weights(
         if _is_leaf(w) or not jnp.issubdtype(w.dtype, jnp.floating):
             return w
         if dtype == "int8" and w.ndim > 1 and mask(path_of(keys)):
-            return quantize_weights(w, shards=shards)
+            return quantize(w, shards=shards)
         return w.astype(jnp.float32 if dtype == "float32" else jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(store, params, is_leaf=_is_leaf)
