@@ -32,8 +32,8 @@ def with_rest(
 
     Without it leaves of full rank take the step inside `in_subspace` too, which is what
     they should where that is Adam's; a step for matrices alone
-    (`scale_by_polar_factor`), or rates of decay that were chosen for them, is not for vectors and embeddings. A leaf
-    that the other one takes stands as a zero in each tree, so that a state has an array
+    (`scale_by_polar_factor`), or rates of decay that were chosen for them, is not for
+    vectors and embeddings. A leaf that the other one takes stands as a zero in each tree, so that a state has an array
     for every parameter; optimizers that read all leaves together (a global norm) see
     that.
 
