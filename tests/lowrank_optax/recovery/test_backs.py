@@ -1,5 +1,6 @@
 """The ways back: what they give, what they limit, what they keep, what they refuse."""
 
+import functools
 from typing import Any
 
 import jax
@@ -85,7 +86,10 @@ def test_which_steps_there_are() -> None:
 
 # ------------------------------------------------------------------ scaling
 
-SCALED = {"channels": lro.scale_channels, "tensor": lro.recovery.scale_tensor}
+SCALED = {
+    "channels": lro.scale_gradient,
+    "tensor": functools.partial(lro.scale_gradient, per="matrix", scale=128.0),
+}
 each = pytest.mark.parametrize("name", SCALED)
 each_variant = pytest.mark.parametrize("variant", ["paper", "published"])
 
@@ -292,6 +296,9 @@ def test_they_need_their_stages(name: str) -> None:
     variant: Any = "torch"
     with pytest.raises(ValueError, match="variant='torch': choose"):
         SCALED[name](variant=variant)
+    per: Any = "row"
+    with pytest.raises(ValueError, match="per='row': choose \"column\" or"):
+        lro.scale_gradient(per=per)
 
 
 # ------------------------------------------------------------------ error_feedback
@@ -399,8 +406,8 @@ def test_a_leaf_of_full_rank_has_no_error() -> None:
 FEEDING: dict[str, Any] = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
-    "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.recovery.scale_tensor,
+    "scale_gradient": lro.scale_gradient,
+    "scale_gradient/matrix": functools.partial(lro.scale_gradient, per="matrix"),
 }
 
 
@@ -409,9 +416,9 @@ def test_the_residual_is_given_back_once(name: str) -> None:
     g = {"w": GRADIENT}
     step = lro.in_subspace(optax.scale_by_adam())
     tx = fed_back(lro.dominant_svd(), step, back=FEEDING[name]())
-    with pytest.raises(
-        ValueError, match=rf"w: {name}\(\) does not work here: error_feedback\(\) gives"
-    ):
+    stage = name.split("/")[0]
+    message = rf"w: {stage}\(\) does not work here: error_feedback\(\) adds the resid"
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(tx.update, g, tx.init(g))
 
 

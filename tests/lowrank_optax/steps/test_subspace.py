@@ -1,5 +1,6 @@
 """Steps: one matrix at a time, started anew, in full space, and turned in part."""
 
+import functools
 from typing import Any
 
 import jax
@@ -430,8 +431,8 @@ ACCUMULATING = {
 REFUSING = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
-    "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.recovery.scale_tensor,
+    "scale_gradient": lro.scale_gradient,
+    "scale_gradient/matrix": functools.partial(lro.scale_gradient, per="matrix"),
 }
 
 
@@ -440,9 +441,10 @@ def test_an_accumulating_step_gives_no_residual_back(step: str) -> None:
     g = {"one": np.ones((M, N), np.float32)}
     sentence = "the step accumulates gradients, and is zero at most steps; accumulate "
     for name, back in REFUSING.items():
+        stage = name.split("/")[0]
         tx = bracket(ACCUMULATING[step](), back=back())
         with pytest.raises(
-            ValueError, match=rf"one: {name}\(\) does not work here: {sentence}"
+            ValueError, match=rf"one: {stage}\(\) does not work here: {sentence}"
         ):
             jax.eval_shape(tx.update, g, tx.init(g))
     fed_back = lro.error_feedback(optax.chain(lro.dominant_svd(), lro.project()))
