@@ -120,8 +120,6 @@ class OptimizerConfig:
         method takes, of most the inputs; megatron: the outputs of o and the inputs of
         q, k and v, which --tensor leaves whole. auto: megatron with --tensor above 1. A
         run that goes on has what it began with, on any mesh.
-      block_shards: into how many parts moments and weights in 8 bits can be cut with no
-        block of numbers on two devices: those of the mesh that the run began on.
       measure: what is measured of the subspaces, as the metrics overlap/q, energy/up
         and so on, means over the layers, and in subspace.png. overlap: of a basis with
         the one before it (SARA, section 4.3), which costs nothing between refreshes;
@@ -156,7 +154,6 @@ class OptimizerConfig:
     precision: str = "default"
     switch: float = 0.5
     square: Literal["auto", "method", "megatron"] = "auto"
-    block_shards: Annotated[int | None, tyro.conf.Fixed] = None
     measure: Literal["none", "overlap", "all"] = "none"
     anchor: int | None = None
     weight_decay: float = 0.0
@@ -165,7 +162,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         above_0 = ("refresh_every", "learning_rate", "scale", "residual_scale")
-        above_0 += ("angle", "walk_rank", "block_shards", "clip_norm", "max_skipped")
+        above_0 += ("angle", "walk_rank", "clip_norm", "max_skipped")
         not_negative = ("weight_decay", "anchor")
         check_numbers(self, positive=above_0, not_negative=not_negative)
         if self.rank is not None:

@@ -268,7 +268,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
         square=MEGATRON if config.square == "megatron" else None,
-        shards=config.block_shards,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,

@@ -59,7 +59,6 @@ class Work(NamedTuple):
       weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
       microbatches: parts of a batch that go through the model one after the other.
       layerwise: whether each layer is updated when the backward pass has its gradient.
-      block_shards: into how many parts weights of int8 can be cut with whole blocks.
     """
 
     model: LlamaConfig
@@ -68,7 +67,6 @@ class Work(NamedTuple):
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     microbatches: int = 1
     layerwise: bool = False
-    block_shards: int = 1
 
     @property
     def shards(self) -> Shards:
@@ -84,7 +82,7 @@ def init_weights(work: Work, key: jax.Array) -> Any:
 def keep_weights(work: Work, params: Any) -> Any:
     """Weights as this work keeps them, of weights as any other does."""
     weights = work.shards.cut(lro.weights.dense(params))
-    return lro.weights.store(weights, work.weight_dtype, shards=work.block_shards)
+    return lro.weights.store(weights, work.weight_dtype)
 
 
 def init_state(work: Work, params: Any) -> TrainState:

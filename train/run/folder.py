@@ -32,7 +32,6 @@ CLIP = "optimizer.clip_norm"
 # What a run did that was begun before there was a choice.
 BEFORE = {
     "optimizer.square": "method",
-    "optimizer.block_shards": 1,
     "optimizer.rotate": "on",
     "optimizer.back": "rescale",
     "optimizer.residual_scale": None,

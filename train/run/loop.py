@@ -157,7 +157,6 @@ def work_of(config: Config, key: jax.Array) -> Work:
         weight_dtype=config.model.weight_dtype,
         microbatches=config.microbatches,
         layerwise=resolved(config, "layerwise") == "on",
-        block_shards=resolved(config.optimizer, "block_shards"),
     )
 
 

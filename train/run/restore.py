@@ -83,8 +83,7 @@ def load_weights(folder: Place, step: int) -> Any:
       ValueError: it is damaged.
     """
     config = read_config(folder)
-    shards = config.optimizer.block_shards or 1
-    store = partial(lro.weights.store, dtype=config.model.weight_dtype, shards=shards)
+    store = partial(lro.weights.store, dtype=config.model.weight_dtype)
     draw = partial(draw_params, model_config(config.model), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
     restore = ocp.args.PyTreeRestore(
