@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train.config.config import Config, from_json, parse
+from train.config.command_line import parse
+from train.config.config import Config, from_json
 from train.config.presets import with_flags
 from train.experiments.cells import (
     Cell,
@@ -35,8 +36,7 @@ from train.records.plots import (
     draw_spectra,
 )
 from train.records.tables import Row, table, to_csv
-from train.run.spectra import spectra
-from train.spectrum import weights_of
+from train.run.spectra import spectra, weights_of
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 

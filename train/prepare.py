@@ -18,6 +18,7 @@ import filelock
 import tyro
 from tqdm import tqdm
 
+from train.config.command_line import parse
 from train.data.fingerprint import Fingerprint, of_tokenizer
 from train.data.text_formats import BadLines, OnBadLines
 from train.data.tokenize_shards import (
@@ -31,6 +32,7 @@ from train.data.tokenize_shards import (
 )
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.atomic import Appender, write_bytes, write_text
+from train.host.errors import ended_by_signals, usage_errors
 from train.host.workers import each_done
 
 DESCRIPTION = """Tokenize text once, in parallel, for any number of runs: a token file
@@ -318,10 +320,6 @@ def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare as the command line says; None reads it from `sys.argv`."""
-    from train.config.config import parse
-    from train.host.errors import usage_errors
-    from train.host.signals import ended_by_signals
-
     config = parse(PrepareConfig, DESCRIPTION, argv, "python -m train.prepare")
     with ended_by_signals(), usage_errors():
         manifest = prepare(config)

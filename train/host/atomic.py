@@ -2,13 +2,13 @@
 
 import errno
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import jax
 from upath import UPath
 
 from train.host.paths import Place
@@ -96,7 +96,7 @@ class Appender:
 def check_writable(folder: Place) -> None:
     """OSError unless the folder can be made, or written to; changes nothing."""
     if isinstance(folder, UPath):
-        probe = folder / f"writable-{jax.process_index()}"
+        probe = folder / f"writable-{socket.gethostname()}-{os.getpid()}"
         try:
             write_bytes(probe, b"")
             probe.unlink()

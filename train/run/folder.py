@@ -29,16 +29,6 @@ FREE += ("data.bad_lines",)
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
-# What a run did that was begun before there was a choice.
-BEFORE = {
-    "optimizer.square": "method",
-    "optimizer.rotate": "on",
-    "optimizer.back": "rescale",
-    "optimizer.residual_scale": None,
-    "optimizer.measure": "none",
-    "optimizer.anchor": None,
-    "data.windows": "packed",
-}
 
 
 @contextmanager
@@ -164,7 +154,7 @@ def _stored(path: Place) -> dict[str, Any]:
 
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
-    old, new = BEFORE | _flat(stored), _flat(given)
+    old, new = _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, "layerwise") if same else FREE

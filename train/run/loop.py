@@ -33,8 +33,9 @@ from train.engine.step import (
     train_step,
 )
 from train.host.console import say
+from train.host.errors import StoppedError
 from train.host.paths import Place
-from train.host.signals import Stop, StoppedError
+from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
@@ -332,7 +333,8 @@ def fit(
             write(meter.flush())
             if report.checkpoint_every and not saving:
                 checkpoints.save(step, state, batches, losses=meter.losses)
-            raise StoppedError(step, checkpoints.has(step), stop.number)
+            saved, first = checkpoints.has(step), jax.process_index() == 0
+            raise StoppedError(step, saved, stop.number, reports=first)
     return state
 
 

@@ -365,16 +365,6 @@ def test_a_run_keeps_what_it_chose_for_its_first_mesh(tmp_path: Path) -> None:
         check_folder(resolve(other))
 
 
-def test_a_run_from_before_there_was_a_choice_goes_on(tmp_path: Path) -> None:
-    config = resolve(Config(out=tmp_path))
-    text = re.sub(r'\n *"(square|block_shards)": .*', "", to_json(config))
-    assert "square" not in text
-    (tmp_path / "config.json").write_text(text)
-    later = resolve(Config(out=tmp_path, mesh=MeshConfig(4, 2), resume=True))
-    assert later.optimizer == config.optimizer
-    check_folder(later)
-
-
 def test_a_method_without_a_subspace_has_no_side() -> None:
     given = OptimizerConfig(name="adamw", square="megatron")
     with pytest.raises(ValueError, match="adamw has no square: leave out --square"):

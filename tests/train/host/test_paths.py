@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from train.config.config import Config, from_json, parse
+from train.config.command_line import parse
+from train.config.config import Config, from_json
 from train.config.resolve import resolve
 from train.data.dataset import DataConfig, open_data
 from train.data.files import find_files, read_file, read_range
