@@ -29,7 +29,7 @@ from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.host.atomic import Appender, check_writable, write_text
 from train.host.errors import StoppedError, usage_errors
-from train.host.paths import Place, RunFolder
+from train.host.paths import AnyPath, RunFolder
 from train.host.processes import join_processes
 from train.records.markdown import Row, markdown
 from train.records.metrics import read_metrics
@@ -111,7 +111,7 @@ class Comparison:
         check_meant(self.work.optimizer, chosen)
 
 
-def expand(comparison: Comparison, folder: Place) -> list[Config]:
+def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
     """A resolved config for each optimizer; they differ in optimizer and folder only.
 
     Raises:
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     conclude(configs, results, folder)
 
 
-def conclude(configs: Sequence[Config], results: list[Result], folder: Place) -> None:
+def conclude(configs: Sequence[Config], results: list[Result], folder: AnyPath) -> None:
     """Write and print the table, and draw the losses, of runs that have ended."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}

@@ -12,7 +12,7 @@ from train.config.methods import BACKS, BASES, METHODS, ONCE
 from train.config.presets import PRESETS
 from train.config.ranks import parse_rank
 from train.data.dataset import DataConfig
-from train.host.paths import RunFolder, place
+from train.host.paths import RunFolder, to_path
 from train.host.processes import ProcessConfig
 
 if TYPE_CHECKING:
@@ -342,6 +342,6 @@ def from_json(text: str) -> Config:
             if make is not dataclasses.MISSING:
                 parts[field.name] = make(**stored.pop(field.name, {}))
         out = stored.pop("out", None)
-        return Config(**stored, **parts, out=out and place(out))
+        return Config(**stored, **parts, out=out and to_path(out))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is no config of this version ({error})") from error

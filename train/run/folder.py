@@ -16,7 +16,7 @@ from train.data.fingerprint import Fingerprint, changed
 from train.engine.optimizer import why_steps_matter
 from train.host.atomic import write_text
 from train.host.console import say
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does. Data may have moved: whether it
@@ -67,7 +67,7 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
 
 def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
-    folder: Place = resolved(config, "out")
+    folder: AnyPath = resolved(config, "out")
     try:
         _lock(folder, stack)
     except filelock.Timeout as error:
@@ -91,7 +91,7 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
         write_text(path, to_json(config))
 
 
-def _lock(folder: Place, stack: ExitStack) -> None:
+def _lock(folder: AnyPath, stack: ExitStack) -> None:
     """Make it, and hold its lock; NotImplementedError where there are none."""
     if isinstance(folder, UPath):
         raise NotImplementedError
@@ -142,7 +142,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def _stored(path: Place) -> dict[str, Any]:
+def _stored(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -152,7 +152,9 @@ def _stored(path: Place) -> dict[str, Any]:
         ) from error
 
 
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
+def check_same_run(
+    stored: dict[str, Any], given: dict[str, Any], path: AnyPath
+) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
@@ -190,7 +192,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_data(stored: Fingerprint, given: Fingerprint, path: Place) -> None:
+def check_same_data(stored: Fingerprint, given: Fingerprint, path: AnyPath) -> None:
     """ValueError unless a run would read what it read before."""
     if told := changed(stored, given):
         raise ValueError(

@@ -28,13 +28,13 @@ from train.engine.step import (
     dense,
     init_state,
     init_weights,
-    keep_weights,
     loss_sums,
+    store_weights,
     train_step,
 )
 from train.host.console import say
 from train.host.errors import StoppedError
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
@@ -114,7 +114,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         or if the held-out loss is not finite.
       StoppedError: by a signal.
     """
-    folder: Place = resolved(config, "out")
+    folder: AnyPath = resolved(config, "out")
     keep_tokenizer(folder, data.tokenizer)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
@@ -172,7 +172,7 @@ def initial(
     like = like_of(work, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     draw = jax.jit(partial(init_weights, work), out_shardings=shardings.params)
-    store = jax.jit(partial(keep_weights, work), out_shardings=shardings.params)
+    store = jax.jit(partial(store_weights, work), out_shardings=shardings.params)
     rest = jax.jit(partial(init_state, work), out_shardings=shardings, donate_argnums=0)
 
     def make(key: jax.Array) -> TrainState:

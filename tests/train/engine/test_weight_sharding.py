@@ -25,7 +25,7 @@ from train.config.resolve import resolve
 from train.engine.memory import step_memory, tree_bytes
 from train.engine.mesh import make_mesh, to_devices
 from train.engine.optimizer import check_meant
-from train.engine.weight_sharding import Kept, place
+from train.engine.weight_sharding import WeightSpecs, specs_of_weight
 from train.run.checkpoint import Checkpoints
 from train.run.folder import check_folder
 from train.run.loop import initial, kinds_of_steps, lower_step, work_of
@@ -263,21 +263,23 @@ MEGATRON = (("/o/", "output"), ("", "input"))
     ],
 )
 def test_where_a_weight_is_cut(path, shape, mesh, square, cut, used) -> None:
-    found = place(f"layers/{path}", shape, sizes(*mesh), square)
+    found = specs_of_weight(f"layers/{path}", shape, sizes(*mesh), square)
     if cut is None:
         assert found is None
         return
     ndim = len(shape)
     axes: dict[str, list[Any]] = {"OUT": [None, "tensor"], "IN": ["tensor", None]}
     expected = [None] * (ndim - 2) + axes.get(used, [None, None])
-    assert found == Kept(P(*cut), P(*expected))
+    assert found == WeightSpecs(P(*cut), P(*expected))
 
 
 def test_an_embedding_is_cut_along_its_rows_contents() -> None:
     cut = P(None, ("fsdp", "tensor"))
-    assert place("embed/embedding", (8, 8), sizes(4, 2), "input") == Kept(cut, cut)
-    found = place("embed/embedding", (8, 7), sizes(4, 2), "input")
-    assert found == Kept(P(("fsdp", "tensor"), None), P(None, None))
+    assert specs_of_weight(
+        "embed/embedding", (8, 8), sizes(4, 2), "input"
+    ) == WeightSpecs(cut, cut)
+    found = specs_of_weight("embed/embedding", (8, 7), sizes(4, 2), "input")
+    assert found == WeightSpecs(P(("fsdp", "tensor"), None), P(None, None))
 
 
 def test_what_cannot_be_cut_is_told() -> None:
@@ -371,6 +373,6 @@ def test_a_method_without_a_subspace_has_no_side() -> None:
         check_meant(given, [given])
     config = Config(optimizer=OptimizerConfig(name="adamw"), mesh=MeshConfig(1, 2))
     assert resolve(config).optimizer.square == "method"
-    assert dataclasses.replace(config, mesh=MeshConfig()) == Config(
+    assert dataclasses.respecs_of_weight(config, mesh=MeshConfig()) == Config(
         optimizer=OptimizerConfig(name="adamw")
     )
