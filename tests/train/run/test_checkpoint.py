@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.config.config import Config, model_config, parse, resolved, to_json
+from train.config.command_line import parse
+from train.config.config import Config, model_config, resolved, to_json
 from train.config.resolve import resolve
 from train.engine.optimizer import make_optimizer
 from train.engine.step import Work, init_state, init_weights
