@@ -89,23 +89,19 @@ def measure_subspace(
         spectrum   the k leading singular values of 2 (G_t - S_{t-1} A) A^T with
                    A = S_{t-1}^T G_t, at a refresh
 
-    (Energy: GrassWalk paper, section 3, eq. 3. Overlap: SARA paper, section 4.3, and
-    Gur-Ari et al. 2018. Spectrum: GrassWalk paper, section 3; the matrix is
-    - d ||S A - G||_F^2 / dS.)
-    The stage stands behind the basis rule in the chain inside `low_rank`, or in the
-    `basis` of a named optimizer; `add_stage` appends it to a finished one.
-    `measurements` reads the values from the state.
+    (Energy and spectrum: GrassWalk paper, section 3, eq. 3 and Figure 2. Overlap: SARA
+    paper, section 4.3, and Gur-Ari et al. 2018.) The stage
+    stands behind the basis rule in the chain; `add_stage` appends it to a named
+    optimizer. `measurements` reads the values from the state.
 
-    Deviations: the overlap is squared, as in Gur-Ari et al.; without the square it
-    depends on the choice of basis in a subspace. Values of the spectrum below sqrt(eps)
-    times the largest are rounding, because it comes from an r x r Gram matrix.
+    Deviations: the overlap is squared, as in Gur-Ari et al. Spectrum values below
+    sqrt(eps) times the largest are rounding, because it comes from a Gram matrix.
 
     Args:
       energy: whether to measure the energy; needs the full gradient.
       overlap: whether to measure the overlap.
-      anchor: index of the refresh, from 0, whose basis all later ones are compared with
-        (for a matrix with zero gradients until then, its first basis after it); None
-        for no anchor.
+      anchor: index of the refresh, from 0, whose basis later ones are compared with (or
+        the first basis after it from a nonzero gradient); None for no anchor.
       spectrum: k, at most r; 0 for none. Needs the full gradient.
 
     Raises:
