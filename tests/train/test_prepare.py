@@ -205,7 +205,7 @@ def test_only_so_many_shards_and_documents(texts, tmp_path):
 
 def test_small_texts_are_one_shard_up_to_a_size(texts, tmp_path, monkeypatch):
     sizes = [len(TEXTS[i].encode()) for i in range(3)]
-    monkeypatch.setattr(train.tokenizing, "_SMALL_FILES", sizes[0] + sizes[1])
+    monkeypatch.setattr(train.data.tokenize_shards, "_SMALL_FILES", sizes[0] + sizes[1])
     sources = [f"{texts}/*.txt"]
     rows = prepared(texts, tmp_path, sources)["shards"]
     assert [row["documents"] for row in rows] == [2, 1]

@@ -199,10 +199,15 @@ def paths(tree: Any) -> dict[str, Any]:
 
 
 def test_every_named_optimizer_is_here() -> None:
-    public = {name: getattr(lro, name) for name in lro.__all__}
+    public = [getattr(lro, name) for name in lro.__all__]
+    recipes = [
+        f
+        for f in vars(lro.recipes).values()
+        if getattr(f, "__module__", "") == lro.recipes.__name__
+    ]
     named = {
-        name
-        for name, f in public.items()
+        f.__name__
+        for f in [*public, *recipes]
         if inspect.isfunction(f) and "learning_rate" in inspect.signature(f).parameters
     }
     # The assembly that they are made by is no method.

@@ -99,7 +99,7 @@ def test_a_state_is_cut_as_its_stages_say():
     assert moments["embed"].spec == P(BOTH)
     basis = optax.tree.get(state, "basis")
     assert basis["layers"]["mlp"]["up"].spec == P(None, BOTH)
-    begun = optax.tree.get(state, "begun")
+    begun = optax.tree.get(state, "started")
     assert begun["layers"]["attn"]["q"].spec == P()
     assert optax.tree.get(state, "rng_key").spec == P()
     error = optax.tree.get(lro.state_shardings(named("ldadam"), params(), cut), "error")
