@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers.battery import (
     ALL,
     EVERY,
     RATE,

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 import train.compare
 import train.engine.step
 import train.main
 import train.records.plots
 import train.run.report
+from tests.helpers.pictures import is_picture
 from train.config.config import Config
 from train.config.resolve import resolve
 from train.engine.mesh import make_mesh
@@ -34,11 +34,6 @@ def strict_lines(path: Path) -> list[dict]:
 
     lines = path.read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def is_picture(path: Path) -> bool:
-    pixels = imread(path)
-    return pixels.shape[0] > 100 and pixels.shape[1] > 100 and pixels.std() > 0.01
 
 
 @pytest.fixture(scope="module", autouse=True)
