@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import train.data.padded_windows
 import train.main
 from models import SIZES, LlamaConfig
-from tests.train.test_prepare import C4, TEXTS, lines_of, prepared, t5_like
+from tests.helpers.text_files import TEXTS, lines_of, prepared, t5_like, write_tfds
 from train.config.config import (
     Config,
     MeshConfig,
@@ -77,7 +77,7 @@ def test_documents_of_token_files_end_with_their_end_token(
         expected += [piece for piece in pieces if piece]
     spans, _ = open_tokens(f"{folder}/*.u16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.padded, "_BLOCK", block)
+        patch.setattr(train.data.padded_windows, "_BLOCK", block)
         documents = TokenDocuments(spans, END, longest=7)
     found = [document.tolist() for document in documents]
     assert found == [document[:7] for document in expected]
@@ -94,7 +94,7 @@ def folder(tmp_path_factory) -> Path:
         content = lines_of(TEXTS[i * 20 : (i + 1) * 20])
         (folder / f"{i}.jsonl").write_bytes(content)
     prepared(folder, folder / "tokens", [f"{folder}/*.jsonl"])
-    C4(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    write_tfds(folder)
     prepared(
         folder, folder / "of tfds", ["tfds:c4/en"], data_dir=str(folder), records=25
     )

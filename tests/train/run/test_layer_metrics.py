@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lowrank_optax as lro
 import train.main
 import train.spectrum
-from tests.train.run.test_loop import is_picture
+from tests.helpers.pictures import is_picture
 from train.config.config import Config, OptimizerConfig
 from train.config.named import named
 from train.engine.layer_metrics import check_measured, layer_metrics
