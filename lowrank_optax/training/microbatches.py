@@ -72,7 +72,7 @@ def project_gradient(
     Raises:
       ValueError: a transformation with no `low_rank` or more than one; at the update, a
         stage that needs the gradient itself: `recover_residual`, `sign_residual`,
-        `scale_gradient`, `error_feedback`.
+        `scale_channels`, `error_feedback`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
