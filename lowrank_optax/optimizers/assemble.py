@@ -37,7 +37,6 @@ _STATIC = {
     "residual",
     "heads",
     "block_size",
-    "shards",
     "min_size",
     "keep",
     "iterations",

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from train.config.config import Config, parse, resolved, to_json
+from train.config.command_line import parse
+from train.config.config import Config, resolved, to_json
 from train.config.resolve import resolve
 from train.host.atomic import write_text
 

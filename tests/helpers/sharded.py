@@ -69,7 +69,7 @@ def on(mesh):
 
 def named(name):
     # 8-bit blocks whole on each of eight devices.
-    options = {"shards": 8, "min_size": 16, "switch_step": T, "square": SQUARE}
+    options = {"min_size": 16, "switch_step": T, "square": SQUARE}
     options |= {"rank": R, "refresh_every": T, "dimension_numbers": RULES, "key": 0}
     tx = call(METHODS[name].make, 1e-3, **options)
     return optax.with_extra_args_support(tx)

@@ -17,7 +17,8 @@ import jax
 import pytest
 
 from tests.helpers.faults import write_text
-from train.config.config import Config, parse
+from train.config.command_line import parse
+from train.config.config import Config
 from train.config.presets import with_flags
 from train.config.resolve import resolve
 from train.data.dataset import DataConfig

@@ -124,16 +124,17 @@ def test_square_matrices_are_projected_along_the_side_that_is_whole():
 
 
 def test_8_bit_blocks_lie_on_one_shard():
-    x = {"w": jnp.ones((64, 1376))}  # 172 of them on each of eight devices
-    adam = optax.scale_by_adam()
-    plain = lro.quantize_moments(adam).init(x).scales[1]["w"]
-    assert plain.shape == (64, 6)
-    state = lro.quantize_moments(adam, shards=8).init(x)
-    assert state.scales[1]["w"].shape == (64, 8)
+    tx = lro.quantize_moments(optax.scale_by_adam())
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     cut = {"w": NamedSharding(mesh, P(None, "d"))}
-    for shards, spec in ((1, P()), (8, P(None, "d"))):
-        tx = lro.quantize_moments(adam, shards=shards)
+    # 8 blocks of 172, or 16 of 128; and 4 of 128, which eight devices cannot share out.
+    for n, blocks, spec in (
+        (1376, 8, P(None, "d")),
+        (2048, 16, P(None, "d")),
+        (512, 4, P()),
+    ):
+        x = {"w": jnp.ones((64, n))}
+        assert tx.init(x).scales[1]["w"].shape == (64, blocks)
         found = lro.state_shardings(tx, x, cut)
         assert found.scales[1]["w"].spec == spec
         assert found.inner_state.mu["w"].spec == P(None, "d")

@@ -237,7 +237,14 @@ def test_each_number_has_its_mean_and_the_largest_too():
 
 @pytest.mark.parametrize(
     ("n", "block_size", "lengths"),
-    [(70, 7, [7] * 10), (10, 3, [3, 3, 3, 1]), (5, 256, [5]), (513, 256, [171] * 3)],
+    [
+        (70, 7, [7] * 10),
+        (10, 3, [2] * 5),
+        (11, 3, [3, 3, 3, 2]),
+        (5, 256, [5]),
+        (513, 256, [171] * 3),
+        (1376, 256, [172] * 8),  # not 6 of 230: eight devices share these out
+    ],
 )
 def test_blocks_are_equally_long(n, block_size, lengths):
     q = quantize(jnp.arange(1.0, n + 1), None, block_size)

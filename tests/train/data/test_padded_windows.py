@@ -20,7 +20,6 @@ from train.config.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    to_json,
 )
 from train.config.resolve import resolve
 from train.data.dataset import Data, DataConfig, open_data
@@ -31,7 +30,6 @@ from train.engine.mesh import make_mesh, to_devices
 from train.main import main
 from train.records.metrics import read_metrics
 from train.run.checkpoint import seals_of
-from train.run.folder import check_same_run
 from train.run.loop import initial, lower_step, work_of
 
 END = 1
@@ -260,21 +258,6 @@ def test_what_has_no_documents_is_refused(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             opened(folder, name, config, **options)
-
-
-def test_a_run_from_before_there_was_a_choice_goes_on(micro):
-    def check(**data) -> None:
-        new = json.loads(to_json(config_of()))
-        old = json.loads(to_json(config_of()))
-        for name in "windows", "bad_lines":
-            del old["data"][name]
-        check_same_run(old, new | {"data": new["data"] | data}, Path("c"))
-
-    check(windows="packed", bad_lines="skip")
-    with pytest.raises(
-        ValueError, match=r"data\.windows: packed there, documents here"
-    ):
-        check()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import train.data.text_formats
 from train.data.dataset import DataConfig, open_data
 from train.data.files import find_files, read_file, read_lines
 from train.data.text_formats import BadLines, read_texts
-from train.host.paths import place
+from train.host.paths import to_path
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -74,7 +74,7 @@ def test_training_reads_it(tmp_path, name):
 def test_a_bucket_s_files_are_read_as_a_disk_s(name):
     memory = fsspec.filesystem("memory")
     try:
-        (place("memory://bucket") / name).write_bytes(PUBLISHED[name])
+        (to_path("memory://bucket") / name).write_bytes(PUBLISHED[name])
         (path,) = find_files("memory://bucket/*")
         assert texts_in(path) == TEXTS
     finally:

@@ -18,7 +18,7 @@ from tests.helpers.pictures import is_picture
 from train.config.config import Config
 from train.config.resolve import resolve
 from train.engine.mesh import make_mesh
-from train.host.signals import STOPPED
+from train.host.errors import STOPPED
 from train.main import main
 from train.records.metrics import Meter, MetricsWriter, read_metrics
 from train.records.plots import draw_run, draw_runs
