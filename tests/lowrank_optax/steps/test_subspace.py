@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
+from tests.helpers import stages
 
 M, N, R, STEPS, EVERY = 6, 8, 2, 5, 2
 B1, B2 = 0.9, 0.99
@@ -475,3 +476,20 @@ def test_it_may_be_projected_back(step: str) -> None:
     # A first Adam step is a sign, up to eps: float32 rounding.
     expected = s @ (low / (np.abs(low) + 1e-8))
     np.testing.assert_allclose(found["w"][1], expected, atol=1e-5)
+
+
+def test_moments_are_reset_only_where_the_basis_moves() -> None:
+    grads = [{"w": stages.normal(stages.M, stages.N, seed=s)} for s in range(7)]
+
+    def counts(rule: Any) -> list[int]:
+        step = lro.reset_moments(optax.scale_by_adam())
+        tx = lro.low_rank(
+            stages.chain_of(basis=rule, step=step), rank=3, refresh_every=2
+        )
+        _, states = stages.run(tx, grads)
+        return [int(s.inner_state[2].count["w"]) for s in states]
+
+    assert counts(lro.dominant_svd()) == [1, 2, 1, 2, 1, 2, 1]
+    assert counts(lro.bases.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]
+    lazy = lro.bases.lazy_refresh(lro.dominant_svd(), threshold=0.0, window=1)
+    assert counts(lazy) == [1, 2, 1, 2, 3, 4, 1]
