@@ -22,12 +22,12 @@ SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
 class Board:
     """Writes records to an event file, each at once and by the thread that calls.
 
-    (`tensorboardX.SummaryWriter` has a thread for it, which a full disk ends; the next
-    record then waits for ever.)
+    (`tensorboardX.SummaryWriter` writes in a thread, which a full disk ends; the next
+    record then waits forever.)
     """
 
     def __init__(self, folder: AnyPath, purge_step: int) -> None:
-        """What the folder's files have from `purge_step` on counts no more."""
+        """Discards what the folder's files have from `purge_step` on."""
         self.path = folder
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self._file = Appender(folder / f"{name}.{os.getpid()}")
@@ -38,7 +38,7 @@ class Board:
         ]
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """OSError if there is no room, and then none of them is written."""
+        """Writes all records; OSError, and none is written, if there is no room."""
         if not isinstance(self.path, UPath):
             self.path.mkdir(parents=True, exist_ok=True)
         events = [*self._head, *map(_event, records)]
@@ -55,7 +55,7 @@ def _event(record: Mapping[str, Any]) -> Any:
 
 
 def _framed(event: Any) -> bytes:
-    """An event as event files have it: length, content, and a checksum of each."""
+    """An event as event files store it: length, content, and a checksum of each."""
     content = event.SerializeToString()
     length = struct.pack("<Q", len(content))
     parts = (
