@@ -19,7 +19,7 @@ from train.data.files import find_files, read_file, read_range
 from train.data.fingerprint import of_files
 from train.data.token_files import open_tokens
 from train.host.atomic import Appender, check_writable, write_bytes
-from train.host.paths import move_folder, to_path, run_folder
+from train.host.paths import move_folder, run_folder, to_path
 from train.records.metrics import MetricsWriter, read_metrics
 from train.records.plots import draw_run
 from train.run.folder import check_folder, going_on, own_folder
