@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from train.config.named import named
 from train.config.resolve import resolve
 from train.engine.memory import GIB, device_peak
 from train.engine.mesh import by_row, make_mesh
-from train.engine.optimizer import check_meant, check_optimizer, make_optimizer
+from train.engine.optimizer import Tree, check_meant, check_optimizer, make_optimizer
 from train.engine.step import TrainState
 from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, markdown, rounded
@@ -138,14 +138,14 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     )
 
 
-def seconds(run: Callable[[], Any], steps: int = 1) -> float:
+def seconds(run: Callable[[], object], steps: int = 1) -> float:
     """Of one `run`, which hands out work and returns what to wait for."""
     start = time.perf_counter()
     jax.block_until_ready([run() for _ in range(steps)])
     return (time.perf_counter() - start) / steps
 
 
-def median_seconds(run: Callable[[], Any], steps: int) -> float:
+def median_seconds(run: Callable[[], object], steps: int) -> float:
     """Of three times `seconds`, the first run aside."""
     jax.block_until_ready(run())
     return statistics.median(seconds(run, steps) for _ in range(3))
@@ -211,8 +211,8 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
         tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
         batch = {"tokens": jax.device_put(tokens, by_row(compiled.mesh))}
 
-        def step(refresh: bool) -> Callable[[], Any]:
-            def run() -> Any:
+        def step(refresh: bool) -> Callable[[], object]:
+            def run() -> object:
                 nonlocal state
                 state, metrics = program.step(state, batch, refresh)
                 return metrics
@@ -244,8 +244,8 @@ def bench_update(config: BenchConfig, name: str) -> Row:
     )
     state = jax.jit(tx.init)(params)
 
-    def step(refresh: bool) -> Callable[[], Any]:
-        def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+    def step(refresh: bool) -> Callable[[], object]:
+        def update(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
             updates, state = tx.update(
                 grads, state, params, refresh=refresh, accept=jnp.bool_(True)
             )
@@ -253,7 +253,7 @@ def bench_update(config: BenchConfig, name: str) -> Row:
 
         compiled = jax.jit(update, donate_argnums=(0, 1))
 
-        def run() -> Any:
+        def run() -> object:
             nonlocal params, state
             params, state = compiled(params, state, grads)
             return params

@@ -37,7 +37,7 @@ from train.records.plots import draw_runs
 from train.run.errors import run_errors
 from train.run.folder import check_folder, own_folder
 from train.run.loop import train
-from train.run.report import draw_measured, summarize, work_title
+from train.run.report import draw_run_subspaces, summarize, work_title
 from train.run.start import check_start, open_text, pinned
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
@@ -218,7 +218,7 @@ def conclude(configs: Sequence[Config], results: list[Result], folder: AnyPath) 
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))
         for config in configs:
-            draw_measured(config)
+            draw_run_subspaces(config)
         write_text(folder / "table.md", table(results) + "\n")
         print(table(results))
 

@@ -8,12 +8,12 @@ import grain
 import numpy as np
 
 from train.data.packed_windows import Windows
-from train.data.padded_windows import Row
+from train.data.padded_windows import Window
 
 Pieces = grain.MapDataset[np.ndarray]
 """Token arrays with random access: documents, or windows of token files."""
 
-Rows = grain.MapDataset[Row]
+WindowDataset = grain.MapDataset[Window]
 """Windows with random access, each with the same names and shapes."""
 
 Batches = grain.IterDataset[dict[str, np.ndarray]]
@@ -37,18 +37,18 @@ def packed_batches(
     return packed.batch(batch_size).map(lambda tokens: {"tokens": tokens[share]})
 
 
-def endless_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
+def endless_batches(rows: WindowDataset, batch_size: int, share: slice) -> Batches:
     """Endless batches of windows as they are, of which only the share is read."""
     return _batches(rows.repeat(), sys.maxsize // batch_size, batch_size, share)
 
 
-def finite_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
+def finite_batches(rows: WindowDataset, batch_size: int, share: slice) -> Batches:
     """The same, of each window once; the last is filled up with zeros."""
     return _batches(rows, -(-len(rows) // batch_size), batch_size, share)
 
 
-def _batches(rows: Rows, count: int, batch_size: int, share: slice) -> Batches:
-    there = cast(Sequence[Row], rows)
+def _batches(rows: WindowDataset, count: int, batch_size: int, share: slice) -> Batches:
+    there = cast(Sequence[Window], rows)
     size = len(range(batch_size)[share])
 
     def batch(step: int) -> dict[str, np.ndarray]:

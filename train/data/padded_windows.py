@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 from train.data.token_files import Span, TokenFile
 
-Row = dict[str, np.ndarray]
+Window = dict[str, np.ndarray]
 """One window of a batch."""
 
 _BLOCK = 2**22
 
 
-def document_window(tokens: np.ndarray, length: int, end: int) -> Row:
+def document_window(tokens: np.ndarray, length: int, end: int) -> Window:
     """A document as a window.
 
     It is what t5's tokenizer makes of a text under truncation and padding to a length,

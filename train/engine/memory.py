@@ -1,13 +1,14 @@
 """What a training step needs of a device's memory, as the compiler counts it."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from train.engine.optimizer import parted
-from train.engine.step import Work, dense
+from train.engine.step import TrainState, Work, dense
 
 GIB, MIB = 2**30, 2**20
 
@@ -32,12 +33,13 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(
-    work: Work, like: Any, compiled: jax.stages.Compiled | None
+    work: Work, like: TrainState, compiled: jax.stages.Compiled | None
 ) -> StepMemory:
     """The memory of a compiled step; `like` has the shapes of its (donated) state."""
     weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
     gradient = jax.eval_shape(partial(dense, work), like.params)
-    cuts = work.shards.shardings(like.step.sharding.mesh, gradient)
+    sharding = cast(NamedSharding, like.step.sharding)
+    cuts = work.shards.shardings(sharding.mesh, gradient)
     parts = parted(jax.tree.map(lambda x, cut: x.update(sharding=cut), gradient, cuts))
     at_once = work.model.num_layers if work.layerwise else 1
     gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)

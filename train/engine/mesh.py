@@ -13,7 +13,7 @@ from models import SIZES
 from train.config.config import Config
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
 """The axes that a batch is cut over: devices along "tensor" have the same rows."""
 
 
@@ -81,7 +81,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_row(mesh: Mesh) -> NamedSharding:
     """Shards the rows of a batch; devices along tensor have the same rows."""
-    return NamedSharding(mesh, P(ROWS))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -19,6 +19,9 @@ from train.config.methods import BASES, METHODS, call
 from train.config.ranks import check_ranks, parse_rank
 from train.engine.layer_metrics import check_measured, measured
 
+Tree = Any
+"""A pytree of arrays."""
+
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
 MATRICES = (
@@ -43,17 +46,17 @@ class Parts(NamedTuple):
     between that and a step for all. The rest: embedding, head and last norm.
     """
 
-    layers: Any
-    rest: Any
+    layers: Tree
+    rest: Tree
 
 
-def parted(params: Any) -> Parts:
+def parted(params: Tree) -> Parts:
     """Splits a tree like the weights into two; paths stay."""
     layers = {"layers": params["layers"]}
     return Parts(layers, {k: v for k, v in params.items() if k != "layers"})
 
 
-def joined(parts: Parts) -> Any:
+def joined(parts: Parts) -> Tree:
     """Undoes `parted`."""
     return {**parts.rest, **parts.layers}
 
@@ -150,7 +153,7 @@ def by_part(
     """Applies `method` to every layer separately, and to the rest."""
     layered = lro.training.per_layer(method)
 
-    def init(params: Any) -> Parts:
+    def init(params: optax.Params) -> Parts:
         parts = parted(params)
         with warnings.catch_warnings():
             # A low-rank method has nothing to project in the rest, as it should be.
@@ -159,8 +162,8 @@ def by_part(
         return Parts(layered.init(parts.layers), rest)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: Tree, state: Tree, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, Tree]:
         steps, weights = parted(updates), parted(params)
         done = Parts(
             layered.update(steps.layers, state.layers, weights.layers, **extra_args),
@@ -175,7 +178,7 @@ class GuardState(NamedTuple):
     """The number of skipped steps, () int32, and the inner state."""
 
     skipped: jax.Array
-    inner_state: Any
+    inner_state: optax.OptState
 
 
 def skip_not_finite(
@@ -189,17 +192,17 @@ def skip_not_finite(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> GuardState:
+    def init(params: optax.Params) -> GuardState:
         return GuardState(jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: Tree,
+        state: Tree,
+        params: Tree = None,
         *,
         accept: bool | jax.Array | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tree, Tree]:
         if accept is None:
             accept = jnp.isfinite(squared_norm(updates))
         steps, new = inner.update(updates, state.inner_state, params, **extra_args)
@@ -404,7 +407,7 @@ def make_method(
     return call(method.make, learning_rate, **options)
 
 
-def decayed(params: optax.Params) -> Any:
+def decayed(params: optax.Params) -> Tree:
     """True for the weights that decay: matrices and the embedding, not norm scales."""
 
     def decays(path: jax.tree_util.KeyPath, _: object) -> bool:

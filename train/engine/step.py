@@ -18,7 +18,7 @@ from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
 from train.config.sizes import large_layers
 from train.engine.layer_metrics import layer_metrics
-from train.engine.optimizer import Optimizer, Parts, joined, parted
+from train.engine.optimizer import Optimizer, Parts, Tree, joined, parted
 from train.engine.weight_sharding import Shards, look_up, shard_rows, sharded_weights
 
 Batch = dict[str, jax.Array]
@@ -42,8 +42,8 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: Tree
     until_refresh: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
@@ -74,18 +74,18 @@ class Work(NamedTuple):
         return Shards(self.optimizer.square, self.model.compute_dtype)
 
 
-def init_weights(work: Work, key: jax.Array) -> Any:
+def init_weights(work: Work, key: jax.Array) -> Params:
     """The weights before the first step, as stored."""
     return draw_params(work.model, key, partial(store_weights, work))
 
 
-def store_weights(work: Work, params: Any) -> Any:
+def store_weights(work: Work, params: Params) -> Params:
     """Stores weights, which may be stored in another way, as this work does."""
     weights = work.shards.shard(lro.weights.dense(params))
     return lro.weights.store(weights, work.weight_dtype)
 
 
-def init_state(work: Work, params: Any) -> TrainState:
+def init_state(work: Work, params: Params) -> TrainState:
     """The state before the first step; runs under jit and eval_shape."""
     # Arrays of their own: one in several places could not be donated.
     step, until, skipped, in_a_row = (jnp.zeros([], jnp.int32) for _ in range(4))
@@ -93,7 +93,7 @@ def init_state(work: Work, params: Any) -> TrainState:
     return TrainState(step, params, opt_state, until, skipped, in_a_row)
 
 
-def dense(work: Work, params: Any) -> Any:
+def dense(work: Work, params: Params) -> Params:
     """The weights as the model takes them."""
     return lro.weights.dense(params, work.model.compute_dtype)
 
@@ -135,14 +135,14 @@ def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array
     )
 
 
-def loss_sums(work: Work, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def loss_sums(work: Work, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sums of the weighted next-token cross-entropy, in nats, and of the weights.
 
     Two sums, so that a mean over several batches is exact: add up both, divide once.
     `params` are as stored, or as the model takes them.
     """
 
-    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return through_layer(work, dense(work, layer), x), None
 
     rest = dense(work, parted(params).rest)
@@ -185,8 +185,8 @@ class Taken(NamedTuple):
     """Loss, new weights and state, and squared gradient norm of a step."""
 
     loss: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: Tree
     squared: jax.Array
 
 
@@ -368,7 +368,9 @@ def layerwise_step(
     return Taken(loss, joined(new), Parts(done.state, rest_state), squared)
 
 
-def added(params: Any, updates: Any, layer: jax.Array | None, key: jax.Array) -> Any:
+def added(
+    params: Params, updates: Tree, layer: jax.Array | None, key: jax.Array
+) -> Params:
     """Adds updates to the weights; each layer rounds with its own key."""
     if layer is not None:
         key = jax.random.fold_in(key, layer)

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import Square, path_of, side_of
 from lowrank_optax.core.sharding import mesh_axes_of, shards_of
+from models import Params
 from models.cross_entropy import Spread
-from train.engine.mesh import ROWS
+from train.engine.mesh import BATCH_AXES
 
 IN, OUT = -2, -1
 
@@ -101,7 +102,7 @@ class Shards:
     square: Square
     dtype: str
 
-    def shardings(self, mesh: Mesh, params: Any) -> Any:
+    def shardings(self, mesh: Mesh | AbstractMesh, params: Params) -> Params:
         """A tree of shardings for the weights, stored or dense."""
 
         def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
@@ -115,7 +116,7 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
 
-    def gather(self, weights: Any) -> Any:
+    def gather(self, weights: Params) -> Params:
         """Gathers weights for their products; each gradient is sharded again."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
@@ -128,7 +129,7 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def shard(self, weights: Any) -> Any:
+    def shard(self, weights: Params) -> Params:
         """Shards a tree like the weights, or gradients, as weights are stored."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
@@ -137,7 +138,7 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def remarks(self, mesh: Mesh, weights: Any) -> list[str]:
+    def remarks(self, mesh: Mesh, weights: Params) -> list[str]:
         """Names the weights whose sides do not divide over the mesh."""
         parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
         for keys, w in jax.tree_util.tree_leaves_with_path(weights):
@@ -165,7 +166,7 @@ class Shards:
             specs_of_weight("head/kernel", kernel.shape, mesh.shape, self.square)
             or WeightSpecs()
         )
-        return Spread(shards_of(ROWS, mesh), ROWS, *specs)
+        return Spread(shards_of(BATCH_AXES, mesh), BATCH_AXES, *specs)
 
     def _specs(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> WeightSpecs | None:
         mesh = _sharding_mesh()
@@ -181,7 +182,7 @@ def sharded_weights() -> bool:
 
 def shard_rows(x: jax.Array) -> jax.Array:
     """(B, ...), each device with its rows."""
-    return _constrained(x, P(ROWS)) if sharded_weights() else x
+    return _constrained(x, P(BATCH_AXES)) if sharded_weights() else x
 
 
 def look_up(
@@ -241,7 +242,7 @@ def _sharding_mesh() -> Any:
     return mesh
 
 
-def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
+def _fitted(spec: P, x: Any, mesh: Mesh | AbstractMesh) -> P:
     """The spec without the axes that do not divide x."""
     entries = zip(spec, x.shape, strict=False)
     return P(*(e if size % shards_of(e, mesh) == 0 else None for e, size in entries))

@@ -13,9 +13,8 @@ import numpy as np
 from train.host.atomic import Appender
 from train.host.console import warn
 from train.host.paths import AnyPath
-from train.records.tensorboard import Board
+from train.records.tensorboard import Board, Record
 
-Record = dict[str, Any]
 Metrics = Mapping[str, jax.Array]
 
 

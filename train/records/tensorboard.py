@@ -4,7 +4,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboardX.proto import event_pb2
@@ -14,6 +14,8 @@ from upath import UPath
 
 from train.host.atomic import Appender
 from train.host.paths import AnyPath
+
+Record = dict[str, Any]
 
 Event: Any = event_pb2.Event  # type: ignore[attr-defined]  # made at run time
 SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
@@ -37,7 +39,7 @@ class Board:
             Event(wall_time=time.time(), step=purge_step, session_log=start),
         ]
 
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def append(self, records: Sequence[Record]) -> None:
         """Writes all records; OSError, and none is written, if there is no room."""
         if not isinstance(self.path, UPath):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ class Board:
         self._head = []
 
 
-def _event(record: Mapping[str, Any]) -> Any:
+def _event(record: Record) -> Any:
     event = Event(wall_time=time.time(), step=record["step"])
     for name, value in record.items():
         if name != "step" and value is not None:

@@ -24,6 +24,9 @@ from train.host.quiet import quiet
 from train.records.metrics import Record, is_healthy, read_metrics
 from train.run.checksum import checksums
 
+Position = dict[str, Any]
+"""The data iterator's state, and losses that no record has yet; as JSON."""
+
 
 class Restored(NamedTuple):
     """Where a run begins, or goes on.
@@ -138,7 +141,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             position=ocp.args.JsonSave(position),
-            checksums=ocp.args.JsonSave(_seals(state, position)),
+            checksums=ocp.args.JsonSave(_checksums_of(state, position)),
         )
         self._pending = step
         try:
@@ -148,7 +151,9 @@ class Checkpoints:
         except Exception as error:  # whatever class the file system's errors come in
             self._lost(error)
 
-    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Restored:
+    def restore(
+        self, step: int, like: TrainState, data: grain.DatasetIterator
+    ) -> Restored:
         """What was saved at `step`; puts the iterator where it was then.
 
         Args:
@@ -168,13 +173,13 @@ class Checkpoints:
         )
         saved = self._manager.restore(step, args=args)
         state, position = saved["state"], saved["position"]
-        if _seals(state, position) != saved["checksums"]:
+        if _checksums_of(state, position) != saved["checksums"]:
             raise ValueError("it does not hold what was saved")
         data.set_state(position["data"])
         return Restored(state, position["losses"])
 
     def restore_newest(
-        self, like: Any, data: grain.DatasetIterator, step: int | None = None
+        self, like: TrainState, data: grain.DatasetIterator, step: int | None = None
     ) -> Restored | None:
         """The newest that can be read; None if there is none at all.
 
@@ -255,13 +260,13 @@ class Checkpoints:
             self._open.close()
 
 
-def _seals(state: Any, position: Any) -> dict[str, Any]:
+def _checksums_of(state: TrainState, position: Position) -> dict[str, Any]:
     """By which it is known whether they are what was saved."""
     text = json.dumps(position, sort_keys=True)
     return {"state": checksums(state), "position": zlib.crc32(text.encode())}
 
 
-def seals_of(checkpoint: AnyPath) -> dict[str, Any]:
+def stored_checksums(checkpoint: AnyPath) -> dict[str, Any]:
     """What is kept in a checkpoint's folder to know that it is whole."""
     return json.loads((checkpoint / "checksums" / "metadata").read_text())
 

@@ -99,7 +99,7 @@ def _lock(folder: AnyPath, stack: ExitStack) -> None:
     stack.enter_context(filelock.FileLock(folder / "lock", blocking=False))
 
 
-def going_on(config: Config) -> Config:
+def resumed_if_there(config: Config) -> Config:
     """A config with a folder that says by `resume` what `resume_or_start` left open."""
     if not config.resume_or_start:
         return config

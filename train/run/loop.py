@@ -40,9 +40,9 @@ from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.start import weights_for
-from train.run.stored import keep_tokenizer
+from train.run.stored import store_tokenizer
 
-Rows = Mapping[str, np.ndarray]
+HostBatch = Mapping[str, np.ndarray]
 """This process' rows of a batch."""
 
 
@@ -61,7 +61,7 @@ class Program(NamedTuple):
 
     step: Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]
     loss_sums: LossSums
-    put: Callable[[Rows], Batch]
+    put: Callable[[HostBatch], Batch]
     refresh_every: int | None
     compile_s: float
     memory: dict[bool, StepMemory]
@@ -73,7 +73,7 @@ class Program(NamedTuple):
         return self.memory[min(self.memory)].peak
 
 
-class Around(NamedTuple):
+class Outputs(NamedTuple):
     """What a run writes to, and whom it listens to."""
 
     writer: MetricsWriter
@@ -115,7 +115,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
       StoppedError: by a signal.
     """
     folder: AnyPath = resolved(config, "out")
-    keep_tokenizer(folder, data.tokenizer)
+    store_tokenizer(folder, data.tokenizer)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
     with (
@@ -132,7 +132,9 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             f"{name}: compiling the training step of LLaMA-{config.model.size}, "
             f"{config.batch_size} x {config.seq_len} tokens ..."
         )
-        program = build_program(config, mesh, work, like, kinds, beside(config, work))
+        program = build_program(
+            config, mesh, work, like, kinds, adamw_work(config, work)
+        )
         say(f"{name}: compiled in {program.compile_s:.1f} s")
         batches = iter(data.train)
         begun = checkpoints.restore_newest(like, batches, config.resume_from)
@@ -144,8 +146,8 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             Progress(name, start, config.steps) as progress,
             Stop() as stop,
         ):
-            around = Around(writer, checkpoints, progress, stop)
-            state = fit(config, program, begun, batches, data.evaluation, around)
+            outputs = Outputs(writer, checkpoints, progress, stop)
+            state = fit(config, program, begun, batches, data.evaluation, outputs)
     return Trained(state, work, program, checkpoints.unsaved)
 
 
@@ -162,8 +164,8 @@ def work_of(config: Config, key: jax.Array) -> Work:
 
 
 def initial(
-    work: Work, mesh: Mesh, given: Callable[[], Any] | None = None
-) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    work: Work, mesh: Mesh, given: Callable[[], Params] | None = None
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """What makes the first state from a key, and the state's shapes and shardings.
 
     It is cut as it is made. The key draws the weights, if there is no function that
@@ -185,7 +187,7 @@ def initial(
     return make, like
 
 
-def like_of(work: Work, mesh: Mesh) -> Any:
+def like_of(work: Work, mesh: Mesh) -> TrainState:
     """The shapes of a `TrainState`, and their shardings; allocates nothing."""
     params = jax.eval_shape(partial(init_weights, work), jax.random.key(0))
     weights = jax.eval_shape(partial(dense, work), params)
@@ -203,7 +205,7 @@ def like_of(work: Work, mesh: Mesh) -> Any:
     )
 
 
-def beside(config: Config, work: Work) -> Work | None:
+def adamw_work(config: Config, work: Work) -> Work | None:
     """The same work with AdamW, gradients first; None if that is what it is."""
     if config.optimizer.name == "adamw" and not work.layerwise:
         return None
@@ -218,7 +220,7 @@ def build_program(
     config: Config,
     mesh: Mesh,
     work: Work,
-    like: Any,
+    like: TrainState,
     kinds: Iterable[bool],
     adamw: Work | None = None,
 ) -> Program:
@@ -232,14 +234,14 @@ def build_program(
     lowered: dict[Any, jax.stages.Lowered] = {
         refresh: lower_step(config, mesh, work, like, refresh) for refresh in kinds
     }
-    like_adamw = None if adamw is None else like_of(adamw, mesh)
-    if adamw is not None and jax.default_backend() != "cpu":
-        lowered["adamw"] = lower_step(config, mesh, adamw, like_adamw, False)
+    beside = None if adamw is None else (adamw, like_of(adamw, mesh))
+    if beside is not None and jax.default_backend() != "cpu":
+        lowered["adamw"] = lower_step(config, mesh, *beside, False)
     with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
         )
-    beside_it = compiled.pop("adamw", None)
+    of_adamw = compiled.pop("adamw", None)
     seconds = time.perf_counter() - start
 
     cuts = jax.tree.map(lambda x: x.sharding, like.params)
@@ -254,12 +256,12 @@ def build_program(
         refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
         memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
-        adamw=adamw and step_memory(adamw, like_adamw, beside_it),
+        adamw=beside and step_memory(*beside, of_adamw),
     )
 
 
 def lower_step(
-    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
+    config: Config, mesh: Mesh, work: Work, like: TrainState, refresh: bool
 ) -> jax.stages.Lowered:
     """The training step for states like `like_of(work, mesh)`, to be compiled.
 
@@ -288,8 +290,8 @@ def fit(
     program: Program,
     begun: Restored,
     batches: grain.DatasetIterator,
-    evaluation: Iterable[Rows],
-    around: Around,
+    evaluation: Iterable[HostBatch],
+    outputs: Outputs,
 ) -> TrainState:
     """Take the steps that are left.
 
@@ -297,7 +299,7 @@ def fit(
     waits where it writes a record, and then for the record before, and at a refresh
     for whether it was accepted: if not, it asks again at the next step.
     """
-    writer, checkpoints, progress, stop = around
+    writer, checkpoints, progress, stop = outputs
     report, last, state = config.report, config.steps, begun.state
     start = int(state.step)
     meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
@@ -352,7 +354,7 @@ def is_due(step: int, every: int, last: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> Record:
+def evaluate(program: Program, params: Params, batches: Iterable[HostBatch]) -> Record:
     """Mean loss over all held-out tokens, in nats: sums first, one division.
 
     And of how many batches.

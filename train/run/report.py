@@ -88,7 +88,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         write_text(folder / "memory.txt", memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
-        draw_measured(config)
+        draw_run_subspaces(config)
     why = "there is no tokenizer"
     if config.report.sample_tokens == 0:
         why = "none was asked for (--sample-tokens 0)"
@@ -109,7 +109,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     )
 
 
-def draw_measured(config: Config) -> None:
+def draw_run_subspaces(config: Config) -> None:
     """Draw subspace.png of a resolved config's run, if it measures anything."""
     if measures(config.optimizer):
         folder: AnyPath = resolved(config, "out")

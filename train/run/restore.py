@@ -1,7 +1,7 @@
 """A run's checkpoint in use: in a notebook, as the start of a new run, for text."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,18 +14,18 @@ from train.config.config import Config, model_config
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.paths import AnyPath, for_orbax
 from train.host.quiet import quiet
-from train.run.checkpoint import brief, seals_of
+from train.run.checkpoint import brief, stored_checksums
 from train.run.checksum import checksums
 from train.run.stored import (
     checked_step,
-    kept_tokenizer,
     read_config,
     run_and_step,
     saved_steps,
+    stored_tokenizer,
 )
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """What a run has learnt.
 
     Attributes:
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(folder: str | AnyPath, step: int | None = None) -> Run:
+def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
     """A run as one of its checkpoints has it; changes nothing in its folder.
 
     The devices may be others than those it was trained on, and the run may still be
@@ -72,11 +72,11 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> Run:
     weights = lro.weights.dense(
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
-    kept = kept_tokenizer(folder)
-    return Run(config, model, weights, kept and open_tokenizer(kept), step)
+    kept = stored_tokenizer(folder)
+    return LoadedRun(config, model, weights, kept and open_tokenizer(kept), step)
 
 
-def load_weights(folder: AnyPath, step: int) -> Any:
+def load_weights(folder: AnyPath, step: int) -> Params:
     """The weights of a checkpoint as they are kept, in the host's memory.
 
     Raises:
@@ -100,7 +100,7 @@ def load_weights(folder: AnyPath, step: int) -> Any:
             weights = checkpointer.restore(for_orbax(path) / "state", args=restore)[
                 "params"
             ]
-            whole = seals_of(path)["state"]
+            whole = stored_checksums(path)["state"]
         except Exception as error:  # damaged files give errors of every class
             raise _damaged(folder, step, brief(error)) from error
     found = checksums(weights)

@@ -1,11 +1,11 @@
 """How a run starts: its data, its tokenizer, and the weights it starts from."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from models import Params
 from train.config.config import Config, resolved
 from train.data.dataset import Data, open_data
 from train.data.tokenizer import Tokenizer, open_tokenizer
@@ -13,10 +13,10 @@ from train.host.paths import AnyPath, to_path
 from train.run.restore import load_weights
 from train.run.stored import (
     checked_step,
-    kept_tokenizer,
     read_config,
     run_and_step,
     saved_steps,
+    stored_tokenizer,
 )
 
 
@@ -66,7 +66,7 @@ def tokenizer_file(config: Config) -> str | None:
     Raises:
       ValueError: a run that goes on is given another tokenizer than its own.
     """
-    own = kept_tokenizer(resolved(config, "out")) if config.resume else None
+    own = stored_tokenizer(resolved(config, "out")) if config.resume else None
     given = config.data.tokenizer and to_path(config.data.tokenizer)
     if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
         raise ValueError(
@@ -74,7 +74,7 @@ def tokenizer_file(config: Config) -> str | None:
             f"{own}: put that back, or leave it out"
         )
     if own is None and config.data.tokenizer is None and config.init_from is not None:
-        own = kept_tokenizer(run_and_step(config.init_from)[0])
+        own = stored_tokenizer(run_and_step(config.init_from)[0])
     return config.data.tokenizer if own is None else str(own)
 
 
@@ -101,7 +101,7 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
             )
-    kept = kept_tokenizer(folder)
+    kept = stored_tokenizer(folder)
     if kept is None or tokenizer is None:
         if jax.process_index() == 0:
             print(
@@ -115,7 +115,7 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def weights_for(config: Config) -> Any:
+def weights_for(config: Config) -> Params:
     """The weights that `init_from` of a pinned config names, in the host's memory.
 
     They are as that run kept them.

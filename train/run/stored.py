@@ -51,14 +51,14 @@ def read_config(folder: AnyPath) -> Config:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def kept_tokenizer(folder: AnyPath) -> AnyPath | None:
+def stored_tokenizer(folder: AnyPath) -> AnyPath | None:
     """The file of a run's tokenizer, if it has one."""
     found = (folder / f"tokenizer{suffix}" for suffix in (".json", ".model"))
     return next((path for path in found if path.is_file()), None)
 
 
-def keep_tokenizer(folder: AnyPath, tokenizer: Tokenizer | None) -> None:
+def store_tokenizer(folder: AnyPath, tokenizer: Tokenizer | None) -> None:
     """Make a tokenizer a run's, unless it has one: process 0 writes a file of it."""
-    if tokenizer is None or jax.process_index() or kept_tokenizer(folder):
+    if tokenizer is None or jax.process_index() or stored_tokenizer(folder):
         return
     write_bytes(folder / f"tokenizer{tokenizer.suffix}", tokenizer.content)
