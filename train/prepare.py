@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +60,9 @@ documents and tokens, what was skipped and where. The number of workers changes 
 it. A command that was stopped, or killed, goes on where it was if it is run again: a
 shard that is done, and whose input is what it was, is not done again."""
 
+Json = dict[str, Any]
+"""A JSON object: the manifest, or a line of the journal."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
@@ -107,7 +110,7 @@ class PrepareConfig:
         check_numbers(self, positive=numbers)
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
+def prepare(config: PrepareConfig) -> Json:
     """Tokenize what is not done yet; the manifest of it all.
 
     Raises:
@@ -202,7 +205,7 @@ class Journal:
         content = content[: content.rfind(b"\n") + 1]  # a line may have been cut short
         try:
             asked, *rows = map(json.loads, content.splitlines()) if content else [{}]
-            self._rows: dict[str, Any] = {row["file"]: row for row in rows}
+            self._rows: Json = {row["file"]: row for row in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}): remove it, to begin again"
@@ -213,7 +216,7 @@ class Journal:
         if not content:
             self._append(self._asked)
 
-    def _check(self, asked: Mapping[str, Any], path: Path) -> None:
+    def _check(self, asked: Json, path: Path) -> None:
         different = [k for k, v in self._asked.items() if asked.get(k) != v]
         if different:
             raise ValueError(
@@ -221,7 +224,7 @@ class Journal:
                 "same, or another folder to --out"
             )
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Json) -> None:
         self._lines.append(json.dumps(row).encode() + b"\n")
 
     def has(self, shard: TextShard, given: Fingerprint) -> bool:
@@ -243,7 +246,7 @@ class Journal:
         self._append(row)
         self._rows[name] = row
 
-    def manifest(self, shards: Sequence[TextShard]) -> dict[str, Any]:
+    def manifest(self, shards: Sequence[TextShard]) -> Json:
         """All of it."""
         rows = [self._rows[token_file(shard, self._job).name] for shard in shards]
         names = ("documents", "tokens", "skipped")
@@ -300,7 +303,7 @@ class Progress:
             )
 
 
-def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
+def conclusion(config: PrepareConfig, manifest: Json) -> str:
     """What there is now, and how to train on it."""
     out, kind = Path(config.out).expanduser(), manifest["tokenizer"]
     suffix = ".u16" if kind["vocab_size"] <= 2**16 else ".u32"

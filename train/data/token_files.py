@@ -26,9 +26,9 @@ _NPY_HEADER = 2**12
 class TokenFile:
     """A vector of token ids in a file; a slice reads it and checks its ids.
 
-    Reads go through the file system, or to the bucket, each time, for a memory map of a
-    file that is cut short meanwhile would end the process. A compressed file's content
-    is held instead.
+    Every read goes to the file system or the bucket: a memory map of a file that is
+    truncated meanwhile would end the process. The content of a compressed file is held
+    in memory.
 
     Raises:
       ValueError: from a slice, if the file has become shorter or cannot be read, or
@@ -114,7 +114,7 @@ class TokenFile:
 
 @functools.lru_cache(maxsize=128)
 def _opened(file: TokenFile) -> io.FileIO:
-    """Kept open for the next window; few enough for the limit on open files."""
+    """Stays open for the next window; few enough for the limit on open files."""
     return io.FileIO(str(file.path))
 
 
@@ -133,8 +133,8 @@ def open_tokens(
 
     `.u16` and `.bin` hold little-endian uint16, `.u32` uint32, `.npy` a vector of
     either; raw files may be compressed (`.gz`, `.xz`, `.zst`) and are then held in
-    memory. Ids are checked here, in part only where files are larger than 2**28 tokens
-    together, and again as they are read. Without a `vocab_size` all are, for the
+    memory. Ids are checked here, a sample of them if the files hold more than 2**28
+    tokens, and again as they are read. Without a `vocab_size` all are checked, for the
     largest one.
 
     Raises:
@@ -218,7 +218,7 @@ def count_tokens(spans: Iterable[Span]) -> int:
 
 
 def split_tokens(spans: Sequence[Span], held_out: int) -> tuple[list[Span], list[Span]]:
-    """Cut the last `held_out` tokens off the files' end: (training, held-out) parts."""
+    """Splits the files' last `held_out` tokens off: (training, held-out) parts."""
     training: list[Span] = []
     held: list[Span] = []
     for span in reversed(spans):

@@ -137,16 +137,16 @@ def open_tokenizer(path: str | AnyPath) -> Tokenizer:
 def train_tokenizer(
     documents: Iterable[str], *, vocab_size: int, cache_dir: str | None = None
 ) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; every text round-trips exactly.
+    """Trains a byte-level BPE of at most `vocab_size` tokens; texts round-trip exactly.
 
     It is trained on the first documents that make up 32 Mi characters, words longer
-    than 1,000 cut into such (a merge takes the square of a word's length). The same
-    documents give the same tokenizer; it is kept in `cache_dir` (by default
-    `lowrank_optax` in the user's cache folder) under a hash of what it was trained on.
+    than 1,000 split (a merge takes the square of a word's length). The same documents
+    give the same tokenizer; it is stored in `cache_dir` (by default `lowrank_optax` in
+    the user's cache folder) under a hash of its training text.
 
     Raises:
-      ValueError: `vocab_size` cannot hold the 256 bytes and the end token, or the
-        cache folder cannot be written.
+      ValueError: `vocab_size` cannot hold the 256 bytes and the end token, or the cache
+        folder cannot be written.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -203,7 +203,7 @@ def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Pa
 
 
 def _write_atomically(path: Path, content: str) -> None:
-    """Several processes may write the same path at once; each write is whole."""
+    """Several processes may write the same path at once; each write is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

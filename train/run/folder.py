@@ -30,6 +30,8 @@ FREE += ("data.bad_lines",)
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
 
+Json = dict[str, Any]
+
 
 @contextmanager
 def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
@@ -142,7 +144,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def _stored(path: AnyPath) -> dict[str, Any]:
+def _stored(path: AnyPath) -> Json:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -152,9 +154,7 @@ def _stored(path: AnyPath) -> dict[str, Any]:
         ) from error
 
 
-def check_same_run(
-    stored: dict[str, Any], given: dict[str, Any], path: AnyPath
-) -> None:
+def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
@@ -182,7 +182,7 @@ def check_same_run(
         )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Json, prefix: str = "") -> Json:
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
