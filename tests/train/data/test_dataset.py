@@ -342,7 +342,7 @@ def test_a_document_that_became_shorter_cannot_be_resumed():
 
 
 def test_a_stream_of_nothing_ends(monkeypatch):
-    monkeypatch.setattr(train.packing, "_EMPTY_IN_A_ROW", 50)
+    monkeypatch.setattr(train.data.packed_windows, "_EMPTY_IN_A_ROW", 50)
     pieces = grain.MapDataset.source([np.arange(0)]).repeat()
     with pytest.raises(ValueError, match="50 documents in a row hold no token"):
         next(iter(Windows(pieces.to_iter_dataset(), 8)))

@@ -77,7 +77,7 @@ def test_documents_of_token_files_end_with_their_end_token(
         expected += [piece for piece in pieces if piece]
     spans, _ = open_tokens(f"{folder}/*.u16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.padded, "_BLOCK", block)
+        patch.setattr(train.data.padded_windows, "_BLOCK", block)
         documents = TokenDocuments(spans, END, longest=7)
     found = [document.tolist() for document in documents]
     assert found == [document[:7] for document in expected]

@@ -220,7 +220,7 @@ def test_a_loss_that_stays_nan_stops_the_run(flags, tmp_path, monkeypatch):
         loss, weight = loss_sums(work, params, batch)
         return loss * jnp.log(-params["norm"]["scale"][0]), weight
 
-    monkeypatch.setattr(train.step, "loss_sums", poisoned)
+    monkeypatch.setattr(train.engine.step, "loss_sums", poisoned)
     argv = ("--optimizer", "adamw", "--max-skipped", "3", "--log-every", "2")
     with pytest.raises(SystemExit, match=r"error: step 4: 4 steps in a row"):
         main([*flags, *argv, "--out", str(tmp_path)])
@@ -284,7 +284,7 @@ def test_a_sample_that_fails_leaves_all_the_rest(
     def fail(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
 
-    monkeypatch.setattr(train.report, "continued", fail)
+    monkeypatch.setattr(train.run.report, "continued", fail)
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for name in ("summary.json", "memory.txt", "loss.png", "sample.txt"):
@@ -344,7 +344,7 @@ def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):
         titles.append((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()))
         save(figure, axes, path)
 
-    monkeypatch.setattr(train.picture, "_save", keep)
+    monkeypatch.setattr(train.records.plots, "_save", keep)
     records = [{"step": 1, "loss": 4.0, "eval_loss": 4.5}, {"step": 9, "loss": 3.0}]
     config = resolve(Config())
     work = work_title(config)
