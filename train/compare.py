@@ -112,10 +112,10 @@ class Comparison:
 
 
 def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
-    """A resolved config for each optimizer; they differ in optimizer and folder only.
+    """A resolved config for each optimizer; only optimizer and folder differ.
 
     Raises:
-      ValueError: if two of them are the same.
+      ValueError: two of them are the same.
     """
     report = dataclasses.replace(comparison.work.report, checkpoint_every=0)
     configs = {}
@@ -131,11 +131,11 @@ def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
 
 
 def run(config: Config, data: Data, mesh: Mesh) -> Result:
-    """Train; one result in the form of a published-optimizer benchmark line.
+    """Trains; one result in the form of a published-optimizer benchmark line.
 
-    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the
-    first one, `peak_gib` is what the compiled step needs on one device, and `curve`
-    holds (steps done, training loss since the point before).
+    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the first
+    one, `peak_gib` is what the compiled step needs on one device, and `curve` holds
+    (steps done, training loss since the point before).
     """
     name = title(config.optimizer)
     try:
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def conclude(configs: Sequence[Config], results: list[Result], folder: AnyPath) -> None:
-    """Write and print the table, and draw the losses, of runs that have ended."""
+    """Writes and prints the table, and draws the losses, of finished runs."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))

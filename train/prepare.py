@@ -1,4 +1,4 @@
-"""Text to token files, once: `python -m train.prepare --help`.
+"""Turns text into token files, once: `python -m train.prepare --help`.
 
 Worker processes import this module: it imports no JAX.
 """
@@ -111,10 +111,10 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> Json:
-    """Tokenize what is not done yet; the manifest of it all.
+    """Tokenizes what is not done yet; returns the manifest.
 
     Raises:
-      BlockingIOError: another is at work in the folder.
+      BlockingIOError: another command is at work in the folder.
       ChildProcessError: a worker was ended from outside.
       FileNotFoundError, ModuleNotFoundError: a source, or the package it needs.
       OSError: a file cannot be written.
@@ -155,14 +155,14 @@ def prepare(config: PrepareConfig) -> Json:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     there = getattr(os, "sched_getaffinity", None)  # not on a Mac
     return len(there(0)) if there else os.cpu_count() or 1
 
 
 @contextmanager
 def _own(out: Path) -> Iterator[None]:
-    """Make the folder, and see to it that no other works in it."""
+    """Makes the folder, and locks it."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / "lock", blocking=False):
@@ -187,10 +187,10 @@ def _check_nothing_else(shards: Sequence[TextShard], job: Job) -> None:
 
 
 class Journal:
-    """Which shards are done, in `shards.jsonl`: a line for what was asked, then each's.
+    """The finished shards, in `shards.jsonl`: a line for the options, then one a shard.
 
     Raises:
-      ValueError: what is there was asked otherwise, or cannot be read.
+      ValueError: the file has other options, or cannot be read.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
@@ -228,7 +228,7 @@ class Journal:
         self._lines.append(json.dumps(row).encode() + b"\n")
 
     def has(self, shard: TextShard, given: Fingerprint) -> bool:
-        """Whether the shard is done, of this input, and its token file there."""
+        """Whether the shard is done, from this input, and its token file there."""
         path = token_file(shard, self._job)
         row = self._rows.get(path.name)
         if row is None or row["input"] != given:
@@ -240,14 +240,14 @@ class Journal:
         return size == width * row["tokens"]
 
     def write(self, shard: TextShard, given: Fingerprint, counts: Counts) -> None:
-        """Note that it is done."""
+        """Records that a shard is done."""
         name = token_file(shard, self._job).name
         row = {"file": name, "input": given, **counts._asdict()}
         self._append(row)
         self._rows[name] = row
 
     def manifest(self, shards: Sequence[TextShard]) -> Json:
-        """All of it."""
+        """The options, the totals, and a row for each shard."""
         rows = [self._rows[token_file(shard, self._job).name] for shard in shards]
         names = ("documents", "tokens", "skipped")
         totals = {name: sum(row[name] for row in rows) for name in names}
@@ -255,7 +255,7 @@ class Journal:
 
 
 class Progress:
-    """What is seen meanwhile: a bar on a terminal, lines elsewhere."""
+    """Shows progress: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, shards: int, left: int, out: Path):
         self._shards, self._documents, self._tokens = shards, 0, 0
@@ -275,11 +275,11 @@ class Progress:
         )
 
     def advance(self, part: float) -> None:
-        """A further part of a shard is done."""
+        """Counts a further part of a shard."""
         self._bar.update(min(part, self._shards - self._bar.n))  # a sum of fractions
 
     def done(self, counts: Counts) -> None:
-        """A shard is done."""
+        """Counts a finished shard."""
         self._done += 1
         self._documents += counts.documents
         self._tokens += counts.tokens

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -13,6 +12,7 @@ from typing import ClassVar, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from train.host.atomic import write_text
 from train.host.paths import AnyPath, to_path
 
 _END = "<|endoftext|>"
@@ -167,7 +167,7 @@ def train_tokenizer(
             show_progress=sys.stderr.isatty(),
         )
         tokenizer.train_from_iterator(_short_words(sample), trainer, length=len(sample))
-        _write_atomically(path, tokenizer.to_str())
+        _store(path, tokenizer.to_str())
     return open_tokenizer(path)
 
 
@@ -202,15 +202,11 @@ def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Pa
     return folder / f"bpe-{digest.hexdigest()[:32]}.json"
 
 
-def _write_atomically(path: Path, content: str) -> None:
+def _store(path: Path, content: str) -> None:
     """Several processes may write the same path at once; each write is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        write_text(path, content)
     except OSError as error:
         raise ValueError(
             f"the tokenizer cannot be kept in {path.parent} ({error}): free space or "

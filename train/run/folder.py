@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and that one run at a time is at work in it."""
+"""The folder of a run: whether a run may use it, one run at a time."""
 
 import dataclasses
 import json
@@ -35,13 +35,13 @@ Json = dict[str, Any]
 
 @contextmanager
 def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
-    """Make a resolved config's folder this run's own until the block ends.
+    """Reserves a resolved config's folder for this run until the block ends.
 
-    Kept there: the config and the fingerprint of the data, by which a run that is
-    resumed is known to be the same. The lock is the operating system's (flock): one
-    that a dead process held is free. On NFS it is as good as the server's locks (not
-    tried); in a bucket, and on a file system without any, two runs are not kept apart,
-    and a line says so. Process 0 does it for all.
+    It stores the config and the fingerprint of the data, which identify a run that is
+    resumed. The lock is the operating system's (flock): that of a dead process is free.
+    On NFS it is as good as the server's locks (not tried); in a bucket, and on a file
+    system without locks, two runs are not kept apart, and a line says so. Process 0
+    acts for all.
 
     Args:
       config: of the run.
@@ -49,8 +49,7 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another run is at work in the folder.
-      OSError, ValueError: as `check_folder`; and `resume`, but the data has changed:
-        the message names what.
+      OSError, ValueError: as `check_folder`; or `resume`, but the data has changed.
     """
     problem: Exception | None = None
     with ExitStack() as stack:
@@ -94,7 +93,7 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
 
 
 def _lock(folder: AnyPath, stack: ExitStack) -> None:
-    """Make it, and hold its lock; NotImplementedError where there are none."""
+    """Makes the folder and holds its lock; NotImplementedError if it has no locks."""
     if isinstance(folder, UPath):
         raise NotImplementedError
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def _lock(folder: AnyPath, stack: ExitStack) -> None:
 
 
 def resumed_if_there(config: Config) -> Config:
-    """A config with a folder that says by `resume` what `resume_or_start` left open."""
+    """Sets `resume` for `resume_or_start`: whether the folder holds a run."""
     if not config.resume_or_start:
         return config
     path = resolved(config, "out") / "config.json"
@@ -114,12 +113,12 @@ def resumed_if_there(config: Config) -> Config:
 
 
 def check_folder(config: Config) -> None:
-    """Whether a resolved config may run in its folder; changes nothing.
+    """Checks whether a resolved config may run in its folder; changes nothing.
 
     Raises:
       FileExistsError: a new run, but the folder holds one already.
-      FileNotFoundError: `resume`, but the folder holds no run; or what one leaves, but
-        not its config.
+      FileNotFoundError: `resume`, but the folder holds no run, or a run without its
+        config.
       ValueError: `resume`, but the run there has another configuration; the message
         names the fields.
     """

@@ -1,4 +1,4 @@
-"""A run's checkpoint in use: in a notebook, as the start of a new run, for text."""
+"""Weights from a run's checkpoint: for a notebook, a new run, or text."""
 
 from functools import partial
 from typing import NamedTuple
@@ -26,14 +26,13 @@ from train.run.stored import (
 
 
 class LoadedRun(NamedTuple):
-    """What a run has learnt.
+    """A trained model.
 
     Attributes:
       config: the run's own, resolved.
       model: the shape of its LLaMA.
       weights: on the default device, as `models.forward` and `models.generate` take
-        them; those kept in int8 are in the model's compute dtype, others as they are
-        kept.
+        them; int8 weights are in the model's compute dtype, others as stored.
       tokenizer: the run's; None if it was trained on token files without one.
       step: how many steps were done.
     """
@@ -46,10 +45,9 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
-    """A run as one of its checkpoints has it; changes nothing in its folder.
+    """Loads a run from one of its checkpoints; changes nothing in its folder.
 
-    The devices may be others than those it was trained on, and the run may still be
-    going on.
+    The devices may differ from those of the training, and the run may be going on.
 
     Args:
       folder: the run's folder, the trainer's `--out`; "FOLDER@STEP" names the step too.
@@ -77,7 +75,7 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
 
 
 def load_weights(folder: AnyPath, step: int) -> Params:
-    """The weights of a checkpoint as they are kept, in the host's memory.
+    """Loads a checkpoint's weights as stored, into the host's memory.
 
     Raises:
       ValueError: it is damaged.

@@ -1,4 +1,4 @@
-"""How a run starts: its data, its tokenizer, and the weights it starts from."""
+"""The start of a run: its data, its tokenizer, and its first weights."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from train.run.stored import (
 
 
 def open_text(config: Config) -> Data:
-    """The data of a resolved config, this process' share of it."""
+    """Opens the data of a resolved config, this process' share of it."""
     return open_data(
         dataclasses.replace(config.data, tokenizer=tokenizer_file(config)),
         seq_len=config.seq_len,
@@ -36,7 +36,7 @@ def open_text(config: Config) -> Data:
 def pinned(config: Config) -> Config:
     """A resolved config whose `init_from` names the step, as a run stores it.
 
-    Which is the newest one may change: a run that is resumed has the one of its start.
+    The newest checkpoint may change; a run that is resumed needs the one of its start.
 
     Raises:
       FileNotFoundError: the folder holds no run, or no such checkpoint.
@@ -60,11 +60,11 @@ def pinned(config: Config) -> Config:
 def tokenizer_file(config: Config) -> str | None:
     """The tokenizer that a resolved and pinned config names, or inherits.
 
-    A run that goes on has its own, if the file that it was given is gone; one that
-    begins with another's weights has that one's, unless it names one.
+    A resumed run has its own, if the file that it was given is gone. A run that starts
+    with another's weights has that run's, unless it names one.
 
     Raises:
-      ValueError: a run that goes on is given another tokenizer than its own.
+      ValueError: a resumed run is given another tokenizer than its own.
     """
     own = stored_tokenizer(resolved(config, "out")) if config.resume else None
     given = config.data.tokenizer and to_path(config.data.tokenizer)
@@ -79,9 +79,9 @@ def tokenizer_file(config: Config) -> str | None:
 
 
 def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Whether a run can begin with the weights that it names, in a model of its shape.
+    """Checks whether a run can start with the weights that `init_from` names.
 
-    Says so if it cannot tell whether both have the same tokenizer.
+    It prints a line if it cannot tell whether both runs have the same tokenizer.
 
     Raises:
       FileNotFoundError: there are no such weights.
@@ -116,9 +116,6 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def weights_for(config: Config) -> Params:
-    """The weights that `init_from` of a pinned config names, in the host's memory.
-
-    They are as that run kept them.
-    """
+    """Loads the weights that `init_from` of a pinned config names, as stored."""
     folder, step = run_and_step(resolved(config, "init_from"))
     return load_weights(folder, checked_step(folder, step))
