@@ -62,11 +62,11 @@ class BenchConfig:
       rank: dimension of the subspaces, as the trainer takes it.
       optimizers: which, beside adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
-      weight_dtype: how weights are kept.
-      basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
+      weight_dtype: how weights are stored.
+      basis_dtype: dtype of a basis that an optimizer's name has (galore+svd).
       remat: what the backward pass recomputes.
       precision: of the products with the basis, as the trainer takes it.
-      mesh: over which devices weights are cut; memory is that of one device.
+      mesh: over which devices weights are sharded; memory is that of one device.
       steps: ordinary steps in a timing; the median of three timings counts.
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.

@@ -70,7 +70,7 @@ class Watched(ReportConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SharedWork(Config):
-    """The work: what is trained, on how much, and where it is kept.
+    """The work: what is trained, on how much, and where it is stored.
 
     Attributes:
       out: folder of the comparison. Default: runs/compare.

@@ -36,9 +36,9 @@ def document_window(tokens: np.ndarray, length: int, end: int) -> Window:
       document_window(np.array([7, 1]), 3, end=1)["weights"]  # [1, 1, 0]
     """
     row = {"tokens": np.zeros(length, np.int32), "weights": np.zeros(length, "f4")}
-    kept = tokens[:length]
-    row["tokens"][: len(kept)] = kept
-    row["weights"][: len(kept)] = 1
+    taken = tokens[:length]
+    row["tokens"][: len(taken)] = taken
+    row["weights"][: len(taken)] = 1
     if len(tokens) > length:
         row["tokens"][-1] = end
     return row

@@ -31,7 +31,7 @@ from train.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from train.host.console import warn
 
 _HELD_OUT_PIECE = 2**16
-"""Tokens of held-out files to read at a time; how they are cut does not matter."""
+"""Tokens of held-out files to read at a time; how they are split does not matter."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DataConfig:
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
         documents spread evenly over the source, or the last tokens of token files
         in packed windows.
-      windows: packed: documents joined, and cut into windows of seq_len tokens;
+      windows: packed: documents joined, and split into windows of seq_len tokens;
         documents: a window has one, cut off after seq_len tokens, of which the last is
         then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
         have it). Tokens that are counted, as in tokens/s, include padding. Token files

@@ -80,7 +80,7 @@ class TokenFile:
         if len(content) < count:
             raise ValueError(
                 f"{self.path} has {size} bytes, but had at least {end} when it was "
-                "opened: put the whole file back and resume"
+                "opened: put the complete file back and resume"
             )
         return content
 
@@ -144,18 +144,18 @@ def open_tokens(
     """
     files = [_open(path, vocab_size) for path in find_files(source)]
     spans = [Span(file, 0, len(file)) for file in files]
-    blocks = list(_blocks_to_check(files, whole=vocab_size is None))
+    blocks = list(_blocks_to_check(files, complete=vocab_size is None))
     bar = tqdm(blocks, "checking tokens", disable=None, delay=1, leave=False)
     largest = max(int(file[start : start + _BLOCK].max()) for file, start in bar)
     return spans, largest + 1 if vocab_size is None else vocab_size
 
 
 def _blocks_to_check(
-    files: Sequence[TokenFile], whole: bool
+    files: Sequence[TokenFile], complete: bool
 ) -> Iterator[tuple[TokenFile, int]]:
     """Blocks of each file and where they start: all, or evenly spread ones."""
     total = sum(-(-len(file) // _BLOCK) for file in files)
-    every = 1 if whole else -(-total // _CHECKED_BLOCKS)
+    every = 1 if complete else -(-total // _CHECKED_BLOCKS)
     for file in files:
         starts = range(0, len(file), _BLOCK * every)
         yield from ((file, start) for start in starts)
@@ -222,10 +222,10 @@ def split_tokens(spans: Sequence[Span], held_out: int) -> tuple[list[Span], list
     training: list[Span] = []
     held: list[Span] = []
     for span in reversed(spans):
-        cut = max(span.stop - held_out, span.start)
-        held_out -= span.stop - cut
-        training.insert(0, span._replace(stop=cut))
-        held.insert(0, span._replace(start=cut))
+        border = max(span.stop - held_out, span.start)
+        held_out -= span.stop - border
+        training.insert(0, span._replace(stop=border))
+        held.insert(0, span._replace(start=border))
     return training, held
 
 

@@ -39,20 +39,22 @@ def step_memory(
     weights, state = tree_bytes(like.params), tree_bytes(like.opt_state)
     gradient = jax.eval_shape(partial(dense, work), like.params)
     sharding = cast(NamedSharding, like.step.sharding)
-    cuts = work.shards.shardings(sharding.mesh, gradient)
-    parts = parted(jax.tree.map(lambda x, cut: x.update(sharding=cut), gradient, cuts))
+    shardings = work.shards.shardings(sharding.mesh, gradient)
+    parts = parted(
+        jax.tree.map(lambda x, own: x.update(sharding=own), gradient, shardings)
+    )
     at_once = work.model.num_layers if work.layerwise else 1
     gradients = tree_bytes(parts.layers) // at_once + tree_bytes(parts.rest)
     memory = None if compiled is None else compiled.memory_analysis()
     if memory is None:
         return StepMemory(weights, state, gradients, None, None)
-    kept = (
+    lasting = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
     temporaries = memory.temp_size_in_bytes
-    return StepMemory(weights, state, gradients, temporaries, kept + temporaries)
+    return StepMemory(weights, state, gradients, temporaries, lasting + temporaries)
 
 
 def describe(memory: dict[bool, StepMemory], adamw: StepMemory | None) -> str:

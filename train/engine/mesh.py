@@ -14,7 +14,7 @@ from train.config.config import Config
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-"""The axes that a batch is cut over: devices along "tensor" have the same rows."""
+"""The axes that shard a batch: devices along "tensor" have the same rows."""
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -41,7 +41,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         if heads % tensor:
             raise ValueError(
                 f"tensor={tensor} does not divide the {heads} attention heads of "
-                f"LLaMA-{config.model.size}; give a divisor, and cut more by fsdp"
+                f"LLaMA-{config.model.size}; give a divisor, and shard more by fsdp"
             )
     shares = len(devices) // tensor
     if config.batch_size % (shares * config.microbatches):
@@ -70,7 +70,7 @@ def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
             return mesh
     raise ValueError(
         f"tensor={shape[-1]}: so many devices are not of one process; lower it to a "
-        "divisor of the devices that a process has, and cut more by fsdp"
+        "divisor of the devices that a process has, and shard more by fsdp"
     )
 
 

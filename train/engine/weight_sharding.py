@@ -24,7 +24,7 @@ from train.engine.mesh import BATCH_AXES
 
 IN, OUT = -2, -1
 
-# The axis that tensor parallelism cuts (Shoeybi et al. 2019, "Megatron-LM"): each
+# The axis that tensor parallelism shards (Shoeybi et al. 2019, "Megatron-LM"): each
 # device has its heads and its part of the MLP, so o and down sum over devices.
 TENSOR_AXES = (
     (r"(^|/)(q|k|v|gate|up|head)/kernel$", OUT),
@@ -66,22 +66,22 @@ def specs_of_weight(
             wide = side_of(square, path) == "input"
         largest = (OUT, IN) if wide or path.endswith("head/kernel") else (IN, OUT)
         orders = {"tensor": (axis, -3 - axis), "fsdp": largest}
-    cut: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
+    axes: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
     for name, order in orders.items():
         for side in order:
-            parts = math.prod(sizes[n] for n in (*cut[side], name))
+            parts = math.prod(sizes[n] for n in (*axes[side], name))
             if sizes[name] > 1 and shape[side] % parts == 0:
-                cut[side] += (name,)
+                axes[side] += (name,)
                 break
     if axis is None:
-        used = {OUT: cut[OUT]}
+        used = {OUT: axes[OUT]}
     else:
-        used = {axis: tuple(name for name in cut[axis] if name == "tensor")}
-    return WeightSpecs(_spec(cut, len(shape)), _spec(used, len(shape)))
+        used = {axis: tuple(name for name in axes[axis] if name == "tensor")}
+    return WeightSpecs(_spec(axes, len(shape)), _spec(used, len(shape)))
 
 
-def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
-    entries = [cut.get(side, ()) for side in (IN, OUT)]
+def _spec(axes: Mapping[int, tuple[str, ...]], ndim: int) -> P:
+    entries = [axes.get(side, ()) for side in (IN, OUT)]
     return P(
         *[None] * (ndim - 2), *(e[0] if len(e) == 1 else e or None for e in entries)
     )

@@ -13,12 +13,12 @@ Row = dict[str, Any]
 def rounded(row: Mapping[str, Any]) -> Row:
     """Rounds numbers to three digits, those within a mapping too."""
 
-    def cut(value: Any) -> Any:
+    def rounded_value(value: Any) -> Any:
         if isinstance(value, Mapping):
             return rounded(value)
         return round(value, 3) if isinstance(value, float) else value
 
-    return {k: cut(v) for k, v in row.items()}
+    return {k: rounded_value(v) for k, v in row.items()}
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:

@@ -193,8 +193,9 @@ def _flat(config: Json, prefix: str = "") -> Json:
 
 def check_same_data(stored: Fingerprint, given: Fingerprint, path: AnyPath) -> None:
     """ValueError unless a run would read what it read before."""
-    if told := changed(stored, given):
+    if differences := changed(stored, given):
         raise ValueError(
             "the data is not what the run began with; put that back, or start a new "
-            f"run in another --out ({path} has what it was):\n  " + "\n  ".join(told)
+            f"run in another --out ({path} has what it was):\n  "
+            + "\n  ".join(differences)
         )

@@ -247,12 +247,12 @@ def build_program(
     of_adamw = compiled.pop("adamw", None)
     seconds = time.perf_counter() - start
 
-    cuts = jax.tree.map(lambda x: x.sharding, like.params)
+    shardings = jax.tree.map(lambda x: x.sharding, like.params)
     return Program(
         step=lambda state, batch, refresh: compiled[refresh](state, batch),
         loss_sums=jax.jit(
             partial(loss_sums, work),
-            in_shardings=(cuts, by_row(mesh)),
+            in_shardings=(shardings, by_row(mesh)),
             out_shardings=replicated(mesh),
         ),
         put=partial(to_devices, mesh),
@@ -375,7 +375,7 @@ def check_finite(record: Record, limit: int, healthy: int | None) -> None:
     """FloatingPointError for too many skipped steps in a row; names a checkpoint."""
     if record["skipped_in_a_row"] < limit:
         return
-    kept = (
+    advice = (
         "no checkpoint is from before that"
         if healthy is None
         else f"the checkpoint of step {healthy} is from before that: a new run can "
@@ -384,5 +384,5 @@ def check_finite(record: Record, limit: int, healthy: int | None) -> None:
     raise FloatingPointError(
         f"step {record['step']}: {record['skipped_in_a_row']} steps in a row had a "
         "gradient that is NaN or infinite, and were skipped; lower --learning-rate "
-        f"and start again ({kept})"
+        f"and start again ({advice})"
     )

@@ -70,8 +70,10 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
     weights = lro.weights.dense(
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
-    kept = stored_tokenizer(folder)
-    return LoadedRun(config, model, weights, kept and open_tokenizer(kept), step)
+    tokenizer = stored_tokenizer(folder)
+    return LoadedRun(
+        config, model, weights, tokenizer and open_tokenizer(tokenizer), step
+    )
 
 
 def load_weights(folder: AnyPath, step: int) -> Params:
@@ -98,11 +100,11 @@ def load_weights(folder: AnyPath, step: int) -> Params:
             weights = checkpointer.restore(for_orbax(path) / "state", args=restore)[
                 "params"
             ]
-            whole = stored_checksums(path)["state"]
+            stored = stored_checksums(path)["state"]
         except Exception as error:  # damaged files give errors of every class
             raise _damaged(folder, step, brief(error)) from error
     found = checksums(weights)
-    if any(whole[f".params{name}"] != value for name, value in found.items()):
+    if any(stored[f".params{name}"] != value for name, value in found.items()):
         raise _damaged(folder, step, "it does not hold what was saved")
     return weights
 

@@ -101,17 +101,17 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
             )
-    kept = stored_tokenizer(folder)
-    if kept is None or tokenizer is None:
+    theirs = stored_tokenizer(folder)
+    if theirs is None or tokenizer is None:
         if jax.process_index() == 0:
             print(
                 f"init_from: {folder} or this run has no tokenizer, so whether a token "
                 "means the same in both is not known"
             )
-    elif open_tokenizer(kept).content != tokenizer.content:
+    elif open_tokenizer(theirs).content != tokenizer.content:
         raise ValueError(
             f"init_from: {folder} has another tokenizer than this run, so its weights "
-            f"would read other tokens; leave out --tokenizer, or give {kept}"
+            f"would read other tokens; leave out --tokenizer, or give {theirs}"
         )
 
 
