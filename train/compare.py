@@ -163,7 +163,7 @@ def table(results: Sequence[Result]) -> str:
     def row(result: Result) -> Row:
         name = {"optimizer": result["optimizer"].replace("@", " @ ")}
         if "error" in result:
-            return {**name, "eval_loss": "not finite"}
+            return {**name, "eval_loss": "not finite", "ppl": "-", "ms_per_step": "-"}
         digits = {"eval_loss": 3, "ppl": 1, "ms_per_step": 1}
         return name | {key: f"{result[key]:.{n}f}" for key, n in digits.items()}
 
