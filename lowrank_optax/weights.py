@@ -288,7 +288,7 @@ def store(
 ) -> Any:
     """`params` as they are kept: rounded to nearest, once, before training.
 
-    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/256 bytes a
+    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
     number, and other real ones bfloat16 (Q-GaLore: the linear layers of attention and
     MLP are in 8 bits, embeddings, head and norms are not). Integers and keys stay.
 
