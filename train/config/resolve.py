@@ -8,7 +8,7 @@ import jax
 
 from models import SIZES
 from train.config.config import Config, OptimizerConfig, from_json, label, resolved
-from train.config.methods import METHODS
+from train.config.methods import METHODS, NUMBERS
 from train.config.sizes import large_layers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def resolve(config: Config, platform: str | None = None) -> Config:
         _on_mesh(config, optimizer, begun),
         rank=size.hidden_size // 4,
         learning_rate=method.rate,
-        **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
+        **{option: method.options.get(option) for option in NUMBERS},
     )
     return dataclasses.replace(config, model=model, optimizer=optimizer)
 
@@ -73,7 +73,7 @@ def _on_mesh(
 ) -> OptimizerConfig:
     """The choices that a run makes for the mesh of its start, and keeps on others."""
     mesh, method = config.mesh, METHODS[optimizer.name]
-    megatron = mesh.tensor > 1 and method.uses("square")
+    megatron = mesh.tensor > 1 and "square" in method.reads()
     square, parts = "megatron" if megatron else "method", mesh.fsdp * mesh.tensor
     if begun is not None:
         first = begun.optimizer
