@@ -9,7 +9,7 @@ import optax
 from lowrank_optax.bases.dct import dct_columns
 from lowrank_optax.bases.momentum import correlation_aware
 from lowrank_optax.bases.pca import online_pca
-from lowrank_optax.bases.random import gaussian, random_after
+from lowrank_optax.bases.random import random_after
 from lowrank_optax.bases.refresh import lazy_refresh
 from lowrank_optax.bases.rows import sample_rows
 from lowrank_optax.bases.singular import dominant_svd
@@ -28,17 +28,11 @@ from lowrank_optax.recovery.feedback import error_feedback
 from lowrank_optax.recovery.projection import project, project_back
 from lowrank_optax.steps.quantize import quantize_moments
 from lowrank_optax.steps.rotation import rotate_moments
-from lowrank_optax.steps.subspace import (
-    in_full_space,
-    in_subspace,
-    per_matrix,
-    reset_moments,
-)
+from lowrank_optax.steps.subspace import in_subspace, reset_moments
 
 __all__ = [
     "coap",
     "dct_adamw",
-    "flora",
     "golore",
     "grass_sparse",
     "online_subspace_descent",
@@ -135,55 +129,6 @@ def dct_adamw(
         where = error_feedback(where, b1=0.0)
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
     stages = optax.chain(where, step, project_back(scale))
-    return low_rank_optimizer(stages, learning_rate, **options)
-
-
-@passes_on(low_rank_optimizer)
-def flora(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    key: Key,
-    b1: Number = 0.9,
-    scale: Number = 1.0,
-    **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
-    """FLora: momentum compressed by a random projection that is redrawn now and then.
-
-        U = G / sqrt(V),  V Adafactor's factored second moment of G, in full space
-        M <- S_t^T S_{t-1} M   at a refresh,    M <- b1 M + (1 - b1) S_t^T U
-        W <- W - lr scale S_t M,               S_t Gaussian, from its key
-
-    (Hao et al. 2024, "FLora: Low-Rank Adapters Are Secretly Gradient Compressors",
-    section 2.4, with Adafactor as its experiments.) State of a matrix: nr + m + n
-    numbers; two products a step.
-
-    When to choose it: a first moment at Adafactor's memory. When not: with a small rank
-    and a large rate; a Gaussian projection of rank r is noisy, ||S S^T|| being about
-    m / r.
-
-    Deviation: the released optax code projects the transferred momentum with the old
-    key both ways; here it goes into the new projection, as the paper writes.
-
-    Args:
-      key: a seed or a typed key for the projections.
-      b1: decay rate of M.
-      scale: on the matrices' step; 1 in the source.
-      learning_rate: as in `galore`.
-      **options: as in `low_rank_optimizer`.
-
-    Raises:
-      ValueError: as `low_rank` does.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.recipes.flora(0.01, rank=4, refresh_every=1000, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
-    """
-    # Any matrix is factored, as in the paper; optax leaves small ones out by default.
-    second = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
-    before = in_full_space(per_matrix(second))
-    step = rotate_moments(optax.ema(b1, debias=False))
-    stages = optax.chain(before, gaussian(key), project(), step, project_back(scale))
     return low_rank_optimizer(stages, learning_rate, **options)
 
 
