@@ -179,8 +179,8 @@ WEIGHT_MATRICES = (
     (r"^norm/|^layers/\w+_norm/", None),
 )
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best. msgd's
-# was not tried.
+# Peak learning rates: of those tried on the 60M work (README.md) the best. None was
+# tried for msgd and galore_2, whose rate is galore's.
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "muon": Method(muon, 3e-3),
@@ -189,6 +189,7 @@ METHODS = {
     "galore_adam_mini": Method(lro.recipes.galore_adam_mini, 5e-3),
     "galore_adam8bit": Method(lro.recipes.galore_adam8bit, 1e-2),
     "q_galore": Method(lro.recipes.q_galore, 5e-3),
+    "galore_2": Method(lro.recipes.galore_2, 1e-2),
     "golore": Method(lro.recipes.golore, 1e-2),
     "msgd": Method(lro.recipes.msgd, 1e-1),
     "fira": Method(lro.fira, 3e-3),
