@@ -34,10 +34,10 @@ def options_of(make: Make) -> dict[str, Any]:
     }
 
 
-def pass_on(
+def make_with(
     make: Make, read: Set[str], values: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """Calls `make` with the options that it reads, without those that are None."""
+    """Calls `make` with the options that it reads; None stands for its own default."""
     given = {o: values[o] for o in read if values.get(o) is not None}
     return make(**{ARGUMENTS.get(o, o): value for o, value in given.items()})
 
@@ -76,7 +76,7 @@ class Method:
 
     def build(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
         """The optimizer, from the values of the options that it reads."""
-        return pass_on(self.make, self.options.keys(), {**values, **self.own})
+        return make_with(self.make, self.options.keys(), {**values, **self.own})
 
 
 def _fira(step: Make) -> Make:
@@ -92,7 +92,7 @@ def _fira(step: Make) -> Make:
     return make
 
 
-# What a subspace_adam gives back of the gradient outside of its subspace.
+# What subspace_adam adds of the gradient outside of its subspace.
 BACKS: dict[str, Make] = {
     "project": lambda scale, _: lro.project_back(scale),
     "rescale": lambda scale, _: lro.recover_residual(scale=scale),
@@ -104,7 +104,7 @@ BACKS: dict[str, Make] = {
     "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
 }
 
-# Which of a subspace_adam's moments rotate with the basis.
+# Which moments of subspace_adam rotate with the basis.
 ROTATIONS: dict[str, Make] = {
     "on": lro.rotate_moments,
     "first": functools.partial(lro.rotate_moments, moments="first"),
@@ -247,4 +247,4 @@ BASES: dict[str, Make] = {
 def basis_of(name: str, values: Mapping[str, Any]) -> optax.GradientTransformation:
     """A basis rule, from the values of a run's options that it reads."""
     read = options_of(BASES[name]).keys() & (OF_THE_BASIS | {"b1"})
-    return pass_on(BASES[name], read, values)
+    return make_with(BASES[name], read, values)
