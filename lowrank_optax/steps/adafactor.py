@@ -7,7 +7,7 @@ import optax
 def scale_by_adafactor(
     b1: float | jax.Array | None = 0.9,
     *,
-    decay_rate: float = 0.8,
+    decay_rate: float | jax.Array = 0.8,
     clip: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
     """Scales by Adafactor, for `in_subspace(per_matrix(scale_by_adafactor()))`.
