@@ -51,7 +51,6 @@ def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
     return build(name, learning_rate=RATE, dimension_numbers=None)
 
 
-# --- the model: an embedding, residual layers, a head ---
 def block(w: Any, x: Any, xp: Any = jnp) -> Any:
     return x + xp.tanh((x * w["norm"]) @ w["up"]) @ w["down"]
 
@@ -97,7 +96,6 @@ def through(body: Any, rest: Any, batch: Data, over: Any) -> Any:
     return head_loss(rest, x, batch)
 
 
-# --- the two kinds of step ---
 def stepped(rest: Any, gradient: Any) -> Any:
     return jax.tree.map(lambda w, g: w - RATE * g, rest, gradient)
 

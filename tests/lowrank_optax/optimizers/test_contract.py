@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
 from tests.helpers.battery import (
@@ -62,6 +63,7 @@ def test_the_state_of_a_model(name: str) -> None:
     tx, params = build(name), full_tree()
     state = tx.init(params)
     check_params_are_found(tx, state)
+    check_map_params_takes_trees(tx, params, state)
     check_no_array_is_there_twice(state)
     check_steps_keep_the_state_and_compile_once(tx, params, state)
     check_shapes_and_dtypes(name, types(state))
@@ -78,6 +80,35 @@ def check_params_are_found(tx: Any, state: Any) -> None:
     named = {path for path in marked if any(f"/{x}" in path for x in leaves)}
     assert of_parameters == named
     assert {x for x in leaves if any(f"/{x}" in path for path in named)} == {*leaves}
+
+
+def check_map_params_takes_trees(tx: Any, params: Any, state: Any) -> None:
+    """Trees like the parameters, beside the state."""
+    shapes = {path: x.shape for path, x in paths(params).items()}
+    specs = jax.tree_util.tree_map_with_path(
+        lambda keys, _: PartitionSpec(jax.tree_util.keystr(keys)), params
+    )
+    calls = []
+
+    def spec_of(x: jax.Array, parameter: jax.Array, spec: PartitionSpec) -> Any:
+        calls.append((id(x), parameter.shape, spec))
+        return spec
+
+    def other(_: Any) -> PartitionSpec:
+        return PartitionSpec("not a parameter's")
+
+    out = optax.tree_map_params(
+        tx, spec_of, state, params, specs, transform_non_params=other
+    )
+    assert jax.tree.structure(out) == jax.tree.structure(state)
+    marked, expected = paths(out), []
+    for path, x in paths(state).items():
+        found = [p for p in shapes if f"/{p}" in path]
+        if found:
+            spec = paths(specs)[found[0]]
+            expected.append((id(x), shapes[found[0]], spec))
+        assert marked[path] == (spec if found else other(x)), path
+    assert sorted(calls, key=str) == sorted(expected, key=str)
 
 
 def check_no_array_is_there_twice(state: Any) -> None:

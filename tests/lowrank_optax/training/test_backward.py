@@ -81,7 +81,6 @@ def run_on_a_mesh(tx: Any, spread: str, steps: int) -> Any:
     return done
 
 
-# --- the same as with all gradients at hand ---
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", slow_but(KINDS, [*NAMES, *OTHERS]))
 def test_backward_is_gradients_first(name: str) -> None:
@@ -196,7 +195,6 @@ def test_inputs_get_gradients() -> None:
     close(found, expected, 1e-14)  # a sum of rounded numbers of size one
 
 
-# --- memory ---
 POLICIES: dict[str, Any] = {
     "none": lambda f: f,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
@@ -255,7 +253,6 @@ def test_no_copy_of_the_weights_and_no_gradients(name: str, policy: str) -> None
     assert temporaries(whole, tx, count) - one > 0.9 * count * layer
 
 
-# --- on a mesh ---
 @functools.cache
 def on_one_device(name: str) -> Any:
     return jax.device_get(run(in_backward, optimizer(name), 7))
