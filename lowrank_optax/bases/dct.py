@@ -41,7 +41,7 @@ def dct_columns() -> BasisRule:
         index = jnp.sort(jax.lax.top_k(lengths, frame.rank)[1], axis=-1)
         return unpack(frame, index)
 
-    def pack(frame: Frame, s: jax.Array, _: None) -> jax.Array:
+    def pack(_: Frame, s: jax.Array) -> jax.Array:
         m = s.shape[-2]
         # Which columns they were: D is orthonormal, so one product is 1, the rest 0.
         d = columns(jnp.arange(m), m, s.dtype)

@@ -96,7 +96,7 @@ class Chosen(NamedTuple):
       started: as in `BasisState`.
       rotation: (*batch, r, r), S_t^T S_{t-1}.
       refreshed: (*batch,) bool, whether it was chosen at this step.
-      stored: as in `BasisState.basis`; () where that is shared.
+      stored: as in `BasisState.basis`.
     """
 
     started: Any
@@ -113,15 +113,12 @@ def follow(rule: Rule) -> BasisRule:
 
         def first(frame: Frame) -> Chosen:
             started = jnp.full(frame.batch, not rule.from_gradient)
-            stored = rule.storage.pack(frame, rule.first(frame), key)
-            if not rule.coordinates and not rule.storage.shared:
+            stored = rule.storage.pack(frame, rule.first(frame))
+            if not rule.coordinates:
                 stored = jax.tree.map(partial(shard_basis, frame), stored)
             return unmoved(frame, shard_batch(frame, started), stored)
 
         chosen = on_subspaces(rule, first, params)
-        if rule.storage.shared and key is not None:
-            # A copy: one buffer in two places of a state could not be donated.
-            chosen = chosen._replace(stored=jax.random.clone(key))
         return BasisState(key, chosen.stored, chosen.started)
 
     def update(
@@ -140,8 +137,7 @@ def follow(rule: Rule) -> BasisRule:
             stored = each_stored(rule, jax.tree.structure(frames), state.basis)
             asked = choose_in_batches(rule, frames, stored, state.started, sub, now)
             chosen = on_subspaces(rule, anew, asked, state)
-            stored = sub if rule.storage.shared else chosen.stored
-            return BasisState(key, stored, chosen.started), chosen
+            return BasisState(key, chosen.stored, chosen.started), chosen
 
         def keep(state: BasisState) -> tuple[BasisState, Chosen]:
             return state, on_subspaces(rule, unmoved, frames, state)
@@ -170,8 +166,7 @@ def on_subspaces(
 
     Where there is no subspace they have `nothing`.
     """
-    like = () if rule.storage.shared else rule.storage.like
-    inside = jax.tree.structure(Chosen(0, 0, 0, like))
+    inside = jax.tree.structure(Chosen(0, 0, 0, rule.storage.like))
     leaves, structure = jax.tree.flatten(frames)
     rows: list[tuple[Any, ...]] = [()] * len(leaves)
     if state is not None:
@@ -182,16 +177,13 @@ def on_subspaces(
     def one(leaf: Any, row: tuple[Any, ...]) -> Chosen:
         if not is_frame(leaf) or leaf.full_rank:
             return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
-        chosen = f(leaf, *row)
-        return chosen._replace(stored=()) if rule.storage.shared else chosen
+        return f(leaf, *row)
 
     return in_turn(structure, inside, [*map(one, leaves, rows)])
 
 
 def each_stored(rule: Rule, structure: Any, basis: Any) -> list[Any]:
     """What is kept of each leaf's basis, in a list."""
-    if rule.storage.shared:
-        return [basis] * structure.num_leaves
     return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
 
 
@@ -263,20 +255,17 @@ def choose_anew(
     due: bool | jax.Array,
 ) -> Chosen:
     """The basis of one leaf, for those of its matrices that are due or just begin."""
-    pack, unpack, _, shared = rule.storage
+    pack, unpack, _ = rule.storage
     now_started = started | frame.nonzero() if rule.from_gradient else started
     refreshed = due | now_started & ~started
     old = unpack(frame, stored)
     s = frame.chosen
     if s is None:
         s = choose(rule, frame, stored, started, key, now)
-    new = pack(frame, s, key)
-    if not shared:
-        # A rule may keep its basis at a refresh; to round it again would move it.
-        stays = ~refreshed | jnp.all(
-            s == old, axis=tuple(range(len(frame.batch), s.ndim))
-        )
-        new = jax.tree.map(lambda x, y: select(stays, x, y), stored, new)
+    new = pack(frame, s)
+    # A rule may keep its basis at a refresh; to round it again would move it.
+    stays = ~refreshed | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
+    new = jax.tree.map(lambda x, y: select(stays, x, y), stored, new)
     # Whole, as everything that uses S: the same bits on every sharding.
     rotation = rotation_between(
         replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype

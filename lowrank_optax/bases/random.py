@@ -1,12 +1,12 @@
 """Where: random bases, orthonormal ones and Gaussian ones."""
 
-import dataclasses
 import math
 
 import jax
 
-from lowrank_optax.bases.follow import basis_rule, follow
-from lowrank_optax.bases.rule import BasisRule, Storage
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.redrawn import redraw
+from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
@@ -122,11 +122,4 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
         orthonormal=False,
         from_gradient=False,
     )
-    if stored:
-        return rule
-    redrawn = Storage(
-        pack=lambda _, __, key: jax.random.clone(key),
-        unpack=lambda frame, key: draw(frame, frame.keys(key)),
-        shared=True,
-    )
-    return follow(dataclasses.replace(rule.rule, storage=redrawn))
+    return rule if stored else redraw(rule.rule)

@@ -17,6 +17,7 @@ from lowrank_optax.bases.follow import (
     unmoved,
     with_bases,
 )
+from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.rule import BasisRule, BasisState, rule_of
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split
@@ -43,7 +44,8 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
     """
     inside = rule_of(rule, "frozen()")
     # Not together: whether it is asked at all depends on the step.
-    return follow(dataclasses.replace(inside, once=True, batched=False))
+    inside = dataclasses.replace(inside, once=True, batched=False)
+    return redraw(inside) if isinstance(rule, Redrawn) else follow(inside)
 
 
 class LazyRefreshState(NamedTuple):
@@ -105,7 +107,7 @@ def lazy_refresh(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
     inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
-    if inside.storage.shared or inside.once:
+    if isinstance(rule, Redrawn) or inside.once:
         raise ValueError(
             "lazy_refresh() compares a basis with the last one; it has nothing to do "
             "around gaussian(), which keeps none, or frozen(), which is never asked"

@@ -37,21 +37,18 @@ class Storage(NamedTuple):
     """How a basis is kept between steps.
 
     Attributes:
-      pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is
-        stored, a tree of arrays with the batch axes in front.
+      pack: from a Frame and S_t (*batch, m, r) to what is stored, a tree of arrays with
+        the batch axes in front.
       unpack: from a Frame and what is kept to S_t.
       like: a tree of the structure of what is stored.
-      shared: whether the refresh's key is stored, for all matrices, and no tree of what
-        `pack` gives for each.
     """
 
-    pack: Callable[[Frame, jax.Array, Any], Any]
+    pack: Callable[[Frame, jax.Array], Any]
     unpack: Callable[[Frame, Any], jax.Array]
     like: Any = 0
-    shared: bool = False
 
 
-AS_IT_IS = Storage(pack=lambda _, s, __: s, unpack=lambda _, s: s)
+AS_IT_IS = Storage(pack=lambda _, s: s, unpack=lambda _, s: s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

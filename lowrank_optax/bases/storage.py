@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from lowrank_optax.bases.follow import follow
+from lowrank_optax.bases.redrawn import Redrawn
 from lowrank_optax.bases.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
 from lowrank_optax.core.frame import Frame
 
@@ -35,7 +36,7 @@ def packing(bits: int, group_size: int) -> Storage:
         pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % group_size)]
         return jnp.pad(flat, pad).reshape(*flat.shape[:-1], -1, group_size)
 
-    def pack(frame: Frame, s: jax.Array, _: jax.Array | None) -> QuantizedBasis:
+    def pack(frame: Frame, s: jax.Array) -> QuantizedBasis:
         flat = s.reshape(*frame.batch, -1)
         groups = in_groups(flat)
         # Zero lies inside, so that the code of zero is one of the codes.
@@ -151,7 +152,7 @@ def cast_basis(
         raise ValueError(f"dtype={dtype.name}: choose a float, such as bfloat16")
     inside = _stored_as_it_is(rule, "cast_basis()")
     rounded = Storage(
-        pack=lambda _, s, __: s.astype(dtype),
+        pack=lambda _, s: s.astype(dtype),
         unpack=lambda frame, stored: stored.astype(frame.gradient.dtype),
     )
     return follow(dataclasses.replace(inside, storage=rounded))
@@ -159,7 +160,8 @@ def cast_basis(
 
 def _stored_as_it_is(rule: optax.GradientTransformation, wrapper: str) -> Rule:
     inside = rule_of(rule, wrapper)
-    if inside.coordinates or inside.storage is not AS_IT_IS:
+    stored = inside.storage is AS_IT_IS and not isinstance(rule, Redrawn)
+    if inside.coordinates or not stored:
         raise ValueError(
             f"{wrapper} makes m x r numbers smaller, and this rule keeps "
             "coordinates or a key in their place; take the rule without it"

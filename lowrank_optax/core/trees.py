@@ -28,6 +28,20 @@ def map_frames(
     )
 
 
+def map_subspaces(
+    f: Callable[..., Any],
+    tree: optax.Updates,
+    *rest: Any,
+    other: Callable[..., Any] = lambda leaf, *_: leaf,
+) -> Any:
+    """`map_frames` with `f` on Frames below full rank and `other` on all other leaves."""
+
+    def one(frame: Frame, *xs: Any) -> Any:
+        return other(frame, *xs) if frame.full_rank else f(frame, *xs)
+
+    return map_frames(one, tree, *rest, plain=other)
+
+
 def nothing(*_: Any) -> jax.Array:
     """What a stage's state has where it keeps nothing: () bool, False.
 
