@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.bases.follow import rotation_between
+from lowrank_optax.bases.refresh import rotation_between
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, split

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.stage import Clock
@@ -75,6 +76,10 @@ class Rule:
     once: bool = False
     batched: bool = False
     by_path: bool = False
+
+    def is_batched(self, frame: Frame) -> bool:
+        """Whether the matrices of a leaf take less time in one batch than in a loop."""
+        return self.batched and frame.basis_shape[-2] <= linalg.TOGETHER
 
     def first(self, frame: Frame) -> jax.Array:
         if self.coordinates:

@@ -34,7 +34,7 @@ def map_subspaces(
     *rest: Any,
     other: Callable[..., Any] = lambda leaf, *_: leaf,
 ) -> Any:
-    """`map_frames` with `f` on Frames below full rank and `other` on all other leaves."""
+    """`map_frames` with `f` on Frames below full rank, `other` on all other leaves."""
 
     def one(frame: Frame, *xs: Any) -> Any:
         return other(frame, *xs) if frame.full_rank else f(frame, *xs)

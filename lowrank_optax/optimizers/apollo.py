@@ -4,13 +4,13 @@ import jax
 import optax
 
 from lowrank_optax.bases.random import gaussian
+from lowrank_optax.core.aliases import Mask
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.published import Variant, arithmetic_of

@@ -14,6 +14,7 @@ from lowrank_optax.bracket.bracket import (
     low_rank,
 )
 from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
@@ -21,7 +22,6 @@ from lowrank_optax.core.layout import (
     Square,
 )
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.typing import Mask, Number
 from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
 from lowrank_optax.steps.subspace import in_subspace
 

@@ -4,13 +4,13 @@ import jax
 import optax
 
 from lowrank_optax.bases.singular import dominant_svd
+from lowrank_optax.core.aliases import Mask
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import adam_or, basis_or, low_rank_optimizer
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.published import Variant, arithmetic_of

@@ -5,13 +5,13 @@ import optax
 
 from lowrank_optax.bases.grassmann import grassmann_walk
 from lowrank_optax.bases.random import grassmann_jump
+from lowrank_optax.core.aliases import Mask
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
     Rank,
     Square,
 )
-from lowrank_optax.core.typing import Mask
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.residual import recover_residual

@@ -7,14 +7,15 @@ import optax
 
 from lowrank_optax.bases.dct import dct_columns
 from lowrank_optax.bases.grassmann import grassmann_track
+from lowrank_optax.bases.lazy import lazy_refresh
 from lowrank_optax.bases.momentum import correlation_aware
 from lowrank_optax.bases.pca import online_pca
 from lowrank_optax.bases.random import gaussian, random_after
-from lowrank_optax.bases.refresh import lazy_refresh
 from lowrank_optax.bases.rows import sample_rows
 from lowrank_optax.bases.singular import dominant_svd, sara_sample
 from lowrank_optax.bases.storage import quantize_basis
 from lowrank_optax.bases.switching import switch_basis, track_gram
+from lowrank_optax.core.aliases import Mask
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
@@ -22,7 +23,6 @@ from lowrank_optax.core.layout import (
     Rules,
     Square,
 )
-from lowrank_optax.core.typing import Mask
 from lowrank_optax.full_rank.normalize import normalize_by_output_rms, trace_matching
 from lowrank_optax.full_rank.row_column import scale_by_racs
 from lowrank_optax.optimizers.assemble import (

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
-from lowrank_optax.bases.refresh import lazy_refresh
+from lowrank_optax.bases.lazy import lazy_refresh
 from lowrank_optax.bases.storage import QuantizedBasis, quantize_basis
 from lowrank_optax.core.moments import first_moments
 from lowrank_optax.steps.quantize import (

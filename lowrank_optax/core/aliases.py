@@ -1,4 +1,4 @@
-"""Type aliases of the public signatures."""
+"""Type aliases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,9 @@ import jax
 import optax
 
 Mask = optax.Params | Callable[[optax.Params], Any] | None
-
+"""Which leaves decay, as in `optax.add_decayed_weights`."""
 
 Number = float | jax.Array
+
+Tree = Any
+"""A pytree; of arrays where nothing else is said."""
