@@ -7,7 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.frame import is_frame
+
+
+class SubspaceState(NamedTuple):
+    """State of `in_subspace`, `rotate_moments` and `reset_moments`.
+
+    Basis rules that follow the momentum look for it in here, since other stages may
+    have optimizers of their own, with moments of the same shape.
+
+    Attributes:
+      inner_state: the transformation's, on trees of (*batch, r, n) arrays.
+    """
+
+    inner_state: Tree
 
 
 class Moments(NamedTuple):
@@ -70,27 +84,27 @@ def register_storage(
     _STORED[state_type] = unpack, pack
 
 
-def _map_moments(
+def map_moments(
     f: Callable[..., Any], state: Any, *others: Any, owner: str = ""
 ) -> Any:
     """f(its fields, state, ...) on each registered state of a nest of them."""
     kind = type(state)
     if kind in _STORED:
         unpack, pack = _STORED[kind]
-        return pack(state, _map_moments(f, *map(unpack, (state, *others))))
+        return pack(state, map_moments(f, *map(unpack, (state, *others))))
     if kind in _MOMENTS:
         return f(_MOMENTS[kind], state, *others)
     if isinstance(state, dict):
         owner = owner or kind.__name__
         return kind(
-            (k, _map_moments(f, v, *(o[k] for o in others), owner=owner))
+            (k, map_moments(f, v, *(o[k] for o in others), owner=owner))
             for k, v in state.items()
         )
     if isinstance(state, (tuple, list)):
         named = hasattr(state, "_fields")
         owner = kind.__name__ if named else owner
         rows = zip(state, *others, strict=True)
-        parts = [_map_moments(f, *row, owner=owner) for row in rows]
+        parts = [map_moments(f, *row, owner=owner) for row in rows]
         return kind(*parts) if named else kind(parts)
     arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
     if arrays:
@@ -116,19 +130,21 @@ def first_moments(state: Any) -> Iterator[Any]:
 
 
 def with_momentum(frames: optax.Updates, state: optax.OptState) -> optax.Updates:
-    """The Frames with the first moment that the stages' states hold for them."""
-    leaves, structure = jax.tree.flatten(frames)
-    for found in first_moments(state):
-        try:
-            moments = structure.flatten_up_to(found)
-        except ValueError:  # no moment per leaf, as under optax.flatten
-            continue
-        for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
-            # A basis may have an optimizer of its own, with moments of its shape.
-            if (
-                isinstance(leaf, Frame)
-                and leaf.momentum is None
-                and getattr(m, "shape", None) == leaf.low_shape
-            ):
-                leaves[i] = leaf.replace(momentum=m)
+    """The Frames with the first moment that the step inside `state` holds for them."""
+
+    def is_step(x: object) -> bool:
+        return isinstance(x, SubspaceState)
+
+    def is_masked(x: object) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    leaves, structure = jax.tree.flatten(frames, is_leaf=is_masked)
+    for step in filter(is_step, jax.tree.leaves(state, is_leaf=is_step)):
+        for found in first_moments(step.inner_state):
+            moments, like = jax.tree.flatten(found, is_leaf=is_masked)
+            if like != structure:  # optax.flatten has one moment for all leaves
+                continue
+            for i, (frame, m) in enumerate(zip(leaves, moments, strict=True)):
+                if is_frame(frame) and frame.momentum is None and not is_masked(m):
+                    leaves[i] = frame.replace(momentum=m)
     return structure.unflatten(leaves)

@@ -1,7 +1,7 @@
 """Step: moments, which fields of a state they are, and how they turn with the basis."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.linalg import average_weight
-from lowrank_optax.core.moments import Moments, _map_moments
+from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
 from lowrank_optax.core.trees import frames_of, map_frames
 from lowrank_optax.steps.subspace import in_subspace
@@ -77,22 +77,24 @@ def rotate_moments(
         )
         # From the state that is, not from a new one: its hyperparameters may have been
         # changed since.
-        _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
+        _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
         rotation = Rotation(frames, with_second=moments == "both")
-        return _map_moments(rotation.moments, state, unit)
+        return map_moments(rotation.moments, state, unit)
 
-    def init(params: optax.Params) -> optax.OptState:
-        state = inside.init(params)
+    def init(params: optax.Params) -> SubspaceState:
+        state = cast(SubspaceState, inside.init(params))
         if frames_of(params):
             # Raises for a state whose moments are unknown.
-            jax.eval_shape(lambda s: _map_moments(lambda _, known: known, s), state)
+            jax.eval_shape(
+                lambda s: map_moments(lambda _, known: known, s), state.inner_state
+            )
             if moments == "both":
                 check_second_moments(inner, params)
         return state
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         *,
         clock: Clock | None = None,
@@ -100,12 +102,13 @@ def rotate_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
         if any(not frame.full_rank for frame in frames_of(frames)):
-            state = branch(
-                both(now.refresh, now.step > 0),  # there is nothing to turn at step 0
+            inner_state = branch(
+                both(now.refresh, now.step > 0),  # step 0 has no moments to rotate
                 lambda s: rotate(frames, s),
                 lambda s: s,
-                state,
+                state.inner_state,
             )
+            state = SubspaceState(inner_state)
         return inside.update(frames, state, params, clock=now, **extra_args)
 
     return stage(init, update)
@@ -263,6 +266,6 @@ def _second_after(
         return state
 
     rows = jax.tree.map(row, params)
-    state = _map_moments(start, inner.init(rows))
-    _map_moments(see, inner.update(rows, state, rows)[1])
+    state = map_moments(start, inner.init(rows))
+    map_moments(see, inner.update(rows, state, rows)[1])
     return seconds

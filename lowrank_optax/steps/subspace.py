@@ -1,7 +1,7 @@
 """Step: any optax transformation, in the subspace or before it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.core.frame import BASIS_RULE, Frame, is_frame
 from lowrank_optax.core.linalg import select
+from lowrank_optax.core.moments import SubspaceState
 from lowrank_optax.core.sharding import low_zeros
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import each_apart, in_turn, map_frames
@@ -104,24 +105,24 @@ def in_subspace(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(map_frames(low_zeros, params))
+    def init(params: optax.Params) -> SubspaceState:
+        return SubspaceState(inner.init(map_frames(low_zeros, params)))
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[optax.Updates, SubspaceState]:
         frames = updates
         if params is not None:  # XLA drops the products unless `inner` reads them
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
             )
         low = map_frames(lambda f: f.need("low", "project()"), frames)
-        steps, state = inner.update(low, state, params, **extra_args)
+        steps, new = inner.update(low, state.inner_state, params, **extra_args)
         reason = ""
-        if _accumulates(state):
+        if _accumulates(new):
             reason = (
                 "the step accumulates gradients, and is zero at most steps; accumulate "
                 "before low_rank()"
@@ -133,7 +134,7 @@ def in_subspace(
             return f.replace(low_step=step, no_residual=f.no_residual or reason)
 
         frames = map_frames(stepped, frames, steps, plain=lambda _, step: step)
-        return frames, state
+        return frames, SubspaceState(new)
 
     return stage(init, update)
 
@@ -167,15 +168,16 @@ def reset_moments(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         # Leaf by leaf, for a refresh may be passed over on one and not on another.
         leaves, structure = jax.tree.flatten(updates)
         one = _state_of_one(inner)
-        states = each_apart(structure, one, state)
-        news = each_apart(structure, one, inside.init(updates))
+        states = each_apart(structure, one, state.inner_state)
+        new = cast(SubspaceState, inside.init(updates)).inner_state
+        news = each_apart(structure, one, new)
         for i, frame in enumerate(leaves):
             if is_frame(frame) and not frame.full_rank:
                 if frame.refreshed is None and frame.basis is not None:
@@ -189,7 +191,7 @@ def reset_moments(
                     news[i],
                     states[i],
                 )
-        state = in_turn(structure, one, states)
+        state = SubspaceState(in_turn(structure, one, states))
         return inside.update(updates, state, params, **extra_args)
 
     return stage(inside.init, update)

@@ -327,7 +327,7 @@ def test_moments_are_reset_only_where_the_basis_moves() -> None:
         step = lro.reset_moments(optax.scale_by_adam())
         tx = lro.low_rank(stages(basis=rule, step=step), rank=3, refresh_every=2)
         _, states = run(tx, grads)
-        return [int(s.inner_state[2].count["w"]) for s in states]
+        return [int(s.inner_state[2].inner_state.count["w"]) for s in states]
 
     assert counts(lro.dominant_svd()) == [1, 2, 1, 2, 1, 2, 1]
     assert counts(lro.bases.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]
