@@ -2,10 +2,8 @@
 
 import functools
 import numbers
-import operator
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +11,10 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.bracket.finite import at_least_f32, finite_in_subspace, if_accepted
+from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import Leaf, decide_leaves, is_leaf, warn_of_full_rank
-from lowrank_optax.core.frame import (
-    BASIS_RULE,
-    Frame,
-    ProjectedAway,
-    are_coordinates,
-    is_frame,
-)
+from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame
 from lowrank_optax.core.layout import (
     DimensionNumbers,
     Rank,
@@ -30,11 +24,8 @@ from lowrank_optax.core.layout import (
     check_square,
 )
 from lowrank_optax.core.moments import with_momentum
-from lowrank_optax.core.sharding import auto_update
 from lowrank_optax.core.stage import Clock, stage
 from lowrank_optax.core.trees import map_frames
-
-T = TypeVar("T")
 
 
 class LowRankState(NamedTuple):
@@ -231,27 +222,23 @@ def _bracket(
         *,
         refresh: bool | jax.Array | None = None,
         accept: bool | jax.Array | None = None,
-        layer: int | jax.Array | None = None,
-        bases: Mapping[str, jax.Array] | None = None,
-        projected: bool = False,
-        see: Callable[[optax.Updates], None] | None = None,
+        inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
-        # What is projected has lost the shape that says how it is a matrix.
-        like = params if projected else updates
+        # S^T G has lost the shape that says how a leaf is a matrix.
+        like = params if inside.low else updates
         if like is None:
             raise ValueError("projected gradients need the parameters: give params")
         leaves = decide(like)
         if refresh_every is None:
-            refresh, see = False, None
+            refresh = False
         elif refresh is None:
             refresh = refresh_every == 1 or state.count % refresh_every == 0
         clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
-        opened = functools.partial(open_frame, layer=layer, bases=bases or {})
-        if projected:
-            frames = _map_leaves(
-                functools.partial(_open_projected, opened), leaves, like, updates
-            )
+        opened = functools.partial(open_frame, inside=inside)
+        if inside.low:
+            opened = functools.partial(_open_projected, opened)
+            frames = _map_leaves(opened, leaves, like, updates)
         else:
             frames = _map_leaves(opened, leaves, updates)
         # A rule stands before the step, and may follow what the step left last time.
@@ -261,12 +248,12 @@ def _bracket(
             None if params is None else _map_leaves(_oriented, leaves, params),
             **{**extra_args, "clock": clock},
         )
-        if see is not None:
-            # What is no matrix was stepped on directly: seen is its gradient.
-            see(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
-        # One flag for all leaves: a step is taken whole or not at all.
+        if inside.record is not None and refresh_every is not None:
+            # What is no matrix was stepped on directly: its gradient is recorded.
+            inside.record(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
+        # One flag for all leaves: a step is taken as a whole or not at all.
         if accept is None:
-            accept = _all_finite(updates, frames, out)
+            accept = finite_in_subspace(updates, frames, out)
         steps = _map_leaves(_close, leaves, like, out)
         new = LowRankState(
             count=state.count + 1,
@@ -293,15 +280,6 @@ def _check_interval(refresh_every: int) -> int:
     return int(refresh_every)
 
 
-def if_accepted(accept: bool | jax.Array, new: T, otherwise: T | None = None) -> T:
-    """`new` if `accept`, else `otherwise`, or zeros; just `new` for True itself."""
-    if accept is True:
-        return new
-    if otherwise is None:
-        otherwise = jax.tree.map(jnp.zeros_like, new)
-    return jax.tree.map(functools.partial(jnp.where, accept), new, otherwise)
-
-
 def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
     if isinstance(refresh, (bool, np.bool_)):
         return bool(refresh)
@@ -321,11 +299,10 @@ def _open(
     leaf: Leaf,
     x: jax.Array,
     precision: jax.lax.PrecisionLike,
-    layer: int | jax.Array | None = None,
-    bases: Mapping[str, jax.Array] = MappingProxyType({}),
+    inside: Inside = NOTHING_INSIDE,
 ) -> Frame | jax.Array:
     if leaf.layout is None:
-        return _at_least_f32(x)
+        return at_least_f32(x)
     check_matrix(leaf.path, x)
     return Frame(
         gradient=_oriented(leaf, x),
@@ -333,9 +310,9 @@ def _open(
         path=leaf.path,
         columns=leaf.layout.columns,
         transposed=leaf.layout.transposed,
-        layer=None if layer is None else jnp.asarray(layer),
+        layer=None if inside.layer is None else jnp.asarray(inside.layer),
         precision=precision,
-        chosen=bases.get(leaf.path),
+        chosen=inside.bases.get(leaf.path),
     )
 
 
@@ -346,6 +323,7 @@ def _open_projected(
     if leaf.layout is None:
         return opened(leaf, low)
     like = jax.eval_shape(functools.partial(_oriented, leaf), x)
+    # The zeros give the Frame its shape and type; no stage can read them.
     frame = opened(leaf, jnp.zeros_like(x)).replace(
         gradient=ProjectedAway(leaf.path, like.shape, like.dtype)
     )
@@ -354,11 +332,11 @@ def _open_projected(
             f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
             f"{frame.low_shape}; give what project_gradient() gave"
         )
-    return frame.replace(low=_at_least_f32(low))
+    return frame.replace(low=at_least_f32(low))
 
 
 def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:
-    return _at_least_f32(x if leaf.layout is None else leaf.layout.to_matrix(x))
+    return at_least_f32(x if leaf.layout is None else leaf.layout.to_matrix(x))
 
 
 def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
@@ -371,33 +349,3 @@ def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
         )
     step = out.need("step", "project_back() or recover_residual() at the end,")
     return leaf.layout.from_matrix(step).astype(x.dtype)
-
-
-def _at_least_f32(x: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _all_finite(
-    updates: optax.Updates, frames: optax.Updates, out: optax.Updates
-) -> jax.Array:
-    """Whether every gradient is finite, and the sum of its squares, read off G~.
-
-    Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
-    survives any product, even with zero. So the r rows of G~ tell as much as the m rows
-    of G, for a fraction of the reads. Not where S is coordinates; and where a stage put
-    another gradient in G's place, both are looked at.
-    """
-
-    def finite(x: jax.Array, f: Frame | jax.Array, o: Frame | jax.Array) -> jax.Array:
-        seen = [x]
-        if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
-            seen = [x, o.gradient]
-        elif is_frame(o) and o.low is not None and not o.full_rank:
-            seen = [x if are_coordinates(o.need("basis", BASIS_RULE)) else o.low]
-        squares = (jnp.sum(jnp.square(_at_least_f32(x))) for x in seen)
-        return functools.reduce(operator.and_, map(jnp.isfinite, squares))
-
-    flags = jax.tree.leaves(jax.tree.map(finite, updates, frames, out))
-    return functools.reduce(operator.and_, flags, jnp.array(True))

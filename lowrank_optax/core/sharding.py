@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame, ProjectedAway
 
 Spec = tuple[Any, ...]
@@ -69,49 +70,26 @@ def shard_along(x: jax.Array, cut: Spec, *, of: Any) -> jax.Array:
     return jax.sharding.reshard(x, P(*fits)) if any(fits) else x
 
 
-def on_auto_axes(f: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """f(*args), whose result has the structure of `like` and is cut as that is.
+def on_auto_axes(f: Callable[..., Any], *args: Any, like: Tree, **extra: Any) -> Any:
+    """f(*args, **extra); its result has the structure and the shardings of `like`.
 
     On a mesh of Explicit axes f works as on one of Auto axes: the compiler decides what
     is where between inputs and outputs, and every operation will do.
     """
     if not has_explicit_axes():
-        return f(*args)
+        return f(*args, **extra)
+    arrays = {k: x for k, x in extra.items() if _has_arrays(x)}
+    static = {k: x for k, x in extra.items() if k not in arrays}
     outputs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
-    return jax.sharding.auto_axes(f, out_sharding=outputs)(*args)
+
+    def run(*parts: Any) -> Any:
+        return f(*parts[:-1], **parts[-1], **static)
+
+    return jax.sharding.auto_axes(run, out_sharding=outputs)(*args, arrays)
 
 
 def has_explicit_axes() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def auto_update(
-    update: Callable[..., Any], *, of_params: bool = False
-) -> Callable[..., Any]:
-    """A transformation's `update`, `on_auto_axes`.
-
-    `of_params` says whether what comes back is like the parameters.
-    """
-
-    def on_any_mesh(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        if not has_explicit_axes():
-            return update(updates, state, params, **extra_args)
-        if extra_args.get("see") is not None:
-            raise ValueError(
-                "gradients are projected by themselves on a mesh of Auto axes only: "
-                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * ndim)"
-            )
-        arrays = {k: x for k, x in extra_args.items() if _has_arrays(x)}
-        static = {k: x for k, x in extra_args.items() if k not in arrays}
-        return on_auto_axes(
-            lambda u, s, p, arrays: update(u, s, p, **static, **arrays),
-            *(updates, state, params, arrays),
-            like=(params if of_params or static.get("projected") else updates, state),
-        )
-
-    return on_any_mesh
 
 
 def _has_arrays(x: Any) -> bool:

@@ -7,13 +7,9 @@ from typing import Any, cast
 import jax
 import optax
 
-from lowrank_optax.bracket.bracket import (
-    LowRankState,
-    full_matrices,
-    if_accepted,
-    low_rank,
-)
+from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.bracket.finite import if_accepted
 from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,

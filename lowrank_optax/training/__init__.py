@@ -11,11 +11,14 @@ from lowrank_optax.training.layerwise import (
 )
 from lowrank_optax.training.microbatches import (
     LayerSums,
-    Projected,
     close_sums,
     open_sums,
-    project_gradient,
     sum_in_backward,
+)
+from lowrank_optax.training.projected import (
+    Projected,
+    project_gradient,
+    update_projected,
 )
 from lowrank_optax.training.state_sharding import square_sides, state_shardings
 
@@ -35,4 +38,5 @@ __all__ = [
     "sum_in_backward",
     "update_in_backward",
     "update_layers",
+    "update_projected",
 ]

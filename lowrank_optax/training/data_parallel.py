@@ -6,7 +6,7 @@ import jax
 import optax
 
 from lowrank_optax.core.stage import stage
-from lowrank_optax.training.microbatches import project_gradient
+from lowrank_optax.training.projected import project_gradient, update_projected
 
 
 def average_gradients(
@@ -69,10 +69,9 @@ def average_gradients(
             )
 
         def ordinary() -> tuple[optax.Updates, optax.OptState]:
-            low = project_gradient(inner, updates, state, params, **extra_args).low
-            low = jax.lax.pmean(low, axis_name)
-            how = {**extra_args, "projected": True, "refresh": False}
-            return inner.update(low, state, params, **how)
+            own = project_gradient(inner, updates, state, params, **extra_args)
+            mean = own._replace(low=jax.lax.pmean(own.low, axis_name))
+            return update_projected(inner, mean, state, params, **extra_args)
 
         if not refresh:
             return ordinary()

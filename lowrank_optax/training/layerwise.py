@@ -1,6 +1,6 @@
 """A layer at a time: states with a layer axis, and updates inside the backward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.bracket import LowRankState
-from lowrank_optax.core.sharding import auto_update
+from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.sharding import on_auto_axes
 from lowrank_optax.core.spread import over_devices, spreads
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import count_of, frames_of, squared_norm
 from lowrank_optax.training.backward import Load, in_backward, read, write
+from lowrank_optax.training.projected import Projected
 
 Apply = Callable[..., Any]
 
@@ -70,14 +73,18 @@ def per_layer(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        *,
+        inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        bases = extra_args.pop("bases", None)
-        bases = bases or _chosen_together(inner, updates, state, params, extra_args)
+        bases = dict(inside.bases) or _chosen_together(
+            inner, updates, state, params, extra_args, inside
+        )
 
         def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
             p, chosen = other
-            return inner.update(*carry, p, **_with(extra_args, chosen), layer=i)
+            own = inside.replace(layer=i, bases=chosen)
+            return inner.update(*carry, p, inside=own, **extra_args)
 
         together = extra_args.get("refresh") is False
         block = count_of(updates) if together else 1
@@ -119,7 +126,7 @@ def _even(block: int, count: int) -> int:
 
 def update_layers(
     tx: optax.GradientTransformation,
-    gradient: optax.Updates,
+    gradient: optax.Updates | Projected,
     state: optax.OptState,
     params: optax.Params,
     *,
@@ -129,7 +136,6 @@ def update_layers(
         params, updates
     ),
     operands: tuple[Any, ...] = (),
-    bases: Mapping[str, jax.Array] | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
     """The step that `update_in_backward` takes, with all gradients at hand.
@@ -141,14 +147,13 @@ def update_layers(
 
     Args:
       tx: any optax transformation.
-      gradient: a tree of arrays (L, ...).
+      gradient: a tree of arrays (L, ...), or the `Projected` of `sum_in_backward`.
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are kept.
       block: how many layers are updated together, a divisor of L or what is next below;
         None for all; but one at a time unless `refresh=False` (see `per_layer`).
       load, apply_updates: as in `update_in_backward`.
       operands: arrays that `apply_updates` gets, such as this step's random key.
-      bases: of `sum_in_backward`, with the layers along their first axes.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
 
     Returns:
@@ -167,27 +172,42 @@ def update_layers(
       0.5
     """
 
+    inside = NOTHING_INSIDE
+    if isinstance(gradient, Projected):
+        gradient, inside = gradient.low, Inside(bases=gradient.bases, low=True)
+
     def update(
-        gradient: Any, state: Any, params: Any, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        operands, bases = extra_args.pop("operands"), extra_args.pop("bases")
-        if not bases:
-            bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+        gradient: Tree,
+        state: Tree,
+        params: Tree,
+        operands: tuple[Any, ...],
+        *,
+        inside: Inside,
+        **extra_args: Any,
+    ) -> tuple[Tree, Tree]:
+        bases = dict(inside.bases) or _chosen_together(
+            tx, gradient, state, params, extra_args, inside, load
+        )
 
         def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
             g, chosen = other
-            step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+            own = inside.replace(bases=chosen)
+            step = _step(tx, load, apply_updates, extra_args, own)
             return step(i, g, *carry, *operands)
 
         count = count_of(params)
         size = _even(count if block is None else block, count)
         if extra_args.get("refresh") is not False:
             size = 1
-        return _in_blocks(one, (params, state), (gradient, dict(bases)), size)
+        return _in_blocks(one, (params, state), (gradient, bases), size)
 
-    extra_args |= {"operands": operands, "bases": bases or {}}
-    on_any_mesh = auto_update(update, of_params=True)
-    return on_any_mesh(gradient, state, params, **extra_args)
+    return on_auto_axes(
+        update,
+        *(gradient, state, params, operands),
+        like=(params, state),
+        inside=inside,
+        **extra_args,
+    )
 
 
 def _chosen_together(
@@ -196,6 +216,7 @@ def _chosen_together(
     state: optax.OptState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
+    inside: Inside,
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
     """At a refresh, by path: bases best chosen in one call for all layers.
@@ -208,11 +229,13 @@ def _chosen_together(
 
     def of_one(layer: Any, *, batched: bool) -> dict[str, Any]:
         (i, g, s, stored), seen = layer, []
-        inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
+        own = inside.replace(layer=i, record=seen.append)
+        inner.update(g, s, load(stored), inside=own, **extra_args)
         chosen = (f for f in frames_of(seen) if f.refreshed is not None)
         return {f.path: f.basis for f in chosen if f.batched == batched}
 
-    # Nothing but those bases is computed under jit.
+    # Only `tx` knows where its basis rule stands, so its whole update is traced; under
+    # jit the compiler drops all that the bases do not need.
     def is_batched(layers: Any) -> dict[str, Any]:
         return jax.vmap(partial(of_one, batched=True))(layers)
 
@@ -224,21 +247,19 @@ def _chosen_together(
     return over_devices(all_of_some, layers) if spreads() else is_batched(layers)
 
 
-def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
-    return {**extra_args, "bases": bases} if bases else extra_args
-
-
 def _step(
     tx: optax.GradientTransformation,
     load: Load,
     apply_updates: Apply,
     extra_args: dict[str, Any],
+    inside: Inside,
 ) -> Callable[..., tuple[Any, Any]]:
-    """One layer's step: (i, G_i, stored W_i, state_i, *operands) to the last two."""
+    """step(i, G_i, stored W_i, state_i, *operands) to (new W_i, new state_i)."""
     inner = optax.with_extra_args_support(tx)
 
     def step(i: jax.Array, g: Any, stored: Any, s: Any, *operands: Any) -> Any:
-        updates, s = inner.update(g, s, load(stored), **{**extra_args, "layer": i})
+        own = inside.replace(layer=i)
+        updates, s = inner.update(g, s, load(stored), inside=own, **extra_args)
         return apply_updates(stored, updates, i, *operands), s
 
     return step
@@ -382,7 +403,7 @@ def update_in_backward(
       >>> bool(jnp.all(lro.training.close_layers(layers).params < params))
       True
     """
-    step = _step(tx, load, apply_updates, extra_args)
+    step = _step(tx, load, apply_updates, extra_args, NOTHING_INSIDE)
 
     def use(index: jax.Array, layers: Layers, gradient: Any) -> None:
         stored, state = read((layers.params, layers.state), index)
