@@ -118,7 +118,6 @@ def quantize(
     x: jax.Array,
     key: jax.Array | int | None = None,
     block_size: int = 256,
-    shards: int = 1,
 ) -> QuantizedWeights:
     """x (..., n) in 8 bits a number, to nearest or, with a key, stochastically.
 
@@ -144,13 +143,12 @@ def quantize(
       x: real numbers, taken as float32, of one axis or more. The axes before the last
         are independent: nearest rounding under `jax.vmap` gives the same.
       key: a typed key or a seed; None for nearest.
-      block_size: how many numbers along the last axis share a scale at most.
-      shards: into how many parts the last axis may be cut over devices with no block on
-        two of them, as in `quantize_moments`.
+      block_size: the most numbers along the last axis that share a scale; a block may
+        be half as long, as in `quantize_moments`.
 
     Raises:
-      ValueError: a scalar, an empty array, numbers that are not real; a block_size or
-        shards below 1.
+      ValueError: a scalar, an empty array, numbers that are not real; a block_size
+        below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
@@ -158,13 +156,12 @@ def quantize(
       >>> q.codes.tolist(), q.scales.tolist(), q.dequantize().tolist()
       ([127, 1, 0, -60], [1.0], [127.0, 1.0, 0.0, -60.0])
     """
-    for name, number in (("block_size", block_size), ("shards", shards)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be an int of at least 1, not {number!r}")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be an int of at least 1, not {block_size!r}")
     if not x.ndim or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"cannot store {x.dtype} of shape {x.shape} in blocks of int8")
     key = None if key is None else canonical_key(key)
-    return _quantized(x, blocks_of(x.shape[-1], block_size, shards), key)
+    return _quantized(x, blocks_of(x.shape[-1], block_size), key)
 
 
 def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWeights:
@@ -287,7 +284,6 @@ def store(
     params: Any,
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] = _is_transformer_matrix,
-    shards: int = 1,
 ) -> Any:
     """`params` as they are kept: rounded to nearest, once, before training.
 
@@ -301,7 +297,6 @@ def store(
       mask: whether the leaf of a path, "layers/mlp/up/kernel", is kept in int8; asked
         for those of two or more axes. By default those that `TRANSFORMER_MATRICES`
         calls matrices.
-      shards: of those in int8, as in `quantize`.
 
     Raises:
       ValueError: another dtype.
@@ -322,7 +317,7 @@ def store(
         if _is_leaf(w) or not jnp.issubdtype(w.dtype, jnp.floating):
             return w
         if dtype == "int8" and w.ndim > 1 and mask(path_of(keys)):
-            return quantize(w, shards=shards)
+            return quantize(w)
         return w.astype(jnp.float32 if dtype == "float32" else jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(store, params, is_leaf=_is_leaf)

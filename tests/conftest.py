@@ -22,6 +22,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+pytest.register_assert_rewrite("tests.helpers")
+
 # Traced programs are many objects that live on: to look through them for cycles as
 # often as Python does by itself takes a twentieth of the time.
 gc.set_threshold(200_000, 50, 100)

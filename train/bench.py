@@ -18,15 +18,8 @@ import optax
 from jax.sharding import Mesh
 
 from models import SIZES, LlamaConfig, init_params
-from train.config.config import (
-    Config,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Size,
-    check_numbers,
-    parse,
-)
+from train.config.command_line import check_numbers, parse
+from train.config.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Size
 from train.config.named import named
 from train.config.resolve import resolve
 from train.engine.memory import GIB, device_peak

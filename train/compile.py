@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from train.config.command_line import parse
 from train.config.config import (
     Config,
     DataConfig,
@@ -21,11 +21,10 @@ from train.config.config import (
     ProcessConfig,
     ReportConfig,
     label,
-    parse,
 )
 from train.config.named import Shared, named
 from train.config.resolve import resolve
-from train.engine.memory import GIB
+from train.engine.memory import GIB, tree_bytes
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.engine.step import Work
@@ -147,8 +146,8 @@ def compile_step(case: Case, refresh: bool, available: float) -> Row:
     """
     row: Row = {"optimizer": label(case.config.optimizer)}
     row["step"] = "refresh" if refresh else "ordinary"
-    row["weights"] = shard_bytes(case.like.params) / GIB
-    row["state"] = shard_bytes(case.like.opt_state) / GIB
+    row["weights"] = tree_bytes(case.like.params) / GIB
+    row["state"] = tree_bytes(case.like.opt_state) / GIB
     start = time.perf_counter()
     try:
         step = lower_step(case.config, case.mesh, case.work, case.like, refresh)
@@ -189,14 +188,6 @@ def traffic_row(compiled: jax.stages.Compiled) -> Row:
     if traffic.unknown_loops:
         row["unknown_loops"] = len(traffic.unknown_loops)
     return {**row, "sent": traffic.sent / GIB}
-
-
-def shard_bytes(tree: Any) -> int:
-    """Of what one chip has of all arrays."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train.config.config import Config, from_json, parse
+from train.config.command_line import parse
+from train.config.config import Config, from_json
 from train.config.presets import with_flags
 from train.experiments.cells import (
     Cell,
@@ -35,8 +36,7 @@ from train.records.plots import (
     draw_spectra,
 )
 from train.records.tables import Row, table, to_csv
-from train.run.spectra import spectra
-from train.spectrum import weights_of
+from train.run.spectra import spectra, weights_of
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 
@@ -195,9 +195,9 @@ def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
     left = {cell.folder.name: cell for cell in cells if not cell.done}
     with usage_errors():
         check_same(cells)
-        places = slots(config.at_once) if left else []
+        found = slots(config.at_once) if left else []
     # Runs that differ by their seed alone are one program.
-    places = [{**place, **shared_programs(config)} for place in places]
+    environments = [{**slot, **shared_programs(config)} for slot in found]
     commands = [
         Command(
             name,
@@ -208,13 +208,14 @@ def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
     ]
     # Not `say`, which asks JAX for processes, and would take a GPU's memory here.
     print(
-        f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time", flush=True
+        f"{len(left)} of {len(cells)} runs to do, {len(environments)} at a time",
+        flush=True,
     )
     with tqdm(total=len(left), unit="run", disable=None) as bar:
-        for ended in run_all(commands, places):
+        for ended in run_all(commands, environments):
             row = row_of(left[ended.name])
-            told = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
-            bar.write(f"{ended.name}: {told}", file=sys.stderr)
+            outcome = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
+            bar.write(f"{ended.name}: {outcome}", file=sys.stderr)
             bar.update()
 
 

@@ -5,14 +5,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from train.config.config import Config, parse, resolved
+from train.config.command_line import parse
+from train.config.config import Config, resolved
 from train.config.resolve import resolve, with_folder
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.host.atomic import check_writable
-from train.host.errors import usage_errors
+from train.host.errors import ended_by_signals, usage_errors
 from train.host.processes import join_processes
-from train.host.signals import ended_by_signals
 from train.run.errors import run_errors
 from train.run.folder import check_folder, going_on, own_folder
 from train.run.loop import train

@@ -18,12 +18,13 @@ import filelock
 import tyro
 from tqdm import tqdm
 
+from train.config.command_line import check_numbers, parse
 from train.data.fingerprint import Fingerprint, of_tokenizer
 from train.data.text_formats import BadLines, OnBadLines
 from train.data.tokenize_shards import (
     Counts,
     Job,
-    Shard,
+    TextShard,
     fingerprint,
     plan,
     token_file,
@@ -31,6 +32,7 @@ from train.data.tokenize_shards import (
 )
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.atomic import Appender, write_bytes, write_text
+from train.host.errors import ended_by_signals, usage_errors
 from train.host.workers import each_done
 
 DESCRIPTION = """Tokenize text once, in parallel, for any number of runs: a token file
@@ -101,10 +103,8 @@ class PrepareConfig:
                 f"out: {self.out} is not on this machine; give a folder here, and copy "
                 "the token files when they are done"
             )
-        for field in ("shards", "documents", "records", "workers"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be above 0")
+        numbers = ("shards", "documents", "records", "workers")
+        check_numbers(self, positive=numbers)
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -138,10 +138,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if left:
             (out / "manifest.json").unlink(missing_ok=True)
         workers = min(config.workers or _cores(), max(len(left), 1))
-        work = functools.partial(tokenize_told, job)
+        work = functools.partial(tokenize, job)
         with (
             Progress(len(shards), len(left), out) as progress,
-            closing(each_done(work, left, workers, progress.told)) as results,
+            closing(each_done(work, left, workers, progress.advance)) as results,
         ):
             for shard, counts in results:
                 journal.write(shard, inputs[shard.name], counts)
@@ -149,11 +149,6 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         manifest = journal.manifest(shards)
         write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def tokenize_told(job: Job, shard: Shard, told: Any) -> Counts:
-    """As `tokenize`, the argument of each shard last."""
-    return tokenize(job, shard, told)
 
 
 def _cores() -> int:
@@ -178,7 +173,7 @@ def _own(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_nothing_else(shards: Sequence[Shard], job: Job) -> None:
+def _check_nothing_else(shards: Sequence[TextShard], job: Job) -> None:
     own = {token_file(shard, job) for shard in shards}
     others = sorted({*job.out.glob("*.u16"), *job.out.glob("*.u32")} - own)
     if others:
@@ -229,7 +224,7 @@ class Journal:
     def _append(self, row: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps(row).encode() + b"\n")
 
-    def has(self, shard: Shard, given: Fingerprint) -> bool:
+    def has(self, shard: TextShard, given: Fingerprint) -> bool:
         """Whether the shard is done, of this input, and its token file there."""
         path = token_file(shard, self._job)
         row = self._rows.get(path.name)
@@ -241,14 +236,14 @@ class Journal:
         size = path.stat().st_size if path.exists() else 0
         return size == width * row["tokens"]
 
-    def write(self, shard: Shard, given: Fingerprint, counts: Counts) -> None:
+    def write(self, shard: TextShard, given: Fingerprint, counts: Counts) -> None:
         """Note that it is done."""
         name = token_file(shard, self._job).name
         row = {"file": name, "input": given, **counts._asdict()}
         self._append(row)
         self._rows[name] = row
 
-    def manifest(self, shards: Sequence[Shard]) -> dict[str, Any]:
+    def manifest(self, shards: Sequence[TextShard]) -> dict[str, Any]:
         """All of it."""
         rows = [self._rows[token_file(shard, self._job).name] for shard in shards]
         names = ("documents", "tokens", "skipped")
@@ -276,7 +271,7 @@ class Progress:
             "{postfix}]",
         )
 
-    def told(self, part: float) -> None:
+    def advance(self, part: float) -> None:
         """A further part of a shard is done."""
         self._bar.update(min(part, self._shards - self._bar.n))  # a sum of fractions
 
@@ -318,10 +313,6 @@ def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare as the command line says; None reads it from `sys.argv`."""
-    from train.config.config import parse
-    from train.host.errors import usage_errors
-    from train.host.signals import ended_by_signals
-
     config = parse(PrepareConfig, DESCRIPTION, argv, "python -m train.prepare")
     with ended_by_signals(), usage_errors():
         manifest = prepare(config)

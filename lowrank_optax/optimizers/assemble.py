@@ -33,7 +33,6 @@ _STATIC = {
     "residual",
     "heads",
     "block_size",
-    "shards",
     "min_size",
     "keep",
     "iterations",

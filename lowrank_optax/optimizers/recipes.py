@@ -588,7 +588,6 @@ def q_galore(
     basis: optax.GradientTransformation | None = None,
     bits: int = 4,
     threshold: float | jax.Array = 0.4,
-    shards: int = 1,
     min_size: int = 4096,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
@@ -616,7 +615,6 @@ def q_galore(
     Args:
       basis: a basis rule to store in few bits; `dominant_svd()` by default.
       bits: 4 or 8.
-      shards: as in `quantize_moments`.
       min_size: moments with fewer numbers stay as they are.
       threshold: the mean similarity from which on a leaf's interval doubles.
       learning_rate, rank, refresh_every, scale, b1, b2, eps, weight_decay, mask,
@@ -634,7 +632,7 @@ def q_galore(
     rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)
     adam = optax.scale_by_adam(b1, b2, eps)
-    step = in_subspace(quantize_moments(adam, shards=shards, min_size=min_size))
+    step = in_subspace(quantize_moments(adam, min_size=min_size))
     return low_rank_optimizer(
         optax.chain(rule, project(), step, project_back(scale)),
         learning_rate,
@@ -1050,7 +1048,6 @@ def galore_adam8bit(
     refresh_every: int = 200,
     basis: optax.GradientTransformation | None = None,
     block_size: int = 256,
-    shards: int = 1,
     min_size: int = 4096,
     scale: float | jax.Array = 0.25,
     b1: float | jax.Array = 0.9,
@@ -1066,8 +1063,8 @@ def galore_adam8bit(
 
     `galore` with `quantize_moments(optax.scale_by_adam())` (Dettmers et al. 2022,
     "8-bit Optimizers via Block-wise Quantization"; SARA paper, section 4). Full-rank
-    leaves' moments are stored so too. State of a matrix: 4mr + 2nr (1 + 4 /
-    block_size) bytes; two products a step.
+    leaves' moments are stored so too. State of a matrix: 4mr + 2nr (1 + 4 / b) bytes,
+    in blocks of b = block_size / 2 to block_size numbers; two products a step.
 
     When to choose it: most of what is left of the moments is saved, at little cost.
     When not: while you compare methods: it rounds.
@@ -1077,7 +1074,6 @@ def galore_adam8bit(
 
     Args:
       block_size: numbers that share a scale.
-      shards: as in `quantize_moments`.
       min_size: arrays with fewer numbers stay as they are.
       learning_rate, rank, refresh_every, basis, scale, b1, b2, eps, weight_decay, mask,
         dimension_numbers, square, precision: as in `galore`.
@@ -1094,7 +1090,6 @@ def galore_adam8bit(
     inner = quantize_moments(
         optax.scale_by_adam(b1, b2, eps),
         block_size=block_size,
-        shards=shards,
         min_size=min_size,
     )
     rule = basis_or(basis, dominant_svd)

@@ -95,12 +95,19 @@ def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
     )
 
 
-def blocks_of(n: int, size: int, shards: int = 1) -> int:
-    """How many blocks of `size` at most: see `quantize_moments`."""
-    if shards == 1 or n % shards or not n:
-        return math.ceil(n / size)
-    part = n // shards
-    return n // max(d for d in range(1, min(size, part) + 1) if part % d == 0)
+def blocks_of(n: int, size: int) -> int:
+    """The number of blocks that n numbers are stored in, of `size` numbers at most.
+
+    Equal blocks of size / 2 to `size` numbers, as many as the highest power of two
+    divides, so that a mesh of 2, 4, 8 ... devices splits no block. If no such length
+    divides n, the fewest blocks possible. The mesh plays no part: a state has the same
+    bits on every mesh.
+    """
+    lengths = range(math.ceil(size / 2), size + 1)
+    counts = [n // length for length in lengths if n % length == 0]
+    powers_of_two = {count: count & -count for count in counts}
+    fewest = math.ceil(n / size)
+    return max(counts, key=lambda x: (powers_of_two[x], -x), default=fewest)
 
 
 def in_blocks(x: jax.Array, blocks: int) -> jax.Array:
@@ -171,7 +178,6 @@ def quantize_moments(
     inner: optax.GradientTransformation,
     *,
     block_size: int = 256,
-    shards: int = 1,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` with its state in 8 bits a number, block by block.
@@ -202,17 +208,15 @@ def quantize_moments(
 
     Args:
       inner: any optax transformation, `optax.scale_by_adam()` for example.
-      block_size: how many numbers along the last axis share a scale at most.
-      shards: into how many parts the last axis may be cut over devices with no block on
-        two of them: blocks are then as long as the largest divisor of n / shards up to
-        `block_size`. Where n is no multiple of it, it does not count. The numbers that
-        come of it depend on it, and not on how many devices there are.
+      block_size: the most numbers along the last axis that share a scale. Blocks may be
+        as short as half of it, so that no shard on 2, 4, 8 ... devices splits one: a
+        length of 1376 has 8 blocks of 172. The number of devices changes no bit.
       min_size: arrays of fewer numbers stay as they are; so do scalars, integers, keys,
         arrays that would not get smaller, and those that belong to no parameter. Shapes
         alone decide, at init.
 
     Raises:
-      ValueError: a block_size, shards or min_size below 1.
+      ValueError: a block_size or min_size below 1.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -222,8 +226,7 @@ def quantize_moments(
       >>> mu["w"].dtype.name, mu["b"].dtype.name
       ('uint8', 'float32')
     """
-    sizes = {"block_size": block_size, "shards": shards, "min_size": min_size}
-    for name, value in sizes.items():
+    for name, value in (("block_size", block_size), ("min_size", min_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
     inner = optax.with_extra_args_support(inner)
@@ -232,7 +235,7 @@ def quantize_moments(
         """Zeros where the array is to be quantised."""
         if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
             return nothing()
-        blocks = blocks_of(x.shape[-1], block_size, shards)
+        blocks = blocks_of(x.shape[-1], block_size)
         scales = x.size // max(x.shape[-1], 1) * blocks
         smaller = x.size + x.dtype.itemsize * scales < x.size * x.dtype.itemsize
         if x.size < min_size or not smaller:

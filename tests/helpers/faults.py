@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from train.config.config import parse
-from train.host.signals import STOPPED
+from train.config.command_line import parse
+from train.host.errors import STOPPED
 from train.records.metrics import Record, read_metrics
 from train.run.checkpoint import seals_of
 

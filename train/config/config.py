@@ -1,21 +1,18 @@
 """What a run is: every choice that the command line offers, typed and checked."""
 
 import dataclasses
-import functools
 import json
-import math
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from models import SIZES, LlamaConfig
+from train.config.command_line import check_numbers, check_seed
 from train.config.methods import BACKS, BASES, METHODS, ONCE
-from train.config.presets import PRESETS, from_preset
+from train.config.presets import PRESETS
 from train.config.ranks import parse_rank
 from train.data.dataset import DataConfig
-from train.host.paths import RunFolder, place
+from train.host.paths import RunFolder, to_path
 from train.host.processes import ProcessConfig
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ else:  # the names in the tables, which a type checker cannot know
     Back = Literal[tuple(BACKS)]
     Size = Literal[tuple(SIZES)]
     Preset = Literal[tuple(PRESETS)]
-
-C = TypeVar("C", bound="DataclassInstance")
 
 
 def _unless_own(option: str) -> object:
@@ -120,8 +115,6 @@ class OptimizerConfig:
         method takes, of most the inputs; megatron: the outputs of o and the inputs of
         q, k and v, which --tensor leaves whole. auto: megatron with --tensor above 1. A
         run that goes on has what it began with, on any mesh.
-      block_shards: into how many parts moments and weights in 8 bits can be cut with no
-        block of numbers on two devices: those of the mesh that the run began on.
       measure: what is measured of the subspaces, as the metrics overlap/q, energy/up
         and so on, means over the layers, and in subspace.png. overlap: of a basis with
         the one before it (SARA, section 4.3), which costs nothing between refreshes;
@@ -156,7 +149,6 @@ class OptimizerConfig:
     precision: str = "default"
     switch: float = 0.5
     square: Literal["auto", "method", "megatron"] = "auto"
-    block_shards: Annotated[int | None, tyro.conf.Fixed] = None
     measure: Literal["none", "overlap", "all"] = "none"
     anchor: int | None = None
     weight_decay: float = 0.0
@@ -165,7 +157,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         above_0 = ("refresh_every", "learning_rate", "scale", "residual_scale")
-        above_0 += ("angle", "walk_rank", "block_shards", "clip_norm", "max_skipped")
+        above_0 += ("angle", "walk_rank", "clip_norm", "max_skipped")
         not_negative = ("weight_decay", "anchor")
         check_numbers(self, positive=above_0, not_negative=not_negative)
         if self.rank is not None:
@@ -331,31 +323,6 @@ def model_config(model: ModelConfig) -> LlamaConfig:
     )
 
 
-def parse(
-    config_type: type[C], description: str, argv: Sequence[str] | None, prog: str
-) -> C:
-    """An instance of a config dataclass from the command line's short flags.
-
-    A `--preset` among them says what those have that are not there.
-    """
-    words = sys.argv[1:] if argv is None else argv
-    read = functools.partial(
-        tyro.cli,
-        config_type,
-        args=words,
-        prog=prog,
-        description=description,
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.FlagCreatePairsOff,
-            tyro.conf.SuppressFixed,
-        ),
-    )
-    if "preset" not in {field.name for field in dataclasses.fields(config_type)}:
-        return read()
-    return read(default=from_preset(config_type(), words))
-
-
 def to_json(config: "DataclassInstance") -> str:
     """A config dataclass as indented JSON, paths as strings."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
@@ -375,27 +342,6 @@ def from_json(text: str) -> Config:
             if make is not dataclasses.MISSING:
                 parts[field.name] = make(**stored.pop(field.name, {}))
         out = stored.pop("out", None)
-        return Config(**stored, **parts, out=out and place(out))
+        return Config(**stored, **parts, out=out and to_path(out))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is no config of this version ({error})") from error
-
-
-def check_numbers(
-    config: "DataclassInstance",
-    positive: Sequence[str] = (),
-    not_negative: Sequence[str] = (),
-) -> None:
-    """ValueError for a number that is NaN or infinite, or too small for its field."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be a finite number")
-        if name in positive and value is not None and value <= 0:
-            raise ValueError(f"{name}={value} must be above 0")
-        if name in not_negative and value is not None and value < 0:
-            raise ValueError(f"{name}={value} must not be negative")
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must lie in [0, 2**32)")

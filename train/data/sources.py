@@ -1,5 +1,6 @@
 """What a `DataConfig` names, opened: token arrays to train and to evaluate on."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -203,10 +204,10 @@ def _split_documents(
             "give an eval_source or split the document"
         )
     period = min(round(1 / config.eval_fraction), count)
-    kept = grain.MapDataset.range(count - count // period)
+    train = grain.MapDataset.range(count - count // period)
     held_out = grain.MapDataset.range(period - 1, count, period)
     return (
-        kept.map(lambda index: documents[index + index // (period - 1)]),
+        train.map(lambda index: documents[index + index // (period - 1)]),
         held_out.map(lambda index: documents[index]),
     )
 
@@ -239,13 +240,12 @@ def open_token_windows(
     Raises:
       FileNotFoundError, ValueError: as `open_data`.
     """
-    files = _open_token_files(config, vocab_size)
-    spans, held_out = files.spans, files.held_out
+    spans, held_out, opened = _open_token_files(config, vocab_size)
     if held_out is None:
         held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
         spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
     pieces = windows(held_out, _HELD_OUT_PIECE, partial=True)
-    return Opened(windows(spans, seq_len), pieces, *files[2:])
+    return opened(windows(spans, seq_len), pieces)
 
 
 def open_token_documents(
@@ -259,16 +259,13 @@ def open_token_documents(
     Raises:
       FileNotFoundError, ValueError: as `open_data`.
     """
-    files = _open_token_files(config, vocab_size)
-    end, longest = _end(files.tokenizer), seq_len + 1
-    documents = TokenDocuments(files.spans, end, longest)
-    if files.held_out is None:
-        train, held_out = _split_documents(documents, config)
-    else:
-        train = grain.MapDataset.source(documents)
-        evaluation = TokenDocuments(files.held_out, end, longest)
-        held_out = grain.MapDataset.source(evaluation)
-    return Opened(train, held_out, *files[2:])
+    spans, evaluation, opened = _open_token_files(config, vocab_size)
+    end, longest = _end(opened.keywords["tokenizer"]), seq_len + 1
+    documents = TokenDocuments(spans, end, longest)
+    if evaluation is None:
+        return opened(*_split_documents(documents, config))
+    held_out = grain.MapDataset.source(TokenDocuments(evaluation, end, longest))
+    return opened(grain.MapDataset.source(documents), held_out)
 
 
 def _end(tokenizer: Tokenizer | None) -> int:
@@ -281,18 +278,10 @@ def _end(tokenizer: Tokenizer | None) -> int:
     return tokenizer.eos_id
 
 
-class _TokenFiles(NamedTuple):
-    """Spans of the source and, if there is one, of the eval_source; and as `Opened`."""
-
-    spans: list[Span]
-    held_out: list[Span] | None
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    source: Fingerprint
-    eval_source: Fingerprint | None
-
-
-def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles:
+def _open_token_files(
+    config: DataConfig, vocab_size: int | None
+) -> tuple[list[Span], list[Span] | None, functools.partial[Opened]]:
+    """Spans of the source and of any eval_source; `Opened` without its documents."""
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = open_tokenizer(config.tokenizer)
@@ -308,14 +297,14 @@ def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles
         held_out, eval_size = open_tokens(config.eval_source, vocab_size=vocab_size)
         eval_source = _of_tokens(config.eval_source, held_out)
         size = max(size, eval_size)
-    return _TokenFiles(
-        spans,
-        held_out,
-        tokenizer,
-        tokenizer.vocab_size if tokenizer else size,
-        _of_tokens(config.source, spans),
-        eval_source,
+    opened = functools.partial(
+        Opened,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size if tokenizer else size,
+        source=_of_tokens(config.source, spans),
+        eval_source=eval_source,
     )
+    return spans, held_out, opened
 
 
 def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:

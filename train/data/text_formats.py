@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from train.data.files import (
     DamagedError,
-    Told,
+    OnBytes,
     content_suffix,
     empty,
+    read_errors,
     read_file,
     read_lines,
-    unreadable,
 )
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -54,7 +54,9 @@ class BadLines:
         return f"skipped {self.count}: {'; '.join([*self.first, *last])}"
 
 
-def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[str]:
+def read_texts(
+    path: AnyPath, field: str, bad: BadLines, on_bytes: OnBytes
+) -> Iterator[str]:
     """The texts of a file in their order; a shard need not fit into memory.
 
     `.txt` is one text, `.jsonl` and `.json` have one in a field of each line (as C4's
@@ -68,7 +70,7 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
         field that is missing or no string, a file that is empty, and what comes after
         the place at which one is damaged or cut short. (That gzip was overwritten may
         show no sooner than at its end.)
-      told: is told of every read.
+      on_bytes: called after every read.
 
     Raises:
       ModuleNotFoundError: `.zst` and `.parquet` need packages that are not installed.
@@ -77,11 +79,11 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
     """
     suffix = content_suffix(path)
     if suffix == ".txt":
-        records: Iterable[Any] = _whole(path, told)
+        records: Iterable[Any] = _full_text(path, on_bytes)
     elif suffix in (".jsonl", ".json"):
-        records = _objects(path, field, told)
+        records = _objects(path, field, on_bytes)
     elif path.suffix == ".parquet":
-        records = _rows(path, field, told)
+        records = _rows(path, field, on_bytes)
     else:
         raise ValueError(
             f"{path} is not a text file: expected one of {', '.join(TEXT_SUFFIXES)} "
@@ -94,21 +96,21 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
             bad.meet(record)
 
 
-def _whole(path: Place, told: Told) -> Iterator[str | Exception]:
+def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
     """The text, or what is wrong with it."""
     try:
-        yield read_file(path, told).decode("utf-8-sig")  # without a byte order mark
+        yield read_file(path, on_bytes).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         yield ValueError(f"{path} is not UTF-8 text ({error}): convert it")
     except DamagedError as error:
         yield error
 
 
-def _objects(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
+def _objects(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
     """The text of each line, or what is wrong with it or, once, with all after it."""
     number = 0
     try:
-        for number, line in enumerate(read_lines(path, told), start=1):
+        for number, line in enumerate(read_lines(path, on_bytes), start=1):
             yield _json_text(line, f"{path}, line {number}", field)
     except DamagedError as error:
         yield _after("line", number, error)
@@ -133,12 +135,12 @@ def _json_text(line: bytes, where: str, field: str) -> str | Exception:
     return text
 
 
-def _rows(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
+def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
     """The text of each row, or what is wrong with it or, once, with all after it."""
     parquet = _pyarrow_parquet(path)
     number = 0
     try:
-        for value in _column(parquet, path, field, told):
+        for value in _column(parquet, path, field, on_bytes):
             number += 1
             yield _row_text(value, f"{path}, row {number}", field)
     except DamagedError as error:
@@ -148,10 +150,12 @@ def _rows(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
             yield empty(path)
 
 
-def _column(parquet: Any, path: Place, field: str, told: Told) -> Iterator[Any]:
+def _column(
+    parquet: Any, path: AnyPath, field: str, on_bytes: OnBytes
+) -> Iterator[Any]:
     """Arrow's scalars of the column."""
     with (
-        unreadable(path),
+        read_errors(path),
         path.open("rb") as raw,
         parquet.ParquetFile(raw, page_checksum_verification=True) as file,
     ):
@@ -159,7 +163,7 @@ def _column(parquet: Any, path: Place, field: str, told: Told) -> Iterator[Any]:
         if field in there:
             share = path.stat().st_size / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(_ROWS, columns=[field]):
-                told(round(share * len(batch)))
+                on_bytes(round(share * len(batch)))
                 yield from batch.column(0)
     if field not in there:
         raise _lacks(path, field, f"the columns are {there}")
@@ -184,7 +188,7 @@ def _after(unit: str, number: int, error: DamagedError) -> DamagedError:
     return DamagedError(f"after {unit} {number}: {error}") if number else error
 
 
-def _pyarrow_parquet(path: Place) -> Any:
+def _pyarrow_parquet(path: AnyPath) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:

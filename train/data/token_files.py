@@ -13,7 +13,7 @@ from tqdm import tqdm
 from upath import UPath
 
 from train.data.files import content_suffix, find_files, read_file, read_range
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 _RAW = {".u16": "<u2", ".bin": "<u2", ".u32": "<u4"}
 TOKEN_SUFFIXES = (*_RAW, ".npy")
@@ -37,7 +37,7 @@ class TokenFile:
 
     def __init__(
         self,
-        path: Place,
+        path: AnyPath,
         dtype: np.dtype,
         length: int,
         *,
@@ -161,7 +161,7 @@ def _blocks_to_check(
         yield from ((file, start) for start in starts)
 
 
-def _open(path: Place, vocab_size: int | None) -> TokenFile:
+def _open(path: AnyPath, vocab_size: int | None) -> TokenFile:
     suffix = content_suffix(path)
     if path.suffix == ".npy":
         return _open_npy(path, vocab_size)
@@ -184,7 +184,7 @@ def _open(path: Place, vocab_size: int | None) -> TokenFile:
     return TokenFile(path, dtype, length, content=content, vocab_size=vocab_size)
 
 
-def _open_npy(path: Place, vocab_size: int | None) -> TokenFile:
+def _open_npy(path: AnyPath, vocab_size: int | None) -> TokenFile:
     try:
         shape, dtype, offset = _npy_header(path)
         lacking = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
@@ -203,7 +203,7 @@ def _open_npy(path: Place, vocab_size: int | None) -> TokenFile:
     return TokenFile(path, dtype, shape[0], offset=offset, vocab_size=vocab_size)
 
 
-def _npy_header(path: Place) -> tuple[tuple[int, ...], np.dtype, int]:
+def _npy_header(path: AnyPath) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, dtype, and where the numbers begin."""
     file = io.BytesIO(read_range(path, 0, min(_NPY_HEADER, path.stat().st_size)))
     if np.lib.format.read_magic(file) == (1, 0):

@@ -15,10 +15,10 @@ from train.data.fingerprint import Fingerprint, of_files
 from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines, read_texts
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.atomic import written_whole
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
-Told = Callable[[float], object]
-"""Is told which further part of a shard is done; all parts together are 1."""
+OnPart = Callable[[float], object]
+"""Called with the further part of a shard that is done; all parts sum to 1."""
 
 _SMALL_FILES = 2**26
 
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     data_dir: str | None = None
 
 
-class Shard(NamedTuple):
+class TextShard(NamedTuple):
     """The texts that become one token file.
 
     Attributes:
@@ -55,7 +55,7 @@ class Shard(NamedTuple):
     """
 
     name: str
-    files: tuple[Place, ...] = ()
+    files: tuple[AnyPath, ...] = ()
     data_set: str = ""
     start: int = 0
     stop: int = 0
@@ -70,7 +70,7 @@ class Counts(NamedTuple):
     first_skipped: list[str]
 
 
-def plan(sources: Sequence[str], records: int, job: Job) -> list[Shard]:
+def plan(sources: Sequence[str], records: int, job: Job) -> list[TextShard]:
     """The shards of the sources in their order.
 
     A file is one; small `.txt` files that follow each other are one together, up to 64
@@ -79,28 +79,28 @@ def plan(sources: Sequence[str], records: int, job: Job) -> list[Shard]:
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_documents`.
     """
-    shards: dict[Shard, None] = {}
+    shards: dict[TextShard, None] = {}
     for source in sources:
         if source.startswith("tfds:"):
             name = source.removeprefix("tfds:")
             count = len(_data_set(name, job.text_field, job.data_dir))
             for start in range(0, count, records):
                 stop = min(start + records, count)
-                shards[Shard(f"{name}.{start}", (), name, start, stop)] = None
+                shards[TextShard(f"{name}.{start}", (), name, start, stop)] = None
         else:
             for files in _grouped(text_files(source)):
-                shards[Shard(_stem(files[0]), files)] = None
+                shards[TextShard(_stem(files[0]), files)] = None
     digits = max(5, len(str(len(shards) - 1)))
 
-    def numbered(i: int, shard: Shard) -> Shard:
+    def numbered(i: int, shard: TextShard) -> TextShard:
         plain = re.sub(r"[^\w.-]+", "-", shard.name)
         return shard._replace(name=f"{i:0{digits}}-{plain}")
 
     return [numbered(i, shard) for i, shard in enumerate(shards)]
 
 
-def _grouped(paths: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
-    group: list[Place] = []
+def _grouped(paths: Sequence[AnyPath]) -> Iterator[tuple[AnyPath, ...]]:
+    group: list[AnyPath] = []
     size = 0
     for path in paths:
         if content_suffix(path) not in TEXT_SUFFIXES:
@@ -118,7 +118,7 @@ def _grouped(paths: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
         yield tuple(group)
 
 
-def _stem(path: Place) -> str:
+def _stem(path: AnyPath) -> str:
     """ "c4-train.00000-of-01024" of "c4-train.00000-of-01024.json.gz"."""
     name = path.name
     if content_suffix(path) != path.suffix:
@@ -126,7 +126,7 @@ def _stem(path: Place) -> str:
     return name.removesuffix(content_suffix(path))
 
 
-def fingerprint(shard: Shard, job: Job) -> Fingerprint:
+def fingerprint(shard: TextShard, job: Job) -> Fingerprint:
     """Of what the shard is read from."""
     if shard.files:
         return of_files(shard.files)
@@ -136,13 +136,13 @@ def fingerprint(shard: Shard, job: Job) -> Fingerprint:
     return {"records": [shard.start, shard.stop], "sha256": there["sha256"]}
 
 
-def token_file(shard: Shard, job: Job) -> Path:
+def token_file(shard: TextShard, job: Job) -> Path:
     """Where the shard's tokens go: `.u16` if their ids are below 2**16, else `.u32`."""
     small = _tokenizer(job.tokenizer).vocab_size <= 2**16
     return job.out / f"{shard.name}{'.u16' if small else '.u32'}"
 
 
-def tokenize(job: Job, shard: Shard, told: Told) -> Counts:
+def tokenize(job: Job, shard: TextShard, on_part: OnPart) -> Counts:
     """Write the token file of a shard: each document's tokens, and the end token.
 
     Little-endian numbers, the same whenever and wherever they are written. No document
@@ -159,27 +159,27 @@ def tokenize(job: Job, shard: Shard, told: Told) -> Counts:
     documents = tokens = 0
     left = 1.0
 
-    def tell(part: float) -> None:
+    def report(part: float) -> None:
         nonlocal left
         left -= part
-        told(part)
+        on_part(part)
 
     with written_whole(path) as file:
-        for text in itertools.islice(_texts(job, shard, bad, tell), job.documents):
+        for text in itertools.islice(_texts(job, shard, bad, report), job.documents):
             ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype)
             file.write(ids.tobytes())
             documents += 1
             tokens += len(ids)
-    told(left)
+    on_part(left)
     if not documents:
         path.unlink()
     return Counts(documents, tokens, bad.count, bad.first)
 
 
-def _texts(job: Job, shard: Shard, bad: BadLines, told: Told) -> Iterator[str]:
+def _texts(job: Job, shard: TextShard, bad: BadLines, on_part: OnPart) -> Iterator[str]:
     size = sum(path.stat().st_size for path in shard.files) or 1
     for path in shard.files:
-        yield from read_texts(path, job.text_field, bad, lambda n: told(n / size))
+        yield from read_texts(path, job.text_field, bad, lambda n: on_part(n / size))
     for number in range(shard.start, shard.stop):
         try:
             text = _data_set(shard.data_set, job.text_field, job.data_dir)[number]
@@ -187,7 +187,7 @@ def _texts(job: Job, shard: Shard, bad: BadLines, told: Told) -> Iterator[str]:
             bad.meet(error)
         else:
             yield text
-        told(1 / (shard.stop - shard.start))
+        on_part(1 / (shard.stop - shard.start))
 
 
 @functools.lru_cache(maxsize=8)

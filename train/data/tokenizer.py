@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.host.paths import Place, place
+from train.host.paths import AnyPath, to_path
 
 _END = "<|endoftext|>"
 _END_NAMES = (_END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -112,14 +112,14 @@ class SentencePieceTokenizer:
         return self._model.decode([int(token) for token in tokens])
 
 
-def open_tokenizer(path: str | Place) -> Tokenizer:
+def open_tokenizer(path: str | AnyPath) -> Tokenizer:
     """The tokenizer in a SentencePiece `.model` or a `tokenizers` `.json` file.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: unknown suffix, unreadable file, or no end-of-document token.
     """
-    path = place(path)
+    path = to_path(path)
     if path.suffix not in (".model", ".json"):
         raise ValueError(f"tokenizer {path}: expected a file ending in .model or .json")
     if not path.is_file():

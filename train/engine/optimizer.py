@@ -26,9 +26,9 @@ MATRICES = (
     (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
 )
 
-# The side that is projected of square matrices, with square=megatron: that which
-# Megatron's cut leaves whole (`lowrank_optax.training.square_sides`).
-MEGATRON = ((r"attention/o/", "output"), ("", "input"))
+# With square=megatron, the side of square matrices that is projected: the one that
+# tensor parallelism does not shard (`lowrank_optax.training.square_sides`).
+MEGATRON_SQUARES: Square = ((r"attention/o/", "output"), ("", "input"))
 
 # Options of a run that mean nothing to some methods.
 NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
@@ -58,6 +58,14 @@ def joined(parts: Parts) -> Any:
     return {**parts.rest, **parts.layers}
 
 
+class Checked(NamedTuple):
+    """A clipped gradient, whether it was finite, and its squared norm before."""
+
+    gradient: optax.Updates
+    accept: jax.Array
+    squared: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """A gradient transformation, and what can be read off its state.
@@ -83,28 +91,33 @@ class Optimizer:
         return by_part(self.method)
 
     @property
-    def clipped_method(self) -> optax.GradientTransformationExtraArgs:
-        """Clipping and the method, with the method's state.
-
-        It looks before it clips: clipping makes zeros of numbers so large that their
-        squares have no finite sum.
-        """
+    def checked_method(self) -> optax.GradientTransformationExtraArgs:
+        """`checked` and the method, with the method's state."""
 
         def update(
-            updates: Any, state: Any, params: Any = None, **extra_args: Any
-        ) -> tuple[Any, Any]:
-            accept = jnp.isfinite(squared_norm(updates))
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params | None = None,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, optax.OptState]:
+            gradient, accept, _ = self.checked(updates)
             return self.method.update(
-                self.clipped(updates), state, params, accept=accept, **extra_args
+                gradient, state, params, accept=accept, **extra_args
             )
 
         return optax.GradientTransformationExtraArgs(self.method.init, update)
 
-    def clipped(self, gradient: Any) -> Any:
-        return self.clip.update(gradient, optax.EmptyState())[0]
+    def checked(self, gradient: optax.Updates) -> Checked:
+        """Decides whether a step is taken, then clips the gradient.
 
-    def refused(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: how often a part, a layer or the rest, refused a step so far."""
+        In this order: clipping makes zeros of numbers whose squares have no finite sum.
+        """
+        squared = squared_norm(gradient)
+        clipped, _ = self.clip.update(gradient, optax.EmptyState())
+        return Checked(clipped, jnp.isfinite(squared), squared)
+
+    def skipped(self, opt_state: optax.OptState) -> jax.Array:
+        """() int32: how often a part, a layer or the rest, skipped a step so far."""
         kinds = (lro.stages.LowRankState, GuardState)
         return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
 
@@ -162,7 +175,7 @@ class GuardState(NamedTuple):
     """State of `skip_not_finite`.
 
     Attributes:
-      skipped: () int32, steps refused because the gradient was not finite.
+      skipped: () int32, steps skipped because the gradient was not finite.
       inner_state: the transformation's.
     """
 
@@ -175,9 +188,9 @@ def skip_not_finite(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, and nothing changes at a step whose gradient is not finite.
 
-    The caller may have looked already, at all weights where this sees a part of them,
-    and says so by `accept`, as to `lowrank_optax.low_rank`. (`optax.apply_if_finite`
-    asks nobody, and gives in after a number of steps.)
+    The caller passes `accept` if it has checked the gradients of all weights, as to
+    `lowrank_optax.low_rank`. (`optax.apply_if_finite` takes no such argument, and
+    accepts any gradient after a number of steps.)
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -193,7 +206,7 @@ def skip_not_finite(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         if accept is None:
-            accept = jnp.isfinite(optax.tree.norm(updates))
+            accept = jnp.isfinite(squared_norm(updates))
         steps, new = inner.update(updates, state.inner_state, params, **extra_args)
         if accept is True:
             return steps, GuardState(state.skipped, new)
@@ -267,17 +280,18 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         scale=config.scale if method.low_rank or method.uses("scale") else None,
         switch_step=round(config.switch * steps),
         precision=None if config.precision == "default" else config.precision,
-        square=MEGATRON if config.square == "megatron" else None,
-        shards=config.block_shards,
+        square=MEGATRON_SQUARES if config.square == "megatron" else None,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
         mask=decayed,
     )
     if not method.low_rank:
-        return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON)
+        return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON_SQUARES)
     refresh_every = method.own.get("refresh_every", config.refresh_every)
-    square = MEGATRON if config.square == "megatron" else method.options["square"]
+    square = (
+        MEGATRON_SQUARES if config.square == "megatron" else method.options["square"]
+    )
     tx = optax.with_extra_args_support(measured(tx, config))
     return Optimizer(tx, clip, schedule, refresh_every, square)
 

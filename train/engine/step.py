@@ -19,7 +19,7 @@ from models.params import draw_params, embed, finish, run_layer
 from train.config.sizes import large_layers
 from train.engine.layer_metrics import layer_metrics
 from train.engine.optimizer import Optimizer, Parts, joined, parted
-from train.engine.weight_sharding import Shards, cut_weights, looked_up, rows
+from train.engine.weight_sharding import Shards, look_up, shard_rows, sharded_weights
 
 Batch = dict[str, jax.Array]
 LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -59,7 +59,6 @@ class Work(NamedTuple):
       weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
       microbatches: parts of a batch that go through the model one after the other.
       layerwise: whether each layer is updated when the backward pass has its gradient.
-      block_shards: into how many parts weights of int8 can be cut with whole blocks.
     """
 
     model: LlamaConfig
@@ -68,7 +67,6 @@ class Work(NamedTuple):
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     microbatches: int = 1
     layerwise: bool = False
-    block_shards: int = 1
 
     @property
     def shards(self) -> Shards:
@@ -78,13 +76,13 @@ class Work(NamedTuple):
 
 def init_weights(work: Work, key: jax.Array) -> Any:
     """The weights before the first step, as they are kept."""
-    return draw_params(work.model, key, partial(keep_weights, work))
+    return draw_params(work.model, key, partial(store_weights, work))
 
 
-def keep_weights(work: Work, params: Any) -> Any:
+def store_weights(work: Work, params: Any) -> Any:
     """Weights as this work keeps them, of weights as any other does."""
-    weights = work.shards.cut(lro.weights.dense(params))
-    return lro.weights.store(weights, work.weight_dtype, shards=work.block_shards)
+    weights = work.shards.shard(lro.weights.dense(params))
+    return lro.weights.store(weights, work.weight_dtype)
 
 
 def init_state(work: Work, params: Any) -> TrainState:
@@ -114,13 +112,13 @@ def embedded(work: Work, rest: Params, tokens: jax.Array) -> jax.Array:
     """What the first layer reads: int (B, T) -> (B, T, D)."""
     weights = work.shards.gather({"embed": rest["embed"]})
     embedding = weights["embed"]["embedding"]
-    return looked_up(partial(embed, work.model, weights), embedding, tokens)
+    return look_up(partial(embed, work.model, weights), embedding, tokens)
 
 
 def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
     """One layer, its weights put together for as long as it is computed."""
-    gather = work.shards.gather if cut_weights() else None
-    return rows(run_layer(work.model, layer, x, gather))
+    gather = work.shards.gather if sharded_weights() else None
+    return shard_rows(run_layer(work.model, layer, x, gather))
 
 
 def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
@@ -128,7 +126,7 @@ def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array
     kernel = rest["head"]["kernel"]
     spread = work.shards.spread(kernel)
     return head_cross_entropy(
-        rows(x),
+        shard_rows(x),
         kernel,
         *targets_of(batch),
         compute_dtype=work.model.compute_dtype,
@@ -209,22 +207,22 @@ def train_step(
       The new state, and the metrics.
     """
     by_layer = work.layerwise and work.microbatches == 1
-    take = layerwise_step if by_layer else whole_step
+    take = layerwise_step if by_layer else full_step
     key = jax.random.fold_in(work.key, state.step)
     taken = take(work, key, state, batch, refresh)
     optimizer = work.optimizer
-    refused = optimizer.refused(taken.opt_state) > optimizer.refused(state.opt_state)
-    # A refresh that was refused is due again at once.
+    skipped = optimizer.skipped(taken.opt_state) > optimizer.skipped(state.opt_state)
+    # A refresh that was skipped is due again at once.
     until = state.until_refresh - 1
     if refresh:
-        until = jnp.where(refused, 0, (optimizer.refresh_every or 1) - 1)
+        until = jnp.where(skipped, 0, (optimizer.refresh_every or 1) - 1)
     new_state = TrainState(
         step=state.step + 1,
         params=taken.params,
         opt_state=taken.opt_state,
         until_refresh=until,
-        skipped=state.skipped + refused,
-        skipped_in_a_row=refused * (state.skipped_in_a_row + 1),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=skipped * (state.skipped_in_a_row + 1),
     )
     metrics = {
         "loss": taken.loss,
@@ -238,7 +236,7 @@ def train_step(
     return new_state, metrics
 
 
-def whole_step(
+def full_step(
     work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
 ) -> Taken:
     """All gradients first, then all updates: a step is taken whole or not at all.
@@ -253,11 +251,10 @@ def whole_step(
         params = dense(work, state.params)
         sums = partial(loss_sums, work)
         loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
-        gradient = work.shards.cut(gradient)
+        gradient = work.shards.shard(gradient)
         how = {}
-    squared = squared_norm(gradient)
-    method, accept = work.optimizer.method, jnp.isfinite(squared)
-    old, steps = parted(state.params), parted(work.optimizer.clipped(gradient))
+    gradient, accept, squared = work.optimizer.checked(gradient)
+    method, old, steps = work.optimizer.method, parted(state.params), parted(gradient)
     layers, layers_state = lro.training.update_layers(
         method,
         steps.layers,
@@ -354,7 +351,7 @@ def layerwise_step(
     Clipping is by the layer's own norm, and by that of the rest's gradient. A layer, or
     the rest, whose gradient is not finite is skipped by itself.
     """
-    old, method = parted(state.params), work.optimizer.clipped_method
+    old, method = parted(state.params), work.optimizer.checked_method
     layers = lro.training.open_layers(old.layers, state.opt_state.layers, key)
     layer = lro.training.update_in_backward(
         lambda weights, x: through_layer(work, weights["layers"], x),

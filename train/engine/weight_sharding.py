@@ -25,28 +25,28 @@ IN, OUT = -2, -1
 
 # The axis that tensor parallelism cuts (Shoeybi et al. 2019, "Megatron-LM"): each
 # device has its heads and its part of the MLP, so o and down sum over devices.
-MEGATRON = (
+TENSOR_AXES = (
     (r"(^|/)(q|k|v|gate|up|head)/kernel$", OUT),
     (r"(^|/)(o|down)/kernel$", IN),
 )
 EMBEDDING = r"(^|/)embed/embedding$"
 
 
-class Kept(NamedTuple):
-    """Where a weight is.
+class WeightSpecs(NamedTuple):
+    """How a weight is sharded.
 
     Attributes:
-      cut: between two uses, as are its gradient and what the optimizer makes of it.
-      used: where it is used.
+      stored: between two uses, like its gradient and the optimizer's state.
+      used: where a product takes it.
     """
 
-    cut: P = P()
+    stored: P = P()
     used: P = P()
 
 
-def place(
+def specs_of_weight(
     path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
-) -> Kept | None:
+) -> WeightSpecs | None:
     """Where a weight is on a mesh of these sizes; None for one that is never cut.
 
     The axis "fsdp" cuts the side that a subspace is not of, the larger one or, of a
@@ -54,7 +54,7 @@ def place(
     is local. A side that does not divide leaves it to the other. An embedding is cut
     along what a token's row holds, so that rows are moved and never the table.
     """
-    axis = next((axis for rule, axis in MEGATRON if re.search(rule, path)), None)
+    axis = next((axis for rule, axis in TENSOR_AXES if re.search(rule, path)), None)
     if re.search(EMBEDDING, path):
         orders = {"fsdp": (OUT, IN), "tensor": (OUT, IN)}
     elif axis is None:
@@ -76,7 +76,7 @@ def place(
         used = {OUT: cut[OUT]}
     else:
         used = {axis: tuple(name for name in cut[axis] if name == "tensor")}
-    return Kept(_spec(cut, len(shape)), _spec(used, len(shape)))
+    return WeightSpecs(_spec(cut, len(shape)), _spec(used, len(shape)))
 
 
 def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
@@ -102,12 +102,15 @@ class Shards:
     dtype: str
 
     def shardings(self, mesh: Mesh, params: Any) -> Any:
-        """Of the weights as they are kept, or dense: a tree like them."""
+        """Of the weights as they are specs, or dense: a tree like them."""
 
         def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
-            kept = place(path_of(keys), w.shape, mesh.shape, self.square) or Kept()
+            specs = (
+                specs_of_weight(path_of(keys), w.shape, mesh.shape, self.square)
+                or WeightSpecs()
+            )
             return jax.tree.map(
-                lambda x: NamedSharding(mesh, _fitted(kept.cut, x, mesh)), w
+                lambda x: NamedSharding(mesh, _fitted(specs.stored, x, mesh)), w
             )
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
@@ -116,21 +119,21 @@ class Shards:
         """Weights as their products take them; each one's gradient is cut again."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
-            kept = self._kept(keys, w)
+            specs = self._specs(keys, w)
             narrow = jnp.promote_types(w.dtype, self.dtype) == w.dtype
             # A token's gradients are summed in float32, one by one.
             rounds = narrow and not re.search(EMBEDDING, path_of(keys))
             dtype = self.dtype if rounds else w.dtype.name
-            return w if kept is None else _gather(kept, dtype, w.dtype.name, w)
+            return w if specs is None else _gather(specs, dtype, w.dtype.name, w)
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def cut(self, weights: Any) -> Any:
+    def shard(self, weights: Any) -> Any:
         """A tree like the weights, or gradients, cut as they are kept."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
-            kept = self._kept(keys, w)
-            return w if kept is None else _constrained(w, kept.cut)
+            specs = self._specs(keys, w)
+            return w if specs is None else _constrained(w, specs.stored)
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
@@ -139,13 +142,13 @@ class Shards:
         parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
         for keys, w in jax.tree_util.tree_leaves_with_path(weights):
             path = path_of(keys)
-            kept = place(path, w.shape, mesh.shape, self.square)
-            if kept is None:
+            specs = specs_of_weight(path, w.shape, mesh.shape, self.square)
+            if specs is None:
                 continue
-            found = math.prod(shards_of(entry, mesh) for entry in kept.cut)
+            found = math.prod(shards_of(entry, mesh) for entry in specs.stored)
             if found < parts:
                 fewer.append(f"{path} ({found})")
-            if mesh.shape["tensor"] > 1 and "tensor" not in str(kept.used):
+            if mesh.shape["tensor"] > 1 and "tensor" not in str(specs.used):
                 together.append(path)
         remarks = {
             f"cut into fewer parts than {parts}": fewer,
@@ -158,27 +161,30 @@ class Shards:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return Spread()
-        kept = place("head/kernel", kernel.shape, mesh.shape, self.square) or Kept()
-        return Spread(shards_of(ROWS, mesh), ROWS, *kept)
+        specs = (
+            specs_of_weight("head/kernel", kernel.shape, mesh.shape, self.square)
+            or WeightSpecs()
+        )
+        return Spread(shards_of(ROWS, mesh), ROWS, *specs)
 
-    def _kept(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> Kept | None:
-        mesh = _cutting_mesh()
+    def _specs(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> WeightSpecs | None:
+        mesh = _sharding_mesh()
         if mesh is None:
             return None
-        return place(path_of(keys), w.shape, mesh.shape, self.square)
+        return specs_of_weight(path_of(keys), w.shape, mesh.shape, self.square)
 
 
-def cut_weights() -> bool:
+def sharded_weights() -> bool:
     """Whether the mesh that is set cuts any."""
-    return _cutting_mesh() is not None
+    return _sharding_mesh() is not None
 
 
-def rows(x: jax.Array) -> jax.Array:
+def shard_rows(x: jax.Array) -> jax.Array:
     """(B, ...), each device with its rows."""
-    return _constrained(x, P(ROWS)) if cut_weights() else x
+    return _constrained(x, P(ROWS)) if sharded_weights() else x
 
 
-def looked_up(
+def look_up(
     embed: Callable[[jax.Array], jax.Array], embedding: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """`embed(tokens)` (B, T, D), each device with its rows.
@@ -186,43 +192,48 @@ def looked_up(
     Each first looks its part of D up, for all rows that its neighbours along fsdp have
     too; then they exchange them.
     """
-    mesh = _cutting_mesh()
+    mesh = _sharding_mesh()
     if mesh is None:
         return embed(tokens)
-    kept = place("embed/embedding", embedding.shape, mesh.shape, "input") or Kept()
-    names = mesh_axes_of(kept.used[1])
+    specs = (
+        specs_of_weight("embed/embedding", embedding.shape, mesh.shape, "input")
+        or WeightSpecs()
+    )
+    names = mesh_axes_of(specs.used[1])
     x = embed(_constrained(tokens, P("data")))
     # First those of tensor: both at once are no exchange that the compiler knows.
     for parts in (names, tuple(name for name in names if name == "fsdp")):
         x = _constrained(x, P("data", None, parts))
-    return rows(x)
+    return shard_rows(x)
 
 
 def _constrained(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _forward(kept: Kept, dtype: str, own: str, w: jax.Array) -> tuple[jax.Array, None]:
+def _forward(
+    specs: WeightSpecs, dtype: str, own: str, w: jax.Array
+) -> tuple[jax.Array, None]:
     # Cut first: else all layers may be gathered, and this one read of them.
-    narrow = _constrained(w, kept.cut).astype(dtype)
-    return _constrained(narrow, kept.used), None
+    narrow = _constrained(w, specs.stored).astype(dtype)
+    return _constrained(narrow, specs.used), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(kept: Kept, dtype: str, own: str, w: jax.Array) -> jax.Array:
-    return _forward(kept, dtype, own, w)[0]
+def _gather(specs: WeightSpecs, dtype: str, own: str, w: jax.Array) -> jax.Array:
+    return _forward(specs, dtype, own, w)[0]
 
 
 def _backward(
-    kept: Kept, dtype: str, own: str, _: None, gradient: jax.Array
+    specs: WeightSpecs, dtype: str, own: str, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    return (_constrained(gradient.astype(own), kept.cut),)
+    return (_constrained(gradient.astype(own), specs.stored),)
 
 
 _gather.defvjp(_forward, _backward)
 
 
-def _cutting_mesh() -> Any:
+def _sharding_mesh() -> Any:
     """The mesh that is set, if it cuts weights."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:

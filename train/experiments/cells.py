@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from train.config.command_line import check_numbers
 from train.config.config import Config, OptimizerConfig
 from train.config.methods import METHODS
 from train.config.presets import PRESETS, with_flags
 from train.data.dataset import DataConfig
 from train.engine.optimizer import NOT_ALL_HAVE
 from train.experiments.papers import EXPERIMENTS
-from train.experiments.runs import SHARED, Experiment, Run, Scale
+from train.experiments.runs import SHARED, Experiment, Flags, Scale
 
 if TYPE_CHECKING:
     Name = str
@@ -25,7 +26,7 @@ else:
     Name = Literal[tuple(EXPERIMENTS)]
 
 # What an experiment's runs have in common, whatever they try.
-REPORT: Run = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
+REPORT: Flags = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,7 @@ class ExperimentConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        for field in ("seeds", "steps", "at_once"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be at least 1")
+        check_numbers(self, positive=("seeds", "steps", "at_once"))
 
     @property
     def experiment(self) -> Experiment:
@@ -81,8 +79,8 @@ class Cell:
       folder: where it is kept.
     """
 
-    axes: Run
-    flags: Run
+    axes: Flags
+    flags: Flags
     folder: Path
 
     @property
@@ -148,7 +146,7 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
     flag = config.experiment.best_of
     if flag is None:
         return [*cells]
-    best: dict[str, tuple[float, Run]] = {}
+    best: dict[str, tuple[float, Flags]] = {}
     for cell in tries(config, cells):
         loss = cell.summary["eval_loss"] if cell.done else math.inf
         if loss < best.get(cell.flags[flag], (math.inf,))[0]:
@@ -157,7 +155,7 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.axes in chosen]
 
 
-def meant(flags: Run) -> Run:
+def meant(flags: Flags) -> Flags:
     """Without what its method has no use for, which others of the experiment have.
 
     Raises:
@@ -176,7 +174,7 @@ def meant(flags: Run) -> Run:
     }
 
 
-def saved(config: ExperimentConfig, flags: Run) -> Run:
+def saved(config: ExperimentConfig, flags: Flags) -> Flags:
     """How often a run saves: to go on with, or for what its weights move."""
     run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
     if subspaces := config.experiment.weights_over:
@@ -187,14 +185,14 @@ def saved(config: ExperimentConfig, flags: Run) -> Run:
     return {"checkpoint_every": 1000} if config.scale == "full" else {}
 
 
-def axes_of(runs: Sequence[Run]) -> list[str]:
+def axes_of(runs: Sequence[Flags]) -> list[str]:
     """The flags in which runs differ; of a single one, its optimizer."""
     flags = dict.fromkeys(k for run in runs for k in run)
     differ = [k for k in flags if len({str(run.get(k, ...)) for run in runs}) > 1]
     return differ or ["optimizer"]
 
 
-def name_of(axes: Run) -> str:
+def name_of(axes: Flags) -> str:
     """A name for a folder: "galore,sara" of optimizer and basis, else "rank=64"."""
     words = (
         str(v) if k in ("optimizer", "basis", "preset") else f"{k}={v}"

@@ -2,12 +2,11 @@
 
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +14,7 @@ _ASK = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
 class Command(NamedTuple):
-    """What is run.
-
-    Attributes:
-      name: what it is called.
-      argv: its words.
-      log: the file of what it prints.
-    """
+    """A command line, and the file that gets what it prints."""
 
     name: str
     argv: Sequence[str]
@@ -29,12 +22,7 @@ class Command(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A command that has ended.
-
-    Attributes:
-      name: of the command.
-      status: its exit status; of a signal, minus its number.
-    """
+    """A command's name, and its exit status: minus the number of a signal."""
 
     name: str
     status: int
@@ -81,52 +69,48 @@ def thread_share(at_once: int) -> dict[str, str]:
 
 
 def run_all(
-    commands: Sequence[Command], places: Sequence[Mapping[str, str]]
+    commands: Sequence[Command], slots: Sequence[Mapping[str, str]]
 ) -> Iterator[Ended]:
-    """Runs the commands, as many at a time as there are places; yields each as it ends.
+    """Runs the commands, as many at a time as there are slots; yields each as it ends.
 
     If the caller leaves the loop, or is interrupted, those that run get a SIGTERM and
     are waited for.
     """
-    waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+    free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+    for slot in slots:
+        free.put(slot)
     running: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
-    for command in commands:
-        waiting.put(command)
 
-    def work(place: Mapping[str, str]) -> None:
-        while not stopping.is_set():
-            try:
-                command = waiting.get_nowait()
-            except queue.Empty:
-                return
-            command.log.parent.mkdir(parents=True, exist_ok=True)
-            with command.log.open("ab") as log:
-                # In a session of its own: Ctrl-C is for this process, which tells it.
-                process = subprocess.Popen(
-                    command.argv,
-                    env={**os.environ, **place},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                running.add(process)
-                status = process.wait()
-                running.discard(process)
-            ended.put(Ended(command.name, status))
+    def work(command: Command) -> Ended:
+        slot = free.get()
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            # In a session of its own: Ctrl-C is for this process, which passes it on.
+            process = subprocess.Popen(
+                command.argv,
+                env={**os.environ, **slot},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            running.add(process)
+            if stopping.is_set():
+                process.terminate()
+            status = process.wait()
+            running.discard(process)
+        free.put(slot)
+        return Ended(command.name, status)
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in places]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in commands:
-            yield ended.get()
-    finally:
-        stopping.set()
-        for process in [*running]:
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(max(1, len(slots))) as pool:
+        futures = [pool.submit(work, command) for command in commands]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            stopping.set()
+            for future in futures:
+                future.cancel()
+            for process in [*running]:
+                process.terminate()

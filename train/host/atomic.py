@@ -2,24 +2,24 @@
 
 import errno
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import jax
 from upath import UPath
 
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Place, content: bytes) -> None:
+def write_bytes(path: AnyPath, content: bytes) -> None:
     """All of a file or nothing, under another name first; OSError leaves it as it was.
 
     What is there is never written to. A bucket replaces an object whole by itself.
@@ -63,7 +63,7 @@ class Appender:
     An object of a bucket cannot be appended to: it is kept here, and written whole.
     """
 
-    def __init__(self, path: Place, size: int | None = None) -> None:
+    def __init__(self, path: AnyPath, size: int | None = None) -> None:
         """Cut the file off after `size` bytes, if there is one."""
         self.path = path
         self._size = 0
@@ -93,10 +93,10 @@ class Appender:
         self._size += len(content)
 
 
-def check_writable(folder: Place) -> None:
+def check_writable(folder: AnyPath) -> None:
     """OSError unless the folder can be made, or written to; changes nothing."""
     if isinstance(folder, UPath):
-        probe = folder / f"writable-{jax.process_index()}"
+        probe = folder / f"writable-{socket.gethostname()}-{os.getpid()}"
         try:
             write_bytes(probe, b"")
             probe.unlink()

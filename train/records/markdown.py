@@ -29,9 +29,9 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
         value = row.get(key, "-")
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
-    lines = [" | ".join(shown.values()), "|".join("---" for _ in shown)]
-    lines += [" | ".join(cell(row, key) for key in shown) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+    lines = [shown.values(), *([cell(row, key) for key in shown] for row in rows)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join((head, "|" + "---|" * len(shown), *body))
 
 
 def check_out(path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from train.host.atomic import Appender
 from train.host.console import warn
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.records.tensorboard import Board
 
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ class MetricsWriter:
     is written when that is possible again.
     """
 
-    def __init__(self, folder: Place, step: int) -> None:
+    def __init__(self, folder: AnyPath, step: int) -> None:
         self._outputs: list[_Output] = []
         if jax.process_index() == 0:
             lines = _Lines(folder / "metrics.jsonl", step)
@@ -83,7 +83,7 @@ class _Output:
 class _Lines:
     """A file of JSON lines."""
 
-    def __init__(self, path: Place, step: int) -> None:
+    def __init__(self, path: AnyPath, step: int) -> None:
         self.path = path
         self._file = Appender(path, _size_up_to(path, step) if path.exists() else 0)
 
@@ -91,7 +91,7 @@ class _Lines:
         self._file.append(b"".join(json.dumps(r).encode() + b"\n" for r in records))
 
 
-def _size_up_to(path: Place, step: int) -> int:
+def _size_up_to(path: AnyPath, step: int) -> int:
     """Bytes of the lines before a record of a later step, or one that is cut short."""
     size = 0
     with path.open("rb") as file:
@@ -111,7 +111,7 @@ def _parsed(line: bytes) -> Record | None:
         return None
 
 
-def read_metrics(folder: Place) -> list[Record]:
+def read_metrics(folder: AnyPath) -> list[Record]:
     """The records of `folder/metrics.jsonl`, in order; none if there is no such file.
 
     A line that is no record is left out, and so is a last one that was cut short, when

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from train.host.atomic import write_bytes
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.records.metrics import Record
 
 
-def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
+def draw_run(records: Sequence[Record], path: AnyPath, title: str) -> None:
     """Training loss, as logged and smoothed, and evaluation loss of one run."""
     figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
@@ -25,7 +25,7 @@ def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
     _save(figure, axes, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str) -> None:
     """Smoothed training loss of several runs; a dot is the final evaluation loss."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
@@ -44,7 +44,7 @@ LABELS = {
 }
 
 
-def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
+def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None:
     """What was measured of one run's subspaces, a line for each kind of layer.
 
     Of singular values the largest.
@@ -66,7 +66,7 @@ def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
 
 
 def draw_spectra(
-    values: Mapping[str, Sequence[float]], path: Place, title: str
+    values: Mapping[str, Sequence[float]], path: AnyPath, title: str
 ) -> None:
     """Normalised singular values, descending, a line for each kind of layer."""
     figure, axes = _figure(title)
@@ -77,7 +77,9 @@ def draw_spectra(
     _save(figure, axes, path)
 
 
-def draw_by_time(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
+def draw_by_time(
+    runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str
+) -> None:
     """As `draw_runs`, over the time that the steps took, compilation left out."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed")
     for name, records in runs.items():
@@ -94,7 +96,9 @@ def _minutes(records: Sequence[Record]) -> list[float]:
     return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
 
 
-def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
+def draw_losses(
+    losses: Mapping[str, Sequence[float]], path: AnyPath, title: str
+) -> None:
     """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
     size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
@@ -111,7 +115,7 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) 
 
 
 def draw_measured(
-    runs: Mapping[str, Sequence[Record]], prefix: str, path: Place, title: str
+    runs: Mapping[str, Sequence[Record]], prefix: str, path: AnyPath, title: str
 ) -> None:
     """What was measured of subspaces: a panel for each run, a line for each metric.
 
@@ -164,7 +168,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, axes: Axes, path: Place) -> None:
+def _save(figure: Figure, axes: Axes, path: AnyPath) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= 8:
         axes.legend()
@@ -174,7 +178,7 @@ def _save(figure: Figure, axes: Axes, path: Place) -> None:
     _write(figure, path)
 
 
-def _write(figure: Figure, path: Place) -> None:
+def _write(figure: Figure, path: AnyPath) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())

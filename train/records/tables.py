@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
+from train.records.markdown import Row, markdown
 from train.records.perplexity import perplexity
-
-Row = dict[str, Any]
 
 
 class Interval(NamedTuple):
@@ -80,18 +79,11 @@ def table(rows: Sequence[Row], axes: Sequence[str], against: Row | None = None) 
         grouped(rows, axes),
         key=lambda g: statistics.fmean([r.get("eval_loss", math.inf) for r in g[1]]),
     )
-    lines = [
-        {
-            **_named(values),
-            **_numbers(group),
-            **_compared(group, done, axes, against),
-        }
+    lines: list[Row] = [
+        _named(values) | _numbers(group) | _compared(group, done, axes, against)
         for values, group in best_first
     ]
-    columns = [*dict.fromkeys(key for line in lines for key in line)]
-    cells = [columns, ["---"] * len(columns)]
-    cells += [[line.get(column, "-") for column in columns] for line in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return markdown(lines, {key: key for line in lines for key in line})
 
 
 def _named(values: Row) -> dict[str, str]:

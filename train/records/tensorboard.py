@@ -13,7 +13,7 @@ from tensorboardX.summary import scalar
 from upath import UPath
 
 from train.host.atomic import Appender
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 Event: Any = event_pb2.Event  # type: ignore[attr-defined]  # made at run time
 SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
@@ -26,7 +26,7 @@ class Board:
     record then waits for ever.)
     """
 
-    def __init__(self, folder: Place, purge_step: int) -> None:
+    def __init__(self, folder: AnyPath, purge_step: int) -> None:
         """What the folder's files have from `purge_step` on counts no more."""
         self.path = folder
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"

@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.engine.step import TrainState
 from train.host.console import warn
-from train.host.paths import Place, for_orbax, move_folder
+from train.host.paths import AnyPath, for_orbax, move_folder
 from train.host.quiet import quiet
 from train.records.metrics import Record, is_healthy, read_metrics
 from train.run.checksum import checksums
@@ -79,7 +79,7 @@ class Checkpoints:
     if it was the last.
     """
 
-    def __init__(self, folder: Place, keep: int) -> None:
+    def __init__(self, folder: AnyPath, keep: int) -> None:
         self._aside = folder / "aside"
         self._steps = folder / "checkpoints"
         self._folder = for_orbax(self._steps)
@@ -261,7 +261,7 @@ def _seals(state: Any, position: Any) -> dict[str, Any]:
     return {"state": checksums(state), "position": zlib.crc32(text.encode())}
 
 
-def seals_of(checkpoint: Place) -> dict[str, Any]:
+def seals_of(checkpoint: AnyPath) -> dict[str, Any]:
     """What is kept in a checkpoint's folder to know that it is whole."""
     return json.loads((checkpoint / "checksums" / "metadata").read_text())
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import jax
 
-from train.host.errors import said
+from train.host.errors import message_of
 from train.run.checkpoint import CheckpointError
 from train.run.loop import DataError
 
@@ -17,7 +17,7 @@ def run_errors() -> Iterator[None]:
     try:
         yield
     except (CheckpointError, DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {said(error)}")
+        sys.exit(f"error: {message_of(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -16,7 +16,7 @@ from train.data.fingerprint import Fingerprint, changed
 from train.engine.optimizer import why_steps_matter
 from train.host.atomic import write_text
 from train.host.console import say
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 # What may differ between a run and its resumption: where and how it is run, and what
 # it reports. All else decides what the next step does. Data may have moved: whether it
@@ -29,17 +29,6 @@ FREE += ("data.bad_lines",)
 # And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
-# What a run did that was begun before there was a choice.
-BEFORE = {
-    "optimizer.square": "method",
-    "optimizer.block_shards": 1,
-    "optimizer.rotate": "on",
-    "optimizer.back": "rescale",
-    "optimizer.residual_scale": None,
-    "optimizer.measure": "none",
-    "optimizer.anchor": None,
-    "data.windows": "packed",
-}
 
 
 @contextmanager
@@ -78,7 +67,7 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
 
 def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
-    folder: Place = resolved(config, "out")
+    folder: AnyPath = resolved(config, "out")
     try:
         _lock(folder, stack)
     except filelock.Timeout as error:
@@ -102,7 +91,7 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
         write_text(path, to_json(config))
 
 
-def _lock(folder: Place, stack: ExitStack) -> None:
+def _lock(folder: AnyPath, stack: ExitStack) -> None:
     """Make it, and hold its lock; NotImplementedError where there are none."""
     if isinstance(folder, UPath):
         raise NotImplementedError
@@ -153,7 +142,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def _stored(path: Place) -> dict[str, Any]:
+def _stored(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -163,9 +152,11 @@ def _stored(path: Place) -> dict[str, Any]:
         ) from error
 
 
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
+def check_same_run(
+    stored: dict[str, Any], given: dict[str, Any], path: AnyPath
+) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
-    old, new = BEFORE | _flat(stored), _flat(given)
+    old, new = _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, "layerwise") if same else FREE
@@ -201,7 +192,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_data(stored: Fingerprint, given: Fingerprint, path: Place) -> None:
+def check_same_data(stored: Fingerprint, given: Fingerprint, path: AnyPath) -> None:
     """ValueError unless a run would read what it read before."""
     if told := changed(stored, given):
         raise ValueError(

@@ -28,13 +28,14 @@ from train.engine.step import (
     dense,
     init_state,
     init_weights,
-    keep_weights,
     loss_sums,
+    store_weights,
     train_step,
 )
 from train.host.console import say
-from train.host.paths import Place
-from train.host.signals import Stop, StoppedError
+from train.host.errors import StoppedError
+from train.host.paths import AnyPath
+from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
@@ -113,7 +114,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         or if the held-out loss is not finite.
       StoppedError: by a signal.
     """
-    folder: Place = resolved(config, "out")
+    folder: AnyPath = resolved(config, "out")
     keep_tokenizer(folder, data.tokenizer)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
@@ -157,7 +158,6 @@ def work_of(config: Config, key: jax.Array) -> Work:
         weight_dtype=config.model.weight_dtype,
         microbatches=config.microbatches,
         layerwise=resolved(config, "layerwise") == "on",
-        block_shards=resolved(config.optimizer, "block_shards"),
     )
 
 
@@ -172,7 +172,7 @@ def initial(
     like = like_of(work, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     draw = jax.jit(partial(init_weights, work), out_shardings=shardings.params)
-    store = jax.jit(partial(keep_weights, work), out_shardings=shardings.params)
+    store = jax.jit(partial(store_weights, work), out_shardings=shardings.params)
     rest = jax.jit(partial(init_state, work), out_shardings=shardings, donate_argnums=0)
 
     def make(key: jax.Array) -> TrainState:
@@ -333,7 +333,8 @@ def fit(
             write(meter.flush())
             if report.checkpoint_every and not saving:
                 checkpoints.save(step, state, batches, losses=meter.losses)
-            raise StoppedError(step, checkpoints.has(step), stop.number)
+            saved, first = checkpoints.has(step), jax.process_index() == 0
+            raise StoppedError(step, saved, stop.number, reports=first)
     return state
 
 

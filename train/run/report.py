@@ -20,7 +20,7 @@ from train.data.tokenizer import Tokenizer
 from train.engine.layer_metrics import measures
 from train.engine.memory import describe, device_peak
 from train.host.atomic import write_text
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.records.metrics import read_metrics
 from train.records.perplexity import perplexity, published_perplexity
 from train.records.plots import draw_run, draw_subspaces
@@ -77,7 +77,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     """Write numbers, memory.txt and pictures, then sample.txt; print the outcome."""
-    folder: Place = resolved(config, "out")
+    folder: AnyPath = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
     memory = f"{state}\n\n{describe(trained.program.memory, trained.program.adamw)}"
@@ -112,7 +112,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
 def draw_measured(config: Config) -> None:
     """Draw subspace.png of a resolved config's run, if it measures anything."""
     if measures(config.optimizer):
-        folder: Place = resolved(config, "out")
+        folder: AnyPath = resolved(config, "out")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_subspaces(read_metrics(folder), folder / "subspace.png", heading)
 

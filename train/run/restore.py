@@ -12,7 +12,7 @@ from models import LlamaConfig, Params
 from models.params import draw_params
 from train.config.config import Config, model_config
 from train.data.tokenizer import Tokenizer, open_tokenizer
-from train.host.paths import Place, for_orbax
+from train.host.paths import AnyPath, for_orbax
 from train.host.quiet import quiet
 from train.run.checkpoint import brief, seals_of
 from train.run.checksum import checksums
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(folder: str | Place, step: int | None = None) -> Run:
+def load_run(folder: str | AnyPath, step: int | None = None) -> Run:
     """A run as one of its checkpoints has it; changes nothing in its folder.
 
     The devices may be others than those it was trained on, and the run may still be
@@ -76,15 +76,14 @@ def load_run(folder: str | Place, step: int | None = None) -> Run:
     return Run(config, model, weights, kept and open_tokenizer(kept), step)
 
 
-def load_weights(folder: Place, step: int) -> Any:
+def load_weights(folder: AnyPath, step: int) -> Any:
     """The weights of a checkpoint as they are kept, in the host's memory.
 
     Raises:
       ValueError: it is damaged.
     """
     config = read_config(folder)
-    shards = config.optimizer.block_shards or 1
-    store = partial(lro.weights.store, dtype=config.model.weight_dtype, shards=shards)
+    store = partial(lro.weights.store, dtype=config.model.weight_dtype)
     draw = partial(draw_params, model_config(config.model), store=store)
     like = {"params": jax.eval_shape(draw, jax.random.key(0))}
     restore = ocp.args.PyTreeRestore(
@@ -110,7 +109,7 @@ def load_weights(folder: Place, step: int) -> Any:
     return weights
 
 
-def _damaged(folder: Place, step: int, why: str) -> ValueError:
+def _damaged(folder: AnyPath, step: int, why: str) -> ValueError:
     others = [s for s in saved_steps(folder) if s != step]
     return ValueError(
         f"the checkpoint of step {step} in {folder} cannot be used: {why}; name "

@@ -10,9 +10,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+import lowrank_optax as lro
 from lowrank_optax.core.layout import path_of
+from models import Params
 from train.engine.layer_metrics import kind_of
 from train.engine.optimizer import parted, smaller_sides
+from train.run.restore import load_weights
+from train.run.stored import checked_step, run_and_step
 
 
 class Spectrum(NamedTuple):
@@ -50,6 +54,15 @@ def singular_values(difference: np.ndarray) -> np.ndarray:
     d = difference.astype(np.float64)
     d = d if d.shape[0] <= d.shape[1] else d.T
     return np.sqrt(np.maximum(np.linalg.eigvalsh(d @ d.T), 0))[::-1]
+
+
+def weights_of(name: str) -> tuple[str, Params]:
+    """Loads RUN or RUN@STEP: its name with the step, and its weights on the host."""
+    folder, step = run_and_step(name)
+    step = checked_step(folder, step)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        weights = lro.weights.dense(load_weights(folder, step), "float32")
+    return f"{folder}@{step}", jax.device_get(weights)
 
 
 def spectra(before: Any, after: Any) -> dict[str, Spectrum]:

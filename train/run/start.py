@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from train.config.config import Config, resolved
 from train.data.dataset import Data, open_data
 from train.data.tokenizer import Tokenizer, open_tokenizer
-from train.host.paths import Place, place
+from train.host.paths import AnyPath, to_path
 from train.run.restore import load_weights
 from train.run.stored import (
     checked_step,
@@ -44,7 +44,7 @@ def pinned(config: Config) -> Config:
     if config.init_from is None:
         return config
     folder, step = run_and_step(config.init_from)
-    own: Place = resolved(config, "out")
+    own: AnyPath = resolved(config, "out")
     if config.resume and (own / "config.json").is_file():
         began = read_config(own).init_from
         if began is not None and step is None and run_and_step(began)[0] == folder:
@@ -67,7 +67,7 @@ def tokenizer_file(config: Config) -> str | None:
       ValueError: a run that goes on is given another tokenizer than its own.
     """
     own = kept_tokenizer(resolved(config, "out")) if config.resume else None
-    given = config.data.tokenizer and place(config.data.tokenizer)
+    given = config.data.tokenizer and to_path(config.data.tokenizer)
     if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
         raise ValueError(
             f"tokenizer {given} is not the one that the run began with, which is "

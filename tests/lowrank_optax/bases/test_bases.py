@@ -733,7 +733,7 @@ def test_momentum_bases_converge_to_the_top_of_a_fixed_gradient(
     ids=["identity", "rms", "factored"],
 )
 def test_they_need_a_first_moment(name: str, inner: Any) -> None:
-    tx = bracket(getattr(lro, name)(), lro.in_subspace(inner))
+    tx = bracket(getattr(lro.bases, name)(), lro.in_subspace(inner))
     tree = {"mlp": {"kernel": normal(M, N)}}
     with pytest.raises(
         ValueError, match=rf"mlp/kernel: {name}\(\) follows the first moment"
@@ -941,7 +941,7 @@ def test_a_window_and_a_factor_are_positive_ints(name: str, bad: Any) -> None:
 
 @pytest.mark.parametrize("wrapper", ["lazy_refresh", "frozen"])
 def test_a_basis_without_refreshes_has_none_to_put_off(wrapper: str) -> None:
-    wrap = getattr(lro, wrapper)
+    wrap = getattr(lro.bases, wrapper)
     for rule in (lro.bases.online_pca(), lro.bases.lazy_refresh(lro.dominant_svd())):
         with pytest.raises(
             ValueError,

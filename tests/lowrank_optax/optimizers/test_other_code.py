@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers.battery import (
     ALL,
     build,
     close,

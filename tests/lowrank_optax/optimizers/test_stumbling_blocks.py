@@ -14,7 +14,7 @@ from scipy.linalg import subspace_angles
 
 import lowrank_optax as lro
 from lowrank_optax.bases.grassmann import geodesic
-from tests.lowrank_optax.optimizers.test_optax_battery import ALL, options_of
+from tests.helpers.battery import ALL, options_of
 
 M, N = 8, 64
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.core import linalg
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers.battery import (
     ALL,
     build,
     raw_keys,

@@ -107,7 +107,7 @@ def asked(monkeypatch) -> list[tuple[bool, int]]:
 
         return program._replace(step=step)
 
-    monkeypatch.setattr(train.loop, "build_program", build)
+    monkeypatch.setattr(train.run.loop, "build_program", build)
     return steps
 
 
@@ -420,7 +420,7 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
     harm = with_an_overflow if damage == "overflow" else with_the_mark
     if damage == "nan":
         monkeypatch.setattr(
-            train.step, "run_layer", nan_in_backward(train.engine.step.run_layer)
+            train.engine.step, "run_layer", nan_in_backward(train.engine.step.run_layer)
         )
     refresh = name != "adamw"
     step = jax.jit(partial(train_step, work, refresh=refresh))
@@ -542,7 +542,7 @@ def test_the_key_of_the_rounding_comes_from_the_seed(monkeypatch, tmp_path):
         works.append(work)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.loop, "build_program", stop)
+    monkeypatch.setattr(train.run.loop, "build_program", stop)
     for number, seed in enumerate((0, 0, 1)):
         config = config_of("galore", "int8", seed=seed)
         with pytest.raises(KeyboardInterrupt):
