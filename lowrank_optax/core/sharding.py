@@ -85,7 +85,8 @@ def on_auto_axes(f: Callable[..., Any], *args: Any, like: Tree, **extra: Any) ->
     def run(*parts: Any) -> Any:
         return f(*parts[:-1], **parts[-1], **static)
 
-    return jax.sharding.auto_axes(run, out_sharding=outputs)(*args, arrays)
+    run_on_auto: Any = jax.sharding.auto_axes(run, out_sharding=outputs)
+    return run_on_auto(*args, arrays)
 
 
 def has_explicit_axes() -> bool:

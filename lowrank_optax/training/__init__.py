@@ -3,16 +3,12 @@
 from lowrank_optax.training.data_parallel import average_gradients
 from lowrank_optax.training.layerwise import (
     Layers,
-    close_layers,
-    open_layers,
     per_layer,
     update_in_backward,
     update_layers,
 )
 from lowrank_optax.training.microbatches import (
     LayerSums,
-    close_sums,
-    open_sums,
     sum_in_backward,
 )
 from lowrank_optax.training.projected import (
@@ -27,10 +23,6 @@ __all__ = [
     "Layers",
     "Projected",
     "average_gradients",
-    "close_layers",
-    "close_sums",
-    "open_layers",
-    "open_sums",
     "per_layer",
     "project_gradient",
     "square_sides",

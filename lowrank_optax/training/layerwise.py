@@ -266,62 +266,56 @@ def _step(
 
 
 class Layers(NamedTuple):
-    """Stacked layers that are updated where they are.
+    """Stacked layers that are updated in place.
 
     Attributes:
       params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
       state: the same of the transformation's state, as `per_layer` makes it.
-      squares: (L,) float32, of each layer's last gradient the sum of the squares.
+      squares: (L,) float32, the sum of the squares of each layer's last gradient.
       operands: arrays that `apply_updates` gets.
     """
 
-    params: Any
-    state: Any
+    params: Tree
+    state: Tree
     squares: Any
     operands: tuple[Any, ...] = ()
 
+    @classmethod
+    def open(
+        cls, params: optax.Params, state: optax.OptState, *operands: Any
+    ) -> "Layers":
+        """References to the layers, for `update_in_backward`.
 
-def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> Layers:
-    """References to the layers, for `update_in_backward`.
+        Args:
+          params: a tree of arrays (L, ...).
+          state: `per_layer(tx).init(params)`.
+          operands: arrays that its `apply_updates` gets, such as this step's key.
 
-    Args:
-      params: a tree of arrays (L, ...).
-      state: `per_layer(tx).init(params)`.
-      operands: arrays that its `apply_updates` gets, such as this step's random key.
+        Raises:
+          ValueError: leaves without one number of layers along their first axes.
 
-    Raises:
-      ValueError: leaves without one number of layers along their first axes.
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+          >>> params = {"w": jnp.ones((12, 8, 8))}
+          >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
+          >>> layers = lro.training.Layers.open(params, state)
+          >>> layers.params["w"].shape
+          (12, 8, 8)
+        """
+        squares = jnp.zeros(count_of(params), jnp.float32)
+        return cls(*jax.tree.map(jax.new_ref, (params, state, squares)), operands)
 
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> params = {"w": jnp.ones((12, 8, 8))}
-      >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
-      >>> layers = lro.training.open_layers(params, state)
-      >>> layers.params["w"].shape
-      (12, 8, 8)
-    """
-    squares = jnp.zeros(count_of(params), jnp.float32)
-    params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
-    return Layers(params, state, squares, operands)
+    def close(self) -> "Layers":
+        """The arrays with all updates in them; the references end here.
 
-
-def close_layers(layers: Layers) -> Layers:
-    """The arrays, with all updates in them; the references are gone.
-
-    Args:
-      layers: what `open_layers` gave.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> layers = lro.training.open_layers({"w": jnp.ones((12, 8, 8))}, ())
-      >>> lro.training.close_layers(layers).params["w"].shape
-      (12, 8, 8)
-    """
-    return layers._replace(
-        params=jax.tree.map(jax.freeze, layers.params),
-        state=jax.tree.map(jax.freeze, layers.state),
-        squares=jax.freeze(layers.squares),
-    )
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro
+          >>> layers = lro.training.Layers.open({"w": jnp.ones((12, 8, 8))}, ())
+          >>> layers.close().params["w"].shape
+          (12, 8, 8)
+        """
+        arrays = jax.tree.map(jax.freeze, (self.params, self.state, self.squares))
+        return Layers(*arrays, self.operands)
 
 
 def update_in_backward(
@@ -346,7 +340,7 @@ def update_in_backward(
     the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
 
         layer = lro.training.update_in_backward(block, tx, refresh=refresh)
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
 
         def loss(rest):                       # the embedding, the head, ...
             def body(x, i):
@@ -355,7 +349,7 @@ def update_in_backward(
             return head_loss(rest, x)
 
         value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
-        params, state, *_ = lro.training.close_layers(layers)
+        params, state, *_ = layers.close()
 
     The whole of it stands in one jitted step that donates `params` and `state`. The
     forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
@@ -384,7 +378,7 @@ def update_in_backward(
       extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
 
     Returns:
-      layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
+      layer(i, layers, x, *inputs) to y, with `layers` from `Layers.open`.
 
     Raises:
       ValueError: what `tx` raises, in the backward pass.
@@ -393,14 +387,14 @@ def update_in_backward(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = optax.adamw(1e-3)
       >>> params = jnp.full((12, 8, 8), 0.1)
-      >>> layers = lro.training.open_layers(
+      >>> layers = lro.training.Layers.open(
       ...     params, lro.training.per_layer(tx).init(params))
       >>> layer = lro.training.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(
       ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
       >>> gradient = jax.grad(loss)(jnp.ones(8))
-      >>> bool(jnp.all(lro.training.close_layers(layers).params < params))
+      >>> bool(jnp.all(layers.close().params < params))
       True
     """
     step = _step(tx, load, apply_updates, extra_args, NOTHING_INSIDE)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.trees import count_of
 from lowrank_optax.training.backward import Load, in_backward, read, write
 from lowrank_optax.training.projected import Projected, project_gradient
@@ -21,68 +22,65 @@ class LayerSums(NamedTuple):
       sums: the same, `Projected`: `low` is a sum, `bases` the first micro-batch's.
     """
 
-    params: Any
-    state: Any
+    params: Tree
+    state: Tree
     sums: Any
 
+    @classmethod
+    def open(
+        cls,
+        tx: optax.GradientTransformation,
+        params: optax.Params,
+        state: optax.OptState,
+        *,
+        load: Load = lambda params: params,
+        refresh: bool = False,
+    ) -> "LayerSums":
+        """References to the layers and to sums of zero, for `sum_in_backward`.
 
-def open_sums(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    state: optax.OptState,
-    *,
-    load: Load = lambda params: params,
-    refresh: bool = False,
-) -> LayerSums:
-    """References to the layers and to sums of zero, for `sum_in_backward`.
+        Args:
+          tx: a transformation with one `low_rank` in it.
+          params: a tree of arrays (L, ...), as they are stored.
+          state: `per_layer(tx).init(params)`.
+          load: as in `sum_in_backward`.
+          refresh: whether the step is a refresh.
 
-    Args:
-      tx: a transformation with one `low_rank` in it.
-      params: a tree of arrays (L, ...), as they are kept.
-      state: `per_layer(tx).init(params)`.
-      load: as in `sum_in_backward`.
-      refresh: whether the step is a refresh.
+        Raises:
+          ValueError: what `project_gradient` raises.
 
-    Raises:
-      ValueError: what `project_gradient` raises.
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro
+          >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
+          >>> params = {"w": jnp.ones((12, 4, 8))}
+          >>> layers = lro.training.LayerSums.open(
+          ...     tx, params, lro.training.per_layer(tx).init(params))
+          >>> layers.sums.low["w"].shape
+          (12, 2, 8)
+        """
+        count = count_of(params)
 
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
-      >>> params = {"w": jnp.ones((12, 4, 8))}
-      >>> layers = lro.training.open_sums(
-      ...     tx, params, lro.training.per_layer(tx).init(params))
-      >>> layers.sums.low["w"].shape
-      (12, 2, 8)
-    """
-    count = count_of(params)
+        def first() -> Projected:
+            weights, own = load(read(params, 0)), read(state, 0)
+            return project_gradient(tx, weights, own, weights, refresh=refresh, layer=0)
 
-    def first() -> Projected:
-        weights, own = load(read(params, 0)), read(state, 0)
-        return project_gradient(tx, weights, own, weights, refresh=refresh, layer=0)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(first)
+        )
+        return cls(*jax.tree.map(jax.new_ref, (params, state, zeros)))
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(first)
-    )
-    return LayerSums(*jax.tree.map(jax.new_ref, (params, state, zeros)))
+    def close(self) -> "LayerSums":
+        """The arrays; the references end here.
 
-
-def close_sums(layers: LayerSums) -> LayerSums:
-    """The arrays; the references are gone.
-
-    Args:
-      layers: what `open_sums` gave.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
-      >>> params = {"w": jnp.ones((12, 4, 8))}
-      >>> layers = lro.training.open_sums(
-      ...     tx, params, lro.training.per_layer(tx).init(params))
-      >>> float(lro.training.close_sums(layers).sums.low["w"].max())
-      0.0
-    """
-    return jax.tree.map(jax.freeze, layers)
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro
+          >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
+          >>> params = {"w": jnp.ones((12, 4, 8))}
+          >>> layers = lro.training.LayerSums.open(
+          ...     tx, params, lro.training.per_layer(tx).init(params))
+          >>> float(layers.close().sums.low["w"].max())
+          0.0
+        """
+        return jax.tree.map(jax.freeze, self)
 
 
 def sum_in_backward(
@@ -99,11 +97,11 @@ def sum_in_backward(
     layer's gradient is there, and r x n numbers for each matrix. The step follows when
     all micro-batches are through:
 
-        layers = lro.training.open_sums(tx, params, state)
+        layers = lro.training.LayerSums.open(tx, params, state)
         layer = lro.training.sum_in_backward(block, tx)
         for x in microbatches:      # jax.lax.scan, in earnest
             jax.grad(loss)(rest, x) # loss as in `update_in_backward`
-        params, state, sums = lro.training.close_sums(layers)
+        params, state, sums = layers.close()
         params, state = lro.training.update_layers(
             tx, sums, state, params, refresh=False)
 
@@ -117,7 +115,7 @@ def sum_in_backward(
       first: whether this is the step's first micro-batch; matters at a refresh alone.
 
     Returns:
-      layer(i, layers, x, *inputs) to y, with `layers` from `open_sums`.
+      layer(i, layers, x, *inputs) to y, with `layers` from `LayerSums.open`.
 
     Raises:
       ValueError: what `project_gradient` raises.
@@ -126,14 +124,14 @@ def sum_in_backward(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = jnp.full((12, 8, 8), 0.01)
-      >>> layers = lro.training.open_sums(
+      >>> layers = lro.training.LayerSums.open(
       ...     tx, params, lro.training.per_layer(tx).init(params))
       >>> layer = lro.training.sum_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(
       ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
       >>> gradient = jax.grad(loss)(jnp.ones(8))
-      >>> bool(jnp.all(lro.training.close_sums(layers).sums.low != 0))
+      >>> bool(jnp.all(layers.close().sums.low != 0))
       True
     """
 

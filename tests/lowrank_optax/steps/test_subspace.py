@@ -238,7 +238,11 @@ def test_a_matrix_starts_anew_when_its_own_basis_moves_and_at_no_other_time() ->
     step = lro.reset_moments(optax.scale_by_adam(B1, B2))
     _, states = run(bracket(step, rule), gradients, {"layers": gradients["layers"][0]})
     on, anew = [*range(1, 8)], [1, 2, 3, 1, 2, 3, 4]
-    assert states.inner_state[3].inner_state.count["layers"].T.tolist() == [on, anew, on]
+    assert states.inner_state[3].inner_state.count["layers"].T.tolist() == [
+        on,
+        anew,
+        on,
+    ]
 
 
 def test_without_matrices_or_without_other_leaves() -> None:

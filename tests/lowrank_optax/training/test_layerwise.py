@@ -118,7 +118,7 @@ def in_backward(
     """A step of (params, state, rest, batch, *operands) to the first three."""
 
     def step(params: Any, state: Any, rest: Any, batch: Data, *operands: Any) -> Any:
-        layers = lro.training.open_layers(params, state, *operands)
+        layers = lro.training.Layers.open(params, state, *operands)
         layer = lro.training.update_in_backward(block, tx, **options)
 
         def loss(rest: Any) -> Any:
@@ -126,7 +126,7 @@ def in_backward(
             return through(body, rest, batch, jnp.asarray(order))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return done.params, done.state, stepped(rest, gradient)
 
     return step
@@ -304,14 +304,14 @@ def test_momentum_in_numpy() -> None:
 def test_squares_are_of_each_layers_gradient() -> None:
     tx = optax.sgd(RATE)
     params, state, rest = start(tx)
-    layers = lro.training.open_layers(params, state)
+    layers = lro.training.Layers.open(params, state)
     layer = lro.training.update_in_backward(block, tx)
     jax.grad(
         lambda rest: through(
             lambda x, i: (layer(i, layers, x), None), rest, data(0), jnp.arange(LAYERS)
         )
     )(rest)
-    found = lro.training.close_layers(layers).squares
+    found = layers.close().squares
     g, _ = gradients(params, rest, data(0))
     expected = sum(np.sum(np.square(x).reshape(LAYERS, -1), 1) for x in g.values())
     assert found.dtype == jnp.float32
@@ -328,7 +328,7 @@ def test_inputs_get_gradients() -> None:
         return x + scale["a"] * k * (block(w, x) - x)
 
     def ours(scale: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(scaled, tx)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:
@@ -621,7 +621,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
 
     @jax.jit
     def step(params: Any, state: Any, rest: Any, batch: Data, factors: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(poisoned_block, tx, refresh=refresh)
 
         def loss(rest: Any) -> Any:
@@ -632,7 +632,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
             return through(body, rest, batch, jnp.arange(LAYERS))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return done.params, done.state, stepped(rest, gradient)
 
     ones = jnp.ones(LAYERS)
@@ -709,14 +709,14 @@ def test_nothing_is_updated_without_differentiation() -> None:
 
     @jax.jit
     def evaluate(params: Any, state: Any, rest: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(block, tx, refresh=True)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:
             return layer(i, layers, x), None
 
         loss = through(body, rest, data(0), jnp.arange(LAYERS))
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return loss, done.params, done.state, done.squares
 
     loss, *after, squares = evaluate(params, state, rest)
@@ -750,7 +750,7 @@ def test_leaves_without_one_number_of_layers(other: Any, axes: str) -> None:
     params, tx = {"a": jnp.ones((4, 2)), "b": other}, optax.sgd(RATE)
     message = re.escape(f"found first axes of {axes}: keep what is not stacked apart")
     for f in (
-        lambda: lro.training.open_layers(params, ()),
+        lambda: lro.training.Layers.open(params, ()),
         lambda: lro.training.update_layers(tx, params, (), params),
         lambda: lro.training.per_layer(tx).update(params, (), params),
         lambda: lro.training.per_layer(tx).init(params),
