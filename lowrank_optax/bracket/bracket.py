@@ -55,88 +55,32 @@ def low_rank(
 ) -> Extensible:
     """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
 
-    A stage chain says where the subspace is, how the gradient goes in, which step is
-    taken there, and how it comes back:
+    The stages say where the subspace is, how the gradient enters it, which step is
+    taken there, and how that comes back:
 
         optax.chain(sara_sample(key=0), project(),
                     rotate_moments(optax.scale_by_adam()), recover_residual(1.01))
 
-    A stock optax transformation stands inside `in_subspace` or `rotate_moments`, or
-    outside the bracket: between stages it would take a Frame's basis for an update.
-
-    The bracket alone knows how a leaf is stored. It turns each matrix so that
-    m <= n ("without loss of generality", both papers), keeps further axes as batch
-    axes (stacked layers), and computes in float32 (float64 for float64 leaves),
-    whatever the leaf's dtype; updates come back in the gradient's shape and dtype.
-    Scalars, vectors, and leaves that a rule keeps at full rank pass as plain arrays:
-    the step inside `in_subspace` or `rotate_moments` is taken on them directly.
-
-    A rank of m or more is the whole space: S is the identity, nothing is stored for it
-    or chosen, and the step goes the method's own way back, with its scale, which is
-    what any S of rank m would do to a step that does not depend on coordinates. (The
-    papers' S would be the m left singular vectors, an m x m state, and Adam's step is
-    another in them.) A matrix is not so without a word: `init` warns once, with how
-    many of how many are projected, and `memory_report` lists all.
-
-    A basis is due at steps 0, T, 2T, ... (T = `refresh_every`), from that step's
-    gradient. Asked so, the program holds both kinds of step and a `lax.cond` between
-    them; on a GPU, where a branch that factorises makes the host wait for the device at
-    every step, and large arrays are copied for the branches, it is better that the host
-    says which step it is:
-
-        tx.update(gradient, state, params, refresh=step % T == 0)
-
-    with `refresh` a Python bool, a static argument of the jitted step. There are two
-    programs then, and one without a conditional or a factorisation for most steps.
-    True is a refresh, whatever T.
-
-    A step is skipped whose gradient has a NaN or an Inf, or numbers so large
-    that their squares have no finite sum (from about 1e19 in float32), with which a
-    second moment would be lost: the updates are zero, no state changes, `skipped`
-    counts it, and a refresh that was due happens at the next finite step, or when you
-    ask for it again. (Numbers so large are looked for in S^T G, which is all that a
-    second moment sees.)
-    Transformations that you chain after the bracket (weight decay, schedules) see such
-    a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
-    A caller who knows already whether the gradient is finite, from its norm, says so by
-    `accept`: what is to be skipped is then known before anything is computed, and no
-    S^T G has to be kept until the last has been seen. One who asks for the update only
-    if the gradient is finite, under `lax.cond`, gives True itself, and no second state
-    is there to be chosen.
-
-    So `update` takes, beside optax's own, arguments that may be left out: `refresh`, a
-    bool, static or traced; `accept`, a () bool; `layer`, the place in a stack of the
-    layer that the parameters are (see `per_layer`), for its random keys; and for
-    micro-batches `bases`, `projected` and `see` (see `project_gradient`).
+    A Frame has m <= n, and stacked layers as batch axes (docs/concepts/layout.md);
+    other leaves are plain arrays (docs/concepts/full_rank.md). `update` has two more
+    arguments: `refresh`, a bool, whether bases are due (docs/concepts/refresh.md), and
+    `accept`, a () bool, whether the gradient is finite, where the caller knows
+    (docs/concepts/skipped_steps.md).
 
     Args:
-      inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
-        `update` the extra argument `clock` (a `Clock`). Its `params`, if given, are
-        the weights, turned like the gradients.
-      rank: r: an int, a float fraction of the smaller side, or pairs (regular
-        expression, rank or None for full rank), the first found in the path.
+      inner: the stages; their `update` gets the extra argument `clock` (a `Clock`).
+      rank: r: an int, a float fraction of m, or pairs (regular expression, rank or
+        None for full rank), the first found in the path.
       refresh_every: T, in accepted steps, from 1 to 2^31 - 1.
-      dimension_numbers: which axes are a matrix's rows and columns. None: leaves of
-        two axes. Else `optax.contrib.MuonDimensionNumbers` for all leaves, pairs
-        (regular expression, `MuonDimensionNumbers` | "matrix" | None), a tree of
-        them, or a function from the tree of parameters to one.
-      square: the side of a square matrix that is projected, its "input" (reduction)
-        or its "output" axis, or pairs (regular expression, side). Of torch's (out, in)
-        weights galore-torch projects the input side, LDAdam the output side. Where
-        weights are cut over devices it had better be the side that is not cut, which
-        `square_sides` finds; the choice changes what is trained.
-      precision: of the products with S, as `jax.lax.dot_general` takes it; None is
-        JAX's default for the backend. Factorisations always run at the highest.
-
-    Returns:
-      A transformation from full-shape gradients to full-shape updates, with a
-      `LowRankState`.
+      dimension_numbers: which axes are a matrix's rows and columns.
+      square: the side of a square matrix that is projected, "input" or "output", or
+        pairs (regular expression, side).
+      precision: of the products with S, as `jax.lax.dot_general` takes it.
 
     Raises:
-      ValueError: rank below 1, a leaf that no rule covers, a leaf of three or more
-        axes without dimension numbers, dimension numbers that do not fit, a matrix of
-        integers or complex numbers, or a stage chain with no way back; at update, a
-        `refresh` that is no bool.
+      ValueError: rank below 1, a leaf that no rule covers, dimension numbers that do
+        not fit, a matrix of integers or complex numbers, or stages without a way back;
+        at update, a `refresh` that is no bool.
       TypeError: for a stock optax transformation between stages.
 
     Example:

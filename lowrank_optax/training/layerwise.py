@@ -303,7 +303,8 @@ class Layers(NamedTuple):
           (12, 8, 8)
         """
         squares = jnp.zeros(count_of(params), jnp.float32)
-        return cls(*jax.tree.map(jax.new_ref, (params, state, squares)), operands)
+        refs = jax.tree.map(jax.new_ref, (params, state, squares))
+        return cls(refs[0], refs[1], refs[2], operands)
 
     def close(self) -> "Layers":
         """The arrays with all updates in them; the references end here.
@@ -314,8 +315,11 @@ class Layers(NamedTuple):
           >>> layers.close().params["w"].shape
           (12, 8, 8)
         """
-        arrays = jax.tree.map(jax.freeze, (self.params, self.state, self.squares))
-        return Layers(*arrays, self.operands)
+        return self._replace(
+            params=jax.tree.map(jax.freeze, self.params),
+            state=jax.tree.map(jax.freeze, self.state),
+            squares=jax.freeze(self.squares),
+        )
 
 
 def update_in_backward(
