@@ -14,7 +14,7 @@ from lowrank_optax.bases.batching import Request
 from lowrank_optax.bases.rule import BasisState, Rule
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
-from lowrank_optax.core.linalg import select, transpose
+from lowrank_optax.core.linalg import product, select, transpose
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both
 from lowrank_optax.core.trees import each_apart, in_turn, map_frames, nothing
@@ -202,4 +202,4 @@ def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Ar
     """S_t^T S_{t-1}, (*batch, r, r)."""
     if are_coordinates(new):
         return (new[..., :, None] == old[..., None, :]).astype(dtype)
-    return jnp.matmul(transpose(new), old, precision="highest")
+    return product(transpose(new), old)

@@ -43,11 +43,11 @@ def map_subspaces(
 
 
 def nothing(*_: Any) -> jax.Array:
-    """What a stage's state has where it keeps nothing: () bool, False.
+    """The state of a leaf that needs none: () bool, False.
 
-    An array, and no `optax.MaskedNode`, so that a tree in the state has one array for
-    each parameter: `optax.tree_map_params` with further trees needs it, and
-    `flax.nnx.Optimizer`.
+    An array instead of an `optax.MaskedNode`, so that every tree in the state has one
+    array for each parameter, which `flax.nnx.Optimizer` needs, and
+    `optax.tree_map_params` with further trees.
     """
     return jnp.zeros([], jnp.bool_)
 
@@ -80,8 +80,9 @@ def update_frames(
 
 
 def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
-    """One tree of structure `inside` whose leaves are trees of structure `structure`,
-    from a list of `inside`-trees, one for each leaf of `structure`.
+    """A tree of structure `inside` whose leaves are trees of structure `structure`.
+
+    Transposes a list of trees of structure `inside`, one for each leaf of `structure`.
     """
     rows = [inside.flatten_up_to(part) for part in parts]
     return inside.unflatten(
@@ -90,7 +91,7 @@ def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
 
 
 def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
-    """Undoes `in_turn`: the `inside`-tree of each leaf of `structure`."""
+    """The inverse of `in_turn`: the tree of structure `inside` of each leaf."""
     columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
     rows = zip(*columns, strict=True) if inside.num_leaves else ()
     return [inside.unflatten(row) for row in rows] or [
@@ -105,7 +106,7 @@ def squared_norm(tree: Any) -> jax.Array:
 
 
 def count_of(tree: Any) -> int:
-    """How many layers; ValueError for a tree that has not one number of them."""
+    """The number of layers; ValueError where leaves differ in it."""
     counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
     if len(counts) != 1 or () in counts:
         raise ValueError(

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.frame import BASIS_RULE, Frame
-from lowrank_optax.core.linalg import average_weight
+from lowrank_optax.core.linalg import average_weight, product
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
 from lowrank_optax.core.trees import frames_of, map_frames
@@ -147,7 +147,7 @@ class Rotation:
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
         """C M (eq. 7)."""
-        return _matmul(_rotation_of(frame), m)
+        return product(_rotation_of(frame), m)
 
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
@@ -161,8 +161,8 @@ class Rotation:
             )
         c, m_hat = _rotation_of(frame), m.astype(v.dtype) / w_m
         variance = v / w_v - jnp.square(m_hat)
-        mean = _matmul(c, m_hat)
-        return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
+        mean = product(c, m_hat)
+        return w_v * jnp.abs(product(jnp.square(c), variance) + jnp.square(mean))
 
     def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
         def one(frame: Frame, m: Any, *others: Any) -> Any:
@@ -188,10 +188,6 @@ def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:
     return average_weight(
         gain, count.reshape(count.shape + (1,) * (gain.ndim - count.ndim))
     )
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _zeroed(kind: Moments, state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A layer at a time: states with a layer axis, and updates inside the backward pass."""
+"""Layers one at a time: states with a layer axis, and updates in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,23 +26,19 @@ def per_layer(
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on each layer of stacked parameters by itself.
 
-    Every leaf has the layers along its first axis, and so has every array of the state,
-    counts and keys too, which is `jax.vmap(tx.init)` of the parameters: the state that
-    `update_in_backward` works on. What `tx` takes over a tree (a norm, a finite flag, a
-    mean) it takes over one layer's.
-
-    Layers draw different random numbers: a stage in `low_rank` is told the layer by the
-    extra argument `layer`, and draws what it would for that layer of a stacked leaf; of
-    other typed keys in the state each layer has its own, `fold_in(key, layer)`.
+    Every leaf has the layers along its first axis. So has every array of the state,
+    which is `jax.vmap(tx.init)` of the parameters. What `tx` computes over a tree (a
+    norm, a finite flag, a mean) is that of one layer. Layers draw different random
+    numbers (docs/guides/layer_by_layer.md).
 
     With `refresh=False` (see `low_rank`) all layers are updated together, by
-    `jax.vmap`; otherwise in a loop, since under `vmap` both branches of a conditional
-    would run, and a batch of factorisations takes longer than one after the other. But
-    for singular vectors of small matrices, which are faster in a batch: with
-    `refresh=True` those of all layers are taken before the loop.
+    `jax.vmap`. Otherwise they are updated in a loop: under `vmap` both branches of a
+    conditional would run, and a batch of factorizations takes longer than a loop. With
+    `refresh=True` the singular vectors of small matrices, which are faster in a batch,
+    are computed for all layers before the loop.
 
     Args:
-      tx: any optax transformation; extra arguments are handed on to it.
+      tx: any optax transformation; extra arguments are passed on to it.
 
     Raises:
       ValueError: leaves without one number of layers along their first axes; what `tx`
@@ -64,7 +60,7 @@ def per_layer(
 
         def own(x: Any) -> Any:
             if not _is_key(x):
-                return x  # an array, or a low_rank's state: it is told the layer
+                return x  # an array, or a low_rank's state: its update gets the layer
             return jax.vmap(jax.random.fold_in)(x, index)
 
         return jax.tree.map(own, state, is_leaf=lambda x: isinstance(x, LowRankState))
@@ -97,9 +93,9 @@ def per_layer(
 def _in_blocks(
     f: Callable[[jax.Array, Any, Any], Any], carry: Any, other: Any, block: int
 ) -> Any:
-    """`carry` with f(i, its part of layer i, other's part) in layer i's place.
+    """`carry` with layer i replaced by f(i, layer i of carry, layer i of other).
 
-    `block` layers at a time, under `jax.vmap`; one without it.
+    `block` layers at a time under `jax.vmap`; without it where that is one.
     """
     count = count_of(carry)
     if block >= count:
@@ -110,9 +106,11 @@ def _in_blocks(
             new = f(i, read(carry, i), read(other, i))
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
         start = i * block
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        take = partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block
+        )
         index = start + jnp.arange(block)
-        new = jax.vmap(f)(index, *jax.tree.map(cut, (carry, other)))
+        new = jax.vmap(f)(index, *jax.tree.map(take, (carry, other)))
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return jax.tree.map(put, carry, new)
 
@@ -120,7 +118,7 @@ def _in_blocks(
 
 
 def _even(block: int, count: int) -> int:
-    """The largest number of layers up to `block` of which a whole number makes all."""
+    """The largest divisor of `count` up to `block`."""
     return max(k for k in range(1, max(1, min(block, count)) + 1) if count % k == 0)
 
 
@@ -138,20 +136,20 @@ def update_layers(
     operands: tuple[Any, ...] = (),
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
-    """The step that `update_in_backward` takes, with all gradients at hand.
+    """The step of `update_in_backward` from the gradients of all layers.
 
-        W_i <- W_i + U_i,   U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i)
+        U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
 
-    so `per_layer(tx).update` and the addition to the weights, `block` layers at a time
-    and in place: no more than a block's updates, casts and products are there at once.
+    in place and `block` layers at a time, so that no more than a block's updates, casts
+    and products exist at any time.
 
     Args:
       tx: any optax transformation.
       gradient: a tree of arrays (L, ...), or the `Projected` of `sum_in_backward`.
       state: `per_layer(tx).init(params)`.
-      params: the weights, as they are kept.
-      block: how many layers are updated together, a divisor of L or what is next below;
-        None for all; but one at a time unless `refresh=False` (see `per_layer`).
+      params: the weights, as they are stored.
+      block: how many layers are updated together, rounded down to a divisor of L; None
+        for all. One at a time unless `refresh=False` (see `per_layer`).
       load, apply_updates: as in `update_in_backward`.
       operands: arrays that `apply_updates` gets, such as this step's random key.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
@@ -219,9 +217,9 @@ def _chosen_together(
     inside: Inside,
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
-    """At a refresh, by path: bases best chosen in one call for all layers.
+    """At a refresh the bases, by path, that are best chosen for all layers in one call.
 
-    On a mesh those are all, and each device chooses those of some layers.
+    On a mesh all of them are, and each device chooses those of some layers.
     """
     if extra_args.get("refresh") is not True:
         return {}
@@ -332,44 +330,12 @@ def update_in_backward(
     ),
     **extra_args: Any,
 ) -> Callable[..., Any]:
-    """A layer that the backward pass updates as soon as it has the layer's gradient.
+    """A layer whose backward pass ends with its own update.
 
-    Ordinarily the gradients of all layers are there before the first is used. Here the
-    backward pass through layer i ends with
+        U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
 
-        U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i),   W_i <- W_i + U_i
-
-    in place, so that one layer's gradient and update are all that is ever in memory.
-    (In PyTorch known as a fused backward, or per-layer updates; jax issue 30338.) It is
-    the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
-
-        layer = lro.training.update_in_backward(block, tx, refresh=refresh)
-        layers = lro.training.Layers.open(params, state)
-
-        def loss(rest):                       # the embedding, the head, ...
-            def body(x, i):
-                return layer(i, layers, x), None
-            x, _ = jax.lax.scan(body, embed(rest, tokens), jnp.arange(L))
-            return head_loss(rest, x)
-
-        value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
-        params, state, *_ = layers.close()
-
-    The whole of it stands in one jitted step that donates `params` and `state`. The
-    forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
-    kept, but never a copy of the weights.
-
-    What it means:
-
-    - Whatever `tx` does over a tree it does over one layer: clipping is by each layer's
-      own norm, a layer whose gradient is not finite is skipped by itself (`low_rank`
-      looks itself, and counts), limiters and refreshes are each matrix's anyway. Decay
-      and schedules go by the layer's own count.
-    - Each layer is applied once in each step, its weights belong to it alone (tied ones
-      go with the rest), and its gradient is that of one backward pass.
-    - What is differentiated besides, the embedding and the head, gets its gradient as
-      always, and is updated afterwards.
-    - Without differentiation nothing is updated; for evaluation scan over the weights.
+    in place, so that no more than one layer's gradient and update exist at any time.
+    The step is that of `per_layer(tx)`, up to rounding (docs/guides/layer_by_layer.md).
 
     Args:
       apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
@@ -377,9 +343,9 @@ def update_in_backward(
       load: from one layer's part of `params` to the weights that `apply` takes and
         `tx` sees; for weights that are stored in another form.
       apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
-        part. What it needs besides are the layers' `operands`: a function in a
-        backward pass can close over no other array.
-      extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
+        part. Pass other arrays that it needs as the layers' `operands`: a function in a
+        backward pass cannot close over arrays.
+      extra_args: static arguments of `tx.update`; `refresh`, for `low_rank`.
 
     Returns:
       layer(i, layers, x, *inputs) to y, with `layers` from `Layers.open`.

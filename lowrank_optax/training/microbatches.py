@@ -93,17 +93,12 @@ def sum_in_backward(
 ) -> Callable[..., Any]:
     """A layer whose backward pass adds its projected gradient to a sum.
 
-    For gradient accumulation without a sum of full gradients: never more than one
-    layer's gradient is there, and r x n numbers for each matrix. The step follows when
-    all micro-batches are through:
+    Gradient accumulation without a sum of full gradients: one layer's gradient exists
+    at a time, and r x n numbers for each matrix. After the last micro-batch:
 
-        layers = lro.training.LayerSums.open(tx, params, state)
-        layer = lro.training.sum_in_backward(block, tx)
-        for x in microbatches:      # jax.lax.scan, in earnest
-            jax.grad(loss)(rest, x) # loss as in `update_in_backward`
-        params, state, sums = layers.close()
+        done = layers.close()
         params, state = lro.training.update_layers(
-            tx, sums, state, params, refresh=False)
+            tx, done.sums, done.state, done.params, refresh=False)
 
     At a refresh the first micro-batch chooses the bases (see `project_gradient`).
 
@@ -112,7 +107,7 @@ def sum_in_backward(
       tx: a transformation with one `low_rank` in it.
       load: from one layer's part of `params` to the weights that `apply` takes.
       refresh: whether the step is a refresh.
-      first: whether this is the step's first micro-batch; matters at a refresh alone.
+      first: whether this is the step's first micro-batch; only read at a refresh.
 
     Returns:
       layer(i, layers, x, *inputs) to y, with `layers` from `LayerSums.open`.
