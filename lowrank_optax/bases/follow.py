@@ -1,4 +1,4 @@
-"""Where: what all basis rules share."""
+"""Where: basis rules, as stages that choose a basis at a refresh."""
 
 from functools import partial
 
@@ -27,34 +27,29 @@ def basis_rule(
     decomposition: Decomposition | None = None,
     from_gradient: bool = True,
 ) -> BasisRule:
-    """A basis rule from a function that chooses S_t at a refresh.
+    """Builds a basis rule from a function that chooses S_t at a refresh.
 
-    Sets `basis`, `refreshed` and `rotation` = S_t^T S_{t-1} of each Frame. The basis
-    before the first refresh is the first r coordinates.
-
-    A matrix whose gradient has been zero so far (behind a projection that starts at
-    zero, say) has no subspace to choose: whatever a refresh takes then is replaced at
-    its first gradient that is not zero, be a refresh due there or not. So no rule is
-    anchored to directions that mean nothing. (Where the caller says when to refresh, it
-    is replaced at the first refresh that he asks for from there on.)
+    The rule sets `basis`, `refreshed` and `rotation` = S_t^T S_{t-1} of each Frame. The
+    basis before the first refresh is the first r coordinates. A matrix whose gradient
+    has been zero so far gets its basis at its first nonzero gradient
+    (docs/concepts/refresh.md).
 
     Args:
       choose: from a Frame of L matrices (gradient G_t (L, m, n), basis S_{t-1}
-        (L, m, r), momentum (L, r, n) or None; L = 1 for a single matrix), L keys
-        (None without `key`) and the `Clock` to S_t (L, m, r), orthonormal also for a
-        zero or a rank-deficient gradient. It treats each matrix by itself: on a mesh it
-        is asked with some of a leaf's, or of several leaves of one shape.
-        `linalg.per_matrix` or `jax.vmap` make it from a function of one matrix.
+        (L, m, r), momentum (L, r, n) or None), L keys (None without `key`) and the
+        `Clock` to S_t (L, m, r), orthonormal also for a zero or rank-deficient
+        gradient. It treats each matrix by itself: L is any part of a leaf's matrices,
+        or of several leaves'. `linalg.per_matrix` or `jax.vmap` make it from a function
+        of one matrix.
       key: a seed or a typed key.
-      orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
-        refuse it.
+      orthonormal: False for a rule whose bases are not orthonormal. Stages that need
+        S^T S = I then raise.
       coordinates: True for a rule that returns (L, r) distinct integers, the
         coordinates that are S's columns; products with S are then gathers.
-      svd_until: before this step, and for a matrix's first gradient that is not zero,
-        S = U[:, :r] of G, and only then what `choose` says; 0 leaves all to `choose`.
+      svd_until: before this step, and for a matrix's first nonzero gradient, S is
+        U[:, :r] of G in place of what `choose` returns.
       decomposition: of those G, "svd", "gram" or None, as in `dominant_svd`.
-      from_gradient: False for a rule that does not look at gradients, to which it does
-        not matter whether they are zero.
+      from_gradient: False for a rule that does not read gradients.
 
     Raises:
       ValueError: a key that is neither an int nor typed, another decomposition; at
@@ -86,7 +81,7 @@ def basis_rule(
 
 
 def follow(rule: Rule) -> BasisRule:
-    """The stage that follows a rule."""
+    """The stage of a rule."""
 
     def init(params: optax.Params) -> BasisState:
         key = None if rule.key is None else canonical_key(rule.key)
@@ -112,8 +107,8 @@ def follow(rule: Rule) -> BasisRule:
             key, sub = split(state.rng_key)
             return key, step.chosen(sub)
 
-        # One predicate for all matrices: a cond for each, with a factorisation in it,
-        # would make the host wait for the device as often.
+        # One predicate for all matrices: a conditional for each, with a factorization
+        # in it, would make the host wait for the device once for each matrix.
         key, chosen = branch(
             step.wanted(step.due), refresh, lambda: (state.rng_key, step.unmoved())
         )

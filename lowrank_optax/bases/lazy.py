@@ -1,4 +1,4 @@
-"""When: basis rules that are asked less often than every T steps."""
+"""When: basis rules that choose a basis less often than every T steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from lowrank_optax.core.trees import map_frames, nothing, update_frames
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
     """`rule`'s basis of step 0, for the whole run.
 
-    The ablation of the GrassWalk paper (section 5): S_0 from a matrix's first gradient
-    that is not zero, and what the projection lost given back.
+    The ablation of the GrassWalk paper (section 5): S_0 comes from a matrix's first
+    nonzero gradient.
 
     Args:
       rule: a basis rule.
@@ -38,21 +38,21 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
     inside = rule_of(rule, "frozen()")
-    # Not together: whether it is asked at all depends on the step.
+    # Not batched: most steps of the run choose no basis.
     inside = dataclasses.replace(inside, once=True, batched=False)
     return redraw(inside) if isinstance(rule, Redrawn) else follow(inside)
 
 
 class LazyRefreshState(NamedTuple):
-    """State of `lazy_refresh`; but for the rule's, trees like the parameters.
+    """State of `lazy_refresh`; all but the rule's are trees like the parameters.
 
     Attributes:
-      rule_state: the rule's, its key split whenever a refresh is due.
-      cycle: () int32, refreshes that were done.
-      interval: () int32, refreshes that were due per refresh that is done.
-      wait: () int32, refreshes still to be passed over.
-      similarities: (window,) float32, of the last bases to the ones before them, the
-        newest last; -1 where there was none.
+      rule_state: the rule's; its key is split whenever a refresh is due.
+      cycle: () int32, refreshes done.
+      interval: () int32, refreshes due for each refresh done.
+      wait: () int32, refreshes still to be skipped.
+      similarities: (window,) float32, of each of the last bases to the one before it,
+        the newest last; -1 where there is none yet.
     """
 
     rule_state: BasisState
@@ -69,22 +69,22 @@ def lazy_refresh(
     window: int = 5,
     factor: int = 2,
 ) -> optax.GradientTransformationExtraArgs:
-    """Asks `rule` less and less often for a basis that hardly moves (Q-GaLore).
+    """Refreshes a basis less often while it hardly moves (Q-GaLore).
 
     At a refresh that is done, the similarity of the new basis to the last one,
 
         cos(S_t S_t^T, S_{t-1} S_{t-1}^T) = ||S_t^T S_{t-1}||_F^2 / r,
 
-    enters a window. Once the mean of a full window is at least `threshold`, the leaf's
-    interval is multiplied by `factor` at every refresh, and never falls again
-    (Zhang et al. 2024, "Q-GaLore", section 3.2). A stacked kernel is one leaf and has
-    one interval, by the mean over its layers.
+    enters a window. Once the mean of a full window is at least `threshold`, every
+    refresh multiplies the leaf's interval by `factor` (Zhang et al. 2024, "Q-GaLore",
+    section 3.2). The interval never shrinks. A stacked kernel is one leaf with one
+    interval, by the mean over its layers.
 
-    Deviation: the released q-galore-torch compares the first singular vector alone,
-    with its sign, which the SVD leaves open. The paper's threshold is kept.
+    Deviation: the released q-galore-torch compares only the first singular vector, with
+    its sign, which the SVD leaves open. The threshold is the paper's.
 
     Args:
-      rule: a basis rule that keeps its bases.
+      rule: a basis rule that stores its bases.
       threshold: of the mean similarity, in [0, 1].
       window: how many similarities are averaged, at least 1.
       factor: by which the interval grows, at least 1.
@@ -104,8 +104,8 @@ def lazy_refresh(
     inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
     if isinstance(rule, Redrawn) or inside.once:
         raise ValueError(
-            "lazy_refresh() compares a basis with the last one; it has nothing to do "
-            "around gaussian(), which keeps none, or frozen(), which is never asked"
+            "lazy_refresh() compares a basis with the last one; use it around a rule "
+            "other than gaussian(), which stores no bases, and frozen(), which has one"
         )
 
     def init(params: optax.Params) -> LazyRefreshState:

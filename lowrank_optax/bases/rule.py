@@ -21,12 +21,11 @@ class BasisState(NamedTuple):
     """State of a basis rule; its trees have one array for each parameter.
 
     Attributes:
-      rng_key: a typed key, split at a refresh and at no other time; None for a rule
-        that draws nothing.
-      basis: what is kept of S: S itself, (*batch, m, r), or (*batch, r) integers where
-        its columns are coordinates; a `QuantizedBasis` of trees for `quantize_basis`,
-        and for `gaussian` the one typed key that all bases are drawn from.
-      started: (*batch,) bool, whether a gradient that is not zero was seen.
+      rng_key: a typed key, split at every refresh; None for a rule that draws nothing.
+      basis: the stored S: (*batch, m, r), or (*batch, r) integers where its columns are
+        coordinates; a `QuantizedBasis` of trees for `quantize_basis`; for `gaussian`
+        one typed key that all bases are drawn from.
+      started: (*batch,) bool, whether the matrix has had a nonzero gradient.
     """
 
     rng_key: jax.Array | None
@@ -35,12 +34,12 @@ class BasisState(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How a basis is kept between steps.
+    """How a basis is stored between steps.
 
     Attributes:
       pack: from a Frame and S_t (*batch, m, r) to what is stored, a tree of arrays with
         the batch axes in front.
-      unpack: from a Frame and what is kept to S_t.
+      unpack: from a Frame and what is stored to S_t.
       like: a tree of the structure of what is stored.
     """
 
@@ -54,15 +53,15 @@ AS_IT_IS = Storage(pack=lambda _, s: s, unpack=lambda _, s: s)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A basis rule as data; `basis_rule` says what the fields mean.
+    """A basis rule as data; `basis_rule` documents the other fields.
 
     Attributes:
       first: the basis before the first refresh, from a Frame.
       storage: how bases are stored.
-      once: whether a basis is for good.
-      batched: whether small matrices are best asked for in one batch (`is_batched`):
-        `choose` has no conditional, and looks at nothing but gradients and keys.
-      by_path: whether `choose` goes by a leaf's path, and must see all of its matrices.
+      once: whether the basis of step 0 stays.
+      batched: whether one call for many small matrices is faster than a loop
+        (`is_batched`); `choose` has no conditional, and reads only gradients and keys.
+      by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
     """
 
     choose: Choose
@@ -94,7 +93,7 @@ class BasisRule(optax.GradientTransformationExtraArgs):
 
 
 def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
-    """The `Rule` of a basis rule that `wrapper` goes around."""
+    """The `Rule` of a basis rule; ValueError, in the name of `wrapper`, for others."""
     if isinstance(rule, BasisRule):
         return rule.rule
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The bracket: opens a Frame for every matrix leaf, and closes it again."""
+"""`low_rank`: opens a Frame for every matrix leaf, runs the stages, and closes it."""
 
 import functools
 import numbers
@@ -33,8 +33,8 @@ class LowRankState(NamedTuple):
 
     Attributes:
       count: () int32, optimizer steps accepted.
-      skipped: () int32, steps refused because a gradient was not finite.
-      refreshes: () int32, steps accepted at which bases were due.
+      skipped: () int32, steps skipped because a gradient was not finite.
+      refreshes: () int32, accepted steps at which bases were due.
       inner_state: the stages' states.
     """
 
@@ -108,18 +108,18 @@ def full_matrices(
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
 ) -> Extensible:
-    """`low_rank` without subspaces: `inner` sees each matrix whole.
+    """`low_rank` without subspaces: `inner` sees each matrix at full rank.
 
-    For methods without a projection, what `low_rank` does besides: a `Frame` of the
-    gradient, turned so that m <= n, in float32 or wider; batch axes for stacked layers;
-    and a step that is not finite is skipped. A stage puts the Frame's `step`.
+    Methods without a projection get the rest of `low_rank`: a `Frame` of the gradient
+    with m <= n, in float32 or wider; batch axes for stacked layers; and a step that is
+    not finite is skipped. A stage sets the Frame's `step`.
 
     Args:
       inner: the stages.
       dimension_numbers, square: as in `low_rank`.
 
     Returns:
-      A transformation with a `LowRankState`, in which no refresh is counted.
+      A transformation with a `LowRankState` that counts no refreshes.
 
     Raises:
       ValueError: as `low_rank` does for leaves and dimension numbers.
@@ -146,7 +146,7 @@ def _bracket(
     refresh_every: int | None,
     precision: jax.lax.PrecisionLike,
 ) -> Extensible:
-    """The bracket around `inner`; a `refresh_every` of None for no subspaces."""
+    """The bracket around `inner`; without subspaces where `refresh_every` is None."""
     inner = optax.with_extra_args_support(inner)
     open_frame = functools.partial(_open, precision=precision)
 
@@ -155,7 +155,7 @@ def _bracket(
         if refresh_every is not None:
             warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
         frames = _map_leaves(open_frame, leaves, params)
-        # Three arrays: one in several places could not be donated.
+        # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
         return LowRankState(count, skipped, refreshes, inner.init(frames))
 
@@ -185,7 +185,7 @@ def _bracket(
             frames = _map_leaves(opened, leaves, like, updates)
         else:
             frames = _map_leaves(opened, leaves, updates)
-        # A rule stands before the step, and may follow what the step left last time.
+        # A basis rule runs before the step, and may follow its moment of the last step.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
             state.inner_state,
@@ -229,7 +229,7 @@ def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
         return bool(refresh)
     if getattr(refresh, "dtype", None) != jnp.bool_ or jnp.ndim(refresh):
         raise ValueError(
-            f"refresh={refresh!r}: give True or False, best as a static argument of "
+            f"refresh={refresh!r}: pass True or False, best as a static argument of "
             "the jitted step, or a () bool array"
         )
     return refresh
@@ -263,7 +263,10 @@ def _open(
 def _open_projected(
     opened: Callable[..., Any], leaf: Leaf, x: jax.Array, low: jax.Array
 ) -> Frame | jax.Array:
-    """The Frame of the parameter x, with S^T G and without G."""
+    """The Frame of a parameter x, with S^T G (`low`) and without G.
+
+    The layout of S^T G no longer shows how the leaf is a matrix, so it comes from x.
+    """
     if leaf.layout is None:
         return opened(leaf, low)
     like = jax.eval_shape(functools.partial(_oriented, leaf), x)
@@ -274,7 +277,7 @@ def _open_projected(
     if low.shape != frame.low_shape:
         raise ValueError(
             f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
-            f"{frame.low_shape}; give what project_gradient() gave"
+            f"{frame.low_shape}; pass what project_gradient() returned"
         )
     return frame.replace(low=at_least_f32(low))
 
@@ -288,8 +291,8 @@ def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
         return jnp.asarray(out).astype(x.dtype)
     if not is_frame(out):
         raise TypeError(
-            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; a "
-            "stage returns the Frame it got, with frame.replace(...)"
+            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; "
+            "return the Frame that the stage got, with frame.replace(...)"
         )
     step = out.need("step", "project_back() or recover_residual() at the end,")
     return leaf.layout.from_matrix(step).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Moments: which fields of an optimizer's state they are."""
+"""Moments: the fields of an optimizer's state that rotate with the basis."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class SubspaceState(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Which fields of a state are moments; see `register_moments`."""
+    """The fields of a state that are moments; see `register_moments`."""
 
     first: str
     second: str | None
@@ -33,26 +33,26 @@ class Moments(NamedTuple):
 
 
 _MOMENTS: dict[type, Moments] = {}
-# Wrappers' states that hold another state in another form: unpack, and pack again.
+# Wrappers' states that store another state in another form: (unpack, pack).
 _STORED: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
 
 
 def register_moments(
     state_type: type, *, first: str, second: str | None = None, count: str = "count"
 ) -> None:
-    """Says which fields of an optimizer's state are moments.
+    """Registers the fields of an optimizer's state that are moments.
 
-    `rotate_moments` turns them with the basis, and the basis rules that follow the
-    first moment (`power_iterate`, `correlation_aware`) find it by this. Known are
-    Adam's, `optax.trace`'s, `optax.ema`'s, Lion's and `scale_by_adam_mini`'s.
+    `rotate_moments` rotates them with the basis, and `power_iterate` and
+    `correlation_aware` follow the first moment. Those of Adam, `optax.trace`,
+    `optax.ema`, Lion and `scale_by_adam_mini` are registered.
 
     Args:
       state_type: the NamedTuple class of the state.
       first: the field of M, a linear function of past gradients.
-      second: the field of V, a running average of squared gradients from zero, if
-        there is one that turns.
-      count: the field of the steps done, by which both are corrected for bias; asked
-        for only with `second`.
+      second: the field of V, a running average of squared gradients from zero; None
+        for a state without one.
+      count: the field of the number of steps, for the bias correction; read only with
+        `second`.
 
     Raises:
       ValueError: a class without these fields.
@@ -80,7 +80,7 @@ def register_storage(
     unpack: Callable[[Any], optax.OptState],
     pack: Callable[[Any, optax.OptState], Any],
 ) -> None:
-    """Says how a wrapper's state holds another's: unpack(state), pack(state, new)."""
+    """Registers a wrapper's state that stores another: unpack(x), pack(x, new)."""
     _STORED[state_type] = unpack, pack
 
 

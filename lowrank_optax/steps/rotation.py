@@ -1,4 +1,4 @@
-"""Step: moments, which fields of a state they are, and how they turn with the basis."""
+"""Step: moments that rotate with the basis."""
 
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -22,43 +22,35 @@ def rotate_moments(
     *,
     moments: Literal["both", "first"] = "both",
 ) -> optax.GradientTransformationExtraArgs:
-    """`in_subspace`, with `inner`'s moments turned into the new basis at a refresh.
+    """`in_subspace`, with `inner`'s moments rotated into the new basis at a refresh.
 
     With C = S_t^T S_{t-1} and Adam's bias-corrected moments M^, V^ of step t - 1:
 
         M_{t-1} <- C M_{t-1}                                             (eq. 7)
         V_{t-1} <- (1 - beta2^{t-1}) |C^2 (V^ - M^^2) + (C M^)^2|        (eq. 8)
 
-    squares being entry by entry, before the usual update with G~_t (GrassWalk paper,
-    section 4). V stays non-negative. Step 0 never turns anything.
+    with squares entry by entry, before the usual update with G~_t (GrassWalk paper,
+    section 4). V stays non-negative. Step 0 rotates nothing. The decay rates are read
+    from one step of `inner` from zero moments. docs/methods/steps.md says when to
+    choose moments="first" or `in_subspace` instead.
 
-    Eq. 8 is written there without hats. Read literally, with raw moments, the factor
-    1 - beta2^{t-1} would enter twice and shrink V; with bias-corrected moments it is
-    the rule of LDAdam (Robert et al. 2025), which the paper builds on.
+    It handles `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
+    `ScaleByLionState`, also inside `chain`, `masked`, `partition` and
+    `inject_hyperparams`. `register_moments` adds others.
 
-    Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
-    of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
-    than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
-    steps are several times too long. moments="first" leaves V as it was, `in_subspace`
-    both moments: each at its best rate, LLaMA-60M ended lower with either (README.md).
-
-    Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
-    `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
-    `masked`, `partition`, `inject_hyperparams`. `register_moments` adds others. The
-    decay rates are read off one step of `inner` from zero moments, with the state's
-    own hyperparameters, so they need not be given twice; where they change, eq. 8 goes,
-    as Adam's bias correction does, by those of now.
+    Deviation: eq. 8 is written without hats. With raw moments the factor
+    1 - beta2^{t-1} would enter twice; with bias-corrected ones it is the rule of LDAdam
+    (Robert et al. 2025), which the paper builds on.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
-      moments: "first" turns M alone and leaves V as it is (GoLore).
+      moments: "first" rotates M alone and leaves V as it is (GoLore).
 
     Raises:
       ValueError: at init, when `inner` keeps arrays in a state whose moments are not
         registered, or a second moment that is no running average of squares from zero
-        (Adamax, Yogi, ADOPT); at update, when `project` does not stand before it, or
-        for a second moment in bases that are not orthonormal, for which eq. 8 does not
-        hold.
+        (Adamax, Yogi, ADOPT); at update, without `project` before it, or for a second
+        moment in bases that are not orthonormal, for which eq. 8 does not hold.
 
     Example:
       >>> import lowrank_optax as lro
@@ -75,8 +67,7 @@ def rotate_moments(
             frames,
             plain=jnp.ones_like,
         )
-        # From the state that is, not from a new one: its hyperparameters may have been
-        # changed since.
+        # From this state instead of a new one, for its hyperparameters.
         _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
         rotation = Rotation(frames, with_second=moments == "both")
         return map_moments(rotation.moments, state, unit)
@@ -115,23 +106,23 @@ def rotate_moments(
 
 
 class Rotation:
-    """Turns the moments of a tree of Frames by their `rotation`; other leaves stay."""
+    """Rotates the moments of a tree of Frames; other leaves stay."""
 
     def __init__(self, frames: optax.Updates, *, with_second: bool = True):
         self._frames = frames
         self._with_second = with_second
 
     def moments(self, kind: Moments, state: Any, unit: Any) -> Any:
-        """The state with its moments turned.
+        """The state with its moments rotated.
 
         Args:
-          kind: which fields they are.
+          kind: the fields that are moments.
           state: the state.
-          unit: the same after one step from zero moments on a gradient of ones, from
-            which decay rates can be read.
+          unit: the state after one step from zero moments on a gradient of ones, which
+            holds 1 - beta.
         """
         mu = getattr(state, kind.first)
-        turned = {kind.first: self._map(self._first, mu)}
+        rotated = {kind.first: self._map(self._first, mu)}
         if kind.second is not None and self._with_second:
             nu, count = getattr(state, kind.second), getattr(state, kind.count)
             counts = count
@@ -142,8 +133,8 @@ class Rotation:
                 jax.tree.map(_weight, getattr(unit, field), counts)
                 for field in (kind.second, kind.first)
             )
-            turned[kind.second] = self._map(self._second, nu, mu, *weights)
-        return state._replace(**turned)
+            rotated[kind.second] = self._map(self._second, nu, mu, *weights)
+        return state._replace(**rotated)
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
         """C M (eq. 7)."""
@@ -200,14 +191,14 @@ def _zeroed(kind: Moments, state: Any) -> Any:
 def check_second_moments(
     inner: optax.GradientTransformation, params: optax.Params
 ) -> None:
-    """ValueError for a V that is no running average of squares from zero.
+    """ValueError unless V is a running average of squares from zero.
 
-    Such a one is V <- beta V + (1 - beta) g^2. Seen on one row of each leaf, from V_0
-    and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
-    step as later. Not looked at where decay rates are traced.
+    That is V <- beta V + (1 - beta) g^2. With V(v, g) one step from V = v on a gradient
+    g, on one row of each leaf: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1)
+    is the same at the first step as later. Not checked where decay rates are traced.
     """
 
-    @jax.jit  # one program: by itself each of its operations would be one
+    @jax.jit  # one program; eagerly each operation would compile its own
     def error() -> jax.Array:
         v, g = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 2.0, 0.0])
         after = jax.vmap(lambda *case: _second_after(inner, params, *case))
@@ -239,6 +230,8 @@ def _second_after(
 ) -> list[jax.Array]:
     """The second moments after one step on rows of g, from V = v and `count` steps."""
 
+    # Only the count is given besides V, since bias correction and warm-up read it. One
+    # row is enough, because a running average treats every entry alike.
     def row(x: Frame | jax.Array) -> jax.Array:
         shape = x.low_shape if isinstance(x, Frame) else x.shape
         return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
