@@ -56,11 +56,11 @@ def redraw(rule: Rule) -> Redrawn:
 
             return key, drawn, map_subspaces(rotation, frames, other=nothing)
 
-        def keep() -> tuple[Any, Any, optax.Updates]:
+        def stay() -> tuple[Any, Any, optax.Updates]:
             rotations = map_subspaces(Frame.no_rotation, frames, other=nothing)
             return state.rng_key, state.basis, rotations
 
-        key, drawn, rotations = branch(due, refresh, keep)
+        key, drawn, rotations = branch(due, refresh, stay)
 
         def with_basis(frame: Frame, rotation: jax.Array) -> Frame:
             return frame.replace(

@@ -82,7 +82,7 @@ def quantize_basis(
 
     (Zhang et al. 2024, "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-
     Adaptive Low-Rank Gradients"). Every stage after it gets this rounded S, from the
-    refresh itself on, and its turn S_t^T S_{t-1}; between refreshes its bits do not
+    refresh on, and its rotation S_t^T S_{t-1}; between refreshes its bits do not
     change. A basis takes bits / 32 of its float32 bytes and 5 bytes a group.
 
     The rounded S is not orthonormal, so that `recover_residual` and eq. 8 of
@@ -101,7 +101,7 @@ def quantize_basis(
 
     Raises:
       ValueError: other bits, a group_size below 1; a stage that is no basis rule, whose
-        bases are coordinates, or that keeps none; at update, outside `low_rank`.
+        bases are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -125,11 +125,11 @@ def cast_basis(
 ) -> BasisRule:
     """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
 
-    Every stage after it gets the rounded S, from the refresh itself on. Each entry of S
-    is off by 2^-9 of itself at most in bfloat16, each of S^T S by about 2^-9 too, which
-    is what products of bfloat16 operands do to an exact S; so it passes for orthonormal
-    where its rule is, and stages may give the residual back. A rule that goes on from
-    the last basis goes on from the rounded one.
+    Every stage after it gets the rounded S, from the refresh on. In bfloat16 each entry
+    of S is off by at most 2^-9 of itself, and each of S^T S by about 2^-9, which is
+    what products of bfloat16 operands do to an exact S. So it counts as orthonormal
+    where its rule does, and stages may recover the residual. A rule that continues from
+    the last basis continues from the rounded one.
 
     Args:
       rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
@@ -137,7 +137,7 @@ def cast_basis(
 
     Raises:
       ValueError: a dtype that is no float; a stage that is no basis rule, whose bases
-        are coordinates, or that keeps none; at update, outside `low_rank`.
+        are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax

@@ -215,8 +215,8 @@ def _bracket(
 
 
 def _check_interval(refresh_every: int) -> int:
-    whole = isinstance(refresh_every, numbers.Integral)
-    if isinstance(refresh_every, bool) or not whole or not 1 <= refresh_every < 2**31:
+    integer = isinstance(refresh_every, numbers.Integral)
+    if isinstance(refresh_every, bool) or not integer or not 1 <= refresh_every < 2**31:
         raise ValueError(
             f"refresh_every must be an int from 1 to 2**31 - 1, not {refresh_every!r}; "
             "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"

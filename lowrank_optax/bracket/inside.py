@@ -1,4 +1,4 @@
-"""What reaches a `low_rank` through whatever stands around it in a chain."""
+"""The extra argument by which layer-wise code reaches the `low_rank` inside a chain."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

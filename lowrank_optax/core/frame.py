@@ -14,7 +14,7 @@ BASIS_RULE = "a basis rule such as dominant_svd()"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Frame:
-    """Stands where a matrix leaf stood, in the papers' orientation m <= n.
+    """Takes the place of a matrix leaf, in the papers' orientation m <= n.
 
     Each stage reads the fields of the stages before it and fills in its own:
     a basis rule `basis`, `rotation` and `refreshed`, `project` `low`, `in_subspace` or
