@@ -11,15 +11,14 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
-from lowrank_optax.bracket.finite import at_least_f32, finite_in_subspace, if_accepted
+from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
+from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
-from lowrank_optax.bracket.leaf import Leaf, decide_leaves, is_leaf, warn_of_full_rank
-from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame
+from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
 from lowrank_optax.core.layout import (
     DimensionNumbers,
     Rank,
     Square,
-    check_matrix,
     check_rank,
     check_square,
 )
@@ -148,13 +147,12 @@ def _bracket(
 ) -> Extensible:
     """The bracket around `inner`; without subspaces where `refresh_every` is None."""
     inner = optax.with_extra_args_support(inner)
-    open_frame = functools.partial(_open, precision=precision)
 
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
         if refresh_every is not None:
             warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
-        frames = _map_leaves(open_frame, leaves, params)
+        frames = open_frames(leaves, params, precision=precision)
         # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
         return LowRankState(count, skipped, refreshes, inner.init(frames))
@@ -174,39 +172,32 @@ def _bracket(
         if like is None:
             raise ValueError("projected gradients need the parameters: give params")
         leaves = decide(like)
-        if refresh_every is None:
-            refresh = False
-        elif refresh is None:
-            refresh = refresh_every == 1 or state.count % refresh_every == 0
-        clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
-        opened = functools.partial(open_frame, inside=inside)
-        if inside.low:
-            opened = functools.partial(_open_projected, opened)
-            frames = _map_leaves(opened, leaves, like, updates)
-        else:
-            frames = _map_leaves(opened, leaves, updates)
+        clock = _clock_at(state, refresh, refresh_every)
+        frames = open_frames(
+            leaves, updates, params, precision=precision, inside=inside
+        )
         # A basis rule runs before the step, and may follow its moment of the last step.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
             state.inner_state,
-            None if params is None else _map_leaves(_oriented, leaves, params),
+            None if params is None else oriented(leaves, params),
             **{**extra_args, "clock": clock},
         )
         if inside.record is not None and refresh_every is not None:
-            # What is no matrix was stepped on directly: its gradient is recorded.
+            # `out` has the step of a leaf without a Frame; its gradient is recorded.
             inside.record(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
         # One flag for all leaves: a step is taken as a whole or not at all.
         if accept is None:
             accept = finite_in_subspace(updates, frames, out)
-        steps = _map_leaves(_close, leaves, like, out)
+        steps = close_frames(leaves, like, out)
         new = LowRankState(
             count=state.count + 1,
             skipped=state.skipped,
             refreshes=state.refreshes + clock.refresh,
             inner_state=inner_state,
         )
-        refused = state._replace(skipped=state.skipped + 1)
-        return if_accepted(accept, steps), if_accepted(accept, new, refused)
+        skipped = state._replace(skipped=state.skipped + 1)
+        return if_accepted(accept, steps), if_accepted(accept, new, skipped)
 
     def extended(more: optax.GradientTransformation) -> Extensible:
         return _bracket(optax.chain(inner, more), decide, refresh_every, precision)
@@ -224,6 +215,17 @@ def _check_interval(refresh_every: int) -> int:
     return int(refresh_every)
 
 
+def _clock_at(
+    state: LowRankState, refresh: bool | jax.Array | None, refresh_every: int | None
+) -> Clock:
+    """The time of a step; `refresh` decides where the caller passed it."""
+    if refresh_every is None:
+        refresh = False
+    elif refresh is None:
+        refresh = refresh_every == 1 or state.count % refresh_every == 0
+    return Clock(state.count, _check_refresh(refresh), state.refreshes)
+
+
 def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
     if isinstance(refresh, (bool, np.bool_)):
         return bool(refresh)
@@ -233,66 +235,3 @@ def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
             "the jitted step, or a () bool array"
         )
     return refresh
-
-
-def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
-    return jax.tree.map(f, leaves, *trees, is_leaf=is_leaf)
-
-
-def _open(
-    leaf: Leaf,
-    x: jax.Array,
-    precision: jax.lax.PrecisionLike,
-    inside: Inside = NOTHING_INSIDE,
-) -> Frame | jax.Array:
-    if leaf.layout is None:
-        return at_least_f32(x)
-    check_matrix(leaf.path, x)
-    return Frame(
-        gradient=_oriented(leaf, x),
-        rank=leaf.rank,
-        path=leaf.path,
-        columns=leaf.layout.columns,
-        transposed=leaf.layout.transposed,
-        layer=None if inside.layer is None else jnp.asarray(inside.layer),
-        precision=precision,
-        chosen=inside.bases.get(leaf.path),
-    )
-
-
-def _open_projected(
-    opened: Callable[..., Any], leaf: Leaf, x: jax.Array, low: jax.Array
-) -> Frame | jax.Array:
-    """The Frame of a parameter x, with S^T G (`low`) and without G.
-
-    The layout of S^T G no longer shows how the leaf is a matrix, so it comes from x.
-    """
-    if leaf.layout is None:
-        return opened(leaf, low)
-    like = jax.eval_shape(functools.partial(_oriented, leaf), x)
-    # The zeros give the Frame its shape and type; no stage can read them.
-    frame = opened(leaf, jnp.zeros_like(x)).replace(
-        gradient=ProjectedAway(leaf.path, like.shape, like.dtype)
-    )
-    if low.shape != frame.low_shape:
-        raise ValueError(
-            f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
-            f"{frame.low_shape}; pass what project_gradient() returned"
-        )
-    return frame.replace(low=at_least_f32(low))
-
-
-def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:
-    return at_least_f32(x if leaf.layout is None else leaf.layout.to_matrix(x))
-
-
-def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
-    if leaf.layout is None:
-        return jnp.asarray(out).astype(x.dtype)
-    if not is_frame(out):
-        raise TypeError(
-            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; "
-            "return the Frame that the stage got, with frame.replace(...)"
-        )
-    step = out.need("step", "project_back() or recover_residual() at the end,")
-    return leaf.layout.from_matrix(step).astype(x.dtype)
