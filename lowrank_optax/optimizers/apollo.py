@@ -7,7 +7,7 @@ from typing import Unpack
 import optax
 
 from lowrank_optax.bases.random import gaussian
-from lowrank_optax.core.typing import Key, Number
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.optimizers.assemble import (
     low_rank_optimizer,
     one_of,

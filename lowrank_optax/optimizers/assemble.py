@@ -9,13 +9,10 @@ from typing import Any, Unpack, cast
 import jax
 import optax
 
-from lowrank_optax.bracket.bracket import (
-    LowRankState,
-    full_matrices,
-    if_accepted,
-    low_rank,
-)
+from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.bracket.finite import if_accepted
+from lowrank_optax.core.aliases import Key, Mask, Number
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
@@ -23,7 +20,6 @@ from lowrank_optax.core.layout import (
     Square,
 )
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.typing import Key, Mask, Number
 from lowrank_optax.optimizers.options import Options
 from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
 from lowrank_optax.steps.subspace import in_subspace

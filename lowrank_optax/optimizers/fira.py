@@ -7,7 +7,7 @@ from typing import Unpack
 import optax
 
 from lowrank_optax.bases.singular import dominant_svd
-from lowrank_optax.core.typing import Number
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.optimizers.assemble import (
     adam_or,
     basis_or,

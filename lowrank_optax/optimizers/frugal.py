@@ -7,7 +7,7 @@ from typing import Literal, Unpack
 import optax
 
 from lowrank_optax.bases.singular import dominant_svd
-from lowrank_optax.core.typing import Number
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.projection import project

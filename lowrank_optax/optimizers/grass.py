@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax.bases.grassmann import grassmann_walk
 from lowrank_optax.bases.random import grassmann_jump
-from lowrank_optax.core.typing import Key, Number
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.projection import project

@@ -7,7 +7,7 @@ from typing import Unpack
 import optax
 
 from lowrank_optax.bases.momentum import power_iterate
-from lowrank_optax.core.typing import Number
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.optimizers.assemble import low_rank_optimizer
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.feedback import error_feedback

@@ -9,8 +9,8 @@ from typing import Any, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import jax
 
+from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.layout import DimensionNumbers, Rank, Square
-from lowrank_optax.core.typing import Mask, Number
 
 F = TypeVar("F", bound=Callable[..., Any])
 

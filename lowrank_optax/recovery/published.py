@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.linalg import average_weight
 from lowrank_optax.core.stage import simple_stage, stage
-from lowrank_optax.core.typing import Mask, Number
 
 Variant = Literal["paper", "published"]
 

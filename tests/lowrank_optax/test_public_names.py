@@ -38,8 +38,8 @@ NAMES = {
     """,
     "steps": """
         ADAM_MINI_RULES AdamMiniState QuantizedArray QuantizedState RestState
-        adam_mini_blocks check_heads in_full_space in_subspace per_matrix
-        quantize_moments register_moments reset_moments rotate_moments
+        SubspaceState adam_mini_blocks check_heads in_full_space in_subspace
+        per_matrix quantize_moments register_moments reset_moments rotate_moments
         scale_by_adafactor scale_by_adam_mini scale_by_polar_factor with_rest
     """,
     "recovery": """
@@ -56,9 +56,9 @@ NAMES = {
         measurements memory_report
     """,
     "training": """
-        LayerSums Layers Projected average_gradients close_layers close_sums
-        open_layers open_sums per_layer project_gradient square_sides
-        state_shardings sum_in_backward update_in_backward update_layers
+        LayerSums Layers Projected average_gradients per_layer project_gradient
+        square_sides state_shardings sum_in_backward update_in_backward
+        update_layers update_projected
     """,
     "weights": """
         QuantizedWeights add_updates dense quantize round_stochastically store
@@ -75,8 +75,6 @@ NAMES = {
 }
 # These raise nothing of their own.
 SILENT = {
-    "close_layers",
-    "close_sums",
     "dense",
     "map_frames",
     "memory_report",

@@ -312,8 +312,8 @@ def check_optimizer(config: Config) -> None:
         return
 
     def summed(layer: Any, state: Any) -> Any:
-        low = lro.training.project_gradient(tx, layer, state, layer).low
-        return tx.update(low, state, layer, refresh=False, projected=True)
+        projected = lro.training.project_gradient(tx, layer, state, layer)
+        return lro.training.update_projected(tx, projected, state, layer)
 
     try:
         jax.eval_shape(summed, layer, state)

@@ -238,21 +238,21 @@ def full_step(
     """
     if work.layerwise:
         state, loss, gradient, bases = projected_gradient(work, state, batch, refresh)
-        how = {"bases": bases, "projected": True}
     else:
         params = dense(work, state.params)
         sums = partial(loss_sums, work)
         loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
-        gradient = work.shards.shard(gradient)
-        how = {}
+        gradient, bases = work.shards.shard(gradient), None
     gradient, accept, squared = work.optimizer.checked(gradient)
     method, old, steps = work.optimizer.method, parted(state.params), parted(gradient)
+    of_layers = steps.layers
+    if bases is not None:
+        of_layers = lro.training.Projected(of_layers, bases)
     layers, layers_state = lro.training.update_layers(
         method,
-        steps.layers,
+        of_layers,
         state.opt_state.layers,
         old.layers,
-        **how,
         block=1 if large_layers(work.model) else None,
         load=partial(dense, work),
         apply_updates=added,
@@ -282,7 +282,7 @@ def projected_gradient(
     """
     method, old = work.optimizer.method, parted(state.params)
     load, weight = partial(dense, work), jnp.sum(targets_of(batch)[1])
-    layers = lro.training.open_sums(
+    layers = lro.training.LayerSums.open(
         method, old.layers, state.opt_state.layers, load=load, refresh=refresh
     )
     rest = dense(work, old.rest)
@@ -310,7 +310,7 @@ def projected_gradient(
     (loss, of_rest), _ = jax.lax.scan(
         partial(add, first=False), zeros, jax.tree.map(lambda x: x[start:], parts)
     )
-    params, own, sums = lro.training.close_sums(layers)
+    params, own, sums = layers.close()
     state = state._replace(
         params=joined(Parts(params, old.rest)),
         opt_state=Parts(own, state.opt_state.rest),
@@ -344,7 +344,7 @@ def layerwise_step(
     whose gradient is not finite is skipped by itself.
     """
     old, method = parted(state.params), work.optimizer.checked_method
-    layers = lro.training.open_layers(old.layers, state.opt_state.layers, key)
+    layers = lro.training.Layers.open(old.layers, state.opt_state.layers, key)
     layer = lro.training.update_in_backward(
         lambda weights, x: through_layer(work, weights["layers"], x),
         method,
@@ -362,7 +362,7 @@ def layerwise_step(
     updates, rest_state = method.update(
         gradient, state.opt_state.rest, rest, refresh=refresh
     )
-    done = lro.training.close_layers(layers)
+    done = layers.close()
     squared = jnp.sum(done.squares) + squared_norm(gradient)
     new = Parts(done.params, added(old.rest, updates, None, key))
     return Taken(loss, joined(new), Parts(done.state, rest_state), squared)

@@ -7,14 +7,14 @@ from typing import Unpack
 import optax
 
 from lowrank_optax.bases.dct import dct_columns
+from lowrank_optax.bases.lazy import lazy_refresh
 from lowrank_optax.bases.momentum import correlation_aware
 from lowrank_optax.bases.pca import online_pca
 from lowrank_optax.bases.random import random_after
-from lowrank_optax.bases.refresh import lazy_refresh
 from lowrank_optax.bases.rows import sample_rows
 from lowrank_optax.bases.singular import dominant_svd
 from lowrank_optax.bases.storage import quantize_basis
-from lowrank_optax.core.typing import Key, Number, Step
+from lowrank_optax.core.aliases import Key, Number, Step
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.optimizers.galore import galore
 from lowrank_optax.optimizers.options import (

@@ -6,8 +6,8 @@ from typing import Unpack
 
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.layout import TRANSFORMER_MATRICES, Rules, Square
-from lowrank_optax.core.typing import Number
 from lowrank_optax.full_rank.normalize import normalize_by_output_rms, trace_matching
 from lowrank_optax.full_rank.row_column import scale_by_racs
 from lowrank_optax.optimizers.assemble import full_rank_optimizer

@@ -9,7 +9,7 @@ import optax
 from lowrank_optax.bases.grassmann import grassmann_track
 from lowrank_optax.bases.singular import dominant_svd
 from lowrank_optax.bases.switching import switch_basis, track_gram
-from lowrank_optax.core.typing import Key, Number
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer, one_of
 from lowrank_optax.optimizers.grass import grass_jump
 from lowrank_optax.optimizers.options import GaloreOptions, Options, passes_on

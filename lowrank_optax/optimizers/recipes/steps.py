@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.bases.random import gaussian
 from lowrank_optax.bases.singular import sara_sample
-from lowrank_optax.core.typing import Key, Number
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.optimizers.galore import galore
 from lowrank_optax.optimizers.options import Options, ScaledOptions, passes_on

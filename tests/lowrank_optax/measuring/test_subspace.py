@@ -422,7 +422,7 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
 
     @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, state: Any, refresh: bool) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(
             lambda w, x, c: x + jnp.sum(w["w"] * c), tx, refresh=refresh
         )
@@ -434,7 +434,7 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
             return jax.lax.scan(body, x, jnp.arange(L))[0]
 
         jax.grad(loss)(jnp.float32(0))
-        return lro.training.close_layers(layers).state
+        return layers.close().state
 
     state = lro.training.per_layer(tx).init(params)
     for t in range(2 * T + 1):
