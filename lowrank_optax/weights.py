@@ -48,9 +48,9 @@ def round_stochastically(
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> x = jnp.full(10_000, 1 + 2**-10)  # an eighth of the way from 1 to 1 + 2^-7
-      >>> y = lw.round_stochastically(jax.random.key(0), x, jnp.bfloat16)
+      >>> y = lro.weights.round_stochastically(jax.random.key(0), x, jnp.bfloat16)
       >>> jnp.unique(y).tolist(), round(float(jnp.mean(y == 1)), 2)
       ([1.0, 1.0078125], 0.88)
     """
@@ -118,7 +118,6 @@ def quantize(
     x: jax.Array,
     key: jax.Array | int | None = None,
     block_size: int = 256,
-    shards: int = 1,
 ) -> QuantizedWeights:
     """x (..., n) in 8 bits a number, to nearest or, with a key, stochastically.
 
@@ -144,27 +143,25 @@ def quantize(
       x: real numbers, taken as float32, of one axis or more. The axes before the last
         are independent: nearest rounding under `jax.vmap` gives the same.
       key: a typed key or a seed; None for nearest.
-      block_size: how many numbers along the last axis share a scale at most.
-      shards: into how many parts the last axis may be cut over devices with no block on
-        two of them, as in `quantize_moments`.
+      block_size: the most numbers along the last axis that share a scale; a block may
+        be half as long, as in `quantize_moments`.
 
     Raises:
-      ValueError: a scalar, an empty array, numbers that are not real; a block_size or
-        shards below 1.
+      ValueError: a scalar, an empty array, numbers that are not real; a block_size
+        below 1.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
-      >>> q = lw.quantize_weights(jnp.array([127.0, 1.25, 0.0, -60.0]))
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> q = lro.weights.quantize(jnp.array([127.0, 1.25, 0.0, -60.0]))
       >>> q.codes.tolist(), q.scales.tolist(), q.dequantize().tolist()
       ([127, 1, 0, -60], [1.0], [127.0, 1.0, 0.0, -60.0])
     """
-    for name, number in (("block_size", block_size), ("shards", shards)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be an int of at least 1, not {number!r}")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be an int of at least 1, not {block_size!r}")
     if not x.ndim or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"cannot store {x.dtype} of shape {x.shape} in blocks of int8")
     key = None if key is None else canonical_key(key)
-    return _quantized(x, blocks_of(x.shape[-1], block_size, shards), key)
+    return _quantized(x, blocks_of(x.shape[-1], block_size), key)
 
 
 def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWeights:
@@ -215,11 +212,12 @@ def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -
         no key; float8 weights.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"norm": jnp.ones(1000, jnp.bfloat16)}
+      >>> updates = {"norm": jnp.full(1000, 2**-11)}
       >>> for step in range(64):  # each a sixteenth of the way to the next number
       ...     key = jax.random.fold_in(jax.random.key(0), step)
-      ...     params = lw.apply_updates(params, {"norm": jnp.full(1000, 2**-11)}, key)
+      ...     params = lro.weights.add_updates(params, updates, key)
       >>> round(float(jnp.mean(params["norm"], dtype=jnp.float32)), 2)  # 1 + 2^-5
       1.03
     """
@@ -266,9 +264,9 @@ def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
       dtype: of those that were quantised.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax.training.weights as lw
-      >>> stored = {"w": lw.quantize_weights(jnp.eye(2) * 127), "b": jnp.zeros(2)}
-      >>> lw.dense(stored)["w"].tolist()
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> stored = {"w": lro.weights.quantize(jnp.eye(2) * 127), "b": jnp.zeros(2)}
+      >>> lro.weights.dense(stored)["w"].tolist()
       [[127.0, 0.0], [0.0, 127.0]]
     """
 
@@ -287,11 +285,10 @@ def store(
     params: Any,
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] = _is_transformer_matrix,
-    shards: int = 1,
 ) -> Any:
     """`params` as they are kept: rounded to nearest, once, before training.
 
-    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/256 bytes a
+    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
     number, and other real ones bfloat16 (Q-GaLore: the linear layers of attention and
     MLP are in 8 bits, embeddings, head and norms are not). Integers and keys stay.
 
@@ -301,15 +298,14 @@ def store(
       mask: whether the leaf of a path, "layers/mlp/up/kernel", is kept in int8; asked
         for those of two or more axes. By default those that `TRANSFORMER_MATRICES`
         calls matrices.
-      shards: of those in int8, as in `quantize`.
 
     Raises:
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"mlp": {"kernel": jnp.ones((2, 64, 256))}, "norm": jnp.ones(64)}
-      >>> stored = lw.store_weights(params, "int8")
+      >>> stored = lro.weights.store(params, "int8")
       >>> jax.tree.map(lambda x: x.dtype.name, stored)["mlp"]["kernel"]
       QuantizedWeights(codes='int8', scales='float32')
       >>> stored["norm"].dtype.name
@@ -322,7 +318,7 @@ def store(
         if _is_leaf(w) or not jnp.issubdtype(w.dtype, jnp.floating):
             return w
         if dtype == "int8" and w.ndim > 1 and mask(path_of(keys)):
-            return quantize(w, shards=shards)
+            return quantize(w)
         return w.astype(jnp.float32 if dtype == "float32" else jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(store, params, is_leaf=_is_leaf)

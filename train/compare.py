@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,12 +13,12 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from train.config.command_line import parse
 from train.config.config import (
     Config,
     OptimizerConfig,
     Preset,
     ReportConfig,
-    parse,
     resolved,
     title,
 )
@@ -27,16 +28,16 @@ from train.data.dataset import Data
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.host.atomic import Appender, check_writable, write_text
-from train.host.errors import usage_errors
-from train.host.paths import Place, RunFolder
+from train.host.errors import StoppedError, usage_errors
+from train.host.paths import AnyPath, RunFolder
 from train.host.processes import join_processes
-from train.host.signals import StoppedError
+from train.records.markdown import Row, markdown
 from train.records.metrics import read_metrics
 from train.records.plots import draw_runs
 from train.run.errors import run_errors
 from train.run.folder import check_folder, own_folder
 from train.run.loop import train
-from train.run.report import draw_measured, summarize, work_title
+from train.run.report import draw_run_subspaces, summarize, work_title
 from train.run.start import check_start, open_text, pinned
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
@@ -69,7 +70,7 @@ class Watched(ReportConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SharedWork(Config):
-    """The work: what is trained, on how much, and where it is kept.
+    """The work: what is trained, on how much, and where it is stored.
 
     Attributes:
       out: folder of the comparison. Default: runs/compare.
@@ -110,11 +111,11 @@ class Comparison:
         check_meant(self.work.optimizer, chosen)
 
 
-def expand(comparison: Comparison, folder: Place) -> list[Config]:
-    """A resolved config for each optimizer; they differ in optimizer and folder only.
+def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
+    """A resolved config for each optimizer; only optimizer and folder differ.
 
     Raises:
-      ValueError: if two of them are the same.
+      ValueError: two of them are the same.
     """
     report = dataclasses.replace(comparison.work.report, checkpoint_every=0)
     configs = {}
@@ -130,11 +131,11 @@ def expand(comparison: Comparison, folder: Place) -> list[Config]:
 
 
 def run(config: Config, data: Data, mesh: Mesh) -> Result:
-    """Train; one result in the form of a published-optimizer benchmark line.
+    """Trains; one result in the form of a published-optimizer benchmark line.
 
-    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the
-    first one, `peak_gib` is what the compiled step needs on one device, and `curve`
-    holds (steps done, training loss since the point before).
+    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the first
+    one, `peak_gib` is what the compiled step needs on one device, and `curve` holds
+    (steps done, training loss since the point before).
     """
     name = title(config.optimizer)
     try:
@@ -158,18 +159,22 @@ def run(config: Config, data: Data, mesh: Mesh) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """The results as Markdown, best first; runs that were given up come last."""
-    lines = [
-        "| optimizer @ peak lr | eval loss | ppl | ms / step |",
-        "|---|---|---|---|",
-    ]
-    for r in sorted(results, key=lambda r: r.get("eval_loss", float("inf"))):
-        name = r["optimizer"].replace("@", " @ ")
-        if "error" in r:
-            lines.append(f"| {name} | not finite | - | - |")
-        else:
-            numbers = f"{r['eval_loss']:.3f} | {r['ppl']:.1f} | {r['ms_per_step']:.1f}"
-            lines.append(f"| {name} | {numbers} |")
-    return "\n".join(lines)
+
+    def row(result: Result) -> Row:
+        name = {"optimizer": result["optimizer"].replace("@", " @ ")}
+        if "error" in result:
+            return {**name, "eval_loss": "not finite", "ppl": "-", "ms_per_step": "-"}
+        digits = {"eval_loss": 3, "ppl": 1, "ms_per_step": 1}
+        return name | {key: f"{result[key]:.{n}f}" for key, n in digits.items()}
+
+    best_first = sorted(results, key=lambda r: r.get("eval_loss", math.inf))
+    columns = {
+        "optimizer": "optimizer @ peak lr",
+        "eval_loss": "eval loss",
+        "ppl": "ppl",
+        "ms_per_step": "ms / step",
+    }
+    return markdown([row(result) for result in best_first], columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,13 +212,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     conclude(configs, results, folder)
 
 
-def conclude(configs: Sequence[Config], results: list[Result], folder: Place) -> None:
-    """Write and print the table, and draw the losses, of runs that have ended."""
+def conclude(configs: Sequence[Config], results: list[Result], folder: AnyPath) -> None:
+    """Writes and prints the table, and draws the losses, of finished runs."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))
         for config in configs:
-            draw_measured(config)
+            draw_run_subspaces(config)
         write_text(folder / "table.md", table(results) + "\n")
         print(table(results))
 

@@ -1,8 +1,7 @@
-"""The step for a TPU that is not here: `python -m train.compile --help`."""
+"""Compiles the step for a TPU that is not here: `python -m train.compile --help`."""
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from train.config.command_line import parse
 from train.config.config import (
     Config,
     DataConfig,
@@ -21,11 +21,10 @@ from train.config.config import (
     ProcessConfig,
     ReportConfig,
     label,
-    parse,
 )
 from train.config.named import Shared, named
 from train.config.resolve import resolve
-from train.engine.memory import GIB
+from train.engine.memory import GIB, tree_bytes
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.engine.step import Work
@@ -103,7 +102,7 @@ class CompileConfig:
         check_meant(self.work.optimizer, chosen)
 
     def configs(self) -> list[Config]:
-        """One for each optimizer, as the trainer resolves it on a TPU."""
+        """A config for each optimizer, as the trainer resolves it on a TPU."""
         base = self.work.optimizer
         return [
             resolve(dataclasses.replace(self.work, optimizer=named(name, base)), "tpu")
@@ -126,7 +125,7 @@ class Case(NamedTuple):
 
 
 def case_of(config: Config, chips: Sequence[Any]) -> Case:
-    """Of a resolved config; ValueError if it cannot be built for these chips."""
+    """The case of a resolved config; ValueError if it does not fit these chips."""
     # The precisions that this machine has say nothing of a TPU.
     optimizer = dataclasses.replace(config.optimizer, precision="default")
     check_optimizer(dataclasses.replace(config, optimizer=optimizer))
@@ -138,17 +137,17 @@ def case_of(config: Config, chips: Sequence[Any]) -> Case:
 
 
 def compile_step(case: Case, refresh: bool, available: float) -> Row:
-    """What one kind of step needs of a chip with that many bytes, and what it sends.
+    """Memory in GiB of a step on a chip of `available` bytes, and its traffic.
 
-    In GiB. `peak` is arguments, results that do not take their place, and temporaries
-    as they are packed into the chip's memory; `room` is what it leaves, and the program
-    itself. (The compiler's own `peak_memory_in_bytes` leaves out gaps, and counts what
-    is kept within the core.)
+    `peak` is arguments, results that do not take their place, and temporaries as they
+    are packed into the chip's memory; `room` is what it leaves, and the program itself.
+    (The compiler's own `peak_memory_in_bytes` leaves out gaps, and counts what stays
+    within the core.)
     """
     row: Row = {"optimizer": label(case.config.optimizer)}
     row["step"] = "refresh" if refresh else "ordinary"
-    row["weights"] = shard_bytes(case.like.params) / GIB
-    row["state"] = shard_bytes(case.like.opt_state) / GIB
+    row["weights"] = tree_bytes(case.like.params) / GIB
+    row["state"] = tree_bytes(case.like.opt_state) / GIB
     start = time.perf_counter()
     try:
         step = lower_step(case.config, case.mesh, case.work, case.like, refresh)
@@ -189,14 +188,6 @@ def traffic_row(compiled: jax.stages.Compiled) -> Row:
     if traffic.unknown_loops:
         row["unknown_loops"] = len(traffic.unknown_loops)
     return {**row, "sent": traffic.sent / GIB}
-
-
-def shard_bytes(tree: Any) -> int:
-    """Of what one chip has of all arrays."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The papers' experiments by one command: `python -m train.experiment --help`."""
+"""Runs the papers' experiments: `python -m train.experiment --help`."""
 
 import os
 import shlex
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train.config.config import Config, from_json, parse
+from train.config.command_line import parse
+from train.config.config import Config, from_json
 from train.config.presets import with_flags
 from train.experiments.cells import (
     Cell,
@@ -35,8 +36,7 @@ from train.records.plots import (
     draw_spectra,
 )
 from train.records.tables import Row, table, to_csv
-from train.run.spectra import spectra
-from train.spectrum import weights_of
+from train.run.spectra import spectra, weights_of
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 
@@ -74,7 +74,7 @@ COLUMNS = (
 
 
 def row_of(cell: Cell) -> Row:
-    """What the table has of a run: its axes, its numbers, or why there are none."""
+    """The table row of a run: its axes, its numbers, or why there are none."""
     row: Row = {**cell.axes, "seed": cell.flags["seed"]}
     if not cell.done:
         return {**row, "error": last_words(log_of(cell))}
@@ -89,9 +89,9 @@ def row_of(cell: Cell) -> Row:
 def moved_spectra(
     config: ExperimentConfig, cells: Sequence[Cell], rows: Sequence[Row]
 ) -> dict[str, Sequence[float]]:
-    """Of what the weights moved at the end, the mean over all matrices, by run.
+    """Spectra of the weights' last change, the mean over all matrices, by run.
 
-    The rows get its effective rank. Nothing where the experiment does not ask.
+    Adds the effective rank to the rows. Empty if the experiment does not ask.
     """
     if config.experiment.weights_over is None:
         return {}
@@ -119,21 +119,21 @@ def programs_of(config: ExperimentConfig) -> Path:
 
 
 def shared_programs(config: ExperimentConfig) -> dict[str, str]:
-    """Where runs share their compiled programs; a place the environment has stays."""
+    """Where runs share compiled programs, unless the environment names a folder."""
     name = "JAX_COMPILATION_CACHE_DIR"
     return {name: os.environ.get(name, str(programs_of(config).absolute()))}
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log; what a run says of why it ended."""
+    """The last line of a log: why the run ended."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line for line in reversed(lines) if line.strip()), "not run")
 
 
 def check_same(cells: Sequence[Cell]) -> None:
-    """ValueError where a folder has a run with other flags.
+    """ValueError if a folder has a run with other flags.
 
-    (`--resume-or-start` looks at that too, but not of a run that has ended.)
+    (`--resume-or-start` checks that too, but not for a finished run.)
     """
     for cell in cells:
         path = cell.folder / "config.json"
@@ -149,7 +149,7 @@ def check_same(cells: Sequence[Cell]) -> None:
 
 
 def differences(stored: Config, wanted: Config) -> str:
-    """What was asked for, and is otherwise in a config that is resolved."""
+    """Names the requested settings that differ from the stored (resolved) config."""
     default, parts = Config(), []
     for part in ("optimizer", "model", "data"):
         old, new, own = (vars(getattr(c, part)) for c in (stored, wanted, default))
@@ -160,7 +160,7 @@ def differences(stored: Config, wanted: Config) -> str:
 
 
 def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
-    """Write the tables and pictures of what is done; whether all is."""
+    """Writes tables and pictures of the finished runs; returns whether all are."""
     rows = [row_of(cell) for cell in cells]
     moved = moved_spectra(config, cells, rows)
     axes = axes_of([cell.axes for cell in cells])
@@ -191,13 +191,13 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
 
 
 def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
-    """Make the runs that are not done, and say how each ended."""
+    """Makes the runs that are not done, and prints how each ended."""
     left = {cell.folder.name: cell for cell in cells if not cell.done}
     with usage_errors():
         check_same(cells)
-        places = slots(config.at_once) if left else []
+        found = slots(config.at_once) if left else []
     # Runs that differ by their seed alone are one program.
-    places = [{**place, **shared_programs(config)} for place in places]
+    environments = [{**slot, **shared_programs(config)} for slot in found]
     commands = [
         Command(
             name,
@@ -208,13 +208,14 @@ def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
     ]
     # Not `say`, which asks JAX for processes, and would take a GPU's memory here.
     print(
-        f"{len(left)} of {len(cells)} runs to do, {len(places)} at a time", flush=True
+        f"{len(left)} of {len(cells)} runs to do, {len(environments)} at a time",
+        flush=True,
     )
     with tqdm(total=len(left), unit="run", disable=None) as bar:
-        for ended in run_all(commands, places):
+        for ended in run_all(commands, environments):
             row = row_of(left[ended.name])
-            told = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
-            bar.write(f"{ended.name}: {told}", file=sys.stderr)
+            outcome = row.get("error") or f"held-out loss {row['eval_loss']:.4f}"
+            bar.write(f"{ended.name}: {outcome}", file=sys.stderr)
             bar.update()
 
 

@@ -5,16 +5,16 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from train.config.config import Config, parse, resolved
+from train.config.command_line import parse
+from train.config.config import Config, resolved
 from train.config.resolve import resolve, with_folder
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import check_meant, check_optimizer
 from train.host.atomic import check_writable
-from train.host.errors import usage_errors
+from train.host.errors import ended_by_signals, usage_errors
 from train.host.processes import join_processes
-from train.host.signals import ended_by_signals
 from train.run.errors import run_errors
-from train.run.folder import check_folder, going_on, own_folder
+from train.run.folder import check_folder, own_folder, resumed_if_there
 from train.run.loop import train
 from train.run.report import check_prompt, finish
 from train.run.start import check_start, open_text, pinned
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_meant(config.optimizer, [config.optimizer])
             config = with_folder(config)
             check_writable(resolved(config, "out"))
-            config = pinned(resolve(going_on(config)))
+            config = pinned(resolve(resumed_if_there(config)))
             check_folder(config)
             check_optimizer(config)
             mesh = make_mesh(config)

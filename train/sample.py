@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from train.config.config import check_numbers, check_seed, parse
+from train.config.command_line import check_numbers, check_seed, parse
 from train.run.restore import load_run
 from train.run.sampling import continued, prompt_tokens
 

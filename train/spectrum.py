@@ -4,18 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import numpy as np
 import tyro
 
-import lowrank_optax as lro
-from train.config.config import parse
+from train.config.command_line import parse
+from train.records.markdown import Row, markdown
 from train.records.plots import draw_spectra
-from train.run.restore import load_weights
-from train.run.spectra import Spectrum, spectra
-from train.run.stored import checked_step, run_and_step
+from train.run.spectra import Spectrum, spectra, weights_of
 
 DESCRIPTION = """How many directions the weights of attention and MLP took between two
 checkpoints: the normalised singular values of their difference, and its effective rank.
@@ -42,24 +39,15 @@ class SpectrumConfig:
 
 def table(found: Mapping[str, Spectrum]) -> str:
     """Means over the layers, as Markdown."""
-    lines = [
-        "| layers | shape | effective rank | of the smaller side |",
-        "|---|---|---|---|",
-    ]
+    rows: list[Row] = []
     for kind, spectrum in found.items():
-        rank, m = np.mean(spectrum.ranks), min(spectrum.shape)
-        shape = "x".join(map(str, spectrum.shape))
-        lines.append(f"| {kind} | {shape} | {rank:.1f} | {rank / m:.0%} |")
-    return "\n".join(lines)
-
-
-def weights_of(name: str) -> tuple[str, Any]:
-    """FOLDER@STEP of a checkpoint that is there, and its weights on the host."""
-    folder, step = run_and_step(name)
-    step = checked_step(folder, step)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        weights = lro.weights.dense(load_weights(folder, step), "float32")
-    return f"{folder}@{step}", jax.device_get(weights)
+        rank = float(np.mean(spectrum.ranks))
+        shape, share = "x".join(map(str, spectrum.shape)), rank / min(spectrum.shape)
+        numbers = {"rank": f"{rank:.1f}", "share": f"{share:.0%}"}
+        rows.append({"layers": kind, "shape": shape, **numbers})
+    columns = {"layers": "layers", "shape": "shape"}
+    columns |= {"rank": "effective rank", "share": "of the smaller side"}
+    return markdown(rows, columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

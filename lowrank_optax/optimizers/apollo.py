@@ -16,7 +16,7 @@ from lowrank_optax.optimizers.assemble import (
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.published import Variant, arithmetic_of
-from lowrank_optax.recovery.scaling import scale_channels, scale_tensor
+from lowrank_optax.recovery.scaling import scale_gradient
 from lowrank_optax.steps.subspace import in_subspace
 
 
@@ -38,7 +38,7 @@ def apollo(
 
     W <- W - lr sqrt(scale) G diag(phi), phi_i = ||G~^O_:,i|| / ||G~_:,i||, its norm
     limited to grow by `limit` a step, G~ = S^T G with S Gaussian (Zhu et al. 2025,
-    "APOLLO"; equations in `scale_channels`). State of a matrix: 2nr + 1 numbers, for S
+    "APOLLO"; equations in `scale_gradient`). State of a matrix: 2nr + 1 numbers, for S
     is drawn from its key at every step; one product a step.
 
     When to choose it: no basis in the state, no factorisation, one product. When not:
@@ -68,7 +68,7 @@ def apollo(
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
-    back = scale_channels(limit, scale=scale, variant=variant)
+    back = scale_gradient(limit, scale=scale, variant=variant)
     stages = optax.chain(one_of(key, basis, gaussian), project(), step, back)
     return variant_optimizer(stages, learning_rate, variant, b1, b2, **options)
 
@@ -90,7 +90,7 @@ def apollo_mini(
     """APOLLO-Mini: `apollo` at rank 1, with one factor for the whole matrix.
 
     W <- W - lr sqrt(scale) phi G, phi = ||G~^O||_F / ||G~||_F (Zhu et al. 2025,
-    "APOLLO", equations in `scale_tensor`). State of a matrix: 2n + 1 numbers; one
+    "APOLLO", equations in `scale_gradient`). State of a matrix: 2n + 1 numbers; one
     product of rank one a step.
 
     When to choose it: SGD's memory. When not: where `apollo` fits, which scales the
@@ -111,6 +111,6 @@ def apollo_mini(
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
-    back = scale_tensor(limit, scale=scale, variant=variant)
+    back = scale_gradient(limit, per="matrix", scale=scale, variant=variant)
     stages = optax.chain(one_of(key, basis, gaussian), project(), step, back)
     return variant_optimizer(stages, learning_rate, variant, b1, b2, **options)

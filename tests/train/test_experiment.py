@@ -17,7 +17,8 @@ import jax
 import pytest
 
 from tests.helpers.faults import write_text
-from train.config.config import Config, parse
+from train.config.command_line import parse
+from train.config.config import Config
 from train.config.presets import with_flags
 from train.config.resolve import resolve
 from train.data.dataset import DataConfig
@@ -170,6 +171,7 @@ def make_small() -> None:
     EXPERIMENTS[ABLATION] = dataclasses.replace(given, small=small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERIMENTS, ABLATION, EXPERIMENTS[ABLATION])  # put back
@@ -178,7 +180,9 @@ def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_text(tmp_path / "text.jsonl")
     text = ("--source", str(tmp_path / "text.jsonl"))
     argv = (ABLATION, *TINY, *text, "--out", str(out))
-    do = "from tests.test_experiment import main, make_small; make_small(); main()"
+    do = (
+        "from tests.train.test_experiment import main, make_small; make_small(); main()"
+    )
     process = subprocess.Popen([sys.executable, "-c", do, *argv])
     first = out / "walk,rotate=off,back=rescale-0"
     while not (first / "summary.json").exists():

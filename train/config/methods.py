@@ -16,7 +16,7 @@ from lowrank_optax.optimizers.options import Options, passes_on
 Make = Callable[..., optax.GradientTransformation]
 
 # Options of a run whose names differ from the library's arguments.
-ARGUMENTS = {"switch": "switch_step", "block_shards": "shards"}
+ARGUMENTS = {"switch": "switch_step"}
 
 # Numbers whose default is the method's own; a method without one refuses it.
 NUMBERS = ("scale", "b1", "b2")
@@ -166,8 +166,8 @@ def muon(
     )
 
 
-def _adam8bit(*, shards: int = 1) -> optax.GradientTransformation:
-    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam(), shards=shards))
+def _adam8bit() -> optax.GradientTransformation:
+    return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))
 
 
 ONCE = 2**31 - 1  # a basis is chosen at the first step alone

@@ -5,13 +5,13 @@ SARA paper. What all have in common: C4 by the t5-base tokenizer, one document a
 (`--windows documents`), weight decay 0, b1 0.9, b2 0.999, a tenth of the steps with a
 rising rate, then a cosine to a tenth of the peak.
 
-What is kept here otherwise: weights are float32 unless `--weight-dtype` says so (the
+What differs here: weights are float32 unless `--weight-dtype` says so (the
 scripts have bfloat16 ones), and Adam's eps is 1e-8 (theirs is 1e-6).
 """
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 SIZES = ("60m", "130m", "350m", "1b", "7b")
@@ -21,7 +21,7 @@ STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 TOKENS = {"60m": 1.5e9, "130m": 2.2e9, "350m": 6.0e9, "1b": 13.4e9}  # SARA's Table 1, 2
 
-Flags = Mapping[str, Any]
+Flags = dict[str, Any]
 """Options of a run by their names, as the command line has them."""
 
 C = TypeVar("C")

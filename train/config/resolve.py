@@ -71,17 +71,14 @@ def _begun(config: Config) -> Config | None:
 def _on_mesh(
     config: Config, optimizer: OptimizerConfig, begun: Config | None
 ) -> OptimizerConfig:
-    """The choices that a run makes for the mesh of its start, and keeps on others."""
-    mesh, method = config.mesh, METHODS[optimizer.name]
-    megatron = mesh.tensor > 1 and "square" in method.reads()
-    square, parts = "megatron" if megatron else "method", mesh.fsdp * mesh.tensor
+    """Which side of square matrices is projected: as the run began, on any mesh."""
+    if optimizer.square != "auto":
+        return optimizer
+    tensor = config.mesh.tensor > 1 and "square" in METHODS[optimizer.name].reads()
+    square = "megatron" if tensor else "method"
     if begun is not None:
-        first = begun.optimizer
-        square = "method" if first.square == "auto" else first.square
-        parts = first.block_shards or 1
-    if optimizer.square == "auto":
-        optimizer = dataclasses.replace(optimizer, square=square)
-    return _filled(optimizer, block_shards=parts)
+        square = begun.optimizer.square
+    return dataclasses.replace(optimizer, square=square)
 
 
 def _filled(config: C, **defaults: Any) -> C:

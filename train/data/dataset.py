@@ -16,7 +16,6 @@ from train.data.fingerprint import Fingerprint
 from train.data.padded_windows import document_window
 from train.data.sources import (
     DataConfig,
-    Opened,
     check_held_out_is_apart,
     holds_tokens,
     open_text,
@@ -38,7 +37,7 @@ class Data:
 
     evaluation: Batches
     """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
-    Every held-out token occurs once with weight 1, but for those that are cut off;
+    Every held-out token occurs once with weight 1, except for those that are cut off;
     padding is 0 with weight 0."""
 
     tokenizer: Tokenizer | None
@@ -63,20 +62,19 @@ def open_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
-    """Open a source, hold part of it out, and give batches of its tokens.
+    """Opens a source, holds part of it out, and makes batches of its tokens.
 
     Documents are visited in an order shuffled anew each epoch, each ended by the
-    tokenizer's end token, joined into one stream and cut into windows. Token files are
-    cut into windows first (a file's last tokens, fewer than a window, are left out of
-    training) and the windows shuffled. If windows are to be documents, each is one, of
-    text and token files alike (see `document_window`). What is held out does not depend
-    on the seed.
+    tokenizer's end token, joined into one stream and split into windows. Token files
+    are split into windows first (the last tokens of a file, fewer than a window, are
+    left out of training) and the windows shuffled. With `windows="documents"` each
+    document is a window (see `document_window`). The seed does not change what is held
+    out.
 
-    The batches are the same whatever the number of processes: process p has the rows
-    from p B / process_count on. Of token files, and of documents, it reads those alone.
-    Of text that is packed each process tokenizes all that the batch takes, as a window
-    begins where the one before ends: for many hosts, tokenize once, by python -m
-    train.prepare, and train on token files.
+    The number of processes does not change the batches: process p has the rows from
+    p B / process_count on. Of token files, and of documents, it reads those alone. Of
+    packed text each process tokenizes the whole batch, as a window begins where the one
+    before ends: for many hosts, tokenize once, by python -m train.prepare.
 
     Args:
       config: the source and its options.
@@ -101,82 +99,46 @@ def open_data(
     check_held_out_is_apart(config)
     rows = batch_size // process_count
     share = slice(process_index * rows, (process_index + 1) * rows)
-    make = _of_documents if config.windows == "documents" else _of_packed
-    opened, training, evaluation = make(
-        config, seq_len, batch_size, seed, vocab_size, share
-    )
-    return Data(
-        train=training,
-        evaluation=evaluation,
-        tokenizer=opened.tokenizer,
-        vocab_size=opened.vocab_size,
-        fingerprint=opened.fingerprint,
-    )
-
-
-def _of_packed(
-    config: DataConfig,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    vocab_size: int | None,
-    share: slice,
-) -> tuple[Opened, Batches, Batches]:
-    if holds_tokens(config.source):
-        opened = open_token_windows(config, seq_len, vocab_size)
-        found = seq_len * len(opened.train)
-        rows = opened.train.seed(seed).shuffle().map(lambda x: {"tokens": x})
-        training = endless_batches(rows, batch_size, share)
-    else:
+    tokens, documents = holds_tokens(config.source), config.windows == "documents"
+    if not tokens:
         opened = open_text(config, vocab_size)
-        found = _count_up_to(seq_len * batch_size, opened.train)
-        shuffled = opened.train.seed(seed).shuffle()
-        training = packed_batches(shuffled, seq_len, batch_size, share)
-    source = f"source {config.source!r}"
-    _check_enough(source, found, opened.train, seq_len * batch_size)
-    held_out = opened.held_out
-    _check_enough("the held-out part", _count_up_to(2, held_out), held_out, 2)
-    evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
-    return opened, training, evaluation
-
-
-def _of_documents(
-    config: DataConfig,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    vocab_size: int | None,
-    share: slice,
-) -> tuple[Opened, Batches, Batches]:
-    if holds_tokens(config.source):
+    elif documents:
         opened = open_token_documents(config, seq_len, vocab_size)
     else:
-        opened = open_text(config, vocab_size)
-    _check_documents(f"source {config.source!r}", opened.train, batch_size)
-    _check_documents("the held-out part", opened.held_out, 1)
-    window = partial(document_window, length=seq_len, end=opened.end)
-    rows = opened.train.seed(seed).shuffle().map(window)
-    training = endless_batches(rows, batch_size, share)
-    evaluation = finite_batches(opened.held_out.map(window), batch_size, share)
-    return opened, training, evaluation
+        opened = open_token_windows(config, seq_len, vocab_size)
+    check = _check_documents if documents else _check_tokens
+    check(f"source {config.source!r}", opened.train, batch_size, seq_len)
+    check("the held-out part", opened.held_out, 1, 2)
+
+    shuffled, held_out = opened.train.seed(seed).shuffle(), opened.held_out
+    if documents:
+        window = partial(document_window, length=seq_len, end=opened.end)
+        train = endless_batches(shuffled.map(window), batch_size, share)
+        evaluation = finite_batches(held_out.map(window), batch_size, share)
+    else:
+        evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
+        if tokens:
+            windows = shuffled.map(lambda x: {"tokens": x})
+            train = endless_batches(windows, batch_size, share)
+        else:
+            train = packed_batches(shuffled, seq_len, batch_size, share)
+    return Data(
+        train, evaluation, opened.tokenizer, opened.vocab_size, opened.fingerprint
+    )
 
 
 def _check_arguments(
-    config: DataConfig,
-    seq_len: int,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
+    config: DataConfig, seq_len: int, batch_size: int, index: int, count: int
 ) -> None:
     if seq_len < 2:
         raise ValueError(f"seq_len {seq_len}: a window needs at least 2 tokens")
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1 or batch_size % count:
         raise ValueError(
             f"batch_size {batch_size} must be a positive multiple of the "
-            f"{process_count} processes"
+            f"{count} processes"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not below {process_count}")
+    if not 0 <= index < count:
+        raise ValueError(f"process_index {index} is not below {count}")
     if config.eval_source is None and not 0 < config.eval_fraction <= 0.5:
         raise ValueError(
             f"eval_fraction {config.eval_fraction} must be above 0 and at most 0.5, "
@@ -184,27 +146,22 @@ def _check_arguments(
         )
 
 
-def _count_up_to(tokens: int, pieces: Pieces) -> int:
-    found = 0
+def _check_tokens(what: str, pieces: Pieces, rows: int, seq_len: int) -> None:
+    found, needed = 0, rows * seq_len
     for piece in prefetched(pieces):
         found += len(piece)
-        if found >= tokens:
-            break
-    return found
+        if found >= needed:
+            return
+    raise ValueError(
+        f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
+        f"least {needed} are needed: add text, or lower seq_len or batch_size"
+    )
 
 
-def _check_enough(what: str, found: int, pieces: Pieces, needed: int) -> None:
-    if found < needed:
-        raise ValueError(
-            f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
-            f"least {needed} are needed: add text, or lower seq_len or batch_size"
-        )
-
-
-def _check_documents(what: str, documents: Pieces, needed: int) -> None:
+def _check_documents(what: str, documents: Pieces, rows: int, _: int) -> None:
     targets = any(len(tokens) > 1 for tokens in prefetched(documents))
-    if len(documents) < needed or not targets:
+    if len(documents) < rows or not targets:
         raise ValueError(
-            f"{what} has {len(documents)} documents, but at least {needed} are needed, "
+            f"{what} has {len(documents)} documents, but at least {rows} are needed, "
             "and text in one: add text, or lower batch_size"
         )

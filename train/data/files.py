@@ -1,4 +1,4 @@
-"""Find and read the files that a data source names, with errors that name the path."""
+"""Finds and reads the files that a data source names; errors name the path."""
 
 import glob
 import gzip
@@ -10,15 +10,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 from upath import UPath
 
-from train.host.paths import Place, place
+from train.host.paths import AnyPath, to_path
 
-Told = Callable[[int], object]
-"""Is told how many more bytes of a file were read, as the file has them."""
+OnBytes = Callable[[int], object]
+"""Called with the number of bytes of a file, as stored, that were read since."""
 
 _COMPRESSED = (".gz", ".xz", ".zst")
 _BUFFER = 2**20
@@ -26,13 +26,14 @@ _DAMAGE = ("ZstdError", "ArrowInvalid")
 
 
 class DamagedError(ValueError):
-    """A file was read, but its content is empty, cut short, or not what it should be.
+    """The content of a file is empty, cut short, or not what it should be.
 
-    What a disk or a store refuses is another ValueError: the content may be whole.
+    If a disk or a store refuses to read, the error is another ValueError: the content
+    may be complete.
     """
 
 
-def find_files(source: str) -> list[Place]:
+def find_files(source: str) -> list[AnyPath]:
     """Files named by comma-separated paths, URLs or globs (`**` crosses folders).
 
     Each pattern's matches are sorted; a file that matches twice counts once.
@@ -41,70 +42,69 @@ def find_files(source: str) -> list[Place]:
       FileNotFoundError: a pattern matches no file; folders and pipes are none.
       ValueError: a URL that cannot be looked up.
     """
-    found: dict[Place, None] = {}
+    found: dict[AnyPath, None] = {}
     for pattern in source.split(","):
-        named = place(pattern.strip())
-        matches = _stored(named) if isinstance(named, UPath) else _on_disk(named)
+        path = to_path(pattern.strip())
+        matches = _in_store(path) if isinstance(path, UPath) else _on_disk(path)
         if not matches:
-            raise FileNotFoundError(_no_file(pattern.strip(), named))
+            raise FileNotFoundError(_no_file(pattern.strip(), path))
         found.update(dict.fromkeys(matches))
     return list(found)
 
 
-def _on_disk(named: Path) -> list[Path]:
-    if named.is_file():
-        return [named.resolve()]
-    paths = map(Path, sorted(glob.glob(str(named), recursive=True)))
+def _on_disk(pattern: Path) -> list[Path]:
+    if pattern.is_file():
+        return [pattern.resolve()]
+    paths = map(Path, sorted(glob.glob(str(pattern), recursive=True)))
     return [path.resolve() for path in paths if path.is_file()]
 
 
-def _stored(named: UPath) -> list[Place]:
-    fs: Any = named.fs
+def _in_store(pattern: UPath) -> list[AnyPath]:
+    fs: Any = pattern.fs
     try:
-        found = fs.glob(named.path, detail=True)
+        found = fs.glob(pattern.path, detail=True)
     except Exception as error:  # of as many classes as there are stores
         raise ValueError(
-            f"{named} cannot be looked up ({error}): check its name and your "
+            f"{pattern} cannot be looked up ({error}): check its name and your "
             "credentials"
         ) from error
     names = sorted(name for name, about in found.items() if about["type"] == "file")
-    return [place(fs.unstrip_protocol(name)) for name in names]
+    return [to_path(fs.unstrip_protocol(name)) for name in names]
 
 
-def _no_file(pattern: str, named: Place) -> str:
-    if isinstance(named, UPath):
+def _no_file(pattern: str, path: AnyPath) -> str:
+    if isinstance(path, UPath):
         fix = "check the bucket and the name"
-    elif pattern and named.is_dir():
-        fix = f"it is a folder; name its files, such as '{named / '*.txt'}'"
-    elif named.exists() and pattern:
+    elif pattern and path.is_dir():
+        fix = f"it is a folder; name its files, such as '{path / '*.txt'}'"
+    elif path.exists() and pattern:
         fix = "it is a pipe or a device; write it to a file first"
     else:
         fix = "give a file, a glob such as 'folder/*.txt', 'sotu', or 'tfds:NAME'"
     return f"no file matches {pattern!r}: {fix}"
 
 
-def content_suffix(path: Place) -> str:
+def content_suffix(path: AnyPath) -> str:
     """The suffix before any `.gz`, `.xz` or `.zst`: ".u16" for "a.u16.xz"."""
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
-def read_file(path: Place, told: Told | None = None) -> bytes:
+def read_file(path: AnyPath, on_bytes: OnBytes | None = None) -> bytes:
     """The bytes of a file, decompressed if it ends in `.gz`, `.xz` or `.zst`.
 
-    Without a `told`, a progress bar appears on a terminal when reading takes more than
-    a second.
+    Without `on_bytes`, a progress bar appears on a terminal after a second.
 
     Raises:
       DamagedError: the file is empty or damaged.
       ModuleNotFoundError: it is `.zst`, and the package for that is not installed.
-      ValueError: it may not be read.
+      ValueError: it cannot be read.
     """
-    disable = None if told is None else True
+    disable = None if on_bytes is None else True
     bar = {"desc": path.name, "unit": "B", "unit_scale": True, "disable": disable}
     with (
-        unreadable(path),
+        read_errors(path),
         tqdm(total=path.stat().st_size, delay=1, leave=False, **bar) as counted,
-        _opened(path, told or counted.update) as stream,
+        _opened(path, on_bytes or counted.update) as stream,
     ):
         content = stream.read()
     if not content:
@@ -112,15 +112,15 @@ def read_file(path: Place, told: Told | None = None) -> bytes:
     return content
 
 
-def read_lines(path: Place, told: Told) -> Iterator[bytes]:
+def read_lines(path: AnyPath, on_bytes: OnBytes) -> Iterator[bytes]:
     """The lines of a file one by one, decompressed, without their line feeds.
 
     Raises:
-      DamagedError, ModuleNotFoundError, ValueError: as `read_file`; those of damage
-        come after the lines before it.
+      DamagedError, ModuleNotFoundError, ValueError: as `read_file`; the lines before
+        the damage come first.
     """
     number = 0
-    with unreadable(path), _opened(path, told) as stream:
+    with read_errors(path), _opened(path, on_bytes) as stream:
         for line in stream:
             yield line.removesuffix(b"\n")
             number += 1
@@ -128,13 +128,13 @@ def read_lines(path: Place, told: Told) -> Iterator[bytes]:
         raise empty(path)
 
 
-def empty(path: Place) -> DamagedError:
+def empty(path: AnyPath) -> DamagedError:
     return DamagedError(f"{path} is empty: remove it from the source or refill it")
 
 
 @contextmanager
-def unreadable(path: Place) -> Iterator[None]:
-    """What goes wrong as a file is read, as the errors of `read_file`."""
+def read_errors(path: AnyPath) -> Iterator[None]:
+    """Turns what goes wrong as a file is read into the errors of `read_file`."""
     try:
         yield
     except ModuleNotFoundError:
@@ -148,9 +148,9 @@ def unreadable(path: Place) -> Iterator[None]:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether it comes from what decodes the content, not from the system or a store.
+    """Whether a decoder raised it, not the system or a store.
 
-    Arrow's errors, and Zstandard's, are known by name: they may not be installed.
+    Arrow's and Zstandard's errors are known by name: neither need be installed.
     """
     of_codecs = EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError
     if isinstance(error, of_codecs) or type(error).__name__ in _DAMAGE:
@@ -159,17 +159,20 @@ def _is_damage(error: Exception) -> bool:
 
 
 @contextmanager
-def _opened(path: Place, told: Told) -> Iterator[Any]:
-    """The decompressed content as a stream."""
-    decompress = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+def _opened(path: AnyPath, on_bytes: OnBytes) -> Iterator[IO[bytes]]:
+    """Opens the decompressed content."""
+    decompress: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     if path.suffix == ".zst":
         decompress = _zstd(path).open
-    with path.open("rb") as raw, io.BufferedReader(_Counted(raw, told), _BUFFER) as own:
-        yield decompress(own) if decompress else own
+    with (
+        path.open("rb") as raw,
+        io.BufferedReader(_Counted(raw, on_bytes), _BUFFER) as stored,
+    ):
+        yield decompress(stored) if decompress else stored
 
 
-def _zstd(path: Place) -> Any:
-    """Python's own, of 3.14, which says where a file was cut short; not all do."""
+def _zstd(path: AnyPath) -> Any:
+    """The module of Python 3.14, which reports where a file was cut short."""
     name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     try:
         return importlib.import_module(name)
@@ -180,10 +183,10 @@ def _zstd(path: Place) -> Any:
 
 
 class _Counted(io.RawIOBase):
-    """Reads from a file, and tells how much."""
+    """Reads from a file, and reports how much."""
 
-    def __init__(self, file: Any, told: Told):
-        self._file, self._told = file, told
+    def __init__(self, file: IO[bytes], on_bytes: OnBytes):
+        self._file, self._on_bytes = file, on_bytes
 
     def readable(self) -> bool:
         return True
@@ -191,12 +194,12 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         content = self._file.read(len(buffer))
         buffer[: len(content)] = content
-        self._told(len(content))
+        self._on_bytes(len(content))
         return len(content)
 
 
-def read_range(path: Place, start: int, end: int) -> bytes:
-    """Bytes `start` up to `end` of a file as it is; fewer where it ends before."""
+def read_range(path: AnyPath, start: int, end: int) -> bytes:
+    """Bytes `start` up to `end` of a file as stored; fewer where it ends before."""
     if isinstance(path, UPath):
         fs: Any = path.fs
         return fs.cat_file(path.path, start=start, end=end)

@@ -1,4 +1,4 @@
-"""What a run reads, in brief: it tells whether that changed before a resume."""
+"""A summary of what a run reads, which shows before a resume whether that changed."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ from upath import UPath
 
 from train.data.files import read_range
 from train.data.tokenizer import Tokenizer
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 Fingerprint = dict[str, Any]
 """What JSON gives back as it was."""
 
 _BLOCK = 2**16
 _LISTED = 100
-_TOLD = 5
+_REPORTED = 5
 
 
-def of_files(paths: Sequence[Place]) -> Fingerprint:
-    """Of files in their order, by name, size, and the first, middle and last 64 KiB.
+def of_files(paths: Sequence[AnyPath]) -> Fingerprint:
+    """Fingerprint of files in order: name, size, and first, middle and last 64 KiB.
 
-    A name begins in the folder that they have in common, wherever that is. Quick for
-    any size: no more than that is read.
+    A name starts at the folder that all files share, wherever that is. No more than
+    that is read, so it is quick for any size.
 
     Raises:
       OSError: a file cannot be read.
@@ -41,19 +41,19 @@ def of_files(paths: Sequence[Place]) -> Fingerprint:
 
 
 def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """A digest of them all, and of no more than 100 the parts themselves."""
+    """A digest of all parts, and the parts themselves if there are at most 100."""
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
 
 
-def _name(path: Place) -> PurePosixPath:
-    """Without the kind of store: data may move from a disk into a bucket."""
+def _name(path: AnyPath) -> PurePosixPath:
+    """A path without the kind of store: data may move from a disk into a bucket."""
     if isinstance(path, UPath):
         return PurePosixPath("/", path.path.lstrip("/"))
     return PurePosixPath(path.as_posix())
 
 
-def _of_file(path: Place, name: str) -> Fingerprint:
+def _of_file(path: AnyPath, name: str) -> Fingerprint:
     digest = hashlib.sha256()
     size = path.stat().st_size
     starts = {0, max(size - _BLOCK, 0) // 2, max(size - _BLOCK, 0)}
@@ -63,7 +63,7 @@ def _of_file(path: Place, name: str) -> Fingerprint:
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> Fingerprint:
-    """Of the file that it was read from."""
+    """Fingerprint of the file that a tokenizer was read from."""
     return {
         "kind": tokenizer.suffix,
         "vocab_size": tokenizer.vocab_size,
@@ -75,30 +75,28 @@ def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:
     """A sentence for each difference between two `Data.fingerprint`; none if alike.
 
     Args:
-      stored: that of the run, as it was when it stopped ("there").
+      stored: that of the run when it stopped ("there").
       now: that of the data it would go on with ("here").
     """
-    told = []
-    for what in sorted(stored.keys() | now.keys()):
-        there, here = stored.get(what), now.get(what)
-        if there is not None and here is not None:
-            told += [f"{what}: {x}" for x in _of_source(there, here)]
-        elif there is not None:
-            told.append(f"{what}: one there, none here")
-        elif here is not None:
-            told.append(f"{what}: none there, one here")
-    return told
+    return [
+        f"{what}: {difference}"
+        for what in sorted(stored.keys() | now.keys())
+        for difference in _of_source(stored.get(what), now.get(what))
+    ]
 
 
-def _of_source(was: Fingerprint, now: Fingerprint) -> list[str]:
+def _of_source(was: Fingerprint | None, now: Fingerprint | None) -> list[str]:
+    if was is None or now is None:
+        counts = ("none" if x is None else "one" for x in (was, now))
+        return [] if was is now else ["{} there, {} here".format(*counts)]
     listed = "parts" in was and "parts" in now
     keys = [key for key in was | now if not (listed and key == "sha256")]
-    told = [x for key in keys for x in _values(key, was.get(key), now.get(key))]
-    if listed and was["parts"] != now["parts"]:
-        parts = list(_of_parts(was["parts"], now["parts"]))
-        more = len(parts) - _TOLD
-        told += [*parts[:_TOLD], f"{more} more differences"] if more > 0 else parts
-    return told
+    found = [x for key in keys for x in _values(key, was.get(key), now.get(key))]
+    if not listed or was["parts"] == now["parts"]:
+        return found
+    parts = list(_of_parts(was["parts"], now["parts"]))
+    more = [f"{len(parts) - _REPORTED} more differences"]
+    return found + parts[:_REPORTED] + (more if len(parts) > _REPORTED else [])
 
 
 def _of_parts(was: list[Fingerprint], now: list[Fingerprint]) -> Iterator[str]:
@@ -106,17 +104,16 @@ def _of_parts(was: list[Fingerprint], now: list[Fingerprint]) -> Iterator[str]:
     here = {part["name"]: part for part in now}
     yield from (f"{name} is only there" for name in there if name not in here)
     yield from (f"{name} is only here" for name in here if name not in there)
-    for name in there:
-        if name in here and there[name] != here[name]:
-            for key in there[name]:
-                values = _values(key, there[name][key], here[name].get(key))
-                yield from (f"{name}: {difference}" for difference in values)
+    for name in (name for name in there if name in here):
+        for key in there[name]:
+            for difference in _values(key, there[name][key], here[name].get(key)):
+                yield f"{name}: {difference}"
     if there == here:
         yield "the files come in another order"
 
 
 def _values(key: str, was: Any, now: Any) -> list[str]:
-    """ "sha256: 12ab34 there, 56cd78 here", unless they are alike."""
+    """ "sha256 12ab34 there, 56cd78 here", unless they are alike."""
     if was == now or key == "parts":
         return []
     was, now = (

@@ -1,5 +1,6 @@
-"""What a `DataConfig` names, opened: token arrays to train and to evaluate on."""
+"""Opens what a `DataConfig` names: token arrays to train and to evaluate on."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,7 +31,7 @@ from train.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from train.host.console import warn
 
 _HELD_OUT_PIECE = 2**16
-"""Tokens of held-out files to read at a time; how they are cut does not matter."""
+"""Tokens of held-out files to read at a time; how they are split does not matter."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DataConfig:
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
         documents spread evenly over the source, or the last tokens of token files
         in packed windows.
-      windows: packed: documents joined, and cut into windows of seq_len tokens;
+      windows: packed: documents joined, and split into windows of seq_len tokens;
         documents: a window has one, cut off after seq_len tokens, of which the last is
         then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
         have it). Tokens that are counted, as in tokens/s, include padding. Token files
@@ -79,14 +80,14 @@ class DataConfig:
 
 
 class Opened(NamedTuple):
-    """What is read.
+    """An opened source.
 
     Attributes:
       train: documents, each with its end token; or windows of token files, if windows
         are packed.
       held_out: the same, or pieces of token files.
       tokenizer: None for token files opened without one.
-      vocab_size: as `Data` has it.
+      vocab_size: as in `Data`.
       source: fingerprint of the source.
       eval_source: that of the eval_source, if there is one.
     """
@@ -100,12 +101,12 @@ class Opened(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The token that each document ends with."""
+        """The token that ends each document."""
         return _end(self.tokenizer)
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """As `Data` has it."""
+        """As in `Data`."""
         return {
             "source": self.source,
             "eval_source": self.eval_source,
@@ -132,7 +133,7 @@ def _is_files(source: str) -> bool:
 
 
 def holds_tokens(source: str) -> bool:
-    """Whether it names token files; ValueError if text too, or what is neither."""
+    """Whether a source names token files; ValueError if text too, or neither."""
     if not _is_files(source):
         return False
     suffixes = {content_suffix(path) for path in find_files(source)}
@@ -147,7 +148,7 @@ def holds_tokens(source: str) -> bool:
 
 
 def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
-    """Documents of text, tokenized as they are asked for.
+    """Opens documents of text, which are tokenized as they are asked for.
 
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_data`.
@@ -183,7 +184,7 @@ def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
 
 
 def _read(source: str, config: DataConfig) -> Documents:
-    """Its documents; what was skipped is said."""
+    """The documents of a source; warns of what was skipped."""
     bad = BadLines(config.bad_lines)
     options = {"text_field": config.text_field, "data_dir": config.data_dir}
     documents = open_documents(source, bad, **options)
@@ -195,7 +196,7 @@ def _read(source: str, config: DataConfig) -> Documents:
 def _split_documents(
     documents: Documents | TokenDocuments, config: DataConfig
 ) -> tuple[grain.MapDataset[Any], grain.MapDataset[Any]]:
-    """Hold out every n-th document, n the nearest to 1 / eval_fraction."""
+    """Holds out every n-th document, n nearest to 1 / eval_fraction."""
     count = len(documents)
     if count < 2:
         raise ValueError(
@@ -203,10 +204,10 @@ def _split_documents(
             "give an eval_source or split the document"
         )
     period = min(round(1 / config.eval_fraction), count)
-    kept = grain.MapDataset.range(count - count // period)
+    train = grain.MapDataset.range(count - count // period)
     held_out = grain.MapDataset.range(period - 1, count, period)
     return (
-        kept.map(lambda index: documents[index + index // (period - 1)]),
+        train.map(lambda index: documents[index + index // (period - 1)]),
         held_out.map(lambda index: documents[index]),
     )
 
@@ -234,41 +235,36 @@ def _tokenizer(
 def open_token_windows(
     config: DataConfig, seq_len: int, vocab_size: int | None
 ) -> Opened:
-    """Windows of token files; what is held out are the files' last tokens.
+    """Opens windows of token files; the files' last tokens are held out.
 
     Raises:
       FileNotFoundError, ValueError: as `open_data`.
     """
-    files = _open_token_files(config, vocab_size)
-    spans, held_out = files.spans, files.held_out
+    spans, held_out, opened = _open_token_files(config, vocab_size)
     if held_out is None:
         held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
         spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
     pieces = windows(held_out, _HELD_OUT_PIECE, partial=True)
-    return Opened(windows(spans, seq_len), pieces, *files[2:])
+    return opened(windows(spans, seq_len), pieces)
 
 
 def open_token_documents(
     config: DataConfig, seq_len: int, vocab_size: int | None
 ) -> Opened:
-    """The documents in token files, no more of each than tells that it is too long.
+    """Opens the documents in token files, each up to one token more than a window.
 
-    What is held out, and so all batches, is as of the texts that the files were made
-    of.
+    What is held out, and so every batch, is that of the texts the files were made of.
 
     Raises:
       FileNotFoundError, ValueError: as `open_data`.
     """
-    files = _open_token_files(config, vocab_size)
-    end, longest = _end(files.tokenizer), seq_len + 1
-    documents = TokenDocuments(files.spans, end, longest)
-    if files.held_out is None:
-        train, held_out = _split_documents(documents, config)
-    else:
-        train = grain.MapDataset.source(documents)
-        evaluation = TokenDocuments(files.held_out, end, longest)
-        held_out = grain.MapDataset.source(evaluation)
-    return Opened(train, held_out, *files[2:])
+    spans, evaluation, opened = _open_token_files(config, vocab_size)
+    end, longest = _end(opened.keywords["tokenizer"]), seq_len + 1
+    documents = TokenDocuments(spans, end, longest)
+    if evaluation is None:
+        return opened(*_split_documents(documents, config))
+    held_out = grain.MapDataset.source(TokenDocuments(evaluation, end, longest))
+    return opened(grain.MapDataset.source(documents), held_out)
 
 
 def _end(tokenizer: Tokenizer | None) -> int:
@@ -281,18 +277,10 @@ def _end(tokenizer: Tokenizer | None) -> int:
     return tokenizer.eos_id
 
 
-class _TokenFiles(NamedTuple):
-    """Spans of the source and, if there is one, of the eval_source; and as `Opened`."""
-
-    spans: list[Span]
-    held_out: list[Span] | None
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    source: Fingerprint
-    eval_source: Fingerprint | None
-
-
-def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles:
+def _open_token_files(
+    config: DataConfig, vocab_size: int | None
+) -> tuple[list[Span], list[Span] | None, functools.partial[Opened]]:
+    """Spans of the source and of any eval_source; `Opened` without its documents."""
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = open_tokenizer(config.tokenizer)
@@ -308,14 +296,14 @@ def _open_token_files(config: DataConfig, vocab_size: int | None) -> _TokenFiles
         held_out, eval_size = open_tokens(config.eval_source, vocab_size=vocab_size)
         eval_source = _of_tokens(config.eval_source, held_out)
         size = max(size, eval_size)
-    return _TokenFiles(
-        spans,
-        held_out,
-        tokenizer,
-        tokenizer.vocab_size if tokenizer else size,
-        _of_tokens(config.source, spans),
-        eval_source,
+    opened = functools.partial(
+        Opened,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size if tokenizer else size,
+        source=_of_tokens(config.source, spans),
+        eval_source=eval_source,
     )
+    return spans, held_out, opened
 
 
 def _of_tokens(source: str, spans: Iterable[Span]) -> Fingerprint:

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from train.data.files import (
     DamagedError,
-    Told,
+    OnBytes,
     content_suffix,
     empty,
+    read_errors,
     read_file,
     read_lines,
-    unreadable,
 )
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -24,11 +24,11 @@ _ROWS = 1000
 
 
 class BadLines:
-    """What is done with text that cannot be read: an error, or skipped and counted.
+    """Counts text that cannot be read, or raises an error for it.
 
     Attributes:
-      count: how many lines, rows, or rests of damaged files were skipped.
-      first: what was wrong with the first five, and in which file and line.
+      count: how many lines, rows, or remainders of damaged files were skipped.
+      first: the first five problems, with file and line.
     """
 
     def __init__(self, choice: OnBadLines = "error"):
@@ -37,13 +37,13 @@ class BadLines:
         self.first: list[str] = []
 
     def meet(self, error: Exception) -> None:
-        """Count it; ValueError if that is not the choice."""
+        """Counts an error; raises it as ValueError if that is the choice."""
         if self._choice == "error":
             raise ValueError(f"{error}, or set bad_lines to skip") from error
         self.add(1, [str(error)])
 
     def add(self, count: int, first: Sequence[str]) -> None:
-        """Count what was skipped elsewhere."""
+        """Counts what was skipped elsewhere."""
         self.count += count
         self.first = [*self.first, *first][:_LISTED]
 
@@ -54,8 +54,10 @@ class BadLines:
         return f"skipped {self.count}: {'; '.join([*self.first, *last])}"
 
 
-def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[str]:
-    """The texts of a file in their order; a shard need not fit into memory.
+def read_texts(
+    path: AnyPath, field: str, bad: BadLines, on_bytes: OnBytes
+) -> Iterator[str]:
+    """The texts of a file in order; the file need not fit into memory.
 
     `.txt` is one text, `.jsonl` and `.json` have one in a field of each line (as C4's
     and SlimPajama's shards do), each plain or with `.gz`, `.xz` or `.zst` after it;
@@ -64,24 +66,24 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
     Args:
       path: the file.
       field: the field of an object, or the column, that holds the text.
-      bad: decides on what cannot be read: a line that is no JSON object or not UTF-8, a
-        field that is missing or no string, a file that is empty, and what comes after
-        the place at which one is damaged or cut short. (That gzip was overwritten may
-        show no sooner than at its end.)
-      told: is told of every read.
+      bad: decides what happens to what cannot be read: a line that is no JSON object or
+        not UTF-8, a field that is missing or no string, an empty file, and everything
+        after the point where one is damaged or cut short. (Overwritten gzip may show
+        only at its end.)
+      on_bytes: called after every read.
 
     Raises:
       ModuleNotFoundError: `.zst` and `.parquet` need packages that are not installed.
-      ValueError: what `bad` refuses; the file may not be read, or is of another kind,
+      ValueError: `bad` refuses a text; the file cannot be read, or is of another kind,
         or Parquet without the column.
     """
     suffix = content_suffix(path)
     if suffix == ".txt":
-        records: Iterable[Any] = _whole(path, told)
+        records: Iterable[Any] = _full_text(path, on_bytes)
     elif suffix in (".jsonl", ".json"):
-        records = _objects(path, field, told)
+        records = _objects(path, field, on_bytes)
     elif path.suffix == ".parquet":
-        records = _rows(path, field, told)
+        records = _rows(path, field, on_bytes)
     else:
         raise ValueError(
             f"{path} is not a text file: expected one of {', '.join(TEXT_SUFFIXES)} "
@@ -94,21 +96,21 @@ def read_texts(path: Place, field: str, bad: BadLines, told: Told) -> Iterator[s
             bad.meet(record)
 
 
-def _whole(path: Place, told: Told) -> Iterator[str | Exception]:
-    """The text, or what is wrong with it."""
+def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
+    """Yields the text, or what is wrong with it."""
     try:
-        yield read_file(path, told).decode("utf-8-sig")  # without a byte order mark
+        yield read_file(path, on_bytes).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         yield ValueError(f"{path} is not UTF-8 text ({error}): convert it")
     except DamagedError as error:
         yield error
 
 
-def _objects(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
-    """The text of each line, or what is wrong with it or, once, with all after it."""
+def _objects(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
+    """Yields the text of each line or its error; at damage, one error for the rest."""
     number = 0
     try:
-        for number, line in enumerate(read_lines(path, told), start=1):
+        for number, line in enumerate(read_lines(path, on_bytes), start=1):
             yield _json_text(line, f"{path}, line {number}", field)
     except DamagedError as error:
         yield _after("line", number, error)
@@ -133,12 +135,12 @@ def _json_text(line: bytes, where: str, field: str) -> str | Exception:
     return text
 
 
-def _rows(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
-    """The text of each row, or what is wrong with it or, once, with all after it."""
+def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
+    """Yields the text of each row or its error; at damage, one error for the rest."""
     parquet = _pyarrow_parquet(path)
     number = 0
     try:
-        for value in _column(parquet, path, field, told):
+        for value in _column(parquet, path, field, on_bytes):
             number += 1
             yield _row_text(value, f"{path}, row {number}", field)
     except DamagedError as error:
@@ -148,10 +150,12 @@ def _rows(path: Place, field: str, told: Told) -> Iterator[str | Exception]:
             yield empty(path)
 
 
-def _column(parquet: Any, path: Place, field: str, told: Told) -> Iterator[Any]:
+def _column(
+    parquet: Any, path: AnyPath, field: str, on_bytes: OnBytes
+) -> Iterator[Any]:
     """Arrow's scalars of the column."""
     with (
-        unreadable(path),
+        read_errors(path),
         path.open("rb") as raw,
         parquet.ParquetFile(raw, page_checksum_verification=True) as file,
     ):
@@ -159,7 +163,7 @@ def _column(parquet: Any, path: Place, field: str, told: Told) -> Iterator[Any]:
         if field in there:
             share = path.stat().st_size / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(_ROWS, columns=[field]):
-                told(round(share * len(batch)))
+                on_bytes(round(share * len(batch)))
                 yield from batch.column(0)
     if field not in there:
         raise _lacks(path, field, f"the columns are {there}")
@@ -180,11 +184,11 @@ def _lacks(where: object, field: str, has: str) -> ValueError:
 
 
 def _after(unit: str, number: int, error: DamagedError) -> DamagedError:
-    """The same, with where the damage begins."""
+    """The same error, with where the damage begins."""
     return DamagedError(f"after {unit} {number}: {error}") if number else error
 
 
-def _pyarrow_parquet(path: Place) -> Any:
+def _pyarrow_parquet(path: AnyPath) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Shards of text become token files, each by itself: the work of `train.prepare`."""
+"""Turns shards of text into token files, one by one: the work of `train.prepare`."""
 
 import functools
 import itertools
@@ -15,10 +15,10 @@ from train.data.fingerprint import Fingerprint, of_files
 from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines, read_texts
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.atomic import written_whole
-from train.host.paths import Place
+from train.host.paths import AnyPath
 
-Told = Callable[[float], object]
-"""Is told which further part of a shard is done; all parts together are 1."""
+OnPart = Callable[[float], object]
+"""Called with the further part of a shard that is done; all parts sum to 1."""
 
 _SMALL_FILES = 2**26
 
@@ -30,9 +30,9 @@ class Job(NamedTuple):
       out: the folder of the token files.
       tokenizer: the file of the tokenizer.
       text_field: the field that holds the text.
-      bad_lines: what is done with text that cannot be read.
-      documents: how many of a shard are taken, the first ones; None for all.
-      data_dir: where TFDS keeps prepared data sets; None for its own default.
+      bad_lines: what happens to text that cannot be read.
+      documents: take only so many of each shard, the first ones; None for all.
+      data_dir: the folder of prepared TFDS data sets; None for TFDS's default.
     """
 
     out: Path
@@ -43,26 +43,26 @@ class Job(NamedTuple):
     data_dir: str | None = None
 
 
-class Shard(NamedTuple):
+class TextShard(NamedTuple):
     """The texts that become one token file.
 
     Attributes:
-      name: of the token file, without its suffix: in the order of their names, token
-        files are in the order of the texts.
-      files: whose texts they are, in this order.
-      data_set: NAME or NAME@SPLIT of TFDS, if there are no files;
-      start, stop: and which of its records.
+      name: of the token file, without suffix; sorted by name, token files are in the
+        order of the texts.
+      files: the text files, in order.
+      data_set: NAME or NAME@SPLIT of TFDS, instead of files.
+      start, stop: the range of its records.
     """
 
     name: str
-    files: tuple[Place, ...] = ()
+    files: tuple[AnyPath, ...] = ()
     data_set: str = ""
     start: int = 0
     stop: int = 0
 
 
 class Counts(NamedTuple):
-    """What a token file holds, and what was skipped for it (`BadLines`)."""
+    """The contents of a token file, and what was skipped for it (`BadLines`)."""
 
     documents: int
     tokens: int
@@ -70,37 +70,37 @@ class Counts(NamedTuple):
     first_skipped: list[str]
 
 
-def plan(sources: Sequence[str], records: int, job: Job) -> list[Shard]:
-    """The shards of the sources in their order.
+def plan(sources: Sequence[str], records: int, job: Job) -> list[TextShard]:
+    """The shards of the sources, in order.
 
-    A file is one; small `.txt` files that follow each other are one together, up to 64
-    MiB, and so are so many `records` of a TFDS data set.
+    Each file is one; consecutive small `.txt` files share one, up to 64 MiB, and so do
+    `records` records of a TFDS data set.
 
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_documents`.
     """
-    shards: dict[Shard, None] = {}
+    shards: dict[TextShard, None] = {}
     for source in sources:
         if source.startswith("tfds:"):
             name = source.removeprefix("tfds:")
             count = len(_data_set(name, job.text_field, job.data_dir))
             for start in range(0, count, records):
                 stop = min(start + records, count)
-                shards[Shard(f"{name}.{start}", (), name, start, stop)] = None
+                shards[TextShard(f"{name}.{start}", (), name, start, stop)] = None
         else:
             for files in _grouped(text_files(source)):
-                shards[Shard(_stem(files[0]), files)] = None
+                shards[TextShard(_stem(files[0]), files)] = None
     digits = max(5, len(str(len(shards) - 1)))
 
-    def numbered(i: int, shard: Shard) -> Shard:
+    def numbered(i: int, shard: TextShard) -> TextShard:
         plain = re.sub(r"[^\w.-]+", "-", shard.name)
         return shard._replace(name=f"{i:0{digits}}-{plain}")
 
     return [numbered(i, shard) for i, shard in enumerate(shards)]
 
 
-def _grouped(paths: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
-    group: list[Place] = []
+def _grouped(paths: Sequence[AnyPath]) -> Iterator[tuple[AnyPath, ...]]:
+    group: list[AnyPath] = []
     size = 0
     for path in paths:
         if content_suffix(path) not in TEXT_SUFFIXES:
@@ -118,7 +118,7 @@ def _grouped(paths: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
         yield tuple(group)
 
 
-def _stem(path: Place) -> str:
+def _stem(path: AnyPath) -> str:
     """ "c4-train.00000-of-01024" of "c4-train.00000-of-01024.json.gz"."""
     name = path.name
     if content_suffix(path) != path.suffix:
@@ -126,8 +126,8 @@ def _stem(path: Place) -> str:
     return name.removesuffix(content_suffix(path))
 
 
-def fingerprint(shard: Shard, job: Job) -> Fingerprint:
-    """Of what the shard is read from."""
+def fingerprint(shard: TextShard, job: Job) -> Fingerprint:
+    """Fingerprint of what the shard is read from."""
     if shard.files:
         return of_files(shard.files)
     source = f"tfds:{shard.data_set}"
@@ -136,18 +136,17 @@ def fingerprint(shard: Shard, job: Job) -> Fingerprint:
     return {"records": [shard.start, shard.stop], "sha256": there["sha256"]}
 
 
-def token_file(shard: Shard, job: Job) -> Path:
-    """Where the shard's tokens go: `.u16` if their ids are below 2**16, else `.u32`."""
+def token_file(shard: TextShard, job: Job) -> Path:
+    """The shard's token file: `.u16` if all ids are below 2**16, else `.u32`."""
     small = _tokenizer(job.tokenizer).vocab_size <= 2**16
     return job.out / f"{shard.name}{'.u16' if small else '.u32'}"
 
 
-def tokenize(job: Job, shard: Shard, told: Told) -> Counts:
-    """Write the token file of a shard: each document's tokens, and the end token.
+def tokenize(job: Job, shard: TextShard, on_part: OnPart) -> Counts:
+    """Writes the token file of a shard: each document's tokens, and the end token.
 
-    Little-endian numbers, the same whenever and wherever they are written. No document
-    is held longer than it takes to tokenize it. The file is there when it is whole, and
-    not at all if there are no documents.
+    Numbers are little-endian. Documents are tokenized one at a time. The file appears
+    when it is complete, and not at all if there are no documents.
 
     Raises:
       OSError: it cannot be written.
@@ -159,27 +158,27 @@ def tokenize(job: Job, shard: Shard, told: Told) -> Counts:
     documents = tokens = 0
     left = 1.0
 
-    def tell(part: float) -> None:
+    def report(part: float) -> None:
         nonlocal left
         left -= part
-        told(part)
+        on_part(part)
 
     with written_whole(path) as file:
-        for text in itertools.islice(_texts(job, shard, bad, tell), job.documents):
+        for text in itertools.islice(_texts(job, shard, bad, report), job.documents):
             ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype)
             file.write(ids.tobytes())
             documents += 1
             tokens += len(ids)
-    told(left)
+    on_part(left)
     if not documents:
         path.unlink()
     return Counts(documents, tokens, bad.count, bad.first)
 
 
-def _texts(job: Job, shard: Shard, bad: BadLines, told: Told) -> Iterator[str]:
+def _texts(job: Job, shard: TextShard, bad: BadLines, on_part: OnPart) -> Iterator[str]:
     size = sum(path.stat().st_size for path in shard.files) or 1
     for path in shard.files:
-        yield from read_texts(path, job.text_field, bad, lambda n: told(n / size))
+        yield from read_texts(path, job.text_field, bad, lambda n: on_part(n / size))
     for number in range(shard.start, shard.stop):
         try:
             text = _data_set(shard.data_set, job.text_field, job.data_dir)[number]
@@ -187,7 +186,7 @@ def _texts(job: Job, shard: Shard, bad: BadLines, told: Told) -> Iterator[str]:
             bad.meet(error)
         else:
             yield text
-        told(1 / (shard.stop - shard.start))
+        on_part(1 / (shard.stop - shard.start))
 
 
 @functools.lru_cache(maxsize=8)

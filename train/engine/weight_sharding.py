@@ -1,6 +1,6 @@
-"""How weights are cut over the mesh, and put together where they are used.
+"""How weights are sharded over the mesh, and gathered where they are used.
 
-A layer's kernel is (..., in, out); the layers, before that, are not cut.
+A layer's kernel is (..., in, out); the layer axis, before that, is not sharded.
 """
 
 import dataclasses
@@ -12,49 +12,50 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import Square, path_of, side_of
 from lowrank_optax.core.sharding import mesh_axes_of, shards_of
+from models import Params
 from models.cross_entropy import Spread
-from train.engine.mesh import ROWS
+from train.engine.mesh import BATCH_AXES
 
 IN, OUT = -2, -1
 
-# The axis that tensor parallelism cuts (Shoeybi et al. 2019, "Megatron-LM"): each
+# The axis that tensor parallelism shards (Shoeybi et al. 2019, "Megatron-LM"): each
 # device has its heads and its part of the MLP, so o and down sum over devices.
-MEGATRON = (
+TENSOR_AXES = (
     (r"(^|/)(q|k|v|gate|up|head)/kernel$", OUT),
     (r"(^|/)(o|down)/kernel$", IN),
 )
 EMBEDDING = r"(^|/)embed/embedding$"
 
 
-class Kept(NamedTuple):
-    """Where a weight is.
+class WeightSpecs(NamedTuple):
+    """How a weight is sharded.
 
     Attributes:
-      cut: between two uses, as are its gradient and what the optimizer makes of it.
-      used: where it is used.
+      stored: between two uses, like its gradient and the optimizer's state.
+      used: where a product takes it.
     """
 
-    cut: P = P()
+    stored: P = P()
     used: P = P()
 
 
-def place(
+def specs_of_weight(
     path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
-) -> Kept | None:
-    """Where a weight is on a mesh of these sizes; None for one that is never cut.
+) -> WeightSpecs | None:
+    """The specs of a weight on a mesh of these sizes; None for a norm's scale.
 
-    The axis "fsdp" cuts the side that a subspace is not of, the larger one or, of a
-    square matrix, the one that is not projected: so an ordinary step of the optimizer
-    is local. A side that does not divide leaves it to the other. An embedding is cut
-    along what a token's row holds, so that rows are moved and never the table.
+    The axis "fsdp" shards the side without a subspace, the larger one or, of a square
+    matrix, the one that is not projected: an ordinary step of the optimizer is then
+    local. If that side does not divide, the other is sharded. An embedding is sharded
+    along the hidden axis, so that rows are moved and never the table.
     """
-    axis = next((axis for rule, axis in MEGATRON if re.search(rule, path)), None)
+    axis = next((axis for rule, axis in TENSOR_AXES if re.search(rule, path)), None)
     if re.search(EMBEDDING, path):
         orders = {"fsdp": (OUT, IN), "tensor": (OUT, IN)}
     elif axis is None:
@@ -65,22 +66,22 @@ def place(
             wide = side_of(square, path) == "input"
         largest = (OUT, IN) if wide or path.endswith("head/kernel") else (IN, OUT)
         orders = {"tensor": (axis, -3 - axis), "fsdp": largest}
-    cut: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
+    axes: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
     for name, order in orders.items():
         for side in order:
-            parts = math.prod(sizes[n] for n in (*cut[side], name))
+            parts = math.prod(sizes[n] for n in (*axes[side], name))
             if sizes[name] > 1 and shape[side] % parts == 0:
-                cut[side] += (name,)
+                axes[side] += (name,)
                 break
     if axis is None:
-        used = {OUT: cut[OUT]}
+        used = {OUT: axes[OUT]}
     else:
-        used = {axis: tuple(name for name in cut[axis] if name == "tensor")}
-    return Kept(_spec(cut, len(shape)), _spec(used, len(shape)))
+        used = {axis: tuple(name for name in axes[axis] if name == "tensor")}
+    return WeightSpecs(_spec(axes, len(shape)), _spec(used, len(shape)))
 
 
-def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
-    entries = [cut.get(side, ()) for side in (IN, OUT)]
+def _spec(axes: Mapping[int, tuple[str, ...]], ndim: int) -> P:
+    entries = [axes.get(side, ()) for side in (IN, OUT)]
     return P(
         *[None] * (ndim - 2), *(e[0] if len(e) == 1 else e or None for e in entries)
     )
@@ -88,64 +89,67 @@ def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Where the weights of one run are, on any mesh; hashable.
+    """How the weights of one run are sharded, on any mesh; hashable.
 
-    In a step it goes by the mesh that is set (`jax.set_mesh`), and does nothing where
-    that cuts no weights.
+    In a step it uses the mesh that is set (`jax.set_mesh`), and does nothing if that
+    shards no weights.
 
     Attributes:
       square: the side of square matrices that is projected.
-      dtype: what is moved between devices is in it, if that is less.
+      dtype: weights are moved between devices in this dtype if it is narrower.
     """
 
     square: Square
     dtype: str
 
-    def shardings(self, mesh: Mesh, params: Any) -> Any:
-        """Of the weights as they are kept, or dense: a tree like them."""
+    def shardings(self, mesh: Mesh | AbstractMesh, params: Params) -> Params:
+        """A tree of shardings for the weights, stored or dense."""
 
         def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
-            kept = place(path_of(keys), w.shape, mesh.shape, self.square) or Kept()
+            specs = (
+                specs_of_weight(path_of(keys), w.shape, mesh.shape, self.square)
+                or WeightSpecs()
+            )
             return jax.tree.map(
-                lambda x: NamedSharding(mesh, _fitted(kept.cut, x, mesh)), w
+                lambda x: NamedSharding(mesh, _fitted(specs.stored, x, mesh)), w
             )
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
 
-    def gather(self, weights: Any) -> Any:
-        """Weights as their products take them; each one's gradient is cut again."""
+    def gather(self, weights: Params) -> Params:
+        """Gathers weights for their products; each gradient is sharded again."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
-            kept = self._kept(keys, w)
+            specs = self._specs(keys, w)
             narrow = jnp.promote_types(w.dtype, self.dtype) == w.dtype
             # A token's gradients are summed in float32, one by one.
             rounds = narrow and not re.search(EMBEDDING, path_of(keys))
             dtype = self.dtype if rounds else w.dtype.name
-            return w if kept is None else _gather(kept, dtype, w.dtype.name, w)
+            return w if specs is None else _gather(specs, dtype, w.dtype.name, w)
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def cut(self, weights: Any) -> Any:
-        """A tree like the weights, or gradients, cut as they are kept."""
+    def shard(self, weights: Params) -> Params:
+        """Shards a tree like the weights, or gradients, as weights are stored."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
-            kept = self._kept(keys, w)
-            return w if kept is None else _constrained(w, kept.cut)
+            specs = self._specs(keys, w)
+            return w if specs is None else _constrained(w, specs.stored)
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def remarks(self, mesh: Mesh, weights: Any) -> list[str]:
-        """What the mesh does less of than it might, since sides do not divide."""
+    def remarks(self, mesh: Mesh, weights: Params) -> list[str]:
+        """Names the weights whose sides do not divide over the mesh."""
         parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
         for keys, w in jax.tree_util.tree_leaves_with_path(weights):
             path = path_of(keys)
-            kept = place(path, w.shape, mesh.shape, self.square)
-            if kept is None:
+            specs = specs_of_weight(path, w.shape, mesh.shape, self.square)
+            if specs is None:
                 continue
-            found = math.prod(shards_of(entry, mesh) for entry in kept.cut)
+            found = math.prod(shards_of(entry, mesh) for entry in specs.stored)
             if found < parts:
                 fewer.append(f"{path} ({found})")
-            if mesh.shape["tensor"] > 1 and "tensor" not in str(kept.used):
+            if mesh.shape["tensor"] > 1 and "tensor" not in str(specs.used):
                 together.append(path)
         remarks = {
             f"cut into fewer parts than {parts}": fewer,
@@ -158,80 +162,88 @@ class Shards:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return Spread()
-        kept = place("head/kernel", kernel.shape, mesh.shape, self.square) or Kept()
-        return Spread(shards_of(ROWS, mesh), ROWS, *kept)
+        specs = (
+            specs_of_weight("head/kernel", kernel.shape, mesh.shape, self.square)
+            or WeightSpecs()
+        )
+        return Spread(shards_of(BATCH_AXES, mesh), BATCH_AXES, *specs)
 
-    def _kept(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> Kept | None:
-        mesh = _cutting_mesh()
+    def _specs(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> WeightSpecs | None:
+        mesh = _sharding_mesh()
         if mesh is None:
             return None
-        return place(path_of(keys), w.shape, mesh.shape, self.square)
+        return specs_of_weight(path_of(keys), w.shape, mesh.shape, self.square)
 
 
-def cut_weights() -> bool:
-    """Whether the mesh that is set cuts any."""
-    return _cutting_mesh() is not None
+def sharded_weights() -> bool:
+    """Whether the mesh that is set shards weights."""
+    return _sharding_mesh() is not None
 
 
-def rows(x: jax.Array) -> jax.Array:
+def shard_rows(x: jax.Array) -> jax.Array:
     """(B, ...), each device with its rows."""
-    return _constrained(x, P(ROWS)) if cut_weights() else x
+    return _constrained(x, P(BATCH_AXES)) if sharded_weights() else x
 
 
-def looked_up(
+def look_up(
     embed: Callable[[jax.Array], jax.Array], embedding: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """`embed(tokens)` (B, T, D), each device with its rows.
 
-    Each first looks its part of D up, for all rows that its neighbours along fsdp have
-    too; then they exchange them.
+    Each device looks up its part of D for the rows of all its neighbours along fsdp;
+    then they exchange them.
     """
-    mesh = _cutting_mesh()
+    mesh = _sharding_mesh()
     if mesh is None:
         return embed(tokens)
-    kept = place("embed/embedding", embedding.shape, mesh.shape, "input") or Kept()
-    names = mesh_axes_of(kept.used[1])
+    specs = (
+        specs_of_weight("embed/embedding", embedding.shape, mesh.shape, "input")
+        or WeightSpecs()
+    )
+    names = mesh_axes_of(specs.used[1])
     x = embed(_constrained(tokens, P("data")))
     # First those of tensor: both at once are no exchange that the compiler knows.
     for parts in (names, tuple(name for name in names if name == "fsdp")):
         x = _constrained(x, P("data", None, parts))
-    return rows(x)
+    return shard_rows(x)
 
 
 def _constrained(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _forward(kept: Kept, dtype: str, own: str, w: jax.Array) -> tuple[jax.Array, None]:
+def _forward(
+    specs: WeightSpecs, dtype: str, own: str, w: jax.Array
+) -> tuple[jax.Array, None]:
     # Cut first: else all layers may be gathered, and this one read of them.
-    narrow = _constrained(w, kept.cut).astype(dtype)
-    return _constrained(narrow, kept.used), None
+    narrow = _constrained(w, specs.stored).astype(dtype)
+    return _constrained(narrow, specs.used), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(kept: Kept, dtype: str, own: str, w: jax.Array) -> jax.Array:
-    return _forward(kept, dtype, own, w)[0]
+def _gather(specs: WeightSpecs, dtype: str, own: str, w: jax.Array) -> jax.Array:
+    return _forward(specs, dtype, own, w)[0]
 
 
 def _backward(
-    kept: Kept, dtype: str, own: str, _: None, gradient: jax.Array
+    specs: WeightSpecs, dtype: str, own: str, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    return (_constrained(gradient.astype(own), kept.cut),)
+    return (_constrained(gradient.astype(own), specs.stored),)
 
 
 _gather.defvjp(_forward, _backward)
 
 
-def _cutting_mesh() -> Any:
-    """The mesh that is set, if it cuts weights."""
+def _sharding_mesh() -> Any:
+    """The mesh that is set, if it shards weights."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return None
     return mesh
 
 
-def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
-    """The spec for what is kept of a weight: axes that it does not divide are whole."""
+def _fitted(spec: P, x: Any, mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the axes that do not divide x."""
     entries = zip(spec, x.shape, strict=False)
     return P(*(e if size % shards_of(e, mesh) == 0 else None for e, size in entries))
 

@@ -1,4 +1,4 @@
-"""The runs of an experiment: which there are, their flags, and where each is kept."""
+"""The runs of an experiment: their flags and their folders."""
 
 import dataclasses
 import itertools
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from train.config.command_line import check_numbers
 from train.config.config import Config, OptimizerConfig
 from train.config.presets import PRESETS, with_flags
 from train.config.unread import unread
 from train.data.dataset import DataConfig
 from train.experiments.papers import EXPERIMENTS
-from train.experiments.runs import SHARED, Experiment, Run, Scale
+from train.experiments.runs import SHARED, Experiment, Flags, Scale
 
 if TYPE_CHECKING:
     Name = str
@@ -24,7 +25,7 @@ else:
     Name = Literal[tuple(EXPERIMENTS)]
 
 # What an experiment's runs have in common, whatever they try.
-REPORT: Run = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
+REPORT: Flags = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +57,7 @@ class ExperimentConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        for field in ("seeds", "steps", "at_once"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be at least 1")
+        check_numbers(self, positive=("seeds", "steps", "at_once"))
 
     @property
     def experiment(self) -> Experiment:
@@ -76,17 +74,17 @@ class Cell:
 
     Attributes:
       axes: the flags in which it differs from others, and their values.
-      flags: all of its flags, but for its folder.
-      folder: where it is kept.
+      flags: all of its flags, except for its folder.
+      folder: of the run.
     """
 
-    axes: Run
-    flags: Run
+    axes: Flags
+    flags: Flags
     folder: Path
 
     @property
     def words(self) -> list[str]:
-        """Its flags as a command line has them."""
+        """Its flags as a command line."""
         flags = {**self.flags, "out": self.folder}
         pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items())
         return [word for pair in pairs for word in pair]
@@ -97,7 +95,7 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What it found, once it is done."""
+        """The results of a finished run."""
         return json.loads((self.folder / "summary.json").read_text())
 
 
@@ -147,7 +145,7 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
     flag = config.experiment.best_of
     if flag is None:
         return [*cells]
-    best: dict[str, tuple[float, Run]] = {}
+    best: dict[str, tuple[float, Flags]] = {}
     for cell in tries(config, cells):
         loss = cell.summary["eval_loss"] if cell.done else math.inf
         if loss < best.get(cell.flags[flag], (math.inf,))[0]:
@@ -156,7 +154,7 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.axes in chosen]
 
 
-def meant(flags: Run) -> Run:
+def meant(flags: Flags) -> Flags:
     """Removes the options that its method does not read, but others' do.
 
     Raises:
@@ -171,8 +169,8 @@ def meant(flags: Run) -> Run:
     }
 
 
-def saved(config: ExperimentConfig, flags: Run) -> Run:
-    """How often a run saves: to go on with, or for what its weights move."""
+def saved(config: ExperimentConfig, flags: Flags) -> Flags:
+    """Flags for checkpoints: to resume, or for the change of weights at the end."""
     run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
     if subspaces := config.experiment.weights_over:
         most = min(subspaces * run.optimizer.refresh_every, run.steps // 2)
@@ -182,14 +180,14 @@ def saved(config: ExperimentConfig, flags: Run) -> Run:
     return {"checkpoint_every": 1000} if config.scale == "full" else {}
 
 
-def axes_of(runs: Sequence[Run]) -> list[str]:
+def axes_of(runs: Sequence[Flags]) -> list[str]:
     """The flags in which runs differ; of a single one, its optimizer."""
     flags = dict.fromkeys(k for run in runs for k in run)
     differ = [k for k in flags if len({str(run.get(k, ...)) for run in runs}) > 1]
     return differ or ["optimizer"]
 
 
-def name_of(axes: Run) -> str:
+def name_of(axes: Flags) -> str:
     """A name for a folder: "galore,sara" of optimizer and basis, else "rank=64"."""
     words = (
         str(v) if k in ("optimizer", "basis", "preset") else f"{k}={v}"

@@ -1,13 +1,11 @@
-"""Commands side by side: one device each, a log each, and all end with this process."""
+"""Runs commands side by side: a device and a log each; all end with this process."""
 
 import os
 import queue
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +13,7 @@ _ASK = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
 class Command(NamedTuple):
-    """What is run.
-
-    Attributes:
-      name: what it is called.
-      argv: its words.
-      log: the file of what it prints.
-    """
+    """A command line, and the file that gets what it prints."""
 
     name: str
     argv: Sequence[str]
@@ -29,23 +21,17 @@ class Command(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A command that has ended.
-
-    Attributes:
-      name: of the command.
-      status: its exit status; of a signal, minus its number.
-    """
+    """A command's name, and its exit status: minus the number of a signal."""
 
     name: str
     status: int
 
 
 def slots(at_once: int) -> list[Mapping[str, str]]:
-    """The environment of each place where a command can run: GPUs apart, all else one.
+    """The environment of each slot for a command: `at_once` a GPU, or for the CPU.
 
-    What a GPU's memory, or a CPU's cores, several would take at once is shared out.
-
-    A process of its own looks for devices, so that none is held here.
+    Commands at once share a GPU's memory, or the CPU's cores. Another process looks for
+    devices, so that this one holds none.
 
     Raises:
       OSError: JAX finds no device.
@@ -65,68 +51,74 @@ def slots(at_once: int) -> list[Mapping[str, str]]:
 
 
 def memory_share(at_once: int) -> dict[str, str]:
-    """What a process may take of a GPU's memory that several share."""
+    """The share of a GPU's memory for each of several processes."""
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"}
 
 
 def thread_share(at_once: int) -> dict[str, str]:
-    """How many threads a process may have of a CPU that several share.
+    """The share of a CPU's threads for each of several processes.
 
-    Of XLA's and of the factorisations': two runs with an SVD at every tenth step took
-    three times as long on two cores without it. What the environment has already stays.
+    It limits XLA's threads and the factorisations': two runs with an SVD at every tenth
+    step took three times as long on two cores without it. Set variables stay.
     """
     share = str(max(1, (os.cpu_count() or 1) // at_once))
     names = ("NPROC", "OPENBLAS_NUM_THREADS")
     return {name: os.environ.get(name, share) for name in names}
 
 
+class _Running:
+    """The processes that run, which a thread starts and another ends."""
+
+    def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
+        self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._stopping = False
+
+    def run(self, command: Command) -> Ended:
+        slot = self._free.get()
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            # In a session of its own: Ctrl-C is for this process, which passes it on.
+            process = subprocess.Popen(
+                command.argv,
+                env={**os.environ, **slot},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            if self._stopping:
+                process.terminate()
+            status = process.wait()
+            self._processes.discard(process)
+        self._free.put(slot)
+        return Ended(command.name, status)
+
+    def stop(self) -> None:
+        """Sends a SIGTERM to all, and to those that start meanwhile."""
+        self._stopping = True
+        for process in [*self._processes]:
+            process.terminate()
+
+
 def run_all(
-    commands: Sequence[Command], places: Sequence[Mapping[str, str]]
+    commands: Sequence[Command], slots: Sequence[Mapping[str, str]]
 ) -> Iterator[Ended]:
-    """Runs the commands, as many at a time as there are places; yields each as it ends.
+    """Runs the commands, one at a time in each slot; yields each as it ends.
 
     If the caller leaves the loop, or is interrupted, those that run get a SIGTERM and
     are waited for.
     """
-    waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-    running: set[subprocess.Popen[bytes]] = set()
-    stopping = threading.Event()
-    for command in commands:
-        waiting.put(command)
-
-    def work(place: Mapping[str, str]) -> None:
-        while not stopping.is_set():
-            try:
-                command = waiting.get_nowait()
-            except queue.Empty:
-                return
-            command.log.parent.mkdir(parents=True, exist_ok=True)
-            with command.log.open("ab") as log:
-                # In a session of its own: Ctrl-C is for this process, which tells it.
-                process = subprocess.Popen(
-                    command.argv,
-                    env={**os.environ, **place},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                running.add(process)
-                status = process.wait()
-                running.discard(process)
-            ended.put(Ended(command.name, status))
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in places]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in commands:
-            yield ended.get()
-    finally:
-        stopping.set()
-        for process in [*running]:
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
+    running = _Running(slots)
+    with ThreadPoolExecutor(max(1, len(slots))) as pool:
+        futures = [pool.submit(running.run, command) for command in commands]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            running.stop()

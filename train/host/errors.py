@@ -1,20 +1,74 @@
-"""Errors that end a command with a message instead of a traceback."""
+"""Errors and signals that end a command with a message instead of a traceback."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+STOPPED = os.EX_TEMPFAIL
+"""Exit status, 75, of a run that was stopped and can be resumed ("try again")."""
+
+
+class StoppedError(Exception):
+    """A run was asked to stop, and did.
+
+    Attributes:
+      saved: whether a checkpoint has the steps that are done.
+      number: of the signal.
+      reports: whether this process prints the message: one of several does.
+    """
+
+    def __init__(self, step: int, saved: bool, number: int, reports: bool = True):
+        self.saved, self.number, self.reports = saved, number, reports
+        outcome = (
+            "a checkpoint has them: the same command with --resume goes on"
+            if saved
+            else "they are lost: no checkpoint was asked for, or it could not be saved"
+        )
+        super().__init__(f"stopped after {step} steps; {outcome}")
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What a user can put right ends the program with its message, no traceback."""
+    """Ends the program with the message of an error that a user can put right."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {said(error)}")
+        sys.exit(f"error: {message_of(error)}")
 
 
-def said(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:  # the system's own
+def message_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # raised by the system
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ends the program with a line and a status for a signal or a stopped run.
+
+    The status is `STOPPED` if the run can be resumed, else 128 plus the signal's
+    number, as shells have it.
+    """
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        print_error(f"{signal.Signals(number).name}: ended")
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminate(signal.SIGINT, None)
+    except StoppedError as stopped:
+        if stopped.reports:
+            print_error(str(stopped))
+        sys.exit(STOPPED if stopped.saved else 128 + stopped.number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Where files are: on this machine or, named by a URL, in a bucket or the like."""
+"""Paths on this machine, and URLs of buckets that act as paths."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,12 @@ import tyro
 from etils import epath
 from upath import UPath
 
-Place = Path | UPath
+AnyPath = Path | UPath
+"""A path on this machine, or the path of a URL in a store."""
 
 
-def place(name: str | Place) -> Place:
-    """A path, or for a URL (gs://, s3:// and what else fsspec knows) what acts as one.
+def to_path(name: str | AnyPath) -> AnyPath:
+    """The path that a string names: a URL is gs://, s3:// or what else fsspec knows.
 
     Raises:
       ValueError: there is no such kind of URL, or a package that it needs is missing.
@@ -33,35 +34,35 @@ def place(name: str | Place) -> Place:
         raise ValueError(
             f"{name}: no store is named {scheme}://; give a path, gs:// or s3://"
         ) from error
-    # Others write there too, orbax for one: what was listed once may be old.
+    # Others, such as orbax, write there too: a cached listing may be old.
     return UPath(name, use_listings_cache=False)
 
 
-def run_folder(name: str) -> Place:
-    """The place of a run; ValueError for one in which there can be no checkpoints."""
+def run_folder(name: str) -> AnyPath:
+    """The folder of a run; ValueError if it cannot hold checkpoints."""
     scheme, is_url, _ = name.partition("://")
     if is_url and scheme != "gs":
         raise ValueError(
             f"{name}: orbax saves checkpoints in a folder or in gs://; give one, or "
             "mount the bucket"
         )
-    return place(name) if is_url else Path(name)
+    return to_path(name) if is_url else Path(name)
 
 
-def for_orbax(folder: Place) -> epath.Path:
+def for_orbax(folder: AnyPath) -> epath.Path:
     """The absolute path that orbax asks for."""
     return epath.Path(str(folder) if isinstance(folder, UPath) else folder.absolute())
 
 
-def move_folder(folder: Place, to: Place) -> None:
-    """What is at `to` is replaced. In a bucket object by object, first as copies."""
+def move_folder(folder: AnyPath, to: AnyPath) -> None:
+    """Replaces what is at `to`. A bucket's objects are copied one by one first."""
     if isinstance(folder, UPath):
         fs: Any = folder.fs
         target = UPath(to)
         if target.exists():
             fs.rm(target.path, recursive=True)
         fs.copy(folder.path, target.path, recursive=True)
-        for_orbax(folder).rmtree()  # by what remembers for orbax what is there
+        for_orbax(folder).rmtree()  # through orbax's own listing of what is there
         return
     to.parent.mkdir(exist_ok=True)
     for_orbax(to).rmtree(missing_ok=True)
@@ -69,7 +70,7 @@ def move_folder(folder: Place, to: Place) -> None:
 
 
 RunFolder = Annotated[
-    Place,
+    AnyPath,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
@@ -78,4 +79,4 @@ RunFolder = Annotated[
         str_from_instance=lambda x: [str(x)],
     ),
 ]
-"""One that a command line gives."""
+"""The folder of a run, as a command line names it."""

@@ -1,4 +1,4 @@
-"""Work that is handed out to processes, and ends with the one that hands it out."""
+"""Distributes work over processes, which end with the one that starts them."""
 
 import multiprocessing
 import os
@@ -14,27 +14,29 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-Told = Callable[[float], object]
+OnAmount = Callable[[float], object]
 
 _LOOK_S = 0.2
 
 
 def each_done(
-    work: Callable[[T, Told], R], items: Sequence[T], workers: int, told: Told
+    work: Callable[[T, OnAmount], R],
+    items: Sequence[T],
+    workers: int,
+    on_amount: OnAmount,
 ) -> Generator[tuple[T, R], None, None]:
-    """Each item and what `work` makes of it, as they come.
+    """Yields each item and what `work` makes of it, as they come.
 
-    With one worker the work is done here. More are processes of their own, begun anew
-    (spawned) and not forked: threads of this one may hold locks. If this generator is
-    closed, or raises, they leave off what they are at; if this process is killed, they
-    end as well. Ctrl-C is this process' alone.
+    With one worker the work is done here. More are processes of their own, spawned and
+    not forked: threads of this one may hold locks. If this generator is closed, or
+    raises, they stop; if this process is killed, they end too. They ignore Ctrl-C.
 
     Args:
-      work: of a module, so that a process can import it. It calls its second argument
-        with the amounts done now and then, within which it may be interrupted.
+      work: of a module, so that a process can import it. It reports amounts done to its
+        second argument, which may raise to interrupt it.
       items: what can be pickled.
       workers: how many processes.
-      told: is called here with what the workers have told together.
+      on_amount: is called here with what all workers have done since.
 
     Raises:
       ChildProcessError: a worker was ended from outside.
@@ -42,7 +44,7 @@ def each_done(
     """
     if workers == 1:
         for item in items:
-            yield item, work(item, told)
+            yield item, work(item, on_amount)
         return
     context = multiprocessing.get_context("spawn")
     done, stop = context.Value("d", 0.0), context.Event()
@@ -57,7 +59,7 @@ def each_done(
                 return
             ready, _ = wait(running, _LOOK_S, FIRST_COMPLETED)
             now = done.value
-            told(now - seen)
+            on_amount(now - seen)
             seen = now
             for future in ready:
                 yield running.pop(future), future.result()
@@ -73,7 +75,7 @@ def each_done(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes after the block; processes that begin within it never hear it."""
+    """Delays Ctrl-C to the end of the block; processes started in it ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -98,11 +100,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _call(work: Callable[[T, Told], R], item: T) -> R:
-    return work(item, _tell)
+def _call(work: Callable[[T, OnAmount], R], item: T) -> R:
+    return work(item, _report)
 
 
-def _tell(amount: float) -> None:
+def _report(amount: float) -> None:
     done, stop = _shared
     if stop.is_set():
         raise KeyboardInterrupt  # which nothing takes for an error of the work

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from train.host.atomic import write_bytes
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.records.metrics import Record
 
 
-def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
-    """Training loss, as logged and smoothed, and evaluation loss of one run."""
+def draw_run(records: Sequence[Record], path: AnyPath, title: str) -> None:
+    """Draws training loss, raw and smoothed, and evaluation loss of one run."""
     figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
@@ -25,8 +25,8 @@ def draw_run(records: Sequence[Record], path: Place, title: str) -> None:
     _save(figure, axes, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
-    """Smoothed training loss of several runs; a dot is the final evaluation loss."""
+def draw_runs(runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str) -> None:
+    """Draws smoothed training losses of runs; dots are final evaluation losses."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
         steps, losses = _series(records, "loss")
@@ -44,10 +44,10 @@ LABELS = {
 }
 
 
-def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
-    """What was measured of one run's subspaces, a line for each kind of layer.
+def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None:
+    """Draws the subspace metrics of one run, a line for each kind of layer.
 
-    Of singular values the largest.
+    Of singular values, the largest one.
     """
     names = {name for record in records for name in record if "/" in name}
     groups = [group for group in LABELS if _of(group, names)]
@@ -66,9 +66,9 @@ def draw_subspaces(records: Sequence[Record], path: Place, title: str) -> None:
 
 
 def draw_spectra(
-    values: Mapping[str, Sequence[float]], path: Place, title: str
+    values: Mapping[str, Sequence[float]], path: AnyPath, title: str
 ) -> None:
-    """Normalised singular values, descending, a line for each kind of layer."""
+    """Draws normalised singular values, descending, a line for each kind of layer."""
     figure, axes = _figure(title)
     for kind, line in values.items():
         axes.plot(range(1, len(line) + 1), line, label=kind)
@@ -77,8 +77,10 @@ def draw_spectra(
     _save(figure, axes, path)
 
 
-def draw_by_time(runs: Mapping[str, Sequence[Record]], path: Place, title: str) -> None:
-    """As `draw_runs`, over the time that the steps took, compilation left out."""
+def draw_by_time(
+    runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str
+) -> None:
+    """`draw_runs` over the time that the steps took, compilation left out."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed")
     for name, records in runs.items():
         _, losses = _series(records, "loss")
@@ -88,14 +90,16 @@ def draw_by_time(runs: Mapping[str, Sequence[Record]], path: Place, title: str) 
 
 
 def _minutes(records: Sequence[Record]) -> list[float]:
-    """Up to each record with a loss; a record's time is the mean of its steps."""
+    """Minutes up to each record with a loss; its time is the mean of its steps."""
     steps, times = _series([r for r in records if r.get("loss")], "ms_per_step")
     taken = (b - a for a, b in pairwise([0, *steps]))
     return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
 
 
-def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) -> None:
-    """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
+def draw_losses(
+    losses: Mapping[str, Sequence[float]], path: AnyPath, title: str
+) -> None:
+    """Draws final held-out losses, best on top: a dot a run, a bar for their mean."""
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
     size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
     figure = Figure(figsize=size, layout="constrained")
@@ -111,12 +115,12 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Place, title: str) 
 
 
 def draw_measured(
-    runs: Mapping[str, Sequence[Record]], prefix: str, path: Place, title: str
+    runs: Mapping[str, Sequence[Record]], prefix: str, path: AnyPath, title: str
 ) -> None:
-    """What was measured of subspaces: a panel for each run, a line for each metric.
+    """Draws subspace metrics: a panel for each run, a line for each metric.
 
-    Of singular values a panel for each run's kinds of layers, a line for each value,
-    the largest in dark.
+    Singular values get a panel for each kind of layer of each run, and a line for each
+    value, the largest in dark.
     """
     panels: dict[str, list[tuple[str, Sequence[Record], str]]] = {}
     for name, records in runs.items():
@@ -146,7 +150,7 @@ def draw_measured(
 
 
 def _of(group: str, names: Iterable[str]) -> list[str]:
-    """Names of a group, by kind, and by number."""
+    """Names of a group, sorted by kind and by number."""
     found = (name for name in names if name.startswith(f"{group}/"))
     return sorted(found, key=lambda name: (name.split("/")[1], len(name), name))
 
@@ -164,7 +168,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, axes: Axes, path: Place) -> None:
+def _save(figure: Figure, axes: Axes, path: AnyPath) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= 8:
         axes.legend()
@@ -174,7 +178,7 @@ def _save(figure: Figure, axes: Axes, path: Place) -> None:
     _write(figure, path)
 
 
-def _write(figure: Figure, path: Place) -> None:
+def _write(figure: Figure, path: AnyPath) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())

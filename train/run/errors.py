@@ -6,18 +6,18 @@ from contextlib import contextmanager
 
 import jax
 
-from train.host.errors import said
+from train.host.errors import message_of
 from train.run.checkpoint import CheckpointError
 from train.run.loop import DataError
 
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """What ends a run that was in order ends the program with its message too."""
+    """Ends the program with the message of an error of a run in progress."""
     try:
         yield
     except (CheckpointError, DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {said(error)}")
+        sys.exit(f"error: {message_of(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

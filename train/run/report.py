@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: numbers, a loss curve, a sample, memory."""
+"""Files that a finished run leaves: numbers, a loss curve, a sample, memory."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ from train.data.tokenizer import Tokenizer
 from train.engine.layer_metrics import measures
 from train.engine.memory import describe, device_peak
 from train.host.atomic import write_text
-from train.host.paths import Place
+from train.host.paths import AnyPath
 from train.records.metrics import read_metrics
 from train.records.perplexity import perplexity, published_perplexity
 from train.records.plots import draw_run, draw_subspaces
@@ -29,12 +29,12 @@ from train.run.sampling import continued, prompt_tokens
 
 
 def summarize(config: Config, trained: Trained) -> dict[str, Any]:
-    """The numbers of a finished run, read from its metrics file and its state.
+    """The numbers of a finished run, from its metrics file and its state.
 
     `train_s` is the time of all steps, without compilation, evaluation and saving;
-    `ms_per_step` and `tokens_per_s` leave out the first step too, which also loads
-    the program. The bytes of a state are those of all devices together, the others
-    those of one.
+    `ms_per_step` and `tokens_per_s` leave out the first step, which also loads the
+    program. The bytes of a state are those of all devices together, the others those of
+    one.
     """
     records = read_metrics(resolved(config, "out"))
     if not records or records[-1]["step"] != config.steps:
@@ -76,8 +76,8 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
-    """Write numbers, memory.txt and pictures, then sample.txt; print the outcome."""
-    folder: Place = resolved(config, "out")
+    """Writes numbers, memory.txt, pictures and sample.txt; prints the outcome."""
+    folder: AnyPath = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
     memory = f"{state}\n\n{describe(trained.program.memory, trained.program.adamw)}"
@@ -88,7 +88,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         write_text(folder / "memory.txt", memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
-        draw_measured(config)
+        draw_run_subspaces(config)
     why = "there is no tokenizer"
     if config.report.sample_tokens == 0:
         why = "none was asked for (--sample-tokens 0)"
@@ -109,10 +109,10 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     )
 
 
-def draw_measured(config: Config) -> None:
-    """Draw subspace.png of a resolved config's run, if it measures anything."""
+def draw_run_subspaces(config: Config) -> None:
+    """Draws subspace.png of a resolved config's run, if it measures anything."""
     if measures(config.optimizer):
-        folder: Place = resolved(config, "out")
+        folder: AnyPath = resolved(config, "out")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_subspaces(read_metrics(folder), folder / "subspace.png", heading)
 
@@ -133,7 +133,7 @@ def check_prompt(config: ReportConfig, tokenizer: Tokenizer | None) -> None:
 
 
 def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
-    """The prompt and the model's continuation; None without a tokenizer, or length."""
+    """The prompt and its continuation; None without a tokenizer, or of length 0."""
     steps = config.report.sample_tokens
     if data.tokenizer is None or steps == 0:
         return None

@@ -1,4 +1,4 @@
-"""What the weights moved by between two checkpoints, as singular values."""
+"""Singular values of the change of weights between two checkpoints."""
 
 import os
 from collections import defaultdict
@@ -10,18 +10,22 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+import lowrank_optax as lro
 from lowrank_optax.core.layout import path_of
+from models import Params
 from train.engine.layer_metrics import kind_of
 from train.engine.optimizer import parted, smaller_sides
+from train.run.restore import load_weights
+from train.run.stored import checked_step, run_and_step
 
 
 class Spectrum(NamedTuple):
-    """Of the matrices of one kind, one for each layer.
+    """Spectra of the matrices of one kind, one for each layer.
 
     Attributes:
       shape: of a matrix.
       values: (layers, m), singular values, descending, each layer's over its largest;
-        all 0 where nothing changed.
+        all 0 if nothing changed.
       ranks: (layers,), effective ranks.
     """
 
@@ -42,22 +46,29 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def singular_values(difference: np.ndarray) -> np.ndarray:
-    """Those of a matrix, (m,) float64, descending.
+    """The singular values of a matrix, (m,) float64, descending.
 
-    From the smaller Gram matrix, in float64: what is under 1e-8 of the largest is
-    rounding, as it is in float32 weights.
+    They come from the smaller Gram matrix, in float64: values under 1e-8 of the largest
+    are rounding, as in float32 weights.
     """
     d = difference.astype(np.float64)
     d = d if d.shape[0] <= d.shape[1] else d.T
     return np.sqrt(np.maximum(np.linalg.eigvalsh(d @ d.T), 0))[::-1]
 
 
-def spectra(before: Any, after: Any) -> dict[str, Spectrum]:
-    """Of W_after - W_before, by the kind of layer (SARA paper, section 4.3, Figure 4).
+def weights_of(name: str) -> tuple[str, Params]:
+    """Loads RUN or RUN@STEP: its name with the step, and its weights on the host."""
+    folder, step = run_and_step(name)
+    step = checked_step(folder, step)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        weights = lro.weights.dense(load_weights(folder, step), "float32")
+    return f"{folder}@{step}", jax.device_get(weights)
 
-    Args:
-      before: the weights, a tree as `models` has it, on the host.
-      after: the same of another checkpoint.
+
+def spectra(before: Any, after: Any) -> dict[str, Spectrum]:
+    """Spectra of W_after - W_before by kind of layer (SARA paper, 4.3, Figure 4).
+
+    Both are trees of weights as in `models`, on the host.
 
     Raises:
       ValueError: they are of models of different shapes.

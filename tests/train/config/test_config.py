@@ -10,6 +10,7 @@ import pytest
 
 from models import SIZES
 from train.compare import Comparison, expand, table
+from train.config.command_line import parse
 from train.config.config import (
     Basis,
     Config,
@@ -17,7 +18,6 @@ from train.config.config import (
     OptimizerName,
     Size,
     model_config,
-    parse,
     title,
     to_json,
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from models import SIZES
-from train.config.config import Config, OptimizerConfig, parse, to_json
+from train.config.command_line import parse
+from train.config.config import Config, OptimizerConfig, to_json
 from train.config.methods import METHODS
 from train.config.presets import PRESETS, with_flags
 from train.run.folder import check_same_run

@@ -290,8 +290,8 @@ def test_a_token_file_that_is_gone_or_may_not_be_read(tmp_path):
 def test_large_token_files_are_checked_in_part_and_as_they_are_read(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train.tokens, "_BLOCK", 16)
-    monkeypatch.setattr(train.tokens, "_CHECKED_BLOCKS", 4)
+    monkeypatch.setattr(train.data.token_files, "_BLOCK", 16)
+    monkeypatch.setattr(train.data.token_files, "_CHECKED_BLOCKS", 4)
     tokens = np.arange(160, dtype="<u2")
     tokens[20] = 300
     tokens.tofile(tmp_path / "a.u16")

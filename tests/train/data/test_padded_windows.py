@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 import train.data.padded_windows
 import train.main
 from models import SIZES, LlamaConfig
-from tests.train.test_prepare import C4, TEXTS, lines_of, prepared, t5_like
+from tests.helpers.text_files import TEXTS, lines_of, prepared, t5_like, write_tfds
 from train.config.config import (
     Config,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    to_json,
 )
 from train.config.resolve import resolve
 from train.data.dataset import Data, DataConfig, open_data
@@ -30,8 +29,7 @@ from train.data.tokenizer import open_tokenizer
 from train.engine.mesh import make_mesh, to_devices
 from train.main import main
 from train.records.metrics import read_metrics
-from train.run.checkpoint import seals_of
-from train.run.folder import check_same_run
+from train.run.checkpoint import stored_checksums
 from train.run.loop import initial, lower_step, work_of
 
 END = 1
@@ -79,7 +77,7 @@ def test_documents_of_token_files_end_with_their_end_token(
         expected += [piece for piece in pieces if piece]
     spans, _ = open_tokens(f"{folder}/*.u16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.padded, "_BLOCK", block)
+        patch.setattr(train.data.padded_windows, "_BLOCK", block)
         documents = TokenDocuments(spans, END, longest=7)
     found = [document.tolist() for document in documents]
     assert found == [document[:7] for document in expected]
@@ -96,7 +94,7 @@ def folder(tmp_path_factory) -> Path:
         content = lines_of(TEXTS[i * 20 : (i + 1) * 20])
         (folder / f"{i}.jsonl").write_bytes(content)
     prepared(folder, folder / "tokens", [f"{folder}/*.jsonl"])
-    C4(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    write_tfds(folder)
     prepared(
         folder, folder / "of tfds", ["tfds:c4/en"], data_dir=str(folder), records=25
     )
@@ -262,21 +260,6 @@ def test_what_has_no_documents_is_refused(folder, tmp_path):
             opened(folder, name, config, **options)
 
 
-def test_a_run_from_before_there_was_a_choice_goes_on(micro):
-    def check(**data) -> None:
-        new = json.loads(to_json(config_of()))
-        old = json.loads(to_json(config_of()))
-        for name in "windows", "bad_lines":
-            del old["data"][name]
-        check_same_run(old, new | {"data": new["data"] | data}, Path("c"))
-
-    check(windows="packed", bad_lines="skip")
-    with pytest.raises(
-        ValueError, match=r"data\.windows: packed there, documents here"
-    ):
-        check()
-
-
 @pytest.fixture
 def micro(monkeypatch):
     monkeypatch.setitem(SIZES, "micro", MODEL)
@@ -367,7 +350,7 @@ def test_a_run_resumes_bit_for_bit(one_device, folder, tmp_path, monkeypatch):
     assert read_metrics(stopped)[-1]["step"] == 4
     main([*flags_of(folder, "text", stopped), "--resume"])
     last = Path("checkpoints", "6")
-    assert seals_of(stopped / last) == seals_of(whole / last)
+    assert stored_checksums(stopped / last) == stored_checksums(whole / last)
     names = ("step", "loss", "eval_loss", "grad_norm", "skipped")
     there, here = (
         [

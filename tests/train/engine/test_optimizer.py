@@ -62,7 +62,7 @@ def ranks_after_a_step(optimizer: Optimizer) -> dict[str, int]:
     updates, after = jax.eval_shape(optimizer.tx.update, SHAPES, state, SHAPES)
     assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, SHAPES)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-    for read in (optimizer.refused, optimizer.refreshes, optimizer.learning_rate):
+    for read in (optimizer.skipped, optimizer.refreshes, optimizer.learning_rate):
         assert jax.eval_shape(read, after).shape == ()
     rows = lro.memory_report(optimizer.tx, SHAPES).rows
     return {row.path: row.rank for row in rows if row.rank is not None}

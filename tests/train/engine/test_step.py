@@ -153,7 +153,7 @@ def test_the_first_token_of_a_window_is_no_target_and_nothing_follows_the_last()
 
 
 def test_the_loss_in_blocks_is_that_of_all_logits(monkeypatch):
-    monkeypatch.setattr(train.step, "LOGIT_TOKENS", 40)  # of 192, so five blocks
+    monkeypatch.setattr(train.engine.step, "LOGIT_TOKENS", 40)  # of 192, so five blocks
     params, tokens = jax.tree.map(lambda p: 10 * p, make_params()), tokens_of(3)
     weights = np.random.default_rng(3).random((16, 12), np.float32)
     x = bind(MODEL, params).hidden(tokens)

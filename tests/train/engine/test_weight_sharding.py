@@ -25,7 +25,7 @@ from train.config.resolve import resolve
 from train.engine.memory import step_memory, tree_bytes
 from train.engine.mesh import make_mesh, to_devices
 from train.engine.optimizer import check_meant
-from train.engine.weight_sharding import Kept, place
+from train.engine.weight_sharding import WeightSpecs, specs_of_weight
 from train.run.checkpoint import Checkpoints
 from train.run.folder import check_folder
 from train.run.loop import initial, kinds_of_steps, lower_step, work_of
@@ -92,7 +92,6 @@ def config_of(case: str, fsdp: int = 1, tensor: int = 1) -> Config:
                 warmup=0,
                 # The same choices on every mesh, as of a run that goes on.
                 square="megatron" if low_rank else "auto",
-                block_shards=8,
             ),
             mesh=MeshConfig(fsdp, tensor),
             **how,
@@ -264,21 +263,23 @@ MEGATRON = (("/o/", "output"), ("", "input"))
     ],
 )
 def test_where_a_weight_is_cut(path, shape, mesh, square, cut, used) -> None:
-    found = place(f"layers/{path}", shape, sizes(*mesh), square)
+    found = specs_of_weight(f"layers/{path}", shape, sizes(*mesh), square)
     if cut is None:
         assert found is None
         return
     ndim = len(shape)
     axes: dict[str, list[Any]] = {"OUT": [None, "tensor"], "IN": ["tensor", None]}
     expected = [None] * (ndim - 2) + axes.get(used, [None, None])
-    assert found == Kept(P(*cut), P(*expected))
+    assert found == WeightSpecs(P(*cut), P(*expected))
 
 
 def test_an_embedding_is_cut_along_its_rows_contents() -> None:
     cut = P(None, ("fsdp", "tensor"))
-    assert place("embed/embedding", (8, 8), sizes(4, 2), "input") == Kept(cut, cut)
-    found = place("embed/embedding", (8, 7), sizes(4, 2), "input")
-    assert found == Kept(P(("fsdp", "tensor"), None), P(None, None))
+    assert specs_of_weight(
+        "embed/embedding", (8, 8), sizes(4, 2), "input"
+    ) == WeightSpecs(cut, cut)
+    found = specs_of_weight("embed/embedding", (8, 7), sizes(4, 2), "input")
+    assert found == WeightSpecs(P(("fsdp", "tensor"), None), P(None, None))
 
 
 def test_what_cannot_be_cut_is_told() -> None:
@@ -351,9 +352,9 @@ def mesh_of(devices: list[Any], shape: tuple[int, ...]) -> Any:
 
 def test_a_run_keeps_what_it_chose_for_its_first_mesh(tmp_path: Path) -> None:
     first = resolve(Config(out=tmp_path, mesh=MeshConfig(2, 4)))
-    assert (first.optimizer.square, first.optimizer.block_shards) == ("megatron", 8)
+    assert first.optimizer.square == "megatron"
     alone = resolve(Config(out=tmp_path))
-    assert (alone.optimizer.square, alone.optimizer.block_shards) == ("method", 1)
+    assert alone.optimizer.square == "method"
     (tmp_path / "config.json").write_text(to_json(first))
     for mesh in (MeshConfig(), MeshConfig(8, 1)):
         later = resolve(Config(out=tmp_path, mesh=mesh, resume=True))
@@ -366,22 +367,12 @@ def test_a_run_keeps_what_it_chose_for_its_first_mesh(tmp_path: Path) -> None:
         check_folder(resolve(other))
 
 
-def test_a_run_from_before_there_was_a_choice_goes_on(tmp_path: Path) -> None:
-    config = resolve(Config(out=tmp_path))
-    text = re.sub(r'\n *"(square|block_shards)": .*', "", to_json(config))
-    assert "square" not in text
-    (tmp_path / "config.json").write_text(text)
-    later = resolve(Config(out=tmp_path, mesh=MeshConfig(4, 2), resume=True))
-    assert later.optimizer == config.optimizer
-    check_folder(later)
-
-
 def test_a_method_without_a_subspace_has_no_side() -> None:
     given = OptimizerConfig(name="adamw", square="megatron")
     with pytest.raises(ValueError, match="adamw has no square: leave out --square"):
         check_meant(given, [given])
     config = Config(optimizer=OptimizerConfig(name="adamw"), mesh=MeshConfig(1, 2))
     assert resolve(config).optimizer.square == "method"
-    assert dataclasses.replace(config, mesh=MeshConfig()) == Config(
+    assert dataclasses.respecs_of_weight(config, mesh=MeshConfig()) == Config(
         optimizer=OptimizerConfig(name="adamw")
     )

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from train.config.config import Config, from_json, parse
+from train.config.command_line import parse
+from train.config.config import Config, from_json
 from train.config.resolve import resolve
 from train.data.dataset import DataConfig, open_data
 from train.data.files import find_files, read_file, read_range
 from train.data.fingerprint import of_files
 from train.data.token_files import open_tokens
 from train.host.atomic import Appender, check_writable, write_bytes
-from train.host.paths import move_folder, place, run_folder
+from train.host.paths import move_folder, run_folder, to_path
 from train.records.metrics import MetricsWriter, read_metrics
 from train.records.plots import draw_run
-from train.run.folder import check_folder, going_on, own_folder
+from train.run.folder import check_folder, own_folder, resumed_if_there
 from train.run.stored import run_and_step
 
 TEXTS = [f"Speech {i}: " + "the people of the union " * 9 for i in range(40)]
@@ -31,7 +32,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 @pytest.fixture
 def bucket():
     memory = fsspec.filesystem("memory")
-    yield place("memory://bucket")
+    yield to_path("memory://bucket")
     memory.rm("/", recursive=True)
 
 
@@ -40,15 +41,18 @@ def config_of(*argv: str) -> Config:
 
 
 def test_what_is_no_url_is_a_path(tmp_path):
-    assert place(str(tmp_path)) == tmp_path
-    assert place("~/x").is_absolute()
-    assert isinstance(place("memory://bucket/x"), UPath)
-    assert run_and_step("memory://bucket/run@30") == (place("memory://bucket/run"), 30)
+    assert to_path(str(tmp_path)) == tmp_path
+    assert to_path("~/x").is_absolute()
+    assert isinstance(to_path("memory://bucket/x"), UPath)
+    assert run_and_step("memory://bucket/run@30") == (
+        to_path("memory://bucket/run"),
+        30,
+    )
 
 
 def test_a_url_that_cannot_be_used_is_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match="no store is named ftpx://; give a path"):
-        place("ftpx://bucket/x")
+        to_path("ftpx://bucket/x")
     with pytest.raises(ValueError, match=r"in a folder or in gs://; .* or mount"):
         run_folder("s3://bucket/run")
 
@@ -59,7 +63,7 @@ def test_a_url_that_cannot_be_used_is_a_sentence(monkeypatch):
     with pytest.raises(
         ValueError, match=r"gcsfs; pip install 'lowrank-optax\[cloud\]'"
     ):
-        place("gs://bucket/x")
+        to_path("gs://bucket/x")
 
 
 def batches(source: str, cache: str) -> list[np.ndarray]:
@@ -175,13 +179,13 @@ def test_a_folder_in_a_bucket_belongs_to_one_run(bucket, capsys):
     config = replace(config_of("--resume-or-start"), out=bucket / "run")
     check_writable(config.out)
     assert not (bucket / "run").exists()
-    first = going_on(config)
+    first = resumed_if_there(config)
     check_folder(first)
     with own_folder(first, {"source": None}):
         pass
     assert "there are no locks: see to it yourself" in capsys.readouterr().out
     assert from_json((bucket / "run" / "config.json").read_text()) == first
-    again = going_on(config)
+    again = resumed_if_there(config)
     assert again.resume
     check_folder(again)
     with pytest.raises(FileExistsError, match="holds a run already"):

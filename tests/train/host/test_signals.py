@@ -11,7 +11,8 @@ from tests.helpers.repository import ROOT
 
 START = """
 import signal
-from train.stopping import Stop, StoppedError, ended_by_signals
+from train.host.errors import StoppedError, ended_by_signals
+from train.host.signals import Stop
 """
 
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 import train.compare
 import train.engine.step
 import train.main
 import train.records.plots
 import train.run.report
+from tests.helpers.pictures import is_picture
 from train.config.config import Config
 from train.config.resolve import resolve
 from train.engine.mesh import make_mesh
-from train.host.signals import STOPPED
+from train.host.errors import STOPPED
 from train.main import main
 from train.records.metrics import Meter, MetricsWriter, read_metrics
 from train.records.plots import draw_run, draw_runs
@@ -34,11 +34,6 @@ def strict_lines(path: Path) -> list[dict]:
 
     lines = path.read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def is_picture(path: Path) -> bool:
-    pixels = imread(path)
-    return pixels.shape[0] > 100 and pixels.shape[1] > 100 and pixels.std() > 0.01
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -220,7 +215,7 @@ def test_a_loss_that_stays_nan_stops_the_run(flags, tmp_path, monkeypatch):
         loss, weight = loss_sums(work, params, batch)
         return loss * jnp.log(-params["norm"]["scale"][0]), weight
 
-    monkeypatch.setattr(train.step, "loss_sums", poisoned)
+    monkeypatch.setattr(train.engine.step, "loss_sums", poisoned)
     argv = ("--optimizer", "adamw", "--max-skipped", "3", "--log-every", "2")
     with pytest.raises(SystemExit, match=r"error: step 4: 4 steps in a row"):
         main([*flags, *argv, "--out", str(tmp_path)])
@@ -284,7 +279,7 @@ def test_a_sample_that_fails_leaves_all_the_rest(
     def fail(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
 
-    monkeypatch.setattr(train.report, "continued", fail)
+    monkeypatch.setattr(train.run.report, "continued", fail)
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for name in ("summary.json", "memory.txt", "loss.png", "sample.txt"):
@@ -344,7 +339,7 @@ def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):
         titles.append((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()))
         save(figure, axes, path)
 
-    monkeypatch.setattr(train.picture, "_save", keep)
+    monkeypatch.setattr(train.records.plots, "_save", keep)
     records = [{"step": 1, "loss": 4.0, "eval_loss": 4.5}, {"step": 9, "loss": 3.0}]
     config = resolve(Config())
     work = work_title(config)
