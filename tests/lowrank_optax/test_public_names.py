@@ -140,7 +140,7 @@ def documented(f: Any) -> set[str]:
     doc = inspect.getdoc(f) or ""
     listed = re.split("Returns:|Raises:|Example:", doc.partition("Args:")[2])[0]
     found: set[str] = set()
-    for names in re.findall(r"^  ([*\w][\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
+    for names in re.findall(r"^  (\*{0,2}\w[\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
         found |= {*re.split(r",\s*", names.lstrip("*"))}
     return found
 
