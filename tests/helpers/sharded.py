@@ -73,8 +73,8 @@ def named(name):
     options = {"min_size": 16, "switch_step": T, "square": SQUARE}
     options |= {"rank": R, "refresh_every": T, "dimension_numbers": RULES, "key": 0}
     make = METHODS[name].make
-    taken = inspect.signature(make).parameters
-    tx = make(1e-3, **{k: v for k, v in options.items() if k in taken})
+    accepted = inspect.signature(make).parameters
+    tx = make(1e-3, **{k: v for k, v in options.items() if k in accepted})
     return optax.with_extra_args_support(tx)
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import lowrank_optax as lro
+from tests.helpers.battery import ALL
 
 ROOT = pathlib.Path(lro.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -63,11 +64,10 @@ NAMES = {
     "weights": """
         QuantizedWeights add_updates dense quantize round_stochastically store
     """,
-    "recipes": """
-        alice coap dct_adamw flora galore_adafactor galore_adam8bit galore_adam_mini
-        golore grass_sparse msgd online_subspace_descent q_galore racs scale_sgd
-        subtrack sumo
-    """,
+    # Each has a row in the battery; those at the top are not here.
+    "recipes": " ".join(
+        sorted({f.__name__ for f, _ in ALL.values()} - {*lro.__all__}),
+    ),
     "stages": """
         Clock Frame LowRankState left_singular linalg map_frames sample_indices
         update_frames
@@ -138,7 +138,7 @@ def documented(f: Any) -> set[str]:
     doc = inspect.getdoc(f) or ""
     listed = re.split("Returns:|Raises:|Example:", doc.partition("Args:")[2])[0]
     found: set[str] = set()
-    for names in re.findall(r"^  ([*\w][\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
+    for names in re.findall(r"^  (\*{0,2}\w[\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
         found |= {*re.split(r",\s*", names.lstrip("*"))}
     return found
 

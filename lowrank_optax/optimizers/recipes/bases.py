@@ -69,8 +69,8 @@ def coap(
     Args:
       recompute_every: refreshes from one recomputation to the next.
       step_size: of the basis' gradient step.
-      learning_rate: as in `galore`.
-      **options: scale, b1, b2, eps as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -159,8 +159,8 @@ def galore_2(
 
     Args:
       key: a seed or a typed key for the sketches.
-      learning_rate: as in `galore`.
-      **options: scale, b1, b2, eps as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -204,8 +204,8 @@ def golore(
       switch_step: the first step of random bases; the source takes a half to 0.8 of
         the run.
       key: a seed or a typed key for the random bases.
-      learning_rate, b1, b2, eps: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -247,8 +247,8 @@ def grass_sparse(
 
     Args:
       key: a seed or a typed key for the samples.
-      learning_rate, b1, b2, eps: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -287,8 +287,8 @@ def online_subspace_descent(
       optimizer_of_basis: any optax optimizer for P, learning rate and sign included;
         by default `optax.adamw(1 / 200, weight_decay=0.01)` (see `online_pca`).
       penalty: lambda on ||P^T P - I||_F^2; 0 in the released code.
-      learning_rate: as in `galore`.
-      **options: scale, b1, b2, eps as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -333,8 +333,8 @@ def q_galore(
       bits: 4 or 8.
       threshold: the mean similarity from which on a leaf's interval doubles.
       min_size: moments with fewer numbers stay as they are.
-      learning_rate, b1, b2, eps: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: bits other than 4 and 8; and as `low_rank` does.

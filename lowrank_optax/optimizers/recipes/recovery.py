@@ -123,9 +123,8 @@ def subtrack(
     Args:
       step_size: eta of `grassmann_track`; None chooses the angle by a line search.
       limit: as in `grass_jump`.
-      learning_rate: as in `galore`.
-      **options: scale, b1, b2, eps as in `grass_jump`, others as in
-        `low_rank_optimizer`.
+      learning_rate, scale, b1, b2, eps: as in `grass_jump`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.

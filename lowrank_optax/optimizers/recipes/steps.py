@@ -110,8 +110,8 @@ def galore_adafactor(
       b1: decay rate of M; None for no momentum.
       decay_rate: of the second moment's schedule, 1 - t^-decay_rate.
       clip: the largest root mean square of a matrix's low-rank step.
-      learning_rate, basis: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, basis, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -142,8 +142,8 @@ def galore_adam8bit(
 
     `galore` with `quantize_moments(optax.scale_by_adam())` (Dettmers et al. 2022,
     "8-bit Optimizers via Block-wise Quantization"; SARA paper, section 4). Moments of
-    full-rank leaves are stored so too. State of a matrix: 4mr + 2nr (1 + 4 / b)
-    bytes, in blocks of b = block_size / 2 to block_size numbers; two products a step.
+    full-rank leaves are stored so too. State of a matrix: 4mr + 2nr (1 + 4 / b) bytes,
+    in blocks of b = block_size / 2 to block_size numbers; two products a step.
 
     When to choose it: most of what is left of the moments is saved, at little cost.
     When not: while you compare methods: it rounds.
@@ -154,8 +154,8 @@ def galore_adam8bit(
     Args:
       block_size: numbers that share a scale.
       min_size: arrays with fewer numbers stay as they are.
-      learning_rate, basis, b1, b2, eps: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, basis, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -166,9 +166,7 @@ def galore_adam8bit(
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     adam = quantize_moments(
-        optax.scale_by_adam(b1, b2, eps),
-        block_size=block_size,
-        min_size=min_size,
+        optax.scale_by_adam(b1, b2, eps), block_size=block_size, min_size=min_size
     )
     return galore(learning_rate, basis=basis, step=in_subspace(adam), **options)
 
@@ -202,8 +200,8 @@ def galore_adam_mini(
     Args:
       heads: pairs (regular expression, size of a head) for projections whose output
         axis survives, which is the larger side.
-      learning_rate, basis, b1, b2, eps: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, basis, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: heads that are projected away or do not fit; and as `low_rank` does.
@@ -243,8 +241,8 @@ def msgd(
       key: a seed or a typed key for SARA's samples; required unless `basis` is passed.
       basis: another basis rule in place of `sara_sample(key)`.
       b1: decay rate of M.
-      learning_rate: as in `galore`.
-      **options: scale as in `galore`, others as in `low_rank_optimizer`.
+      learning_rate, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
 
     Raises:
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
