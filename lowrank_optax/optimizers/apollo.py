@@ -14,7 +14,7 @@ from lowrank_optax.core.layout import (
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, one_of
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.published import Variant, arithmetic_of
-from lowrank_optax.recovery.scaling import scale_channels, scale_tensor
+from lowrank_optax.recovery.scaling import scale_gradient
 from lowrank_optax.steps.subspace import in_subspace
 
 
@@ -41,7 +41,7 @@ def apollo(
 
     W <- W - lr sqrt(scale) G diag(phi), phi_i = ||G~^O_:,i|| / ||G~_:,i||, its norm
     limited to grow by `limit` a step, G~ = S^T G with S Gaussian (Zhu et al. 2025,
-    "APOLLO"; equations in `scale_channels`). State of a matrix: 2nr + 1 numbers, for S
+    "APOLLO"; equations in `scale_gradient`). State of a matrix: 2nr + 1 numbers, for S
     is drawn from its key at every step; one product a step.
 
     When to choose it: no basis in the state, no factorisation, one product. When not:
@@ -73,7 +73,7 @@ def apollo(
     """
     arithmetic = arithmetic_of(variant)
     step = in_subspace(arithmetic.adam(b1, b2, eps))
-    back = scale_channels(limit, scale=scale, variant=variant)
+    back = scale_gradient(limit, scale=scale, variant=variant)
     return low_rank_optimizer(
         optax.chain(one_of(key, basis, gaussian), project(), step, back),
         learning_rate,
@@ -108,7 +108,7 @@ def apollo_mini(
     """APOLLO-Mini: `apollo` at rank 1, with one factor for the whole matrix.
 
     W <- W - lr sqrt(scale) phi G, phi = ||G~^O||_F / ||G~||_F (Zhu et al. 2025,
-    "APOLLO", equations in `scale_tensor`). State of a matrix: 2n + 1 numbers; one
+    "APOLLO", equations in `scale_gradient`). State of a matrix: 2n + 1 numbers; one
     product of rank one a step.
 
     When to choose it: SGD's memory. When not: where `apollo` fits, which scales the
@@ -132,7 +132,7 @@ def apollo_mini(
     """
     arithmetic = arithmetic_of(variant)
     step = in_subspace(arithmetic.adam(b1, b2, eps))
-    back = scale_tensor(limit, scale=scale, variant=variant)
+    back = scale_gradient(limit, per="matrix", scale=scale, variant=variant)
     return low_rank_optimizer(
         optax.chain(one_of(key, basis, gaussian), project(), step, back),
         learning_rate,

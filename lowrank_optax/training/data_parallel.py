@@ -35,7 +35,7 @@ def average_gradients(
     Raises:
       ValueError: at update, without parameters, without a Python bool for `refresh`, or
         for a stage that needs the gradient itself (`recover_residual`,
-        `sign_residual`, `scale_channels`, `error_feedback`).
+        `sign_residual`, `scale_gradient`, `error_feedback`).
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro

@@ -123,7 +123,7 @@ def update_projected(
 
     Raises:
       ValueError: no parameters; arrays of another shape; a stage that needs the
-        gradient itself: `recover_residual`, `sign_residual`, `scale_channels`,
+        gradient itself: `recover_residual`, `sign_residual`, `scale_gradient`,
         `error_feedback`.
 
     Example:

@@ -83,7 +83,6 @@ def typed(shapes, shardings):
     )
 
 
-# --- what moves between devices ---
 MOVES = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(?:-start)?\("

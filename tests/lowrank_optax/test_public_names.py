@@ -26,7 +26,7 @@ NAMES = {
         in_subspace ldadam low_rank low_rank_optimizer measure_subspace measurements
         measuring memory_report project project_back quantize_moments recipes
         recover_residual recovery reset_moments rotate_moments sara_sample
-        scale_channels sign_residual spectral_adam spectral_residual stages
+        scale_gradient sign_residual spectral_adam spectral_residual stages
         state_shardings static_args steps training weights
     """,
     "bases": """
@@ -45,7 +45,7 @@ NAMES = {
     "recovery": """
         CompensationState ErrorFeedbackState LimiterState clip_step_growth
         compensate_columns error_feedback project project_back recover_residual
-        scale_by_shape scale_channels scale_tensor sign_residual spectral_residual
+        scale_by_shape scale_gradient sign_residual spectral_residual
     """,
     "full_rank": """
         MomentumState RowColumnState full_matrices normalize_by_output_rms

@@ -171,6 +171,7 @@ def make_small() -> None:
     EXPERIMENTS[ABLATION] = dataclasses.replace(given, small=small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERIMENTS, ABLATION, EXPERIMENTS[ABLATION])  # put back

@@ -19,6 +19,9 @@ from train.config.methods import BASES, METHODS, call
 from train.config.ranks import check_ranks, parse_rank
 from train.engine.layer_metrics import check_measured, measured
 
+Tree = Any
+"""A pytree of arrays."""
+
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
 MATRICES = (
@@ -36,24 +39,24 @@ NOT_ALL_HAVE += ("rotate", "back", "residual_scale", "precision", "switch", "squ
 
 
 class Parts(NamedTuple):
-    """Of the weights, or of the optimizer's state: the layers', and the rest's.
+    """Weights, or optimizer state: those of the layers, and the rest.
 
-    The state of the layers has a layer axis everywhere: each layer could be updated by
-    itself, when its gradient is there, and a run may change between that and a step for
-    all (`lowrank_optax.training.per_layer`). The rest: embedding, head and last norm.
+    The layers' state has a layer axis everywhere (`lowrank_optax.training.per_layer`):
+    each layer can be updated by itself when its gradient is there, and a run may switch
+    between that and a step for all. The rest: embedding, head and last norm.
     """
 
-    layers: Any
-    rest: Any
+    layers: Tree
+    rest: Tree
 
 
-def parted(params: Any) -> Parts:
-    """The two parts of a tree like the weights, with their paths as they were."""
+def parted(params: Tree) -> Parts:
+    """Splits a tree like the weights into two; paths stay."""
     layers = {"layers": params["layers"]}
     return Parts(layers, {k: v for k, v in params.items() if k != "layers"})
 
 
-def joined(parts: Parts) -> Any:
+def joined(parts: Parts) -> Tree:
     """Undoes `parted`."""
     return {**parts.rest, **parts.layers}
 
@@ -117,16 +120,16 @@ class Optimizer:
         return Checked(clipped, jnp.isfinite(squared), squared)
 
     def skipped(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: how often a part, a layer or the rest, skipped a step so far."""
+        """() int32: how many steps a part, a layer or the rest, skipped so far."""
         kinds = (lro.stages.LowRankState, GuardState)
         return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
 
     def refreshes(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: how often new bases were due so far; q_galore may take fewer."""
+        """() int32: how many times new bases were due; q_galore may compute fewer."""
         return _most(s.refreshes for s in _found(lro.stages.LowRankState, opt_state))
 
     def learning_rate(self, opt_state: optax.OptState) -> jax.Array:
-        """() float32: that of the next step."""
+        """() float32: the learning rate of the next step."""
         states = _found(optax.ScaleByScheduleState, opt_state)
         return jnp.asarray(self.schedule(_most(s.count for s in states)))
 
@@ -147,10 +150,10 @@ def _most(counts: Iterable[jax.Array]) -> jax.Array:
 def by_part(
     method: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """`method` on every layer by itself, and on the rest."""
+    """Applies `method` to every layer separately, and to the rest."""
     layered = lro.training.per_layer(method)
 
-    def init(params: Any) -> Parts:
+    def init(params: optax.Params) -> Parts:
         parts = parted(params)
         with warnings.catch_warnings():
             # A low-rank method has nothing to project in the rest, as it should be.
@@ -159,8 +162,8 @@ def by_part(
         return Parts(layered.init(parts.layers), rest)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: Tree, state: Tree, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, Tree]:
         steps, weights = parted(updates), parted(params)
         done = Parts(
             layered.update(steps.layers, state.layers, weights.layers, **extra_args),
@@ -172,15 +175,10 @@ def by_part(
 
 
 class GuardState(NamedTuple):
-    """State of `skip_not_finite`.
-
-    Attributes:
-      skipped: () int32, steps skipped because the gradient was not finite.
-      inner_state: the transformation's.
-    """
+    """The number of skipped steps, () int32, and the inner state."""
 
     skipped: jax.Array
-    inner_state: Any
+    inner_state: optax.OptState
 
 
 def skip_not_finite(
@@ -194,17 +192,17 @@ def skip_not_finite(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> GuardState:
+    def init(params: optax.Params) -> GuardState:
         return GuardState(jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: Tree,
+        state: Tree,
+        params: Tree = None,
         *,
         accept: bool | jax.Array | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tree, Tree]:
         if accept is None:
             accept = jnp.isfinite(squared_norm(updates))
         steps, new = inner.update(updates, state.inner_state, params, **extra_args)
@@ -221,8 +219,8 @@ def skip_not_finite(
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then cosine to `final` of it.
 
-    The first step (count 0) already has a learning rate above 0, the last warm-up step
-    has the peak, and the last step of all exactly `final` of the peak.
+    The first step (count 0) has a learning rate above 0, the last warm-up step has the
+    peak, and the last step exactly `final` of the peak.
     """
     peak = resolved(config, "learning_rate")
     schedule = optax.warmup_cosine_decay_schedule(
@@ -236,10 +234,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def why_steps_matter(config: Mapping[str, Any]) -> str | None:
-    """Why a run cannot be given more steps; of a config as JSON has it.
-
-    None if no step depends on how many there are.
-    """
+    """Why a run, by its config as JSON, cannot be given more steps; None if it can."""
     name = config["name"]
     if name in METHODS and METHODS[name].uses("switch"):
         return f"{name} changes its subspace after a part of the steps"
@@ -252,10 +247,7 @@ def why_steps_matter(config: Mapping[str, Any]) -> str | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optimizer:
-    """The optimizer that a resolved config names, for the models' parameters.
-
-    `key` decides every random basis.
-    """
+    """Builds the optimizer of a resolved config; `key` decides every random basis."""
     method = METHODS[config.name]
     schedule = make_schedule(config, steps)
     clip = (
@@ -415,8 +407,8 @@ def make_method(
     return call(method.make, learning_rate, **options)
 
 
-def decayed(params: optax.Params) -> Any:
-    """True for the weights that decay: matrices and the embedding, no norm scales."""
+def decayed(params: optax.Params) -> Tree:
+    """True for the weights that decay: matrices and the embedding, not norm scales."""
 
     def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
         return not jax.tree_util.keystr(path, simple=True).endswith("scale")

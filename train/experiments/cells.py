@@ -1,4 +1,4 @@
-"""The runs of an experiment: which there are, their flags, and where each is kept."""
+"""The runs of an experiment: their flags and their folders."""
 
 import dataclasses
 import itertools
@@ -75,8 +75,8 @@ class Cell:
 
     Attributes:
       axes: the flags in which it differs from others, and their values.
-      flags: all of its flags, but for its folder.
-      folder: where it is kept.
+      flags: all of its flags, except for its folder.
+      folder: of the run.
     """
 
     axes: Flags
@@ -85,7 +85,7 @@ class Cell:
 
     @property
     def words(self) -> list[str]:
-        """Its flags as a command line has them."""
+        """Its flags as a command line."""
         flags = {**self.flags, "out": self.folder}
         pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items())
         return [word for pair in pairs for word in pair]
@@ -96,7 +96,7 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What it found, once it is done."""
+        """The results of a finished run."""
         return json.loads((self.folder / "summary.json").read_text())
 
 
@@ -175,7 +175,7 @@ def meant(flags: Flags) -> Flags:
 
 
 def saved(config: ExperimentConfig, flags: Flags) -> Flags:
-    """How often a run saves: to go on with, or for what its weights move."""
+    """Flags for checkpoints: to resume, or for the change of weights at the end."""
     run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
     if subspaces := config.experiment.weights_over:
         most = min(subspaces * run.optimizer.refresh_every, run.steps // 2)

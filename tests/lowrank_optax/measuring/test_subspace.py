@@ -494,7 +494,7 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
     plain = after_each_step(bracket(rule, lro.measure_subspace()), grads)[-1]["w"]
     found = steps(lro.measure_subspace(energy=False))
     np.testing.assert_allclose(found.overlap, plain.overlap, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* whole gradients"):
+    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* full gradients"):
         steps(lro.measure_subspace(overlap=False))
 
 

@@ -25,6 +25,7 @@ from tests.helpers.battery import (
     full_tree,
     paths,
     raw_keys,
+    slow_but,
 )
 
 WORDS, WIDTH, HIDDEN = 5, 4, 6
@@ -34,10 +35,10 @@ TOKENS = jax.random.randint(jax.random.key(0), (5, 8), 0, WORDS)
 # Every named optimizer. State is kept in the same way with another basis, and in the
 # published packages' arithmetic.
 NAMES = [name for name in ALL if not name.endswith(("_sara", "_published"))]
-each_optimizer = pytest.mark.parametrize("name", NAMES)
 # A state for each leaf, quantised state, an error fed back, keys from paths, a reset.
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
 each_kind = pytest.mark.parametrize("name", KINDS)
+each_optimizer = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:

@@ -232,7 +232,7 @@ def test_a_matrix_that_begins_late(name: str) -> None:
         close(basis_of(out[EVERY][1]), basis_of(first[0][1]), 0)
     # By itself the optimizer does not wait.
     alone = walk(*compiled(name), grads[:2])
-    assert optax.tree.get(alone[1][1], "begun")["matrix"]
+    assert optax.tree.get(alone[1][1], "started")["matrix"]
 
 
 # --- accept ---

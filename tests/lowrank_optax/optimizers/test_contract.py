@@ -1,4 +1,4 @@
-"""Every optimizer among optax's own parts: wrappers, schedules, jit, scan, dtypes."""
+"""What every optimizer promises, alone and among optax's own parts."""
 
 import functools
 import inspect
@@ -37,6 +37,7 @@ from tests.helpers.battery import (
     unstack,
     zeros,
 )
+from tests.helpers.stages import normal
 
 
 def test_every_named_optimizer_is_here() -> None:
@@ -56,15 +57,45 @@ def test_every_named_optimizer_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_steps_keep_the_state_as_it_was_and_compile_once(name: str) -> None:
-    tx, params, traces = build(name), full_tree(), []
+def test_the_state_of_a_model(name: str) -> None:
+    """One `init` for what a state must be, and steps that keep it as it was."""
+    tx, params = build(name), full_tree()
+    state = tx.init(params)
+    check_params_are_found(tx, state)
+    check_no_array_is_there_twice(state)
+    check_steps_keep_the_state_and_compile_once(tx, params, state)
+    check_shapes_and_dtypes(name, types(state))
+
+
+def check_params_are_found(tx: Any, state: Any) -> None:
+    """By optax, in the state."""
+    same = optax.tree.map_params(tx, lambda x: x, state)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, *map(raw_keys, (same, state)))
+    marked = paths(optax.tree.map_params(tx, lambda _: "of a parameter", state))
+    of_parameters = {path for path, x in marked.items() if isinstance(x, str)}
+    leaves = ("embedding", "layers/kernel", "matrix", "vector")
+    named = {path for path in marked if any(f"/{x}" in path for x in leaves)}
+    assert of_parameters == named
+    assert {x for x in leaves if any(f"/{x}" in path for path in named)} == {*leaves}
+
+
+def check_no_array_is_there_twice(state: Any) -> None:
+    """So that it can be donated."""
+    arrays = [id(x) for x in jax.tree.leaves(state)]
+    assert len(set(arrays)) == len(arrays)
+
+
+def check_steps_keep_the_state_and_compile_once(
+    tx: Any, params: Any, state: Any
+) -> None:
+    traces = []
 
     @jax.jit
     def update(grad: Any, state: Any) -> tuple[Any, Any]:
         traces.append(1)
         return tx.update(grad, state, params)
 
-    state = tx.init(params)
     before = types(state)
     for grad in gradients(2 * EVERY + 1, full_tree):  # refreshes at 0, 3 and 6
         updates, state = update(grad, state)
@@ -76,42 +107,34 @@ def test_steps_keep_the_state_as_it_was_and_compile_once(name: str) -> None:
     assert int(optax.tree.get(state, "skipped")) == 0
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_init_and_update_work_on_shapes_alone(name: str) -> None:
-    tx, params = build(name), full_tree()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = jax.eval_shape(tx.init, abstract)
-    assert types(tx.init(params)) == types(state)
-    updates, after = jax.eval_shape(tx.update, abstract, state, abstract)
-    assert (types(updates), types(after)) == (types(params), types(state))
-
-
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    ("weights", "grads"),
-    [
+def check_shapes_and_dtypes(name: str, concrete: Any) -> None:
+    """Updates have the gradients' dtype, state is wide, and shapes suffice for both."""
+    for weights, grads in (
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("float32", "bfloat16"),
         ("float32", "float32"),
         ("float64", "float64"),
-    ],
-)
-def test_updates_have_the_gradients_dtype_and_state_is_wide(
-    name: str, weights: str, grads: str
-) -> None:
+    ):
+        with jax.enable_x64(weights == "float64"):
+            state = check_dtypes(name, weights, grads)
+        if (weights, grads) == ("float32", "float32"):
+            assert types(state) == concrete
+    check_dtypes(name, "float32", "bfloat16", weight_decay=0.1)
+
+
+def check_dtypes(name: str, weights: str, grads: str, **options: Any) -> Any:
     def abstract(dtype: str) -> Any:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), full_tree()
         )
 
-    with jax.enable_x64(weights == "float64"):
-        tx = build(name)
-        state = jax.eval_shape(tx.init, abstract(weights))
-        updates, after = jax.eval_shape(
-            tx.update, abstract(grads), state, abstract(weights)
-        )
-    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(grads)}
+    tx = build(name, **options)
+    state = jax.eval_shape(tx.init, abstract(weights))
+    updates, after = jax.eval_shape(
+        tx.update, abstract(grads), state, abstract(weights)
+    )
+    assert types(updates) == types(abstract(grads))
     assert types(after) == types(state)
     floats = {
         path: x.dtype.name
@@ -121,21 +144,59 @@ def test_updates_have_the_gradients_dtype_and_state_is_wide(
     lazy = {path: floats.pop(path) for path in [*floats] if "/similarities/" in path}
     assert {*lazy.values()} <= {"float32"}  # a statistic, whatever the weights are
     assert {*floats.values()} == {"float64" if weights == "float64" else "float32"}
+    return state
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_optax_finds_the_parameters_in_the_state(name: str) -> None:
-    tx = build(name)
-    state = tx.init(full_tree())
-    same = optax.tree.map_params(tx, lambda x: x, state)
-    assert jax.tree.structure(same) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, *map(raw_keys, (same, state)))
-    marked = paths(optax.tree.map_params(tx, lambda _: "of a parameter", state))
-    of_parameters = {path for path, x in marked.items() if isinstance(x, str)}
-    leaves = ("embedding", "layers/kernel", "matrix", "vector")
-    named = {path for path in marked if any(f"/{x}" in path for x in leaves)}
-    assert of_parameters == named
-    assert {x for x in leaves if any(f"/{x}" in path for path in named)} == {*leaves}
+def test_leaves_without_numbers_and_of_two_widths(name: str) -> None:
+    """Each leaf's dtype is its own."""
+    with jax.enable_x64(True):
+        tx = build(name, dimension_numbers=None)
+        params = {
+            "a": normal(4, 6),
+            "b": jnp.asarray(normal(4, 6), jnp.float64),
+            "c": normal(3),
+            "d": jnp.asarray(normal(3), jnp.float64),
+            "empty": jnp.zeros((3, 0), jnp.float32),
+            "none": jnp.zeros((0, 4), jnp.float64),
+        }
+        state = jax.eval_shape(lambda tree: tx.init(tree), params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+    dtypes = [u.dtype.name for u in updates.values()]
+    assert dtypes == ["float32", "float64"] * 3
+    assert updates["none"].shape == (0, 4)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, after)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_huge_gradient_does_not_end_the_run(name: str) -> None:
+    """Finite, but V is not: weights were NaN then, or at the next refresh."""
+    tx, update = compiled(name)
+    params = {"matrix": normal(4, 6), "vector": normal(3), "frozen": None}
+    start = tx.init(params)
+    for size in (1e17, 1e19, 1e20, 1e30, 3e38):
+        survives(update, params, start, size)
+
+
+def survives(update: Any, params: Any, state: Any, size: float) -> None:
+    updates = params
+    for t in range(8):
+        matrix, vector = normal(4, 6, seed=t), normal(3, seed=t)
+        if t == 3:
+            matrix = matrix.at[1, 2].set(size)
+        if t == 5:
+            vector = vector.at[1].set(-size)
+        grads = {"matrix": matrix, "vector": vector, "frozen": None}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert np.isfinite(params["matrix"]).all()
+        assert np.isfinite(params["vector"]).all()
+    assert np.any(updates["matrix"])
+    floats = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert all(np.isfinite(x).all() for x in floats)
 
 
 def full_rank(name: str) -> optax.GradientTransformation:
@@ -259,6 +320,7 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
         assert int(optax.tree.get(state, "skipped")) == 3
 
 
+@pytest.mark.slow  # each operation is compiled by itself
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_depends_on_jit(name: str) -> None:
     grads = gradients(EVERY + 1)
@@ -428,14 +490,6 @@ def test_clipping_before_it_and_unknown_extra_arguments(name: str) -> None:
         jax.tree.map(lambda x, g=g: x * 0.5 / optax.tree.norm(g), g) for g in grads
     ]
     close(out, plain(name, clipped))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_state_can_be_donated(name: str) -> None:
-    """No array stands in two places, and none is the caller's own."""
-    state = build(name).init(full_tree())
-    arrays = [id(x) for x in jax.tree.leaves(state)]
-    assert len(set(arrays)) == len(arrays)
 
 
 def test_a_callers_key_is_not_the_states() -> None:
