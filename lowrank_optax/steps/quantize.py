@@ -103,7 +103,7 @@ def blocks_of(n: int, size: int) -> int:
     divides n, the fewest blocks possible. The mesh plays no part: a state has the same
     bits on every mesh.
     """
-    lengths = range(math.ceil(size / 2), size + 1)
+    lengths = range(math.ceil(size / 2), min(size, n) + 1)
     counts = [n // length for length in lengths if n % length == 0]
     powers_of_two = {count: count & -count for count in counts}
     fewest = math.ceil(n / size)
