@@ -35,8 +35,8 @@ def state_shardings(
 
     Spec weights along the larger side then, and square ones along the side that is not
     projected (`square_sides`). Where m is cut, S^T G is summed over devices: r rows in
-    place of m. Leaves of full rank have moments like themselves. Shards
-    on 2, 4, 8 ... devices split no block of 8-bit moments (`quantize_moments`).
+    place of m. Leaves of full rank have moments like themselves. On
+    2, 4, 8 ... devices 8-bit moments keep their blocks whole (`quantize_moments`).
 
     Nothing is guessed from shapes: `tx.init` is traced on parameters whose types say
     how they are cut (JAX's Explicit axes), and the types of what it returns are read.
