@@ -18,9 +18,12 @@ os.environ["XLA_FLAGS"] = (
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+
+pytest.register_assert_rewrite("tests.helpers")
 
 # Traced programs are many objects that live on: to look through them for cycles as
 # often as Python does by itself takes a twentieth of the time.
@@ -46,12 +49,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_programs() -> Iterator[None]:
-    """Programs of a module's tests are let go with it.
+    """Let compiled programs go before they fill the process's memory maps.
 
-    Each maps memory several times over, of which Linux allows a process 65,530 maps: a
-    worker that has compiled for half an hour would crash.
+    Each maps memory several times, and Linux allows a process 65,530 maps: a worker
+    that has compiled for half an hour would crash.
     """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()

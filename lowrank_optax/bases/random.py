@@ -109,7 +109,7 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
     Example:
       >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_gradient())
     """
 
     def draw(frame: Frame, keys: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Step: transformations of the low-rank gradient, and how their moments are kept."""
+"""Step: transformations of the low-rank gradient, and how their moments are stored."""
 
 from lowrank_optax.core.moments import register_moments
 from lowrank_optax.steps.adafactor import scale_by_adafactor

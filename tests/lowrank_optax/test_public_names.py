@@ -9,274 +9,248 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
-
-import pytest
 
 import lowrank_optax as lro
 
 ROOT = pathlib.Path(lro.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
-NAMES = [
-    "ADAM_MINI_RULES",
-    "AdamMiniState",
-    "BasisRule",
-    "BasisState",
-    "Clock",
-    "CompensationState",
-    "ErrorFeedbackState",
-    "Frame",
-    "LAYERS",
-    "LayerSums",
-    "Layers",
-    "LazyRefreshState",
-    "LimiterState",
-    "LowRankState",
-    "MeasureState",
-    "Measurement",
-    "MemoryReport",
-    "MemoryRow",
-    "MomentumState",
-    "OnlinePCAState",
-    "Projected",
-    "QuantizedArray",
-    "QuantizedBasis",
-    "QuantizedState",
-    "QuantizedWeights",
-    "RestState",
-    "RowColumnState",
-    "STACKED",
-    "TRANSFORMER_MATRICES",
-    "TrackingState",
-    "adam_mini_blocks",
-    "add_stage",
-    "alice",
-    "apollo",
-    "apollo_mini",
-    "apply_updates",
-    "average_gradients",
-    "basis_rule",
-    "cast_basis",
-    "check_heads",
-    "close_layers",
-    "close_sums",
-    "coap",
-    "compensate_columns",
-    "coordinates",
-    "correlation_aware",
-    "dct_adamw",
-    "dct_columns",
-    "dense",
-    "dominant_svd",
-    "error_feedback",
-    "fira",
-    "flora",
-    "frozen",
-    "frugal",
-    "galore",
-    "galore_adafactor",
-    "galore_adam8bit",
-    "galore_adam_mini",
-    "gaussian",
-    "golore",
-    "grass_jump",
-    "grass_sparse",
-    "grass_walk",
-    "grassmann_jump",
-    "grassmann_track",
-    "grassmann_walk",
-    "in_full_space",
-    "in_subspace",
-    "lazy_refresh",
-    "ldadam",
-    "left_singular",
-    "limit_step",
-    "linalg",
-    "low_rank",
-    "low_rank_optimizer",
-    "map_frames",
-    "measure_subspace",
-    "measurements",
-    "memory_report",
-    "momentum_of",
-    "msgd",
-    "normalize_outputs",
-    "online_pca",
-    "online_subspace_descent",
-    "open_layers",
-    "open_sums",
-    "orthogonalize",
-    "per_layer",
-    "per_matrix",
-    "power_iterate",
-    "project",
-    "project_back",
-    "project_gradient",
-    "q_galore",
-    "quantize_basis",
-    "quantize_moments",
-    "quantize_weights",
-    "racs",
-    "random_after",
-    "recover_residual",
-    "register_moments",
-    "replay",
-    "reset_moments",
-    "rotate_moments",
-    "round_stochastically",
-    "sample_indices",
-    "sample_rows",
-    "sara_sample",
-    "scale_by_adafactor",
-    "scale_by_adam_mini",
-    "scale_by_shape",
-    "scale_channels",
-    "scale_rows_and_columns",
-    "scale_sgd",
-    "scale_tensor",
-    "sign_residual",
-    "spectral_adam",
-    "spectral_residual",
-    "square_sides",
-    "state_shardings",
-    "static_args",
-    "store_weights",
-    "subtrack",
-    "sum_in_backward",
-    "sumo",
-    "switch_basis",
-    "track_gram",
-    "update_frames",
-    "update_in_backward",
-    "update_layers",
-    "whole_matrices",
-    "with_rest",
-]
-FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(lro, name))]
-CLASSES = [name for name in NAMES if inspect.isclass(getattr(lro, name))]
-# These, tree helpers above all, raise nothing of their own.
-TREE_HELPERS = {"map_frames", "update_frames"}
-SILENT = TREE_HELPERS | {
-    "close_layers",
-    "close_sums",
-    "dense",
-    "memory_report",
-    "normalize_outputs",
-    "scale_by_adafactor",
-    "static_args",
+# The names of the top level (""), and of each namespace.
+NAMES = {
+    "": """
+        LAYERS STACKED TRANSFORMER_MATRICES add_stage apollo apollo_mini bases
+        basis_rule compensate_columns dominant_svd error_feedback fira frugal
+        full_rank galore grass_jump grass_walk grassmann_jump grassmann_walk
+        in_subspace ldadam low_rank low_rank_optimizer measure_subspace measurements
+        measuring memory_report project project_back quantize_moments recipes
+        recover_residual recovery reset_moments rotate_moments sara_sample
+        scale_gradient sign_residual spectral_adam spectral_residual stages
+        state_shardings static_args steps training weights
+    """,
+    "bases": """
+        BasisRule BasisState LazyRefreshState OnlinePCAState QuantizedBasis
+        TrackingState basis_rule cast_basis coordinates correlation_aware
+        dct_columns dominant_svd frozen gaussian grassmann_jump grassmann_track
+        grassmann_walk lazy_refresh online_pca power_iterate quantize_basis
+        random_after replay sample_rows sara_sample switch_basis track_gram
+    """,
+    "steps": """
+        ADAM_MINI_RULES AdamMiniState QuantizedArray QuantizedState RestState
+        adam_mini_blocks check_heads in_full_space in_subspace per_matrix
+        quantize_moments register_moments reset_moments rotate_moments
+        scale_by_adafactor scale_by_adam_mini scale_by_polar_factor with_rest
+    """,
+    "recovery": """
+        CompensationState ErrorFeedbackState LimiterState clip_step_growth
+        compensate_columns error_feedback project project_back recover_residual
+        scale_by_shape scale_gradient sign_residual spectral_residual
+    """,
+    "full_rank": """
+        MomentumState RowColumnState full_matrices normalize_by_output_rms
+        scale_by_racs trace_matching
+    """,
+    "measuring": """
+        MeasureState Measurement MemoryReport MemoryRow measure_subspace
+        measurements memory_report
+    """,
+    "training": """
+        LayerSums Layers Projected average_gradients close_layers close_sums
+        open_layers open_sums per_layer project_gradient square_sides
+        state_shardings sum_in_backward update_in_backward update_layers
+    """,
+    "weights": """
+        QuantizedWeights add_updates dense quantize round_stochastically store
+    """,
+    "recipes": """
+        alice coap dct_adamw flora galore_adafactor galore_adam8bit galore_adam_mini
+        golore grass_sparse msgd online_subspace_descent q_galore racs scale_sgd
+        subtrack sumo
+    """,
+    "stages": """
+        Clock Frame LowRankState left_singular linalg map_frames sample_indices
+        update_frames
+    """,
 }
-RAISING = sorted({*FUNCTIONS} - SILENT)
-WITH_ARGUMENTS = sorted(
-    name
-    for name in {*FUNCTIONS} - TREE_HELPERS
-    if inspect.signature(getattr(lro, name)).parameters
-)
-ASSEMBLED = [
-    name
-    for name in FUNCTIONS
-    if "learning_rate" in inspect.signature(getattr(lro, name)).parameters
-]
+# These raise nothing of their own.
+SILENT = {
+    "close_layers",
+    "close_sums",
+    "dense",
+    "map_frames",
+    "memory_report",
+    "normalize_by_output_rms",
+    "scale_by_adafactor",
+    "static_args",
+    "update_frames",
+}
+# Tree helpers like `jax.tree.map`, explained in a sentence.
+TREE_HELPERS = {"map_frames", "update_frames"}
 # These have no subspace, and so no rank, and no products with one.
-WHOLE = {"racs", "scale_sgd"}
-# The assembly of them takes stages, and is no method to choose.
-OPTIMIZERS = [name for name in ASSEMBLED if name != "low_rank_optimizer"]
-SUBMODULES = sorted(
-    module.name for module in pkgutil.walk_packages(lro.__path__, f"{lro.__name__}.")
-)
+WITHOUT_RANK = {"racs", "scale_sgd"}
+
+
+def members(space: str) -> dict[str, Any]:
+    """The public names of a namespace; of the top level for ""."""
+    module = getattr(lro, space) if space else lro
+    defined = [
+        name
+        for name, x in vars(module).items()
+        if getattr(x, "__module__", "") == module.__name__ and name[0] != "_"
+    ]
+    names = getattr(module, "__all__", defined)
+    assert len({*names}) == len(names)
+    return {name: getattr(module, name) for name in names}
+
+
+def functions() -> dict[str, Any]:
+    """Every public function by its dotted name; one of two namespaces once."""
+    found: dict[int, tuple[str, Any]] = {}
+    for space in NAMES:
+        for name, x in members(space).items():
+            if inspect.isfunction(x):
+                found.setdefault(id(x), (f"{space}.{name}".lstrip("."), x))
+    return dict(found.values())
+
+
+def optimizers() -> dict[str, Any]:
+    """The named ones, and `low_rank_optimizer`, which assembles them."""
+    return {
+        name: f
+        for name, f in functions().items()
+        if "learning_rate" in inspect.signature(f).parameters
+    }
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def submodules() -> list[str]:
+    walk = pkgutil.walk_packages(lro.__path__, f"{lro.__name__}.")
+    return sorted(module.name for module in walk)
+
+
+def documented(f: Any) -> set[str]:
+    """The arguments that the docstring explains.
+
+    "key: a seed", or "rank, b1, mask: as in `galore`" over one line or more.
+    """
+    doc = inspect.getdoc(f) or ""
+    listed = re.split("Returns:|Raises:|Example:", doc.partition("Args:")[2])[0]
+    found: set[str] = set()
+    for names in re.findall(r"^  ([*\w][\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
+        found |= {*re.split(r",\s*", names.lstrip("*"))}
+    return found
 
 
 def test_the_public_names_are_these() -> None:
-    assert sorted(lro.__all__) == NAMES
-    assert len(set(lro.__all__)) == len(lro.__all__)
-    for name in NAMES:
-        getattr(lro, name)
+    for space, names in NAMES.items():
+        assert sorted(members(space)) == names.split(), space
+
+
+def test_a_name_of_two_namespaces_is_one_thing() -> None:
+    top = members("")
+    for space in NAMES:
+        for name, x in members(space).items():
+            assert top.get(name, x) is x, (space, name)
 
 
 def test_the_version_is_the_installed_packages() -> None:
     assert lro.__version__ == importlib.metadata.version("lowrank-optax")
 
 
-def test_every_file_is_a_submodule() -> None:
+def test_every_file_is_a_submodule_that_no_public_name_shadows() -> None:
+    """`import a.b as m` takes the attribute b of a, whatever that is."""
     files = {path.relative_to(ROOT).with_suffix("").parts for path in SOURCES}
     dotted_names = {".".join((lro.__name__, *parts)) for parts in files}
     found = {name.removesuffix(".__init__") for name in dotted_names}
-    assert found == {lro.__name__, *SUBMODULES}
+    assert found == {lro.__name__, *submodules()}
+    for name in submodules():
+        module = importlib.import_module(name)
+        parent, _, attribute = name.rpartition(".")
+        scope: dict[str, Any] = {}
+        exec(f"import {name} as m", scope)
+        assert isinstance(scope["m"], ModuleType), name
+        assert scope["m"] is module is sys.modules[name], name
+        assert getattr(sys.modules[parent], attribute) is module, name
 
 
-@pytest.mark.parametrize("name", SUBMODULES)
-def test_no_public_name_shadows_a_module(name: str) -> None:
-    """`import a.b as m` takes the attribute b of a, whatever that is."""
-    module = importlib.import_module(name)
-    parent, _, last = name.rpartition(".")
-    scope: dict[str, Any] = {}
-    exec(f"import {name} as m", scope)
-    assert isinstance(scope["m"], ModuleType)
-    assert scope["m"] is module is sys.modules[name]
-    assert getattr(sys.modules[parent], last) is module
+def test_functions_have_an_example_and_say_what_they_raise() -> None:
+    def faults(name: str, f: Any) -> Iterable[str]:
+        doc = inspect.getdoc(f) or ""
+        if not doc or "." not in doc.splitlines()[0]:
+            yield "no first sentence"
+        if "Example:\n  >>> " not in doc:  # run by pytest's --doctest-modules
+            yield "no example"
+        if "Raises:\n  ValueError: " not in doc and last(name) not in SILENT:
+            yield "no errors"
+
+    offenders = {name: [*faults(name, f)] for name, f in functions().items()}
+    assert not {name: what for name, what in offenders.items() if what}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_have_an_example(name: str) -> None:
-    doc = inspect.getdoc(getattr(lro, name)) or ""
-    assert doc
-    assert "." in doc.splitlines()[0]
-    assert "Example:\n  >>> " in doc  # run by pytest's --doctest-modules
+def test_every_argument_is_in_the_docstring() -> None:
+    """Of its own, or of `low_rank_optimizer` where it refers there for the others."""
+    offenders = {}
+    for name, f in functions().items():
+        arguments = {*inspect.signature(f).parameters}
+        if not arguments or last(name) in TREE_HELPERS:
+            continue
+        named = documented(f)
+        if "options" in named - arguments:
+            doc = " ".join((inspect.getdoc(f) or "").split())
+            assert "options: as in `low_rank_optimizer`" in doc, name
+            named = named - {"options"} | arguments & documented(lro.low_rank_optimizer)
+        if named != arguments:
+            offenders[name] = named ^ arguments
+    assert not offenders
 
 
-@pytest.mark.parametrize("name", RAISING)
-def test_functions_that_raise_say_so(name: str) -> None:
-    doc = inspect.getdoc(getattr(lro, name)) or ""
-    assert "Raises:\n  ValueError: " in doc
+def test_optimizers_say_when_to_choose_them_and_what_they_store() -> None:
+    parts = ("When to choose it: ", "When not: ", "State")
+    missing = [
+        (name, part)
+        for name, f in optimizers().items()
+        if f is not lro.low_rank_optimizer
+        for part in parts
+        if part not in " ".join((inspect.getdoc(f) or "").split())
+    ]
+    assert not missing
 
 
-@pytest.mark.parametrize("name", WITH_ARGUMENTS)
-def test_every_argument_is_in_the_docstring(name: str) -> None:
-    doc = inspect.getdoc(getattr(lro, name)) or ""
-    listed = re.split("Returns:|Raises:|Example:", doc.split("Args:")[1])[0]
-    # "key: a seed", or "rank, b1, mask: as in `galore`" over one line or more.
-    named = set()
-    for names in re.findall(r"^  (\w[\w, ]*(?:\n    [\w, ]+)*):", listed, re.M):
-        named |= {*re.split(r",\s*", names)}
-    assert named == {*inspect.signature(getattr(lro, name)).parameters}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_say_when_to_choose_them_and_what_they_keep(name: str) -> None:
-    doc = " ".join((inspect.getdoc(getattr(lro, name)) or "").split())
-    for part in ("When to choose it: ", "When not: ", "State"):
-        assert part in doc
-
-
-@pytest.mark.parametrize("name", ASSEMBLED)
-def test_optimizers_share_their_signature(name: str) -> None:
+def test_optimizers_share_their_signature() -> None:
     def kind(parameter: inspect.Parameter) -> tuple[Any, Any]:
         return parameter.kind, parameter.annotation
 
-    ours = inspect.signature(getattr(lro, name)).parameters
     galore = inspect.signature(lro.galore).parameters
-    shared = {"learning_rate", "rank", "weight_decay", "mask", "dimension_numbers"}
-    shared |= {"precision"}
-    if name in WHOLE:
-        assert not {*ours} & {"rank", "refresh_every", "precision"}
-        shared -= {"rank", "precision"}
-    assert shared <= {*ours}
-    for key in shared:
-        assert kind(ours[key]) == kind(galore[key])
-    first = ["stages"] if name not in OPTIMIZERS else []
-    subspace = [] if name in WHOLE else ["rank"]
-    start = [*first, "learning_rate", *subspace]
-    assert [*ours][: len(start)] == start
-    keywords = [*ours.values()][len(first) + 1 :]
-    assert all(p.kind is p.KEYWORD_ONLY for p in keywords)
+    for name, f in optimizers().items():
+        ours = inspect.signature(f).parameters
+        shared = {"learning_rate", "rank", "weight_decay", "mask", "dimension_numbers"}
+        shared |= {"precision"}
+        if last(name) in WITHOUT_RANK:
+            assert not {*ours} & {"rank", "refresh_every", "precision"}, name
+            shared -= {"rank", "precision"}
+        assert shared <= {*ours}, name
+        for key in shared:
+            assert kind(ours[key]) == kind(galore[key]), (name, key)
+        first = ["stages"] if f is lro.low_rank_optimizer else []
+        subspace = [] if last(name) in WITHOUT_RANK else ["rank"]
+        start = [*first, "learning_rate", *subspace]
+        assert [*ours][: len(start)] == start, name
+        keywords = [*ours.values()][len(first) + 1 :]
+        assert all(p.kind is p.KEYWORD_ONLY for p in keywords), name
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_classes_have_a_docstring_of_their_own(name: str) -> None:
-    doc = getattr(lro, name).__doc__ or ""
-    # Neither NamedTuple's nor dataclass's, which repeat the signature.
-    assert doc
-    assert not doc.startswith(f"{name}(")
+def test_classes_have_a_docstring_of_their_own() -> None:
+    for space in NAMES:
+        for name, x in members(space).items():
+            if inspect.isclass(x):
+                # Neither NamedTuple's nor dataclass's, which repeat the signature.
+                doc = x.__doc__ or ""
+                assert doc, (space, name)
+                assert not doc.startswith(f"{name}("), (space, name)
 
 
 def test_importing_the_library_imports_no_training_package() -> None:
@@ -312,18 +286,22 @@ def dotted(node: Any) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_library_uses_public_modules_only(path: pathlib.Path) -> None:
-    tree = ast.parse(path.read_text())
-    used = imported(tree)
+def test_the_library_uses_public_modules_only() -> None:
     standard = sys.stdlib_module_names
-    roots = {name.split(".")[0] for name in used} - standard
-    assert roots <= {"jax", "numpy", "optax", "lowrank_optax"}
-    used += [dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     others = ("jax.", "jnp.", "optax.", "numpy.", "np.")
-    private = [
-        name
-        for name in used
-        if name.startswith(others) and any(p[0] == "_" for p in name.split(".")[1:])
-    ]
-    assert not private
+    offenders = {}
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        used = imported(tree)
+        roots = {name.split(".")[0] for name in used} - standard
+        unwanted = sorted(roots - {"jax", "numpy", "optax", "lowrank_optax"})
+        attributes = [x for x in ast.walk(tree) if isinstance(x, ast.Attribute)]
+        used += [dotted(node) for node in attributes]
+        unwanted += [
+            name
+            for name in used
+            if name.startswith(others) and any(p[0] == "_" for p in name.split(".")[1:])
+        ]
+        if unwanted:
+            offenders[str(path.relative_to(ROOT))] = unwanted
+    assert not offenders

@@ -54,6 +54,7 @@ def test_help_teaches(capsys):
         assert flag not in said
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_an_ordinary_step_and_a_refresh(monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "rows.jsonl"
@@ -93,6 +94,7 @@ def test_weights_and_state_are_a_chip_s_part():
     assert train.compile.shard_bytes(tree) == 3 * 2 * 4 + 5 * 2
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_does_not_fit_says_by_how_much(monkeypatch, capsys):
     chip = chips_of("v5e:2x2")[0]
@@ -112,6 +114,7 @@ def test_a_step_that_does_not_fit_says_by_how_much(monkeypatch, capsys):
     assert (row["fits"], row["peak"], row["room"]) == ("no", 23.19, -7.44)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_another_error_of_the_compiler_is_told_and_the_rest_goes_on(
     monkeypatch, capsys

@@ -171,6 +171,7 @@ def make_small() -> None:
     EXPERIMENTS[ABLATION] = dataclasses.replace(given, small=small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERIMENTS, ABLATION, EXPERIMENTS[ABLATION])  # put back
@@ -179,7 +180,9 @@ def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_text(tmp_path / "text.jsonl")
     text = ("--source", str(tmp_path / "text.jsonl"))
     argv = (ABLATION, *TINY, *text, "--out", str(out))
-    do = "from tests.test_experiment import main, make_small; make_small(); main()"
+    do = (
+        "from tests.train.test_experiment import main, make_small; make_small(); main()"
+    )
     process = subprocess.Popen([sys.executable, "-c", do, *argv])
     first = out / "walk,rotate=off,back=rescale-0"
     while not (first / "summary.json").exists():

@@ -11,61 +11,29 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import filelock
 import numpy as np
 import pytest
-import sentencepiece
-import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import train.data.tokenize_shards
 import train.prepare
-from tests.train.data.test_text_formats import TEXTS, lines_of, parquet_of, zstd
+from tests.helpers.text_files import (
+    TEXTS,
+    lines_of,
+    parquet_of,
+    prepared,
+    sources_of,
+    t5_like,
+    write_tfds,
+    zstd,
+)
 from train.data.documents import open_documents
 from train.data.text_formats import BadLines
 from train.data.tokenizer import open_tokenizer
-from train.prepare import PrepareConfig, main, prepare
-
-
-class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A tiny data set in the place and form of the real c4/en, with its features."""
-
-    __module__ = "c4"  # In a package, TFDS would look for the source by TensorFlow.
-    name = "c4"
-    VERSION = tfds.core.Version("3.1.0")
-    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="en", version="3.1.0")]
-    FIELDS = ("text", "url", "content-type", "content-length", "timestamp")
-
-    def _info(self):
-        features = {name: tfds.features.Text() for name in self.FIELDS}
-        features = tfds.features.FeaturesDict(features)
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i, text in enumerate(TEXTS):
-            yield i, dict.fromkeys(self.FIELDS, "-") | {"text": text}
-
-
-def t5_like(folder: Path) -> Path:
-    """SentencePiece with t5's special ids: pad 0, end 1, unknown 2, no begin."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        byte_fallback=False,
-        minloglevel=2,
-        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
-    )
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    return folder / "spiece.model"
+from train.prepare import PrepareConfig, main
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +51,6 @@ def texts(tmp_path_factory) -> Path:
     (folder / "train-00000-of-00001.parquet").write_bytes(parquet_of(TEXTS[20:33]))
     t5_like(folder)
     return folder
-
-
-def sources_of(folder: Path) -> list[str]:
-    names = ("c4-train.*.json.gz", "chunk*/*.zst", "*.txt", "*.parquet")
-    return [f"{folder}/{name}" for name in names]
-
-
-def prepared(folder: Path, out: Path, sources: Sequence[str] = (), **options) -> dict:
-    options = {"tokenizer": str(folder / "spiece.model"), "workers": 1} | options
-    sources = tuple(sources or sources_of(folder))
-    return prepare(PrepareConfig(sources, out=str(out), **options))
 
 
 def tokens_in(out: Path) -> np.ndarray:
@@ -171,7 +128,7 @@ def test_many_words_need_wider_numbers(texts, tmp_path):
 
 
 def test_records_of_tfds_are_shards_of_so_many(texts, tmp_path):
-    C4(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    write_tfds(tmp_path)
     options = {"data_dir": str(tmp_path), "records": 25}
     for workers in 1, 2:
         out = tmp_path / f"out{workers}"
@@ -416,7 +373,7 @@ def test_what_was_an_error_may_be_skipped_afterwards(texts, tmp_path):
 
 
 def test_a_record_of_tfds_that_cannot_be_read(texts, tmp_path, monkeypatch):
-    C4(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    write_tfds(tmp_path)
     options = {"data_dir": str(tmp_path)}
     whole = train.data.documents.TfdsDocuments.__getitem__
 

@@ -15,8 +15,9 @@ from lowrank_optax.core.layout import Square, layout_of, path_of, specs_of
 from lowrank_optax.core.trees import squared_norm
 from models import init_params
 from train.config.config import Config, OptimizerConfig, label, model_config, resolved
-from train.config.methods import BASES, METHODS, call
+from train.config.methods import METHODS, NUMBERS, OF_THE_BASIS, basis_of
 from train.config.ranks import check_ranks, parse_rank
+from train.config.unread import unread
 from train.engine.layer_metrics import check_measured, measured
 
 Tree = Any
@@ -32,10 +33,6 @@ MATRICES = (
 # With square=megatron, the side of square matrices that is projected: the one that
 # tensor parallelism does not shard (`lowrank_optax.training.square_sides`).
 MEGATRON_SQUARES: Square = ((r"attention/o/", "output"), ("", "input"))
-
-# Options of a run that mean nothing to some methods.
-NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-NOT_ALL_HAVE += ("rotate", "back", "residual_scale", "precision", "switch", "square")
 
 
 class Parts(NamedTuple):
@@ -236,7 +233,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def why_steps_matter(config: Mapping[str, Any]) -> str | None:
     """Why a run, by its config as JSON, cannot be given more steps; None if it can."""
     name = config["name"]
-    if name in METHODS and METHODS[name].uses("switch"):
+    if name in METHODS and "switch" in METHODS[name].reads():
         return f"{name} changes its subspace after a part of the steps"
     if config["warmup"] == 0 and config["final"] == 1:
         return None
@@ -256,27 +253,18 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         else optax.clip_by_global_norm(config.clip_norm)
     )
     tx = make_method(
-        config.name,
-        schedule,
-        basis=config.basis,
-        basis_dtype=config.basis_dtype,
-        key=key,
-        angle=config.angle,
-        walk_rank=config.walk_rank,
-        rank=parse_rank(resolved(config, "rank")),
-        refresh_every=config.refresh_every,
-        # Like the rank, it means nothing to AdamW in a comparison.
-        rotate=config.rotate,
-        back=config.back,
-        residual_scale=config.residual_scale,
-        scale=config.scale if method.low_rank or method.uses("scale") else None,
-        switch_step=round(config.switch * steps),
-        precision=None if config.precision == "default" else config.precision,
-        square=MEGATRON_SQUARES if config.square == "megatron" else None,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=decayed,
+        config,
+        {
+            **vars(config),
+            "learning_rate": schedule,
+            "dimension_numbers": MATRICES,
+            "rank": parse_rank(resolved(config, "rank")),
+            "switch": round(config.switch * steps),
+            "precision": None if config.precision == "default" else config.precision,
+            "square": MEGATRON_SQUARES if config.square == "megatron" else None,
+            "key": key,
+            "mask": decayed,
+        },
     )
     if not method.low_rank:
         return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON_SQUARES)
@@ -289,12 +277,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 
 
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
-    """ValueError for an option that was given, and that no chosen optimizer has."""
-    for option in NOT_ALL_HAVE:
-        untouched = getattr(OptimizerConfig, option)
-        if getattr(given, option) == untouched or any(
-            METHODS[c.name].uses(option, c.basis) for c in chosen
-        ):
+    """ValueError for an option that was given, and that no chosen optimizer reads."""
+    read_by_none = set.intersection(*(set(unread(config)) for config in chosen))
+    for option in (name for name in unread(chosen[0]) if name in read_by_none):
+        if getattr(given, option) == getattr(OptimizerConfig, option):
             continue
         flag = "--" + option.replace("_", "-")
         who = ", ".join(map(label, chosen))
@@ -315,9 +301,9 @@ def check_optimizer(config: Config) -> None:
     tx = make_optimizer(config.optimizer, config.steps, key).method
     model, name = model_config(config.model), config.optimizer.name
     params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
-    if METHODS[name].uses("rank"):
+    if "rank" in METHODS[name].reads():
         check_ranks(resolved(config.optimizer, "rank"), smaller_sides(params))
-    if METHODS[name].uses("precision"):
+    if "precision" in METHODS[name].reads():
         check_precision(config.optimizer.precision)
     layer = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p), params)
     state = jax.eval_shape(tx.init, layer)
@@ -371,40 +357,34 @@ def check_precision(precision: str) -> None:
 
 
 def make_method(
-    name: str,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    basis: str = "default",
-    basis_dtype: str = "float32",
-    key: jax.Array | int | None = None,
-    angle: float | None = None,
-    walk_rank: int | None = None,
-    **options: Any,
+    config: OptimizerConfig, values: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """A method by its name, with those of the options that it takes and are not None.
-
-    `key`, `angle` and `walk_rank` are for the basis, the method's own or another.
+    """The method of a config, with those of the values that it reads.
 
     Raises:
       ValueError: a basis for a method whose basis is its own, or a scale, b1 or b2 for
         one that has none.
     """
-    method = METHODS[name]
-    for option in ("scale", "b1", "b2"):
-        if options.get(option) is not None and option not in method.options:
+    name, basis, method = config.name, config.basis, METHODS[config.name]
+    for option in NUMBERS:
+        # In a comparison AdamW ignores a scale, like all that is said of the subspace.
+        ignored = option == "scale" and not method.low_rank
+        given = getattr(config, option) is not None and not ignored
+        if given and option not in method.options:
             raise ValueError(f"{name} has no {option}: leave it out")
-    rule = {"key": key, "angle": angle, "walk_rank": walk_rank}
-    own = {**rule, "b1": options.get("b1")}
+    rule = None
     if basis != "default":
         if "basis" not in method.options:
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
-        rule = {"basis": call(BASES[basis], **own)}
-        if basis_dtype != "float32":
-            rule["basis"] = lro.bases.cast_basis(rule["basis"], basis_dtype)
-    elif basis_dtype != "float32":
-        raise ValueError(f"basis_dtype={basis_dtype!r} needs a basis by name: give one")
-    options = {"dimension_numbers": MATRICES, **options, **rule, **method.own}
-    return call(method.make, learning_rate, **options)
+        rule = basis_of(basis, values)
+        if config.basis_dtype != "float32":
+            rule = lro.bases.cast_basis(rule, config.basis_dtype)
+        values = {**values, **dict.fromkeys(OF_THE_BASIS)}
+    elif config.basis_dtype != "float32":
+        raise ValueError(
+            f"basis_dtype={config.basis_dtype!r} needs a basis by name: give one"
+        )
+    return method.build({**values, "basis": rule})
 
 
 def decayed(params: optax.Params) -> Tree:

@@ -13,10 +13,9 @@ import tyro
 
 from train.config.command_line import check_numbers
 from train.config.config import Config, OptimizerConfig
-from train.config.methods import METHODS
 from train.config.presets import PRESETS, with_flags
+from train.config.unread import unread
 from train.data.dataset import DataConfig
-from train.engine.optimizer import NOT_ALL_HAVE
 from train.experiments.papers import EXPERIMENTS
 from train.experiments.runs import SHARED, Experiment, Flags, Scale
 
@@ -156,18 +155,14 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def meant(flags: Flags) -> Flags:
-    """Without what its method has no use for, which others of the experiment have.
+    """Removes the options that its method does not read, but others' do.
 
     Raises:
       ValueError: a flag that no run has.
     """
     preset = PRESETS.get(flags.get("preset", ""), {})
     optimizer = with_flags(Config(), {**preset, **flags}).optimizer
-    unused = [
-        option
-        for option in NOT_ALL_HAVE
-        if not METHODS[optimizer.name].uses(option, optimizer.basis)
-    ]
+    unused = unread(optimizer)
     # What a preset says is taken back by the default.
     return {k: v for k, v in flags.items() if k not in unused} | {
         k: getattr(OptimizerConfig, k) for k in unused if k in preset

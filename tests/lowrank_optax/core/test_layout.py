@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import check_rank, layout_of, rank_of, specs_of
+from tests.helpers.stages import M, N, chain_of, normal
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -377,3 +378,39 @@ def test_rules_see_the_index_of_a_list():
     tree = {"layers": [struct(4, 6), struct(4, 6)]}
     specs = specs_of([("layers/1$", None), ("layers/", "matrix")], tree)
     assert specs == {"layers/0": MuonDimensionNumbers(), "layers/1": None}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "PreNorm_0/Attention_0/to_qkv/kernel",
+        "ScaledDotProductAttention/kernel",
+        "embedded_attention/q/kernel",
+        "rescaled/mlp/up/kernel",
+        "normal_ffn/w",
+        "attention/head_0/q/kernel",
+        "attention/heads/kernel",
+        "unbiased_attn/w",
+    ],
+)
+def test_names_match_by_whole_parts_of_a_path(path: str) -> None:
+    tree: Any = normal(16, 32)
+    for part in reversed(path.split("/")):
+        tree = {part: tree}
+    (row, _) = lro.memory_report(lro.galore(0.1, rank=4, refresh_every=9), tree).rows
+    assert row.rank == 4
+
+
+@pytest.mark.parametrize("every", [2**31, 2**40, 0, -1, True, 1.5])
+def test_intervals_out_of_range(every: Any) -> None:
+    with pytest.raises(ValueError, match="refresh_every must be an int from 1 to"):
+        lro.galore(0.1, rank=3, refresh_every=every)
+
+
+@pytest.mark.parametrize("option", ["rank", "dimension_numbers"])
+def test_a_rule_that_is_no_regular_expression(option: str) -> None:
+    rules: Any = {"rank": (("(", 3),), "dimension_numbers": (("(", None),)}
+    options: Any = {"rank": 3, "dimension_numbers": None, option: rules[option]}
+    tx = lro.low_rank(chain_of(), refresh_every=5, **options)
+    with pytest.raises(ValueError, match=r"w: the \w+ rule '\(' is no regular expr"):
+        tx.init({"w": normal(M, N)})

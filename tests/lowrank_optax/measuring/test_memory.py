@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.helpers.stages import M, N, normal
 
 OPTIMIZERS: dict[str, Any] = {
     "galore": lambda **kw: lro.galore(0.01, **kw),
@@ -313,3 +314,10 @@ def test_any_optax_transformation_can_be_counted(tx: Any) -> None:
     report = lro.memory_report(tx, params)
     assert report.state_bytes == nbytes(tx.init(params))
     assert {row.rank for row in report.rows} == {None}
+
+
+def test_the_report_does_not_guess_at_other_optimizers() -> None:
+    params = {"w": normal(M, N), "b": normal(3)}
+    report = lro.memory_report(optax.contrib.galore(0.1, rank=2), params)
+    assert [row.rank for row in report.rows] == [None] * 3
+    assert report.state_bytes > 0

@@ -17,13 +17,13 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.stage import Clock
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers import sharded
+from tests.helpers.battery import (
     build,
     full_tree,
     gradients,
     tree_of,
 )
-from tests.lowrank_optax.training import test_state_sharding as cuts
 
 L, M, N, R, T, K = 2, 5, 7, 2, 2, 4
 few = settings(derandomize=True, deadline=None, max_examples=20)
@@ -465,15 +465,15 @@ def test_on_a_mesh(kind: AxisType) -> None:
 @pytest.mark.parametrize("refresh", [False, True])
 def test_no_matrix_moves_to_be_measured(refresh: bool) -> None:
     """Between refreshes its sums go with those that are there; then bases do."""
-    plain, mesh = cuts.named("grass_jump"), cuts.mesh_of("both")
+    plain, mesh = sharded.named("grass_jump"), sharded.mesh_of("both")
     found = [
-        sorted(cuts.moved(cuts.compiled_step(tx, mesh, refresh=refresh)))
+        sorted(sharded.moved(sharded.compiled_step(tx, mesh, refresh=refresh)))
         for tx in (plain, lro.add_stage(plain, STAGE()))
     ]
     if not refresh:
         assert found[0] == found[1]
     for kind, size in found[1]:
-        assert size <= cuts.BASES or (kind, size) in found[0]
+        assert size <= sharded.BASES or (kind, size) in found[0]
 
 
 def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
@@ -494,7 +494,7 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
     plain = after_each_step(bracket(rule, lro.measure_subspace()), grads)[-1]["w"]
     found = steps(lro.measure_subspace(energy=False))
     np.testing.assert_allclose(found.overlap, plain.overlap, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* whole gradients"):
+    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* full gradients"):
         steps(lro.measure_subspace(overlap=False))
 
 

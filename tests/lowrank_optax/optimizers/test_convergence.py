@@ -10,6 +10,9 @@ import pytest
 
 import lowrank_optax as lro
 
+pytestmark = pytest.mark.slow
+
+
 STEPS = 400
 RATE = optax.linear_schedule(0.4, 0.0, STEPS)
 COMMON: dict[str, Any] = {"rank": 2, "dimension_numbers": None}

@@ -1,5 +1,5 @@
 """Every optimizer in other people's training code: loops in Flax NNX, Linen and
-Equinox, their serialisers, trees of any containers, and `optax.tree_map_params`."""
+Equinox, their serialisers, and trees of any containers."""
 
 import functools
 from pathlib import Path
@@ -15,16 +15,15 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers.battery import (
     ALL,
     build,
     close,
-    full_tree,
     paths,
     raw_keys,
+    slow_but,
 )
 
 WORDS, WIDTH, HIDDEN = 5, 4, 6
@@ -34,10 +33,10 @@ TOKENS = jax.random.randint(jax.random.key(0), (5, 8), 0, WORDS)
 # Every named optimizer. State is kept in the same way with another basis, and in the
 # published packages' arithmetic.
 NAMES = [name for name in ALL if not name.endswith(("_sara", "_published"))]
-each_optimizer = pytest.mark.parametrize("name", NAMES)
 # A state for each leaf, quantised state, an error fed back, keys from paths, a reset.
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
 each_kind = pytest.mark.parametrize("name", KINDS)
+each_optimizer = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:
@@ -337,34 +336,3 @@ def test_trees_of_any_containers(name: str) -> None:
     for grad in grads:
         params, state = step(params, state, grad)
     close(paths(params), expected)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_tree_map_params_takes_trees_like_the_parameters(name: str) -> None:
-    tx, params = build(name), full_tree()
-    state = tx.init(params)
-    shapes = {path: x.shape for path, x in paths(params).items()}
-    specs = jax.tree_util.tree_map_with_path(
-        lambda keys, _: PartitionSpec(jax.tree_util.keystr(keys)), params
-    )
-    calls = []
-
-    def spec_of(x: jax.Array, parameter: jax.Array, spec: PartitionSpec) -> Any:
-        calls.append((id(x), parameter.shape, spec))
-        return spec
-
-    def other(_: Any) -> PartitionSpec:
-        return PartitionSpec("not a parameter's")
-
-    out = optax.tree_map_params(
-        tx, spec_of, state, params, specs, transform_non_params=other
-    )
-    assert jax.tree.structure(out) == jax.tree.structure(state)
-    marked, expected = paths(out), []
-    for path, x in paths(state).items():
-        found = [p for p in shapes if f"/{p}" in path]
-        if found:
-            spec = paths(specs)[found[0]]
-            expected.append((id(x), shapes[found[0]], spec))
-        assert marked[path] == (spec if found else other(x)), path
-    assert sorted(calls, key=str) == sorted(expected, key=str)

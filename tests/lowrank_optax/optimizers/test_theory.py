@@ -17,6 +17,9 @@ import pytest
 
 import lowrank_optax as lro
 
+pytestmark = pytest.mark.slow
+
+
 RANK = 2
 STACKED = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import lowrank_optax as lro
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.moments import Moments
-from lowrank_optax.steps.rotation import Turn
+from lowrank_optax.steps.rotation import Rotation
 
 M, N, R = 8, 12, 3
 B1, B2 = 0.9, 0.99
@@ -268,11 +268,11 @@ def test_equation_8_is_never_negative(seed, t, scale, orthonormal):
 
 @jax.jit
 def _second(c, nu, mu, t):
-    frame = Frame(gradient=jnp.zeros((M, N)), rank=R, path="w", turn=c)
+    frame = Frame(gradient=jnp.zeros((M, N)), rank=R, path="w", rotation=c)
     state = optax.ScaleByAdamState(t, {"w": mu}, {"w": nu})
     gain = {"w": jnp.full((R, N), 0.001)}
     unit = optax.ScaleByAdamState(jnp.int32(1), gain, gain)
-    turned = Turn({"w": frame}).moments(Moments("mu", "nu", "count"), state, unit)
+    turned = Rotation({"w": frame}).moments(Moments("mu", "nu", "count"), state, unit)
     return turned.nu["w"]
 
 

@@ -1,5 +1,6 @@
 """Steps: one matrix at a time, started anew, in full space, and turned in part."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
+from tests.helpers import stages
 
 M, N, R, STEPS, EVERY = 6, 8, 2, 5, 2
 B1, B2 = 0.9, 0.99
@@ -430,8 +432,8 @@ ACCUMULATING = {
 REFUSING = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
-    "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.recovery.scale_tensor,
+    "scale_gradient": lro.scale_gradient,
+    "scale_gradient/matrix": functools.partial(lro.scale_gradient, per="matrix"),
 }
 
 
@@ -440,9 +442,10 @@ def test_an_accumulating_step_gives_no_residual_back(step: str) -> None:
     g = {"one": np.ones((M, N), np.float32)}
     sentence = "the step accumulates gradients, and is zero at most steps; accumulate "
     for name, back in REFUSING.items():
+        stage = name.split("/")[0]
         tx = bracket(ACCUMULATING[step](), back=back())
         with pytest.raises(
-            ValueError, match=rf"one: {name}\(\) does not work here: {sentence}"
+            ValueError, match=rf"one: {stage}\(\) does not work here: {sentence}"
         ):
             jax.eval_shape(tx.update, g, tx.init(g))
     fed_back = lro.error_feedback(optax.chain(lro.dominant_svd(), lro.project()))
@@ -473,3 +476,20 @@ def test_it_may_be_projected_back(step: str) -> None:
     # A first Adam step is a sign, up to eps: float32 rounding.
     expected = s @ (low / (np.abs(low) + 1e-8))
     np.testing.assert_allclose(found["w"][1], expected, atol=1e-5)
+
+
+def test_moments_are_reset_only_where_the_basis_moves() -> None:
+    grads = [{"w": stages.normal(stages.M, stages.N, seed=s)} for s in range(7)]
+
+    def counts(rule: Any) -> list[int]:
+        step = lro.reset_moments(optax.scale_by_adam())
+        tx = lro.low_rank(
+            stages.chain_of(basis=rule, step=step), rank=3, refresh_every=2
+        )
+        _, states = stages.run(tx, grads)
+        return [int(s.inner_state[2].count["w"]) for s in states]
+
+    assert counts(lro.dominant_svd()) == [1, 2, 1, 2, 1, 2, 1]
+    assert counts(lro.bases.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]
+    lazy = lro.bases.lazy_refresh(lro.dominant_svd(), threshold=0.0, window=1)
+    assert counts(lazy) == [1, 2, 1, 2, 3, 4, 1]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from tests.lowrank_optax.training.test_state_sharding import moved
+from tests.helpers.sharded import moved
 
 M, N, R, T, DEVICES = 24, 40, 4, 2, 4
 SHAPES = {"w": (M, N), "b": (N,)}

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.lowrank_optax.optimizers.test_optax_battery import (
+from tests.helpers.battery import (
     ALL,
     EVERY,
     RATE,
@@ -224,7 +224,7 @@ def test_a_matrix_that_begins_late(name: str) -> None:
     zero = jax.tree.map(jnp.zeros_like, tree_of())
     grads = [zero, *gradients(STEPS - 1)]
     out = walk(*program(name), grads, due)
-    begun = [bool(optax.tree.get(s, "begun")["matrix"]) for _, s in out]
+    begun = [bool(optax.tree.get(s, "started")["matrix"]) for _, s in out]
     assert begun == [t >= EVERY for t in range(STEPS)]
     # The first basis is that of the first gradient at which one was asked for.
     first = walk(*program(name), grads[EVERY : EVERY + 1], due)
@@ -232,7 +232,7 @@ def test_a_matrix_that_begins_late(name: str) -> None:
         close(basis_of(out[EVERY][1]), basis_of(first[0][1]), 0)
     # By itself the optimizer does not wait.
     alone = walk(*compiled(name), grads[:2])
-    assert optax.tree.get(alone[1][1], "begun")["matrix"]
+    assert optax.tree.get(alone[1][1], "started")["matrix"]
 
 
 # --- accept ---

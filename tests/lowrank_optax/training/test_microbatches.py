@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.lowrank_optax.optimizers.test_optax_battery import ALL, build
+from tests.helpers.battery import ALL, build
 
 COUNT, WIDTH, HIDDEN, ROWS, PARTS = 4, 16, 24, 8, 3
 RATE, EVERY = 0.01, 4

@@ -6,40 +6,20 @@ import lzma
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tensorflow_datasets as tfds
 
 import train.data.packed_windows
+from tests.helpers import text_files
 from train.data.batches import endless_batches
 from train.data.dataset import Data, DataConfig, open_data
 from train.data.packed_windows import Windows
 
 VOCAB = 300
 TEXTS = [f"document {i:02d} " + "says a word or two " * (i % 7 + 1) for i in range(60)]
-
-
-class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A tiny data set written in the place and form of the real c4/en."""
-
-    __module__ = "c4"  # In a package, TFDS would look for the source by TensorFlow.
-    name = "c4"
-    VERSION = tfds.core.Version("3.1.0")
-    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="en", version="3.1.0")]
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        yield from enumerate({"text": text} for text in TEXTS)
 
 
 def write_texts(folder: Path) -> str:
@@ -56,8 +36,7 @@ def write_jsonl(folder: Path) -> str:
 
 
 def write_tfds(folder: Path) -> str:
-    C4(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return "tfds:c4/en"
+    return text_files.write_tfds(folder, TEXTS, ["text"])
 
 
 def write_tokens(folder: Path) -> str:

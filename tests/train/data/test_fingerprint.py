@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from tests.train.data.test_dataset import write_tfds
+from tests.helpers.text_files import write_tfds
 from train.data.dataset import DataConfig, open_data
 from train.data.fingerprint import changed
 

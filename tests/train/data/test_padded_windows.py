@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import train.data.padded_windows
 import train.main
 from models import SIZES, LlamaConfig
-from tests.train.test_prepare import C4, TEXTS, lines_of, prepared, t5_like
+from tests.helpers.text_files import TEXTS, lines_of, prepared, t5_like, write_tfds
 from train.config.config import (
     Config,
     MeshConfig,
@@ -94,7 +94,7 @@ def folder(tmp_path_factory) -> Path:
         content = lines_of(TEXTS[i * 20 : (i + 1) * 20])
         (folder / f"{i}.jsonl").write_bytes(content)
     prepared(folder, folder / "tokens", [f"{folder}/*.jsonl"])
-    C4(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    write_tfds(folder)
     prepared(
         folder, folder / "of tfds", ["tfds:c4/en"], data_dir=str(folder), records=25
     )

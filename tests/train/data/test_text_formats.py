@@ -1,10 +1,7 @@
 """Files as data sets are published; what is wrong with one is an error, or counted."""
 
 import gzip
-import json
-import lzma
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,28 +24,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-TEXTS = [f"document {i}: über naïve words\nand lines " * (i % 5 + 1) for i in range(60)]
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".zst": zstd.compress,
-}
-
-
-def lines_of(texts: list[str], field: str = "text") -> bytes:
-    """As C4's: the text, and other fields."""
-    records = [
-        {field: x, "timestamp": "2019-04-25T12:57:54Z", "url": "-"} for x in texts
-    ]
-    return "".join(json.dumps(r) + "\n" for r in records).encode()
-
-
-def parquet_of(values: list, field: str = "text") -> bytes:
-    table = pyarrow.table({"url": ["-"] * len(values), field: values})
-    out = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, out, row_group_size=7, compression="none")
-    return out.getvalue().to_pybytes()
+from tests.helpers.text_files import PACKERS, TEXTS, lines_of, parquet_of
 
 
 def texts_in(path: Path, bad: BadLines | None = None, field: str = "text") -> list[str]:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
+import train.compare
+import train.engine.step
+import train.main
+import train.records.plots
+import train.run.report
+from tests.helpers.pictures import is_picture
+from train.config.config import Config
+from train.config.resolve import resolve
 from train.records import plots as picture
+from train.records.plots import draw_run, draw_runs
+from train.run.report import work_title
 
 RECORDS = [
     {"step": 1, "loss": 5.0, "ms_per_step": 6000.0, "overlap/q": None},
@@ -44,3 +54,25 @@ def test_what_is_drawn_is_a_picture(tmp_path: Path) -> None:
     picture.draw_losses({"a": [4.0, 4.1], "b": [3.0]}, tmp_path / "final.png", "title")
     for name in ("time", "overlap", "values", "subspace", "many", "final"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):
+    titles = []
+    save = train.records.plots._save
+
+    def keep(figure, axes, path):
+        titles.append((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()))
+        save(figure, axes, path)
+
+    monkeypatch.setattr(train.records.plots, "_save", keep)
+    records = [{"step": 1, "loss": 4.0, "eval_loss": 4.5}, {"step": 9, "loss": 3.0}]
+    config = resolve(Config())
+    work = work_title(config)
+    assert work == "LLaMA-tiny (1.8M weights), 16 x 128 tokens a step"
+    draw_run(records, tmp_path / "a.png", f"{work}, adamw")
+    draw_runs({"adamw@1": records}, tmp_path / "b.png", work)
+    axes = ("optimizer step", "loss, nats per token")
+    dots = "lines: training, smoothed; dots: held out"
+    assert titles == [(f"{work}, adamw", *axes), (f"{work}\n{dots}", *axes)]
+    assert is_picture(tmp_path / "a.png")
+    assert is_picture(tmp_path / "b.png")

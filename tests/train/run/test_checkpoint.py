@@ -11,26 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.config.command_line import parse
-from train.config.config import Config, model_config, resolved, to_json
-from train.config.resolve import resolve
+from tests.helpers.checkpoints import config_of, store
+from train.config.config import Config, model_config, resolved
 from train.engine.optimizer import make_optimizer
 from train.engine.step import Work, init_state, init_weights
-from train.host.atomic import write_text
 from train.run.checkpoint import CheckpointError, Checkpoints, KeepHealthy
 from train.run.folder import check_folder, resumed_if_there
 from train.run.start import open_text
-
-
-def config_of(folder: Path, *argv: str) -> Config:
-    return resolve(parse(Config, "", ["--out", str(folder), *argv], "python -m train"))
-
-
-def store(config: Config) -> None:
-    """As a run does that begins in its folder."""
-    folder = resolved(config, "out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", to_json(config))
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from tests.helpers.faults import KINDS, workshop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):

@@ -8,37 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 import train.compare
 import train.engine.step
 import train.main
 import train.records.plots
 import train.run.report
+from tests.helpers.pictures import is_picture
+from tests.helpers.run_files import strict_lines
 from train.config.config import Config
-from train.config.resolve import resolve
 from train.engine.mesh import make_mesh
 from train.host.errors import STOPPED
 from train.main import main
-from train.records.metrics import Meter, MetricsWriter, read_metrics
-from train.records.plots import draw_run, draw_runs
+from train.records.metrics import read_metrics
 from train.run.loop import evaluate
-from train.run.report import work_title
-
-
-def strict_lines(path: Path) -> list[dict]:
-    """JSON lines as the standard has it, in which there is no NaN."""
-
-    def refuse(constant: str):
-        raise ValueError(f"{path} holds {constant}, which is not JSON")
-
-    lines = path.read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def is_picture(path: Path) -> bool:
-    pixels = imread(path)
-    return pixels.shape[0] > 100 and pixels.shape[1] > 100 and pixels.std() > 0.01
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -334,61 +317,6 @@ def test_a_run_begins_where_another_ended(finished, flags, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "adamw@1e-09: compiling the training step of LLaMA-tiny, 8 x 16" in shown
     assert "adamw@1e-09: step 2/2, loss " in shown
-
-
-def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):
-    titles = []
-    save = train.records.plots._save
-
-    def keep(figure, axes, path):
-        titles.append((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()))
-        save(figure, axes, path)
-
-    monkeypatch.setattr(train.records.plots, "_save", keep)
-    records = [{"step": 1, "loss": 4.0, "eval_loss": 4.5}, {"step": 9, "loss": 3.0}]
-    config = resolve(Config())
-    work = work_title(config)
-    assert work == "LLaMA-tiny (1.8M weights), 16 x 128 tokens a step"
-    draw_run(records, tmp_path / "a.png", f"{work}, adamw")
-    draw_runs({"adamw@1": records}, tmp_path / "b.png", work)
-    axes = ("optimizer step", "loss, nats per token")
-    dots = "lines: training, smoothed; dots: held out"
-    assert titles == [(f"{work}, adamw", *axes), (f"{work}\n{dots}", *axes)]
-    assert is_picture(tmp_path / "a.png")
-    assert is_picture(tmp_path / "b.png")
-
-
-def test_a_writer_cuts_off_what_the_resumed_run_will_write_again(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
-        for step in (1, 2, 3):
-            writer.write({"step": step, "loss": float(step)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "los')  # killed while it wrote
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
-    with MetricsWriter(tmp_path, 2) as writer:
-        writer.write({"step": 3, "loss": float("inf")})
-    assert strict_lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": None},
-    ]
-
-
-def test_the_meter_is_one_record_late_and_averages_the_loss():
-    meter = Meter(step=10, tokens_per_step=100)
-    for step in (11, 12, 13, 14):
-        metrics = {"loss": jnp.float32(step), "skipped": jnp.int32(0)}
-        meter.add(metrics)
-        if step == 11:
-            assert meter.log(step, metrics) is None
-    record = meter.log(14, metrics)
-    assert record is not None
-    assert (record["step"], record["loss"]) == (11, 11.0)
-    record = meter.flush()
-    assert record is not None
-    assert (record["step"], record["loss"]) == (14, 13.0)
-    assert record["tokens_per_s"] == pytest.approx(1e5 / record["ms_per_step"])
-    assert meter.flush() is None
 
 
 def test_an_evaluation_has_one_program_at_a_time():

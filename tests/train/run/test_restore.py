@@ -16,7 +16,7 @@ import pytest
 import lowrank_optax as lro
 import train.sample
 from models import SIZES, LlamaConfig, forward
-from tests.train.run.test_checkpoint import store
+from tests.helpers.checkpoints import store
 from train.config.command_line import parse
 from train.config.config import Config, from_json, model_config, to_json
 from train.config.resolve import resolve

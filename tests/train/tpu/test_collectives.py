@@ -153,6 +153,7 @@ def test_the_bytes_of_a_shape(shape, size):
     assert bytes_of(shape) == size
 
 
+@pytest.mark.slow
 def test_a_tpu_program_sends_what_it_must():
     """Fully sharded layers in a scan: gathered twice, and each gradient summed once."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64 only")
