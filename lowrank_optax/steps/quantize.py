@@ -97,14 +97,14 @@ def quantize_array(x: jax.Array, blocks: int) -> QuantizedArray:
 
 
 def blocks_of(n: int, size: int) -> int:
-    """The number of blocks that n numbers are stored in, of `size` numbers at most.
+    """The number of blocks in which n numbers are stored, of `size` numbers at most.
 
-    Equal blocks of size / 2 to `size` numbers, as many as the highest power of two
-    divides, so that a mesh of 2, 4, 8 ... devices splits no block. If no such length
-    divides n, the fewest blocks possible. The mesh plays no part: a state has the same
-    bits on every mesh.
+    Equal blocks of size / 2 to `size` numbers: the number of blocks with the highest
+    power of two as a factor, so that as many devices split no block. If no such length
+    divides n, the fewest blocks. The mesh plays no part: a state has the same bits on
+    every mesh.
     """
-    lengths = range(math.ceil(size / 2), size + 1)
+    lengths = range(math.ceil(size / 2), min(size, n) + 1)
     counts = [n // length for length in lengths if n % length == 0]
     powers_of_two = {count: count & -count for count in counts}
     fewest = math.ceil(n / size)
@@ -201,8 +201,10 @@ def quantize_moments(
 
     Args:
       inner: any optax transformation, such as `optax.scale_by_adam()`.
-      block_size: the most numbers along the last axis that share a scale. A block has
-        at least half as many, so that no shard on 2, 4, 8 ... devices splits one.
+      block_size: the most numbers along the last axis that share a scale. A block may
+        have half as many: wherever the axis allows, 2, 4, 8 ... devices then split no
+        block as long as each has that many numbers. 1376 numbers are 8 blocks of 172,
+        and 2048 are 16 of 128, on any number of devices.
       min_size: arrays of fewer numbers are not quantized. Neither are scalars,
         integers, keys, arrays that would not shrink, or arrays that belong to no
         parameter.
