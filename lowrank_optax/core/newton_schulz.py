@@ -39,3 +39,9 @@ def newton_schulz(
         return a * x + jnp.matmul(polynomial, x, precision=precision)
 
     return jax.lax.fori_loop(0, iterations, step, x).astype(kept)
+
+
+def check_iterations(iterations: int) -> None:
+    """ValueError unless it is an int of at least 1."""
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")

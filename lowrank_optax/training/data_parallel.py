@@ -39,7 +39,7 @@ def average_gradients(
     Raises:
       ValueError: at update, without `refresh` or without parameters; for a way back
         that needs the gradient itself (`recover_residual`, `sign_residual`,
-        `scale_gradient`, `error_feedback`): average it before, and leave this out.
+        `scale_channels`, `error_feedback`): average it before, and leave this out.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
