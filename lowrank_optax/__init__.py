@@ -40,7 +40,7 @@ from lowrank_optax.recovery.compensation import compensate_columns
 from lowrank_optax.recovery.feedback import error_feedback
 from lowrank_optax.recovery.projection import project, project_back
 from lowrank_optax.recovery.residual import recover_residual, sign_residual
-from lowrank_optax.recovery.scaling import scale_channels
+from lowrank_optax.recovery.scaling import scale_gradient
 from lowrank_optax.recovery.spectral import spectral_residual
 from lowrank_optax.steps.quantize import quantize_moments
 from lowrank_optax.steps.rotation import rotate_moments
@@ -86,7 +86,7 @@ __all__ = [
     "reset_moments",
     "rotate_moments",
     "sara_sample",
-    "scale_channels",
+    "scale_gradient",
     "sign_residual",
     "spectral_adam",
     "spectral_residual",

@@ -48,9 +48,9 @@ def round_stochastically(
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> x = jnp.full(10_000, 1 + 2**-10)  # an eighth of the way from 1 to 1 + 2^-7
-      >>> y = lw.round_stochastically(jax.random.key(0), x, jnp.bfloat16)
+      >>> y = lro.weights.round_stochastically(jax.random.key(0), x, jnp.bfloat16)
       >>> jnp.unique(y).tolist(), round(float(jnp.mean(y == 1)), 2)
       ([1.0, 1.0078125], 0.88)
     """
@@ -151,8 +151,8 @@ def quantize(
         below 1.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
-      >>> q = lw.quantize_weights(jnp.array([127.0, 1.25, 0.0, -60.0]))
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> q = lro.weights.quantize(jnp.array([127.0, 1.25, 0.0, -60.0]))
       >>> q.codes.tolist(), q.scales.tolist(), q.dequantize().tolist()
       ([127, 1, 0, -60], [1.0], [127.0, 1.0, 0.0, -60.0])
     """
@@ -212,11 +212,12 @@ def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -
         no key; float8 weights.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"norm": jnp.ones(1000, jnp.bfloat16)}
+      >>> updates = {"norm": jnp.full(1000, 2**-11)}
       >>> for step in range(64):  # each a sixteenth of the way to the next number
       ...     key = jax.random.fold_in(jax.random.key(0), step)
-      ...     params = lw.apply_updates(params, {"norm": jnp.full(1000, 2**-11)}, key)
+      ...     params = lro.weights.add_updates(params, updates, key)
       >>> round(float(jnp.mean(params["norm"], dtype=jnp.float32)), 2)  # 1 + 2^-5
       1.03
     """
@@ -263,9 +264,9 @@ def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
       dtype: of those that were quantised.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax.training.weights as lw
-      >>> stored = {"w": lw.quantize_weights(jnp.eye(2) * 127), "b": jnp.zeros(2)}
-      >>> lw.dense(stored)["w"].tolist()
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> stored = {"w": lro.weights.quantize(jnp.eye(2) * 127), "b": jnp.zeros(2)}
+      >>> lro.weights.dense(stored)["w"].tolist()
       [[127.0, 0.0], [0.0, 127.0]]
     """
 
@@ -287,7 +288,7 @@ def store(
 ) -> Any:
     """`params` as they are kept: rounded to nearest, once, before training.
 
-    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/256 bytes a
+    With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
     number, and other real ones bfloat16 (Q-GaLore: the linear layers of attention and
     MLP are in 8 bits, embeddings, head and norms are not). Integers and keys stay.
 
@@ -302,9 +303,9 @@ def store(
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax.training.weights as lw
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"mlp": {"kernel": jnp.ones((2, 64, 256))}, "norm": jnp.ones(64)}
-      >>> stored = lw.store_weights(params, "int8")
+      >>> stored = lro.weights.store(params, "int8")
       >>> jax.tree.map(lambda x: x.dtype.name, stored)["mlp"]["kernel"]
       QuantizedWeights(codes='int8', scales='float32')
       >>> stored["norm"].dtype.name

@@ -20,10 +20,10 @@ class Spread(NamedTuple):
     """How the work is spread over the mesh that is set.
 
     Attributes:
-      groups: into how many groups of rows a batch is cut.
-      rows: the mesh axes that cut it; None for no mesh.
-      kernel: how the kernel is cut, and its gradient.
-      used: how it is while it is used, its rows whole.
+      groups: into how many groups of rows a batch is sharded.
+      rows: the mesh axes that shard it; None for no mesh.
+      kernel: the spec of the stored kernel, and of its gradient.
+      used: the spec of the kernel while it is used, its rows gathered.
     """
 
     groups: int = 1
@@ -121,10 +121,10 @@ def head_cross_entropy(
 
 
 def _fold(T: int, S: int, step: Callable[..., Any], carry: Any) -> Any:
-    """`carry = step(carry, cut, put, fresh_S)` for blocks of S that cover T positions.
+    """`carry = step(carry, read, write, fresh_S)` for blocks of S that cover T.
 
-    `cut(array)` is a block's part along axis 1, and `put(array, part)` writes it. If S
-    does not divide T, the last block reaches back into the one before it. It goes
+    `read(array)` is a block's part along axis 1, and `write(array, part)` writes it. If
+    S does not divide T, the last block reaches back into the one before it. It goes
     first, so that what it wrote there is overwritten, with `fresh_S` False there, so
     that nothing is added up twice. (A block apart for the rest could be scheduled
     beside the loop, and have its logits in memory together with the loop's.)
@@ -174,11 +174,11 @@ def _loss(
 ) -> jax.Array:
     kernel_DV = _narrow(kernel_DV, dtype, spread)
 
-    def step(losses_BT: jax.Array, cut: Any, put: Any, _: Any) -> jax.Array:
+    def step(losses_BT: jax.Array, read: Any, write: Any, _: Any) -> jax.Array:
         losses_BS, _, _ = _block_losses(
-            cut(x_BTD).astype(dtype), kernel_DV, cut(targets_BT)
+            read(x_BTD).astype(dtype), kernel_DV, read(targets_BT)
         )
-        return put(losses_BT, losses_BS)
+        return write(losses_BT, losses_BS)
 
     losses_BT = _fold(x_BTD.shape[1], S, step, jnp.zeros_like(weights_BT))
     return jnp.sum(losses_BT * weights_BT)
@@ -201,9 +201,9 @@ def _forward(
     # float16 has no exponents for small probabilities: it gets float32.
     slope_dtype = jnp.promote_types(dtype, jnp.bfloat16)
 
-    def step(carry: Any, cut: Any, put: Any, fresh_S: jax.Array) -> Any:
+    def step(carry: Any, read: Any, write: Any, fresh_S: jax.Array) -> Any:
         losses_BT, dx_BTD, dkernel_GDV = carry
-        x_BSD, targets_BS = cut(x_BTD).astype(dtype), cut(targets_BT)
+        x_BSD, targets_BS = read(x_BTD).astype(dtype), read(targets_BT)
         losses_BS, normalizer_BS1, logits_BSV = _block_losses(
             x_BSD, narrow_DV, targets_BS
         )
@@ -211,7 +211,7 @@ def _forward(
         targets_BS1 = targets_BS[..., None]
         hit_BSV = (targets_BS1 == id_V) | (targets_BS1 == id_V - id_V.size)
         slope_BSV = jnp.exp(logits_BSV - normalizer_BS1) - hit_BSV
-        weights_BS1 = jnp.where(fresh_S, cut(weights_BT), 0)[..., None]
+        weights_BS1 = jnp.where(fresh_S, read(weights_BT), 0)[..., None]
         slope_BSV = (weights_BS1 * slope_BSV).astype(slope_dtype)
         dx_BSD = _einsum("bsv,dv->bsd", slope_BSV, narrow_DV).astype(dx_BTD.dtype)
         x, slope = (
@@ -219,8 +219,8 @@ def _forward(
         )
         dkernel_GDV += _einsum("gbsd,gbsv->gdv", x, slope)
         return (
-            put(losses_BT, losses_BS),
-            put(dx_BTD, dx_BSD),
+            write(losses_BT, losses_BS),
+            write(dx_BTD, dx_BSD),
             spread.put(dkernel_GDV, of_groups),
         )
 

@@ -18,7 +18,7 @@ from models.config import LlamaConfig
 # Of functions of arrays; a module is one in a scan, which hands it its arrays.
 REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda block: block,
-    # What devices keep in parts is not kept whole.
+    # What devices store in shards is not gathered to be stored.
     "gathers": partial(
         jax.checkpoint,
         prevent_cse=False,
@@ -94,8 +94,8 @@ def rotate(x_BTNH: jax.Array, angle_TP: jax.Array) -> jax.Array:
     """
     cos, sin = jnp.cos(angle_TP)[:, None], jnp.sin(angle_TP)[:, None]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
 
 
 def _attention_kernel(config: LlamaConfig, T: int) -> Literal["xla", "cudnn"]:

@@ -117,8 +117,8 @@ def run_layer(
 ) -> jax.Array:
     """One layer, its part of `params["layers"]` without the layer axis: (B, T, D).
 
-    `gather` makes whole weights of those that are cut over devices, by sharding
-    constraints: the backward pass does it again, and whole ones are never stored.
+    `gather` gathers weights that are sharded over devices, by sharding
+    constraints: the backward pass does it again, and gathered ones are never stored.
     """
     angle_TP = rotary_angles(x.shape[1], config.head_size, config.rope_theta)
 

@@ -1,4 +1,4 @@
-"""What a training step costs beside AdamW's: `python -m train.bench --help`."""
+"""The cost of a training step beside AdamW's: `python -m train.bench --help`."""
 
 import dataclasses
 import gc
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from train.config.named import named
 from train.config.resolve import resolve
 from train.engine.memory import GIB, device_peak
 from train.engine.mesh import by_row, make_mesh
-from train.engine.optimizer import check_meant, check_optimizer, make_optimizer
+from train.engine.optimizer import Tree, check_meant, check_optimizer, make_optimizer
 from train.engine.step import TrainState
 from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, markdown, rounded
@@ -62,11 +62,11 @@ class BenchConfig:
       rank: dimension of the subspaces, as the trainer takes it.
       optimizers: which, beside adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
-      weight_dtype: how weights are kept.
-      basis_dtype: how a basis is kept that an optimizer's name has (galore+svd).
+      weight_dtype: how weights are stored.
+      basis_dtype: dtype of a basis that an optimizer's name has (galore+svd).
       remat: what the backward pass recomputes.
       precision: of the products with the basis, as the trainer takes it.
-      mesh: over which devices weights are cut; memory is that of one device.
+      mesh: over which devices weights are sharded; memory is that of one device.
       steps: ordinary steps in a timing; the median of three timings counts.
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.
@@ -113,7 +113,7 @@ class BenchConfig:
 
 
 def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
-    """A run of the trainer, resolved: no clipping."""
+    """A resolved run of the trainer without clipping."""
     optimizer = OptimizerConfig(
         rank=config.rank,
         basis_dtype=config.basis_dtype,
@@ -138,15 +138,15 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     )
 
 
-def seconds(run: Callable[[], Any], steps: int = 1) -> float:
-    """Of one `run`, which hands out work and returns what to wait for."""
+def seconds(run: Callable[[], object], steps: int = 1) -> float:
+    """Seconds for one `run`, which starts work and returns what to wait for."""
     start = time.perf_counter()
     jax.block_until_ready([run() for _ in range(steps)])
     return (time.perf_counter() - start) / steps
 
 
-def median_seconds(run: Callable[[], Any], steps: int) -> float:
-    """Of three times `seconds`, the first run aside."""
+def median_seconds(run: Callable[[], object], steps: int) -> float:
+    """The median of three `seconds`, after one run that does not count."""
     jax.block_until_ready(run())
     return statistics.median(seconds(run, steps) for _ in range(3))
 
@@ -155,8 +155,8 @@ class Compiled(NamedTuple):
     """A training step that is ready to be timed.
 
     Attributes:
-      row: what is known of it, memory in GiB.
-      mesh: where it runs.
+      row: its results so far, memory in GiB.
+      mesh: the mesh it runs on.
       model: the model.
       make: the first state, from a key.
       program: the step.
@@ -201,7 +201,7 @@ def compile_step(config: BenchConfig, name: str, layerwise: Layerwise) -> Compil
 
 
 def time_step(config: BenchConfig, compiled: Compiled) -> Row:
-    """Its times in ms, and the device's peak if no step before had a higher one."""
+    """Times in ms, and the device's peak if no step before had a higher one."""
     program, kinds = compiled.program, compiled.kinds
     shape = (config.batch_size, config.seq_len)
     before = device_peak()
@@ -211,8 +211,8 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
         tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
         batch = {"tokens": jax.device_put(tokens, by_row(compiled.mesh))}
 
-        def step(refresh: bool) -> Callable[[], Any]:
-            def run() -> Any:
+        def step(refresh: bool) -> Callable[[], object]:
+            def run() -> object:
                 nonlocal state
                 state, metrics = program.step(state, batch, refresh)
                 return metrics
@@ -234,7 +234,7 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
 
 
 def bench_update(config: BenchConfig, name: str) -> Row:
-    """One row of the update alone: times in ms."""
+    """The row of an update alone: times in ms."""
     run = run_of(config, name, "off")
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
     tx, every = optimizer.tx, optimizer.refresh_every
@@ -244,8 +244,8 @@ def bench_update(config: BenchConfig, name: str) -> Row:
     )
     state = jax.jit(tx.init)(params)
 
-    def step(refresh: bool) -> Callable[[], Any]:
-        def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+    def step(refresh: bool) -> Callable[[], object]:
+        def update(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
             updates, state = tx.update(
                 grads, state, params, refresh=refresh, accept=jnp.bool_(True)
             )
@@ -253,7 +253,7 @@ def bench_update(config: BenchConfig, name: str) -> Row:
 
         compiled = jax.jit(update, donate_argnums=(0, 1))
 
-        def run() -> Any:
+        def run() -> object:
             nonlocal params, state
             params, state = compiled(params, state, grads)
             return params
@@ -270,22 +270,35 @@ def bench_update(config: BenchConfig, name: str) -> Row:
     return row
 
 
+def attempt(row: Row, run: Callable[[], T]) -> T | None:
+    """Runs; an error of the device goes into the row."""
+    try:
+        return run()
+    except jax.errors.JaxRuntimeError as error:
+        row["error"] = str(error).splitlines()[0]
+        return None
+
+
+def measure(config: BenchConfig, row: Row, step: Compiled | None) -> None:
+    """Fills a row in and prints it; `step` is None for one that is not compiled."""
+    if config.update_alone:
+        row.update(attempt(row, lambda: bench_update(config, row["optimizer"])) or {})
+    elif step is not None:
+        row.update(step.row)
+        if not config.compile_only:
+            row.update(attempt(row, lambda: time_step(config, step)) or {})
+    print(json.dumps(rounded(row)), flush=True)
+
+
 def bench(config: BenchConfig) -> list[Row]:
     """One row for AdamW and one for each optimizer, and for each way to take a step.
 
-    Printed as they come: by their peaks, the lowest first, so that the device's own
-    peak, of which there is one for the process, is each one's in turn.
+    Rows are printed as they come, by their peaks, the lowest first: the process has one
+    peak of the device's own, which is then each row's in turn.
     """
     ways = ("-",) if config.update_alone else config.layerwise
     cases = [*itertools.product(config.names, dict.fromkeys(ways))]
     rows: list[Row] = [{"optimizer": name, "layerwise": way} for name, way in cases]
-
-    def attempt(row: Row, run: Callable[[], T]) -> T | None:
-        try:
-            return run()
-        except jax.errors.JaxRuntimeError as error:
-            row["error"] = str(error).splitlines()[0]
-            return None
 
     def prepare(row: Row) -> Compiled | None:
         name, way = row["optimizer"], row["layerwise"]
@@ -295,21 +308,9 @@ def bench(config: BenchConfig) -> list[Row]:
     if not config.update_alone:
         with ThreadPoolExecutor(8) as pool:  # compiling holds no lock of Python's
             steps = [*pool.map(prepare, rows)]
-
-    def measure(row: Row, step: Compiled | None) -> None:
-        if config.update_alone:
-            row.update(
-                attempt(row, lambda: bench_update(config, row["optimizer"])) or {}
-            )
-        elif step is not None:
-            row.update(step.row)
-            if not config.compile_only:
-                row.update(attempt(row, lambda: time_step(config, step)) or {})
-        print(json.dumps(rounded(row)), flush=True)
-
     peaks = [0 if step is None else step.peak for step in steps]
     for i in sorted(range(len(rows)), key=peaks.__getitem__):
-        measure(rows[i], steps[i])
+        measure(config, rows[i], steps[i])
         steps[i] = None
         gc.collect()
     for row in rows:
@@ -340,11 +341,11 @@ def table(rows: list[Row]) -> str:
 
 
 def check(config: BenchConfig) -> None:
-    """What can be wrong and is known before anything is compiled.
+    """Checks what is known before anything is compiled.
 
     Raises:
       OSError: the file for the results cannot be written to.
-      ValueError: an optimizer cannot be built, or the batch not cut for the devices.
+      ValueError: an optimizer cannot be built, or the batch does not divide.
     """
     for name in config.names:
         work = run_of(config, name, "off")

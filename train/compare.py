@@ -37,7 +37,7 @@ from train.records.plots import draw_runs
 from train.run.errors import run_errors
 from train.run.folder import check_folder, own_folder
 from train.run.loop import train
-from train.run.report import draw_measured, summarize, work_title
+from train.run.report import draw_run_subspaces, summarize, work_title
 from train.run.start import check_start, open_text, pinned
 
 DESCRIPTION = """Train with several optimizers: the same weights at the start, the same
@@ -70,7 +70,7 @@ class Watched(ReportConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SharedWork(Config):
-    """The work: what is trained, on how much, and where it is kept.
+    """The work: what is trained, on how much, and where it is stored.
 
     Attributes:
       out: folder of the comparison. Default: runs/compare.
@@ -112,10 +112,10 @@ class Comparison:
 
 
 def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
-    """A resolved config for each optimizer; they differ in optimizer and folder only.
+    """A resolved config for each optimizer; only optimizer and folder differ.
 
     Raises:
-      ValueError: if two of them are the same.
+      ValueError: two of them are the same.
     """
     report = dataclasses.replace(comparison.work.report, checkpoint_every=0)
     configs = {}
@@ -131,11 +131,11 @@ def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
 
 
 def run(config: Config, data: Data, mesh: Mesh) -> Result:
-    """Train; one result in the form of a published-optimizer benchmark line.
+    """Trains; one result in the form of a published-optimizer benchmark line.
 
-    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the
-    first one, `peak_gib` is what the compiled step needs on one device, and `curve`
-    holds (steps done, training loss since the point before).
+    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the first
+    one, `peak_gib` is what the compiled step needs on one device, and `curve` holds
+    (steps done, training loss since the point before).
     """
     name = title(config.optimizer)
     try:
@@ -163,7 +163,7 @@ def table(results: Sequence[Result]) -> str:
     def row(result: Result) -> Row:
         name = {"optimizer": result["optimizer"].replace("@", " @ ")}
         if "error" in result:
-            return {**name, "eval_loss": "not finite"}
+            return {**name, "eval_loss": "not finite", "ppl": "-", "ms_per_step": "-"}
         digits = {"eval_loss": 3, "ppl": 1, "ms_per_step": 1}
         return name | {key: f"{result[key]:.{n}f}" for key, n in digits.items()}
 
@@ -213,12 +213,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def conclude(configs: Sequence[Config], results: list[Result], folder: AnyPath) -> None:
-    """Write and print the table, and draw the losses, of runs that have ended."""
+    """Writes and prints the table, and draws the losses, of finished runs."""
     if jax.process_index() == 0:
         runs = {title(c.optimizer): read_metrics(resolved(c, "out")) for c in configs}
         draw_runs(runs, folder / "losses.png", work_title(configs[0]))
         for config in configs:
-            draw_measured(config)
+            draw_run_subspaces(config)
         write_text(folder / "table.md", table(results) + "\n")
         print(table(results))
 

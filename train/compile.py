@@ -1,4 +1,4 @@
-"""The step for a TPU that is not here: `python -m train.compile --help`."""
+"""Compiles the step for a TPU that is not here: `python -m train.compile --help`."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ class CompileConfig:
         check_meant(self.work.optimizer, chosen)
 
     def configs(self) -> list[Config]:
-        """One for each optimizer, as the trainer resolves it on a TPU."""
+        """A config for each optimizer, as the trainer resolves it on a TPU."""
         base = self.work.optimizer
         return [
             resolve(dataclasses.replace(self.work, optimizer=named(name, base)), "tpu")
@@ -125,7 +125,7 @@ class Case(NamedTuple):
 
 
 def case_of(config: Config, chips: Sequence[Any]) -> Case:
-    """Of a resolved config; ValueError if it cannot be built for these chips."""
+    """The case of a resolved config; ValueError if it does not fit these chips."""
     # The precisions that this machine has say nothing of a TPU.
     optimizer = dataclasses.replace(config.optimizer, precision="default")
     check_optimizer(dataclasses.replace(config, optimizer=optimizer))
@@ -137,12 +137,12 @@ def case_of(config: Config, chips: Sequence[Any]) -> Case:
 
 
 def compile_step(case: Case, refresh: bool, available: float) -> Row:
-    """What one kind of step needs of a chip with that many bytes, and what it sends.
+    """Memory in GiB of a step on a chip of `available` bytes, and its traffic.
 
-    In GiB. `peak` is arguments, results that do not take their place, and temporaries
-    as they are packed into the chip's memory; `room` is what it leaves, and the program
-    itself. (The compiler's own `peak_memory_in_bytes` leaves out gaps, and counts what
-    is kept within the core.)
+    `peak` is arguments, results that do not take their place, and temporaries as they
+    are packed into the chip's memory; `room` is what it leaves, and the program itself.
+    (The compiler's own `peak_memory_in_bytes` leaves out gaps, and counts what stays
+    within the core.)
     """
     row: Row = {"optimizer": label(case.config.optimizer)}
     row["step"] = "refresh" if refresh else "ordinary"

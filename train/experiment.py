@@ -1,4 +1,4 @@
-"""The papers' experiments by one command: `python -m train.experiment --help`."""
+"""Runs the papers' experiments: `python -m train.experiment --help`."""
 
 import os
 import shlex
@@ -74,7 +74,7 @@ COLUMNS = (
 
 
 def row_of(cell: Cell) -> Row:
-    """What the table has of a run: its axes, its numbers, or why there are none."""
+    """The table row of a run: its axes, its numbers, or why there are none."""
     row: Row = {**cell.axes, "seed": cell.flags["seed"]}
     if not cell.done:
         return {**row, "error": last_words(log_of(cell))}
@@ -89,9 +89,9 @@ def row_of(cell: Cell) -> Row:
 def moved_spectra(
     config: ExperimentConfig, cells: Sequence[Cell], rows: Sequence[Row]
 ) -> dict[str, Sequence[float]]:
-    """Of what the weights moved at the end, the mean over all matrices, by run.
+    """Spectra of the weights' last change, the mean over all matrices, by run.
 
-    The rows get its effective rank. Nothing where the experiment does not ask.
+    Adds the effective rank to the rows. Empty if the experiment does not ask.
     """
     if config.experiment.weights_over is None:
         return {}
@@ -119,21 +119,21 @@ def programs_of(config: ExperimentConfig) -> Path:
 
 
 def shared_programs(config: ExperimentConfig) -> dict[str, str]:
-    """Where runs share their compiled programs; a place the environment has stays."""
+    """Where runs share compiled programs, unless the environment names a folder."""
     name = "JAX_COMPILATION_CACHE_DIR"
     return {name: os.environ.get(name, str(programs_of(config).absolute()))}
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log; what a run says of why it ended."""
+    """The last line of a log: why the run ended."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line for line in reversed(lines) if line.strip()), "not run")
 
 
 def check_same(cells: Sequence[Cell]) -> None:
-    """ValueError where a folder has a run with other flags.
+    """ValueError if a folder has a run with other flags.
 
-    (`--resume-or-start` looks at that too, but not of a run that has ended.)
+    (`--resume-or-start` checks that too, but not for a finished run.)
     """
     for cell in cells:
         path = cell.folder / "config.json"
@@ -149,7 +149,7 @@ def check_same(cells: Sequence[Cell]) -> None:
 
 
 def differences(stored: Config, wanted: Config) -> str:
-    """What was asked for, and is otherwise in a config that is resolved."""
+    """Names the requested settings that differ from the stored (resolved) config."""
     default, parts = Config(), []
     for part in ("optimizer", "model", "data"):
         old, new, own = (vars(getattr(c, part)) for c in (stored, wanted, default))
@@ -160,7 +160,7 @@ def differences(stored: Config, wanted: Config) -> str:
 
 
 def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
-    """Write the tables and pictures of what is done; whether all is."""
+    """Writes tables and pictures of the finished runs; returns whether all are."""
     rows = [row_of(cell) for cell in cells]
     moved = moved_spectra(config, cells, rows)
     axes = axes_of([cell.axes for cell in cells])
@@ -191,7 +191,7 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
 
 
 def carry_out(config: ExperimentConfig, cells: Sequence[Cell]) -> None:
-    """Make the runs that are not done, and say how each ended."""
+    """Makes the runs that are not done, and prints how each ended."""
     left = {cell.folder.name: cell for cell in cells if not cell.done}
     with usage_errors():
         check_same(cells)

@@ -14,7 +14,7 @@ from train.host.atomic import check_writable
 from train.host.errors import ended_by_signals, usage_errors
 from train.host.processes import join_processes
 from train.run.errors import run_errors
-from train.run.folder import check_folder, going_on, own_folder
+from train.run.folder import check_folder, own_folder, resumed_if_there
 from train.run.loop import train
 from train.run.report import check_prompt, finish
 from train.run.start import check_start, open_text, pinned
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_meant(config.optimizer, [config.optimizer])
             config = with_folder(config)
             check_writable(resolved(config, "out"))
-            config = pinned(resolve(going_on(config)))
+            config = pinned(resolve(resumed_if_there(config)))
             check_folder(config)
             check_optimizer(config)
             mesh = make_mesh(config)

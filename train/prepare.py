@@ -1,4 +1,4 @@
-"""Text to token files, once: `python -m train.prepare --help`.
+"""Turns text into token files, once: `python -m train.prepare --help`.
 
 Worker processes import this module: it imports no JAX.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +60,9 @@ documents and tokens, what was skipped and where. The number of workers changes 
 it. A command that was stopped, or killed, goes on where it was if it is run again: a
 shard that is done, and whose input is what it was, is not done again."""
 
+Json = dict[str, Any]
+"""A JSON object: the manifest, or a line of the journal."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
@@ -107,11 +110,11 @@ class PrepareConfig:
         check_numbers(self, positive=numbers)
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Tokenize what is not done yet; the manifest of it all.
+def prepare(config: PrepareConfig) -> Json:
+    """Tokenizes what is not done yet; returns the manifest.
 
     Raises:
-      BlockingIOError: another is at work in the folder.
+      BlockingIOError: another command is at work in the folder.
       ChildProcessError: a worker was ended from outside.
       FileNotFoundError, ModuleNotFoundError: a source, or the package it needs.
       OSError: a file cannot be written.
@@ -152,14 +155,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     there = getattr(os, "sched_getaffinity", None)  # not on a Mac
     return len(there(0)) if there else os.cpu_count() or 1
 
 
 @contextmanager
 def _own(out: Path) -> Iterator[None]:
-    """Make the folder, and see to it that no other works in it."""
+    """Makes the folder, and locks it."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / "lock", blocking=False):
@@ -184,10 +187,10 @@ def _check_nothing_else(shards: Sequence[TextShard], job: Job) -> None:
 
 
 class Journal:
-    """Which shards are done, in `shards.jsonl`: a line for what was asked, then each's.
+    """The finished shards, in `shards.jsonl`: a line for the options, then one a shard.
 
     Raises:
-      ValueError: what is there was asked otherwise, or cannot be read.
+      ValueError: the file has other options, or cannot be read.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
@@ -202,7 +205,7 @@ class Journal:
         content = content[: content.rfind(b"\n") + 1]  # a line may have been cut short
         try:
             asked, *rows = map(json.loads, content.splitlines()) if content else [{}]
-            self._rows: dict[str, Any] = {row["file"]: row for row in rows}
+            self._rows: Json = {row["file"]: row for row in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}): remove it, to begin again"
@@ -213,7 +216,7 @@ class Journal:
         if not content:
             self._append(self._asked)
 
-    def _check(self, asked: Mapping[str, Any], path: Path) -> None:
+    def _check(self, asked: Json, path: Path) -> None:
         different = [k for k, v in self._asked.items() if asked.get(k) != v]
         if different:
             raise ValueError(
@@ -221,11 +224,11 @@ class Journal:
                 "same, or another folder to --out"
             )
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Json) -> None:
         self._lines.append(json.dumps(row).encode() + b"\n")
 
     def has(self, shard: TextShard, given: Fingerprint) -> bool:
-        """Whether the shard is done, of this input, and its token file there."""
+        """Whether the shard is done, from this input, and its token file there."""
         path = token_file(shard, self._job)
         row = self._rows.get(path.name)
         if row is None or row["input"] != given:
@@ -237,14 +240,14 @@ class Journal:
         return size == width * row["tokens"]
 
     def write(self, shard: TextShard, given: Fingerprint, counts: Counts) -> None:
-        """Note that it is done."""
+        """Records that a shard is done."""
         name = token_file(shard, self._job).name
         row = {"file": name, "input": given, **counts._asdict()}
         self._append(row)
         self._rows[name] = row
 
-    def manifest(self, shards: Sequence[TextShard]) -> dict[str, Any]:
-        """All of it."""
+    def manifest(self, shards: Sequence[TextShard]) -> Json:
+        """The options, the totals, and a row for each shard."""
         rows = [self._rows[token_file(shard, self._job).name] for shard in shards]
         names = ("documents", "tokens", "skipped")
         totals = {name: sum(row[name] for row in rows) for name in names}
@@ -252,7 +255,7 @@ class Journal:
 
 
 class Progress:
-    """What is seen meanwhile: a bar on a terminal, lines elsewhere."""
+    """Shows progress: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, shards: int, left: int, out: Path):
         self._shards, self._documents, self._tokens = shards, 0, 0
@@ -272,11 +275,11 @@ class Progress:
         )
 
     def advance(self, part: float) -> None:
-        """A further part of a shard is done."""
+        """Counts a further part of a shard."""
         self._bar.update(min(part, self._shards - self._bar.n))  # a sum of fractions
 
     def done(self, counts: Counts) -> None:
-        """A shard is done."""
+        """Counts a finished shard."""
         self._done += 1
         self._documents += counts.documents
         self._tokens += counts.tokens
@@ -300,7 +303,7 @@ class Progress:
             )
 
 
-def conclusion(config: PrepareConfig, manifest: Mapping[str, Any]) -> str:
+def conclusion(config: PrepareConfig, manifest: Json) -> str:
     """What there is now, and how to train on it."""
     out, kind = Path(config.out).expanduser(), manifest["tokenizer"]
     suffix = ".u16" if kind["vocab_size"] <= 2**16 else ".u32"

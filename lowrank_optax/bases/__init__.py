@@ -2,12 +2,12 @@
 
 from lowrank_optax.bases.dct import dct_columns
 from lowrank_optax.bases.follow import basis_rule
-from lowrank_optax.bases.given import replay
 from lowrank_optax.bases.grassmann import grassmann_track, grassmann_walk
+from lowrank_optax.bases.lazy import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.bases.momentum import correlation_aware, power_iterate
 from lowrank_optax.bases.pca import OnlinePCAState, online_pca
 from lowrank_optax.bases.random import gaussian, grassmann_jump, random_after
-from lowrank_optax.bases.refresh import LazyRefreshState, frozen, lazy_refresh
+from lowrank_optax.bases.replay import replay
 from lowrank_optax.bases.rows import coordinates, sample_rows
 from lowrank_optax.bases.rule import BasisRule, BasisState
 from lowrank_optax.bases.singular import dominant_svd, sara_sample

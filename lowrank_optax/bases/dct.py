@@ -21,7 +21,7 @@ def dct_columns() -> BasisRule:
     D_kj = sqrt(2 / m) cos(pi k (2j + 1) / 2m), the row k = 0 over sqrt(2): orthonormal,
     the same for every matrix of its size (Modoranu et al. 2025, "FFT-based Dynamic
     Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models").
-    Nothing is factorised, the state is r integers, and S_t^T S_{t-1} selects: with it
+    Nothing is factorized, the state is r integers, and S_t^T S_{t-1} selects columns:
     `rotate_moments` carries both moments over where a column stays, and starts them at
     zero where one is new.
 
@@ -41,9 +41,9 @@ def dct_columns() -> BasisRule:
         index = jnp.sort(jax.lax.top_k(lengths, frame.rank)[1], axis=-1)
         return unpack(frame, index)
 
-    def pack(frame: Frame, s: jax.Array, _: None) -> jax.Array:
+    def pack(_: Frame, s: jax.Array) -> jax.Array:
         m = s.shape[-2]
-        # Which columns they were: D is orthonormal, so one product is 1, the rest 0.
+        # The indices of the columns: D is orthonormal, so one product is 1, the rest 0.
         d = columns(jnp.arange(m), m, s.dtype)
         return jnp.argmax(jnp.abs(linalg.matmul(d.T, s)), axis=-2)
 
@@ -57,7 +57,8 @@ def dct_columns() -> BasisRule:
 def columns(index: jax.Array, m: int, dtype: DTypeLike) -> jax.Array:
     """D[:, index]: (*batch, r) integers to (*batch, m, r)."""
     k = jnp.arange(m)[:, None]
-    # Whole turns are 4m: taken off as integers, no angle is large enough to round.
+    # The cosine has period 4m here. Reduced as integers, no angle is large enough to
+    # round.
     angle = (k * (2 * index[..., None, :] + 1) % (4 * m)).astype(dtype)
     scale = jnp.where(k == 0, math.sqrt(1 / m), math.sqrt(2 / m)).astype(dtype)
     return linalg.fence(scale * jnp.cos(angle * (math.pi / (2 * m))))

@@ -1,24 +1,20 @@
-"""Where: what all basis rules share."""
+"""Where: basis rules, as stages that choose a basis at a refresh."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from lowrank_optax.bases.batching import choose, choose_in_batches, is_batched
+from lowrank_optax.bases.refresh import Chosen, Refresh, on_subspaces, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
 from lowrank_optax.core import linalg
-from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, check_key, split
-from lowrank_optax.core.linalg import Decomposition, select, transpose
+from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
-from lowrank_optax.core.spread import replicated
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
-from lowrank_optax.core.trees import each_apart, frames_of, in_turn, map_frames, nothing
+from lowrank_optax.core.stage import Clock, branch, timed_stage
+from lowrank_optax.core.trees import frames_of
 
 
 def basis_rule(
@@ -31,34 +27,29 @@ def basis_rule(
     decomposition: Decomposition | None = None,
     from_gradient: bool = True,
 ) -> BasisRule:
-    """A basis rule from a function that chooses S_t at a refresh.
+    """Builds a basis rule from a function that chooses S_t at a refresh.
 
-    Sets `basis`, `refreshed` and `rotation` = S_t^T S_{t-1} of each Frame. The basis
-    before the first refresh is the first r coordinates.
-
-    A matrix whose gradient has been zero so far (behind a projection that starts at
-    zero, say) has no subspace to choose: whatever a refresh takes then is replaced at
-    its first gradient that is not zero, be a refresh due there or not. So no rule is
-    anchored to directions that mean nothing. (Where the caller says when to refresh, it
-    is replaced at the first refresh that he asks for from there on.)
+    The rule sets `basis`, `refreshed` and `rotation` = S_t^T S_{t-1} of each Frame. The
+    basis before the first refresh is the first r coordinates. A matrix whose gradient
+    has been zero so far gets its basis at its first nonzero gradient
+    (docs/concepts/refresh.md).
 
     Args:
       choose: from a Frame of L matrices (gradient G_t (L, m, n), basis S_{t-1}
-        (L, m, r), momentum (L, r, n) or None; L = 1 for a single matrix), L keys
-        (None without `key`) and the `Clock` to S_t (L, m, r), orthonormal also for a
-        zero or a rank-deficient gradient. It treats each matrix by itself: on a mesh it
-        is asked with some of a leaf's, or of several leaves of one shape.
-        `linalg.per_matrix` or `jax.vmap` make it from a function of one matrix.
+        (L, m, r), momentum (L, r, n) or None), L keys (None without `key`) and the
+        `Clock` to S_t (L, m, r), orthonormal also for a zero or rank-deficient
+        gradient. It treats each matrix by itself: L is any part of a leaf's matrices,
+        or of several leaves'. `linalg.per_matrix` or `jax.vmap` make it from a function
+        of one matrix.
       key: a seed or a typed key.
-      orthonormal: False for a rule whose bases are not. Stages that need S^T S = I then
-        refuse it.
+      orthonormal: False for a rule whose bases are not orthonormal. Stages that need
+        S^T S = I then raise.
       coordinates: True for a rule that returns (L, r) distinct integers, the
         coordinates that are S's columns; products with S are then gathers.
-      svd_until: before this step, and for a matrix's first gradient that is not zero,
-        S = U[:, :r] of G, and only then what `choose` says; 0 leaves all to `choose`.
+      svd_until: before this step, and for a matrix's first nonzero gradient, S is
+        U[:, :r] of G in place of what `choose` returns.
       decomposition: of those G, "svd", "gram" or None, as in `dominant_svd`.
-      from_gradient: False for a rule that does not look at gradients, to which it does
-        not matter whether they are zero.
+      from_gradient: False for a rule that does not read gradients.
 
     Raises:
       ValueError: a key that is neither an int nor typed, another decomposition; at
@@ -89,39 +80,20 @@ def basis_rule(
     )
 
 
-class Chosen(NamedTuple):
-    """The basis of one leaf, or trees of those of all.
-
-    Attributes:
-      started: as in `BasisState`.
-      rotation: (*batch, r, r), S_t^T S_{t-1}.
-      refreshed: (*batch,) bool, whether it was chosen at this step.
-      stored: as in `BasisState.basis`; () where that is shared.
-    """
-
-    started: Any
-    rotation: Any
-    refreshed: Any
-    stored: Any
-
-
 def follow(rule: Rule) -> BasisRule:
-    """The stage that follows a rule."""
+    """The stage of a rule."""
 
     def init(params: optax.Params) -> BasisState:
         key = None if rule.key is None else canonical_key(rule.key)
 
         def first(frame: Frame) -> Chosen:
             started = jnp.full(frame.batch, not rule.from_gradient)
-            stored = rule.storage.pack(frame, rule.first(frame), key)
-            if not rule.coordinates and not rule.storage.shared:
+            stored = rule.storage.pack(frame, rule.first(frame))
+            if not rule.coordinates:
                 stored = jax.tree.map(partial(shard_basis, frame), stored)
             return unmoved(frame, shard_batch(frame, started), stored)
 
         chosen = on_subspaces(rule, first, params)
-        if rule.storage.shared and key is not None:
-            # A copy: one buffer in two places of a state could not be donated.
-            chosen = chosen._replace(stored=jax.random.clone(key))
         return BasisState(key, chosen.stored, chosen.started)
 
     def update(
@@ -129,158 +101,19 @@ def follow(rule: Rule) -> BasisRule:
     ) -> tuple[optax.Updates, BasisState]:
         if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
-        due = both(now.refresh, now.step == 0) if rule.once else now.refresh
+        step = Refresh(rule, frames, state, now)
 
-        def refresh(state: BasisState) -> tuple[BasisState, Chosen]:
+        def refresh() -> tuple[jax.Array | None, Chosen]:
             key, sub = split(state.rng_key)
+            return key, step.chosen(sub)
 
-            def anew(frame: Frame, started: jax.Array, stored: Any) -> Chosen:
-                return choose_anew(rule, frame, started, stored, sub, now, due)
-
-            stored = each_stored(rule, jax.tree.structure(frames), state.basis)
-            asked = choose_in_batches(rule, frames, stored, state.started, sub, now)
-            chosen = on_subspaces(rule, anew, asked, state)
-            stored = sub if rule.storage.shared else chosen.stored
-            return BasisState(key, stored, chosen.started), chosen
-
-        def keep(state: BasisState) -> tuple[BasisState, Chosen]:
-            return state, on_subspaces(rule, unmoved, frames, state)
-
-        # One predicate for all matrices: a cond for each, with a factorisation in it,
-        # would make the host wait for the device as often.
-        wanted = due
-        if not isinstance(now.refresh, bool):
-            wanted |= starts(rule, frames, state.started)
-        new, chosen = branch(wanted, refresh, keep, state)
-        return with_bases(rule, frames, state.basis, new.basis, chosen), new
+        # One predicate for all matrices: a conditional for each, with a factorization
+        # in it, would make the host wait for the device once for each matrix.
+        key, chosen = branch(
+            step.wanted(step.due), refresh, lambda: (state.rng_key, step.unmoved())
+        )
+        return step.with_bases(chosen), BasisState(key, chosen.stored, chosen.started)
 
     made = BasisRule(*timed_stage(init, update))
     made.rule = rule
     return made
-
-
-def on_subspaces(
-    rule: Rule,
-    f: Callable[..., Chosen],
-    frames: optax.Updates,
-    state: BasisState | None = None,
-    *trees: Any,
-) -> Chosen:
-    """Trees of f(frame, started, stored, *others), or of f(frame) without a state.
-
-    Where there is no subspace they have `nothing`.
-    """
-    like = () if rule.storage.shared else rule.storage.like
-    inside = jax.tree.structure(Chosen(0, 0, 0, like))
-    leaves, structure = jax.tree.flatten(frames)
-    rows: list[tuple[Any, ...]] = [()] * len(leaves)
-    if state is not None:
-        stored = each_stored(rule, structure, state.basis)
-        started, *others = map(structure.flatten_up_to, (state.started, *trees))
-        rows = [*zip(started, stored, *others, strict=True)]
-
-    def one(leaf: Any, row: tuple[Any, ...]) -> Chosen:
-        if not is_frame(leaf) or leaf.full_rank:
-            return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
-        chosen = f(leaf, *row)
-        return chosen._replace(stored=()) if rule.storage.shared else chosen
-
-    return in_turn(structure, inside, [*map(one, leaves, rows)])
-
-
-def each_stored(rule: Rule, structure: Any, basis: Any) -> list[Any]:
-    """What is kept of each leaf's basis, in a list."""
-    if rule.storage.shared:
-        return [basis] * structure.num_leaves
-    return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
-
-
-def with_bases(
-    rule: Rule, frames: optax.Updates, old: Any, new: Any, chosen: Chosen
-) -> optax.Updates:
-    """The Frames with their bases set."""
-    leaves, structure = jax.tree.flatten(frames)
-    rows = zip(
-        leaves,
-        each_stored(rule, structure, old),
-        each_stored(rule, structure, new),
-        structure.flatten_up_to(chosen.rotation),
-        structure.flatten_up_to(chosen.refreshed),
-        strict=True,
-    )
-    return structure.unflatten(
-        frame
-        if not is_frame(frame) or frame.full_rank
-        else frame.replace(
-            previous=replicated(rule.storage.unpack(frame, before)),
-            basis=replicated(rule.storage.unpack(frame, after)),
-            rotation=rotation,
-            refreshed=refreshed,
-            orthonormal=rule.orthonormal,
-            batched=is_batched(rule, frame),
-        )
-        for frame, before, after, rotation, refreshed in rows
-    )
-
-
-def unmoved(frame: Frame, started: jax.Array, stored: Any) -> Chosen:
-    return Chosen(started, frame.no_rotation(), jnp.zeros(frame.batch, bool), stored)
-
-
-def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """S_t^T S_{t-1}, (*batch, r, r)."""
-    if are_coordinates(new):
-        return (new[..., :, None] == old[..., None, :]).astype(dtype)
-    return jnp.matmul(transpose(new), old, precision="highest")
-
-
-def starts(rule: Rule, frames: optax.Updates | Frame, started: Any) -> jax.Array:
-    """() bool: whether a matrix has its first gradient that is not zero."""
-    if not rule.from_gradient:
-        return jnp.array(False)
-    started = map_frames(
-        lambda _, b: b, frames, started, plain=lambda *_: jnp.array(True)
-    )
-
-    def look() -> jax.Array:
-        new = map_frames(
-            lambda f, b: jnp.any(~b & f.nonzero()), frames, started, plain=nothing
-        )
-        return jnp.any(jnp.stack(jax.tree.leaves(new)))
-
-    # Gradients are looked at only until all have started.
-    all_started = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(started)]))
-    return jax.lax.cond(all_started, lambda: jnp.array(False), look)
-
-
-def choose_anew(
-    rule: Rule,
-    frame: Frame,
-    started: jax.Array,
-    stored: Any,
-    key: jax.Array | None,
-    now: Clock,
-    due: bool | jax.Array,
-) -> Chosen:
-    """The basis of one leaf, for those of its matrices that are due or just begin."""
-    pack, unpack, _, shared = rule.storage
-    now_started = started | frame.nonzero() if rule.from_gradient else started
-    refreshed = due | now_started & ~started
-    old = unpack(frame, stored)
-    s = frame.chosen
-    if s is None:
-        s = choose(rule, frame, stored, started, key, now)
-    new = pack(frame, s, key)
-    if not shared:
-        # A rule may keep its basis at a refresh; to round it again would move it.
-        stays = ~refreshed | jnp.all(
-            s == old, axis=tuple(range(len(frame.batch), s.ndim))
-        )
-        new = jax.tree.map(lambda x, y: select(stays, x, y), stored, new)
-    # Whole, as everything that uses S: the same bits on every sharding.
-    rotation = rotation_between(
-        replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype
-    )
-    return Chosen(
-        now_started, select(refreshed, rotation, frame.no_rotation()), refreshed, new
-    )

@@ -31,12 +31,12 @@ def geodesic(
       s: (*batch, m, r), orthonormal, r < m.
       x: (*batch, m, r), any direction; it is made tangent here.
       angle: eta, the largest principal angle between the two subspaces, in radians.
-      rank: how many directions turn, 1 to r; None for all r.
+      rank: how many directions rotate, 1 to r; None for all r.
 
     Returns:
       (*batch, m, r), orthonormal.
     """
-    # Twice, for what is left of a direction along S is rounding, which is not tangent.
+    # Twice: the tangent part of a direction along S is rounding, which is not tangent.
     x = linalg.unit_largest(_tangent(s, linalg.unit_largest(_tangent(s, x))))
     squares, v = linalg.eigh(linalg.gram(x))
     sigma = fence(jnp.sqrt(jnp.maximum(squares, 0)))
@@ -44,12 +44,12 @@ def geodesic(
     largest = jnp.where(largest > 0, largest, 1)
     sigma = fence(sigma / largest)
     r = sigma.shape[-1]
-    turned = jnp.arange(r) >= r - (r if rank is None else rank)  # ascending
-    angles = fence(jnp.where(turned, angle * sigma, 0))
+    rotates = jnp.arange(r) >= r - (r if rank is None else rank)  # ascending
+    angles = fence(jnp.where(rotates, angle * sigma, 0))
     sine = fence(jnp.sin(angles))
     small = sigma < jnp.finfo(sigma.dtype).eps
     sine_over_sigma = jnp.where(small, angle, sine / jnp.where(small, 1, sigma))
-    sine_over_sigma = fence(jnp.where(turned, sine_over_sigma, 0))
+    sine_over_sigma = fence(jnp.where(rotates, sine_over_sigma, 0))
 
     def function_of_sigma(values: jax.Array) -> jax.Array:
         return linalg.matmul(fence(v * values[..., None, :]), linalg.transpose(v))
@@ -84,11 +84,11 @@ def grassmann_walk(
 
     Args:
       key: a seed or a typed key.
-      angle: eta in radians, the largest principal angle between two bases; 0 stands
-        still, pi / 2 turns the fastest direction out of the subspace.
-      walk_rank: the rank of X's decomposition, 1 to r: so many directions turn, the
-        fastest by `angle`; None for all r. The default is the paper's "controlled
-        rank-1 rotations" (section 5); see `grass_walk` for what was measured.
+      angle: eta in radians, the largest principal angle between two bases; at 0 the
+        basis stays, at pi / 2 the fastest direction leaves the subspace.
+      walk_rank: the rank of X's decomposition, 1 to r, and the number of directions
+        that rotate, the fastest by `angle`; None for all r. The default is the paper's
+        "controlled rank-1 rotations" (section 5); `grass_walk` reports measurements.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
@@ -131,7 +131,7 @@ def grassmann_track(
         S <- (S v cos(eta sigma) + u sin(eta sigma)) v^T + S (I - v v^T)
 
     (SubTrack++, the tracking that the GrassWalk paper compares with in section 5). One
-    Newton-Schulz step keeps rounding from adding up.
+    Newton-Schulz step removes rounding, so that it does not add up.
 
     Deviations: the released code tracks nothing where rows >= columns, which is most
     of a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side);
@@ -140,7 +140,7 @@ def grassmann_track(
     Args:
       step_size: eta, in radians per squared gradient: the angle grows with the
         gradient's scale, and 10 is what the released scripts take for the mean loss
-        of a language model. None turns by the angle that makes ||S^T G|| largest in
+        of a language model. None rotates by the angle that makes ||S^T G|| largest in
         the plane of S v and u, whatever the scale (ours).
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 

@@ -1,4 +1,4 @@
-"""Where: bases that follow the first moment as well as the gradient (LDAdam, COAP)."""
+"""Where: bases that follow the momentum and the gradient (LDAdam, COAP)."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,7 @@ def power_iterate(
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
-      ValueError: another decomposition; at update, when the step keeps no first
-        moment.
+      ValueError: another decomposition; at update, for a step without a first moment.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -63,7 +62,7 @@ def correlation_aware(
     recompute_every: int = 5,
     decomposition: Decomposition | None = None,
 ) -> BasisRule:
-    """Steps that correlate the momentum with the gradient, and now and then a sketch.
+    """Gradient steps towards the momentum, and at times a sketch (COAP).
 
     S_0 = U[:, :r] of G_0; then at each refresh one gradient step (norm clipped at 1) on
 
@@ -85,8 +84,8 @@ def correlation_aware(
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
-      ValueError: another decomposition, or recompute_every below 1; at update, when
-        the step keeps no first moment.
+      ValueError: another decomposition, or recompute_every below 1; at update, for a
+        step without a first moment.
 
     Example:
       >>> import lowrank_optax as lro

@@ -49,11 +49,11 @@ def online_pca(
     (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent",
     section 4). With A = P^T G^ the gradient of the first term is 2 (P A A^T + G^ A^T
     P^T P - 2 G^ A^T), two large products more than the projection and the way back. At
-    step 0, where P_0 is already the minimum, P stands still.
+    step 0, where P_0 is already the minimum, P stays.
 
-    Nothing but L keeps P orthonormal: the state reports `drift`, and `loss`, and stages
-    that need an orthonormal basis refuse it. The released code has no penalty. P moves
-    at every step, so moments are left as they are (as in the source).
+    P is orthonormal only as far as L makes it so: the state reports `drift` and `loss`,
+    and stages that need an orthonormal basis raise. The released code has no penalty. P
+    changes at every step, so moments stay as they are (as in the source).
 
     Args:
       optimizer: any optax optimizer, learning rate and sign included; by default

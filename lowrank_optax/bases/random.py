@@ -1,12 +1,12 @@
 """Where: random bases, orthonormal ones and Gaussian ones."""
 
-import dataclasses
 import math
 
 import jax
 
-from lowrank_optax.bases.follow import basis_rule, follow
-from lowrank_optax.bases.rule import BasisRule, Storage
+from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.redrawn import redraw
+from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
@@ -33,7 +33,7 @@ def grassmann_jump(
     Grassmannian (GrassWalk paper, section 4, Algorithm 1).
 
     Algorithm 1 makes S_0 from G_0 and then tests `step mod T = 0`, which holds at step
-    0 too; read here as: the first jump is at step T.
+    0 too. Here the first jump is at step T.
 
     Args:
       key: a seed or a typed key.
@@ -58,16 +58,16 @@ def random_after(
     *,
     decomposition: Decomposition | None = None,
 ) -> BasisRule:
-    """Leading singular vectors first, random orthonormal bases in the end (GoLore).
+    """Leading singular vectors first, random orthonormal bases later (GoLore).
 
-    S_t = U[:, :r] of G_t at a refresh before `switch_step`, and Q of a Gaussian
-    X = Q R (m, r), uniform on the Grassmannian, from it on (He et al. 2025,
+    S_t = U[:, :r] of G_t at a refresh before `switch_step`, and from there on Q of a
+    Gaussian X = Q R (m, r), uniform on the Grassmannian (He et al. 2025,
     "Subspace Optimization for Large Language Models with Convergence Guarantees").
-    Late in training, when noise fills the gradient's leading directions, they carry
-    no signal; a random subspace catches r / m of it whatever the noise.
+    Late in training noise fills the gradient's leading directions, and they carry no
+    signal. A random subspace catches r / m of it whatever the noise.
 
     Args:
-      switch_step: the first step of random bases; 0 for none but those.
+      switch_step: the first step of random bases; 0 for random bases only.
       key: a seed or a typed key.
       decomposition: of the gradients, "svd", "gram" or None, as in `dominant_svd`.
 
@@ -91,17 +91,17 @@ def random_after(
 def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
     """A Gaussian projection, drawn anew at each refresh: S_ij ~ N(0, 1 / r).
 
-    E[S S^T] = I, so lengths survive the way into the subspace in the mean, but S^T S is
-    not I: stages that need an orthonormal basis refuse it (Zhu et al. 2025, "APOLLO",
-    section 4; Hao et al. 2024, "FLora", section 2.3).
+    E[S S^T] = I, so the projection preserves lengths in the mean, but S^T S is not I:
+    stages that need an orthonormal basis raise (Zhu et al. 2025, "APOLLO", section 4;
+    Hao et al. 2024, "FLora", section 2.3).
 
-    The state is a key, and S is drawn from it again at every step; no array of mr
-    numbers is stored. `stored=True` stores it, as the released apollo-torch does: the
-    same numbers, memory for time.
+    The state is a key, and S is drawn from it at every step, so that no array of mr
+    numbers is stored. With `stored=True` the state holds S, as in the released
+    apollo-torch: the same numbers, more memory and less time.
 
     Args:
       key: a seed or a typed key.
-      stored: keep S in the state.
+      stored: whether the state holds S.
 
     Raises:
       ValueError: a key that is neither an int nor typed; at update, outside `low_rank`.
@@ -109,7 +109,7 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
     Example:
       >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_gradient())
     """
 
     def draw(frame: Frame, keys: jax.Array) -> jax.Array:
@@ -122,11 +122,4 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
         orthonormal=False,
         from_gradient=False,
     )
-    if stored:
-        return rule
-    redrawn = Storage(
-        pack=lambda _, __, key: jax.random.clone(key),
-        unpack=lambda frame, key: draw(frame, frame.keys(key)),
-        shared=True,
-    )
-    return follow(dataclasses.replace(rule.rule, storage=redrawn))
+    return rule if stored else redraw(rule.rule)

@@ -1,189 +1,205 @@
-"""When: basis rules that are asked less often than every T steps."""
+"""When: one step of a basis rule, on all Frames of a tree."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from lowrank_optax.bases.follow import (
-    Chosen,
-    choose_anew,
-    follow,
-    on_subspaces,
-    starts,
-    unmoved,
-    with_bases,
-)
-from lowrank_optax.bases.rule import BasisRule, BasisState, rule_of
-from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.keys import split
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.bases.batching import Request
+from lowrank_optax.bases.rule import BasisState, Rule
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
+from lowrank_optax.core.linalg import product, select, transpose
+from lowrank_optax.core.spread import replicated
+from lowrank_optax.core.stage import Clock, both
+from lowrank_optax.core.trees import each_apart, in_turn, map_frames, nothing
 
 
-def frozen(rule: optax.GradientTransformation) -> BasisRule:
-    """`rule`'s basis of step 0, for the whole run.
-
-    The ablation of the GrassWalk paper (section 5): S_0 from a matrix's first gradient
-    that is not zero, and what the projection lost given back.
-
-    Args:
-      rule: a basis rule.
-
-    Raises:
-      ValueError: a stage that is no basis rule; at update, outside `low_rank`.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.bases.frozen(lro.dominant_svd()), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
-    """
-    inside = rule_of(rule, "frozen()")
-    # Not together: whether it is asked at all depends on the step.
-    return follow(dataclasses.replace(inside, once=True, batched=False))
-
-
-class LazyRefreshState(NamedTuple):
-    """State of `lazy_refresh`; but for the rule's, trees like the parameters.
+class Chosen(NamedTuple):
+    """The basis of one leaf, or trees of those of all.
 
     Attributes:
-      rule_state: the rule's, its key split whenever a refresh is due.
-      cycle: () int32, refreshes that were done.
-      interval: () int32, refreshes that were due per refresh that is done.
-      wait: () int32, refreshes still to be passed over.
-      similarities: (window,) float32, of the last bases to the ones before them, the
-        newest last; -1 where there was none.
+      started: as in `BasisState`.
+      rotation: (*batch, r, r), S_t^T S_{t-1}.
+      refreshed: (*batch,) bool, whether it was chosen at this step.
+      stored: as in `BasisState.basis`.
     """
 
-    rule_state: BasisState
-    cycle: Any
-    interval: Any
-    wait: Any
-    similarities: Any
+    started: Tree
+    rotation: Tree
+    refreshed: Tree
+    stored: Tree
 
 
-def lazy_refresh(
-    rule: optax.GradientTransformation,
-    *,
-    threshold: float | jax.Array = 0.4,
-    window: int = 5,
-    factor: int = 2,
-) -> optax.GradientTransformationExtraArgs:
-    """Asks `rule` less and less often for a basis that hardly moves (Q-GaLore).
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """One rule, one tree, one step.
 
-    At a refresh that is done, the similarity of the new basis to the last one,
-
-        cos(S_t S_t^T, S_{t-1} S_{t-1}^T) = ||S_t^T S_{t-1}||_F^2 / r,
-
-    enters a window. Once the mean of a full window is at least `threshold`, the leaf's
-    interval is multiplied by `factor` at every refresh, and never falls again
-    (Zhang et al. 2024, "Q-GaLore", section 3.2). A stacked kernel is one leaf and has
-    one interval, by the mean over its layers.
-
-    Deviation: the released q-galore-torch compares the first singular vector alone,
-    with its sign, which the SVD leaves open. The paper's threshold is kept.
-
-    Args:
-      rule: a basis rule that keeps its bases.
-      threshold: of the mean similarity, in [0, 1].
-      window: how many similarities are averaged, at least 1.
-      factor: by which the interval grows, at least 1.
-
-    Raises:
-      ValueError: a window or a factor below 1; a stage that is no basis rule,
-        `gaussian`, or `frozen`; at update, outside `low_rank`.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
-      ...     basis=lro.bases.lazy_refresh(lro.dominant_svd()))
+    Attributes:
+      rule: the rule.
+      frames: a tree of Frames and other leaves.
+      state: the rule's state before the step.
+      now: the time.
     """
-    for name, value in (("window", window), ("factor", factor)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
-    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
-    if inside.storage.shared or inside.once:
-        raise ValueError(
-            "lazy_refresh() compares a basis with the last one; it has nothing to do "
-            "around gaussian(), which keeps none, or frozen(), which is never asked"
-        )
 
-    def init(params: optax.Params) -> LazyRefreshState:
-        def each(make: Callable[[], jax.Array]) -> Any:
-            return map_frames(lambda _: make(), params, plain=nothing)
+    rule: Rule
+    frames: Tree
+    state: BasisState
+    now: Clock
 
-        return LazyRefreshState(
-            rule_state=cast(BasisState, rule.init(params)),
-            cycle=each(lambda: jnp.zeros([], jnp.int32)),
-            interval=each(lambda: jnp.ones([], jnp.int32)),
-            wait=each(lambda: jnp.zeros([], jnp.int32)),
-            similarities=each(lambda: jnp.full((window,), -1.0, jnp.float32)),
-        )
+    @property
+    def due(self) -> bool | jax.Array:
+        """() bool: whether all matrices are due for a basis."""
+        refresh = self.now.refresh
+        return both(refresh, self.now.step == 0) if self.rule.once else refresh
 
-    def update(
-        frames: optax.Updates, state: LazyRefreshState, now: Clock
-    ) -> tuple[optax.Updates, LazyRefreshState]:
-        old = state.rule_state
-        key, sub = old.rng_key, None
-        if key is not None:
-            key, sub = branch(now.refresh, split, lambda k: (k, k), key)
+    def wanted(self, due: bool | jax.Array) -> bool | jax.Array:
+        """() bool: whether any matrix needs a basis; all do if `due`."""
+        if isinstance(self.now.refresh, bool):
+            return due
+        return due | self._starts()
 
-        def ask(
+    def unmoved(self) -> Chosen:
+        """The bases of the last step."""
+        return self.each(unmoved)
+
+    def chosen(self, key: jax.Array | None) -> Chosen:
+        """The bases of a refresh with this key."""
+        request = Request(self.rule, key, self.now)
+        frames = request.in_batches(self.frames, self._stored, self.state.started)
+        batched = dataclasses.replace(self, frames=frames)
+        return batched.each(partial(choose_anew, request, self.due))
+
+    def each(self, f: Callable[..., Chosen], *trees: Tree) -> Chosen:
+        """Trees of f(frame, started, stored, ...) with the leaves of further trees."""
+        flatten = jax.tree.structure(self.frames).flatten_up_to
+        columns = flatten(self.state.started), self._stored, *map(flatten, trees)
+        return on_subspaces(self.rule, f, self.frames, *columns)
+
+    def with_bases(self, chosen: Chosen) -> optax.Updates:
+        """The Frames with their bases set."""
+        leaves, structure = jax.tree.flatten(self.frames)
+
+        def one(
             frame: Frame,
-            started: jax.Array,
-            stored: Any,
-            cycle: jax.Array,
-            wait: jax.Array,
-        ) -> Chosen:
-            due, clock = both(now.refresh, wait == 0), now._replace(cycle=cycle)
-            wanted = due
-            if not isinstance(now.refresh, bool):
-                wanted |= starts(inside, frame, started)
-            return branch(
-                wanted,
-                lambda: choose_anew(inside, frame, started, stored, sub, clock, due),
-                lambda: unmoved(frame, started, stored),
+            old: Tree,
+            new: Tree,
+            rotation: jax.Array,
+            refreshed: jax.Array,
+        ) -> Frame:
+            if not is_frame(frame) or frame.full_rank:
+                return frame
+            unpack = self.rule.storage.unpack
+            return frame.replace(
+                previous=replicated(unpack(frame, old)),
+                basis=replicated(unpack(frame, new)),
+                rotation=rotation,
+                refreshed=refreshed,
+                orthonormal=self.rule.orthonormal,
+                batched=self.rule.is_batched(frame),
             )
 
-        def pace(
-            frame: Frame, rotation: jax.Array, *last: jax.Array
-        ) -> tuple[Any, ...]:
-            if frame.full_rank:
-                return frame, rotation, *last
-            overlap = (
-                jnp.mean(jnp.sum(jnp.square(rotation), axis=(-2, -1))) / frame.rank
+        new = each_stored(self.rule, structure, chosen.stored)
+        columns = map(structure.flatten_up_to, (chosen.rotation, chosen.refreshed))
+        return structure.unflatten(map(one, leaves, self._stored, new, *columns))
+
+    @property
+    def _stored(self) -> list[Tree]:
+        structure = jax.tree.structure(self.frames)
+        return each_stored(self.rule, structure, self.state.basis)
+
+    def _starts(self) -> jax.Array:
+        """() bool: whether a matrix has its first gradient that is not zero."""
+        if not self.rule.from_gradient:
+            return jnp.array(False)
+        started = map_frames(
+            lambda _, b: b,
+            self.frames,
+            self.state.started,
+            plain=lambda *_: jnp.array(True),
+        )
+
+        def look() -> jax.Array:
+            new = map_frames(
+                lambda f, b: jnp.any(~b & f.nonzero()),
+                self.frames,
+                started,
+                plain=nothing,
             )
-            return frame, rotation, *paced(now, overlap, threshold, factor, *last)
+            return jnp.any(jnp.stack(jax.tree.leaves(new)))
 
-        chosen = on_subspaces(inside, ask, frames, old, state.cycle, state.wait)
-        _, _, *paces = update_frames(pace, frames, chosen.rotation, *state[1:])
-        rule_state = BasisState(key, chosen.stored, chosen.started)
-        frames = with_bases(inside, frames, old.basis, chosen.stored, chosen)
-        return frames, LazyRefreshState(rule_state, *paces)
-
-    return timed_stage(init, update)
+        # Gradients are looked at only until all have started.
+        all_started = jnp.all(jnp.stack([jnp.all(b) for b in jax.tree.leaves(started)]))
+        return jax.lax.cond(all_started, lambda: jnp.array(False), look)
 
 
-def paced(
-    now: Clock,
-    overlap: jax.Array,
-    threshold: float | jax.Array,
-    factor: int,
-    cycle: jax.Array,
-    interval: jax.Array,
-    wait: jax.Array,
-    similarities: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cycle, interval, wait and similarities of one leaf after a step."""
-    due = now.refresh & (wait == 0)  # an array, whatever `refresh` is
-    compared = due & (now.step > 0)
-    shifted = jnp.append(similarities[1:], overlap.astype(similarities.dtype))
-    similarities = jnp.where(compared, shifted, similarities)
-    full = jnp.all(similarities >= 0)
-    grow = compared & full & (jnp.mean(similarities) >= threshold)
-    interval = jnp.where(grow, factor * interval, interval)
-    wait = jnp.where(due, interval - 1, wait - now.refresh)
-    return cycle + due, interval, wait, similarities
+def unmoved(frame: Frame, started: jax.Array, stored: Tree) -> Chosen:
+    """The basis of the last step, of one leaf."""
+    return Chosen(started, frame.no_rotation(), jnp.zeros(frame.batch, bool), stored)
+
+
+def choose_anew(
+    request: Request,
+    due: bool | jax.Array,
+    frame: Frame,
+    started: jax.Array,
+    stored: Tree,
+) -> Chosen:
+    """The basis of one leaf, new for those of its matrices that are due or start."""
+    rule, (pack, unpack, _) = request.rule, request.rule.storage
+    now_started = started | frame.nonzero() if rule.from_gradient else started
+    refreshed = due | now_started & ~started
+    old = unpack(frame, stored)
+    s = frame.chosen
+    if s is None:
+        s = request.of_leaf(frame, stored, started)
+    # A rule may return the old basis. Packing it again would round it again, and so
+    # move it; a matrix whose basis is the same keeps its stored numbers.
+    stays = ~refreshed | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
+    new = jax.tree.map(lambda x, y: select(stays, x, y), stored, pack(frame, s))
+    # The rotation is of the unpacked bases, which are what the moments were taken in;
+    # replicated, so that its sums round the same way on every sharding.
+    rotation = rotation_between(
+        replicated(unpack(frame, new)), replicated(old), frame.gradient.dtype
+    )
+    return Chosen(
+        now_started, select(refreshed, rotation, frame.no_rotation()), refreshed, new
+    )
+
+
+def on_subspaces(
+    rule: Rule,
+    f: Callable[..., Chosen],
+    frames: optax.Updates,
+    *columns: Sequence[Tree],
+) -> Chosen:
+    """Trees of f(frame, ...), with a list of further arguments in each column.
+
+    Leaves without a subspace have `nothing`.
+    """
+    inside = jax.tree.structure(Chosen(0, 0, 0, rule.storage.like))
+    leaves, structure = jax.tree.flatten(frames)
+
+    def one(leaf: Tree, *row: Tree) -> Chosen:
+        if not is_frame(leaf) or leaf.full_rank:
+            return inside.unflatten([nothing() for _ in range(inside.num_leaves)])
+        return f(leaf, *row)
+
+    return in_turn(structure, inside, [*map(one, leaves, *columns)])
+
+
+def each_stored(rule: Rule, structure: Any, basis: Tree) -> list[Tree]:
+    """The stored basis of each leaf, in a list."""
+    return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
+
+
+def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return product(transpose(new), old)

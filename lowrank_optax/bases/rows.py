@@ -1,4 +1,4 @@
-"""Where: rows of the gradient as they are, with no arithmetic (FRUGAL, Grass)."""
+"""Where: rows of the gradient, without arithmetic (FRUGAL, Grass)."""
 
 from typing import Literal
 
@@ -22,17 +22,16 @@ def coordinates(
 
     S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With
     order "random", I_t is a uniform sample without replacement; "ascending" and
-    "descending" take blocks of r neighbours in turn, from the first row on or from the
-    last, and begin again when they are through (Zmushko et al. 2025, "FRUGAL").
+    "descending" cycle through blocks of r neighbouring rows, from the first row or from
+    the last (Zmushko et al. 2025, "FRUGAL").
 
     The rows are those of the canonical orientation, so they lie along the weight's
     smaller side. FRUGAL's "columns" are the input side of torch's (out, in) weights;
     that is the same side for square matrices and for those with more outputs.
 
-    For whole matrices in turn, FRUGAL's block-wise mode, take the layers of a stacked
-    kernel (layers, in, out) as the rows, by the dimension numbers `LAYERS`: a rank of
-    0.25 then trains a quarter of the layers with the stateful step, others after each
-    refresh.
+    FRUGAL's block-wise mode takes the layers of a stacked kernel (layers, in, out) as
+    the rows, by the dimension numbers `LAYERS`: a rank of 0.25 then trains a quarter of
+    the layers with the stateful step, and others after each refresh.
 
     Args:
       key: a seed or a typed key, for order "random" alone.
@@ -75,8 +74,8 @@ def sample_rows(key: jax.Array | int) -> BasisRule:
     q_i = ||G_i|| / sum_j ||G_j||, I_t = sort(sample r of m by q without replacement),
     S_t = I[:, I_t] (Muhamed et al. 2024, "Grass", section 3: row-sparse projections,
     sampling by the multinomial of the norms without replacement, unscaled). The
-    state is r integers. If fewer than r rows are nonzero, all of those are taken and
-    the first zero rows fill up.
+    state is r integers. If fewer than r rows are nonzero, the first zero rows fill the
+    sample.
 
     Args:
       key: a seed or a typed key.

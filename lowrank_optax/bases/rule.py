@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.stage import Clock
@@ -20,12 +21,11 @@ class BasisState(NamedTuple):
     """State of a basis rule; its trees have one array for each parameter.
 
     Attributes:
-      rng_key: a typed key, split at a refresh and at no other time; None for a rule
-        that draws nothing.
-      basis: what is kept of S: S itself, (*batch, m, r), or (*batch, r) integers where
-        its columns are coordinates; a `QuantizedBasis` of trees for `quantize_basis`,
-        and for `gaussian` the one typed key that all bases are drawn from.
-      started: (*batch,) bool, whether a gradient that is not zero was seen.
+      rng_key: a typed key, split at every refresh; None for a rule that draws nothing.
+      basis: the stored S: (*batch, m, r), or (*batch, r) integers where its columns are
+        coordinates; a `QuantizedBasis` of trees for `quantize_basis`; for `gaussian`
+        one typed key that all bases are drawn from.
+      started: (*batch,) bool, whether the matrix has had a nonzero gradient.
     """
 
     rng_key: jax.Array | None
@@ -34,37 +34,34 @@ class BasisState(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How a basis is kept between steps.
+    """How a basis is stored between steps.
 
     Attributes:
-      pack: from a Frame, S_t (*batch, m, r) and the key of the refresh to what is
-        stored, a tree of arrays with the batch axes in front.
-      unpack: from a Frame and what is kept to S_t.
+      pack: from a Frame and S_t (*batch, m, r) to what is stored, a tree of arrays with
+        the batch axes in front.
+      unpack: from a Frame and what is stored to S_t.
       like: a tree of the structure of what is stored.
-      shared: whether the refresh's key is stored, for all matrices, and no tree of what
-        `pack` gives for each.
     """
 
-    pack: Callable[[Frame, jax.Array, Any], Any]
+    pack: Callable[[Frame, jax.Array], Any]
     unpack: Callable[[Frame, Any], jax.Array]
     like: Any = 0
-    shared: bool = False
 
 
-AS_IT_IS = Storage(pack=lambda _, s, __: s, unpack=lambda _, s: s)
+AS_IT_IS = Storage(pack=lambda _, s: s, unpack=lambda _, s: s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A basis rule as data; `basis_rule` says what the fields mean.
+    """A basis rule as data; `basis_rule` documents the other fields.
 
     Attributes:
       first: the basis before the first refresh, from a Frame.
       storage: how bases are stored.
-      once: whether a basis is for good.
-      batched: whether small matrices are best asked for in one batch (`is_batched`):
-        `choose` has no conditional, and looks at nothing but gradients and keys.
-      by_path: whether `choose` goes by a leaf's path, and must see all of its matrices.
+      once: whether the basis of step 0 stays.
+      batched: whether one call for many small matrices is faster than a loop
+        (`is_batched`); `choose` has no conditional, and reads only gradients and keys.
+      by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
     """
 
     choose: Choose
@@ -79,6 +76,10 @@ class Rule:
     batched: bool = False
     by_path: bool = False
 
+    def is_batched(self, frame: Frame) -> bool:
+        """Whether the matrices of a leaf take less time in one batch than in a loop."""
+        return self.batched and frame.basis_shape[-2] <= linalg.TOGETHER
+
     def first(self, frame: Frame) -> jax.Array:
         if self.coordinates:
             return jnp.broadcast_to(jnp.arange(frame.rank), (*frame.batch, frame.rank))
@@ -92,7 +93,7 @@ class BasisRule(optax.GradientTransformationExtraArgs):
 
 
 def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
-    """The `Rule` of a basis rule that `wrapper` goes around."""
+    """The `Rule` of a basis rule; ValueError, in the name of `wrapper`, for others."""
     if isinstance(rule, BasisRule):
         return rule.rule
     raise ValueError(

@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from lowrank_optax.bases.follow import follow
+from lowrank_optax.bases.redrawn import Redrawn
 from lowrank_optax.bases.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
 from lowrank_optax.core.frame import Frame
 
@@ -35,7 +36,7 @@ def packing(bits: int, group_size: int) -> Storage:
         pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % group_size)]
         return jnp.pad(flat, pad).reshape(*flat.shape[:-1], -1, group_size)
 
-    def pack(frame: Frame, s: jax.Array, _: jax.Array | None) -> QuantizedBasis:
+    def pack(frame: Frame, s: jax.Array) -> QuantizedBasis:
         flat = s.reshape(*frame.batch, -1)
         groups = in_groups(flat)
         # Zero lies inside, so that the code of zero is one of the codes.
@@ -81,7 +82,7 @@ def quantize_basis(
 
     (Zhang et al. 2024, "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-
     Adaptive Low-Rank Gradients"). Every stage after it gets this rounded S, from the
-    refresh itself on, and its turn S_t^T S_{t-1}; between refreshes its bits do not
+    refresh on, and its rotation S_t^T S_{t-1}; between refreshes its bits do not
     change. A basis takes bits / 32 of its float32 bytes and 5 bytes a group.
 
     The rounded S is not orthonormal, so that `recover_residual` and eq. 8 of
@@ -100,7 +101,7 @@ def quantize_basis(
 
     Raises:
       ValueError: other bits, a group_size below 1; a stage that is no basis rule, whose
-        bases are coordinates, or that keeps none; at update, outside `low_rank`.
+        bases are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -124,11 +125,11 @@ def cast_basis(
 ) -> BasisRule:
     """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
 
-    Every stage after it gets the rounded S, from the refresh itself on. Each entry of S
-    is off by 2^-9 of itself at most in bfloat16, each of S^T S by about 2^-9 too, which
-    is what products of bfloat16 operands do to an exact S; so it passes for orthonormal
-    where its rule is, and stages may give the residual back. A rule that goes on from
-    the last basis goes on from the rounded one.
+    Every stage after it gets the rounded S, from the refresh on. In bfloat16 each entry
+    of S is off by at most 2^-9 of itself, and each of S^T S by about 2^-9, which is
+    what products of bfloat16 operands do to an exact S. So it counts as orthonormal
+    where its rule does, and stages may recover the residual. A rule that continues from
+    the last basis continues from the rounded one.
 
     Args:
       rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
@@ -136,7 +137,7 @@ def cast_basis(
 
     Raises:
       ValueError: a dtype that is no float; a stage that is no basis rule, whose bases
-        are coordinates, or that keeps none; at update, outside `low_rank`.
+        are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -151,7 +152,7 @@ def cast_basis(
         raise ValueError(f"dtype={dtype.name}: choose a float, such as bfloat16")
     inside = _stored_as_it_is(rule, "cast_basis()")
     rounded = Storage(
-        pack=lambda _, s, __: s.astype(dtype),
+        pack=lambda _, s: s.astype(dtype),
         unpack=lambda frame, stored: stored.astype(frame.gradient.dtype),
     )
     return follow(dataclasses.replace(inside, storage=rounded))
@@ -159,7 +160,8 @@ def cast_basis(
 
 def _stored_as_it_is(rule: optax.GradientTransformation, wrapper: str) -> Rule:
     inside = rule_of(rule, wrapper)
-    if inside.coordinates or inside.storage is not AS_IT_IS:
+    stored = inside.storage is AS_IT_IS and not isinstance(rule, Redrawn)
+    if inside.coordinates or not stored:
         raise ValueError(
             f"{wrapper} makes m x r numbers smaller, and this rule keeps "
             "coordinates or a key in their place; take the rule without it"

@@ -1,4 +1,4 @@
-"""Where: the leading directions kept, and others drawn from the rest (Alice)."""
+"""Where: the leading directions, and others drawn from the complement (Alice)."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -36,20 +36,20 @@ def switch_basis(
     C (m, m - r) being the columns by which a QR of S' completes it, and I a sorted
     uniform sample of r - l of them without replacement (Gong et al. 2025, "Towards
     Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
-    Low-Rank Extension", Algorithms 2 and 10). The basis never freezes: what lies
-    outside of it, which no step in it sees, is tried a part at a time. Q, m x m, is not
-    formed; a refresh is two QRs and one r x r eigendecomposition.
+    Low-Rank Extension", Algorithms 2 and 10). The basis never freezes: directions
+    outside of it get their turn. Q, m x m, is not formed; a refresh is two QRs and one
+    r x r eigendecomposition.
 
-    Deviations: the paper starts from U_0 = 0, from which no power step goes, and
+    Deviations: the paper starts from U_0 = 0, which a power step cannot leave, and
     switches at once; here S_0 is as in all rules, and the first switch is at step T.
     (It counts steps from 1 and refreshes at 1, K, 2K, ...) Algorithm 10 returns V where
-    S' V must be meant. Where the complement has fewer than r - l directions all of them
-    are taken, and so many more leading ones kept.
+    S' V must be meant. Where the complement has fewer than r - l directions, the basis
+    takes all of them and more leading ones.
 
     Args:
       key: a seed or a typed key.
-      keep: l, the leading directions that are kept: an int, or a fraction of r. The
-        paper's is 40 of 128 at 60M and 160 of 512 at 1.3B, both 0.3125.
+      keep: l, the number of leading directions that stay: an int, or a fraction of r.
+        The paper's is 40 of 128 at 60M and 160 of 512 at 1.3B, both 0.3125.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
@@ -152,10 +152,10 @@ def track_gram(
         Q~_t = decay Q~_{t-1} + (1 - decay) G~_t G~_t^T
 
     (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
-    As there Q~ stays as it is when the basis moves, though its coordinates are then
-    others: with r - l of them new, and a decay of 0.999, much of it is of directions
-    that were left. The paper's own ablation finds little in tracking (Table 5). State
-    of a matrix: r^2 numbers.
+    As there Q~ stays when the basis changes, although its coordinates do: with r - l of
+    them new and a decay of 0.999, much of it belongs to directions that have left. The
+    paper's own ablation finds little effect of tracking (Table 5). State of a matrix:
+    r^2 numbers.
 
     Args:
       stages: a basis rule, then `project()`, chained.
@@ -190,8 +190,8 @@ def track_gram(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackingState]:
-        def tell(frame: Frame, gram: jax.Array) -> Frame:
-            # Directions do not depend on size: G G^T is what it is added to.
+        def with_past(frame: Frame, gram: jax.Array) -> Frame:
+            # Scaled so that G G^T has weight one; directions do not depend on size.
             past = decay / (1 - decay)
             return frame if frame.full_rank else frame.replace(tracked=past * gram)
 
@@ -203,7 +203,7 @@ def track_gram(
             return frame, decay * gram + (1 - decay) * new
 
         frames, inner_state = stages.update(
-            map_frames(tell, updates, state.gram),
+            map_frames(with_past, updates, state.gram),
             state.inner_state,
             params,
             **extra_args,

@@ -1,11 +1,9 @@
-"""The bracket: opens a Frame for every matrix leaf, and closes it again."""
+"""`low_rank`: opens a Frame for every matrix leaf, runs the stages, and closes it."""
 
 import functools
 import numbers
-import operator
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +11,20 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
-from lowrank_optax.bracket.leaf import Leaf, decide_leaves, is_leaf, warn_of_full_rank
-from lowrank_optax.core.frame import (
-    BASIS_RULE,
-    Frame,
-    ProjectedAway,
-    are_coordinates,
-    is_frame,
-)
+from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
+from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
+from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
+from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
 from lowrank_optax.core.layout import (
     DimensionNumbers,
     Rank,
     Square,
-    check_matrix,
     check_rank,
     check_square,
 )
 from lowrank_optax.core.moments import with_momentum
-from lowrank_optax.core.sharding import auto_update
 from lowrank_optax.core.stage import Clock, stage
 from lowrank_optax.core.trees import map_frames
-
-T = TypeVar("T")
 
 
 class LowRankState(NamedTuple):
@@ -42,8 +32,8 @@ class LowRankState(NamedTuple):
 
     Attributes:
       count: () int32, optimizer steps accepted.
-      skipped: () int32, steps refused because a gradient was not finite.
-      refreshes: () int32, steps accepted at which bases were due.
+      skipped: () int32, steps skipped because a gradient was not finite.
+      refreshes: () int32, accepted steps at which bases were due.
       inner_state: the stages' states.
     """
 
@@ -64,88 +54,32 @@ def low_rank(
 ) -> Extensible:
     """Runs `inner`, a chain of stages, on a `Frame` in place of every matrix leaf.
 
-    A stage chain says where the subspace is, how the gradient goes in, which step is
-    taken there, and how it comes back:
+    The stages say where the subspace is, how the gradient enters it, which step is
+    taken there, and how that comes back:
 
         optax.chain(sara_sample(key=0), project(),
                     rotate_moments(optax.scale_by_adam()), recover_residual(1.01))
 
-    A stock optax transformation stands inside `in_subspace` or `rotate_moments`, or
-    outside the bracket: between stages it would take a Frame's basis for an update.
-
-    The bracket alone knows how a leaf is stored. It turns each matrix so that
-    m <= n ("without loss of generality", both papers), keeps further axes as batch
-    axes (stacked layers), and computes in float32 (float64 for float64 leaves),
-    whatever the leaf's dtype; updates come back in the gradient's shape and dtype.
-    Scalars, vectors, and leaves that a rule keeps at full rank pass as plain arrays:
-    the step inside `in_subspace` or `rotate_moments` is taken on them directly.
-
-    A rank of m or more is the whole space: S is the identity, nothing is stored for it
-    or chosen, and the step goes the method's own way back, with its scale, which is
-    what any S of rank m would do to a step that does not depend on coordinates. (The
-    papers' S would be the m left singular vectors, an m x m state, and Adam's step is
-    another in them.) A matrix is not so without a word: `init` warns once, with how
-    many of how many are projected, and `memory_report` lists all.
-
-    A basis is due at steps 0, T, 2T, ... (T = `refresh_every`), from that step's
-    gradient. Asked so, the program holds both kinds of step and a `lax.cond` between
-    them; on a GPU, where a branch that factorises makes the host wait for the device at
-    every step, and large arrays are copied for the branches, it is better that the host
-    says which step it is:
-
-        tx.update(gradient, state, params, refresh=step % T == 0)
-
-    with `refresh` a Python bool, a static argument of the jitted step. There are two
-    programs then, and one without a conditional or a factorisation for most steps.
-    True is a refresh, whatever T.
-
-    A step is skipped whose gradient has a NaN or an Inf, or numbers so large
-    that their squares have no finite sum (from about 1e19 in float32), with which a
-    second moment would be lost: the updates are zero, no state changes, `skipped`
-    counts it, and a refresh that was due happens at the next finite step, or when you
-    ask for it again. (Numbers so large are looked for in S^T G, which is all that a
-    second moment sees.)
-    Transformations that you chain after the bracket (weight decay, schedules) see such
-    a step as one with a zero gradient; `low_rank_optimizer` skips them with it.
-    A caller who knows already whether the gradient is finite, from its norm, says so by
-    `accept`: what is to be skipped is then known before anything is computed, and no
-    S^T G has to be kept until the last has been seen. One who asks for the update only
-    if the gradient is finite, under `lax.cond`, gives True itself, and no second state
-    is there to be chosen.
-
-    So `update` takes, beside optax's own, arguments that may be left out: `refresh`, a
-    bool, static or traced; `accept`, a () bool; `layer`, the place in a stack of the
-    layer that the parameters are (see `per_layer`), for its random keys; and for
-    micro-batches `bases`, `projected` and `see` (see `project_gradient`).
+    A Frame has m <= n, and stacked layers as batch axes (docs/concepts/layout.md);
+    other leaves are plain arrays (docs/concepts/full_rank.md). `update` has two more
+    arguments: `refresh`, a bool, whether bases are due (docs/concepts/refresh.md), and
+    `accept`, a () bool, whether the gradient is finite, where the caller knows
+    (docs/concepts/skipped_steps.md).
 
     Args:
-      inner: the stages; `init` and `update` get trees of Frames and plain leaves, and
-        `update` the extra argument `clock` (a `Clock`). Its `params`, if given, are
-        the weights, turned like the gradients.
-      rank: r: an int, a float fraction of the smaller side, or pairs (regular
-        expression, rank or None for full rank), the first found in the path.
+      inner: the stages; their `update` gets the extra argument `clock` (a `Clock`).
+      rank: r: an int, a float fraction of m, or pairs (regular expression, rank or
+        None for full rank), the first found in the path.
       refresh_every: T, in accepted steps, from 1 to 2^31 - 1.
-      dimension_numbers: which axes are a matrix's rows and columns. None: leaves of
-        two axes. Else `optax.contrib.MuonDimensionNumbers` for all leaves, pairs
-        (regular expression, `MuonDimensionNumbers` | "matrix" | None), a tree of
-        them, or a function from the tree of parameters to one.
-      square: the side of a square matrix that is projected, its "input" (reduction)
-        or its "output" axis, or pairs (regular expression, side). Of torch's (out, in)
-        weights galore-torch projects the input side, LDAdam the output side. Where
-        weights are cut over devices it had better be the side that is not cut, which
-        `square_sides` finds; the choice changes what is trained.
-      precision: of the products with S, as `jax.lax.dot_general` takes it; None is
-        JAX's default for the backend. Factorisations always run at the highest.
-
-    Returns:
-      A transformation from full-shape gradients to full-shape updates, with a
-      `LowRankState`.
+      dimension_numbers: which axes are a matrix's rows and columns.
+      square: the side of a square matrix that is projected, "input" or "output", or
+        pairs (regular expression, side).
+      precision: of the products with S, as `jax.lax.dot_general` takes it.
 
     Raises:
-      ValueError: rank below 1, a leaf that no rule covers, a leaf of three or more
-        axes without dimension numbers, dimension numbers that do not fit, a matrix of
-        integers or complex numbers, or a stage chain with no way back; at update, a
-        `refresh` that is no bool.
+      ValueError: rank below 1, a leaf that no rule covers, dimension numbers that do
+        not fit, a matrix of integers or complex numbers, or stages without a way back;
+        at update, a `refresh` that is no bool.
       TypeError: for a stock optax transformation between stages.
 
     Example:
@@ -173,18 +107,18 @@ def full_matrices(
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
 ) -> Extensible:
-    """`low_rank` without subspaces: `inner` sees each matrix whole.
+    """`low_rank` without subspaces: `inner` sees each matrix at full rank.
 
-    For methods without a projection, what `low_rank` does besides: a `Frame` of the
-    gradient, turned so that m <= n, in float32 or wider; batch axes for stacked layers;
-    and a step that is not finite is skipped. A stage puts the Frame's `step`.
+    Methods without a projection get the rest of `low_rank`: a `Frame` of the gradient
+    with m <= n, in float32 or wider; batch axes for stacked layers; and a step that is
+    not finite is skipped. A stage sets the Frame's `step`.
 
     Args:
       inner: the stages.
       dimension_numbers, square: as in `low_rank`.
 
     Returns:
-      A transformation with a `LowRankState`, in which no refresh is counted.
+      A transformation with a `LowRankState` that counts no refreshes.
 
     Raises:
       ValueError: as `low_rank` does for leaves and dimension numbers.
@@ -211,16 +145,15 @@ def _bracket(
     refresh_every: int | None,
     precision: jax.lax.PrecisionLike,
 ) -> Extensible:
-    """The bracket around `inner`; a `refresh_every` of None for no subspaces."""
+    """The bracket around `inner`; without subspaces where `refresh_every` is None."""
     inner = optax.with_extra_args_support(inner)
-    open_frame = functools.partial(_open, precision=precision)
 
     def init(params: optax.Params) -> LowRankState:
         leaves = decide(params)
         if refresh_every is not None:
             warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
-        frames = _map_leaves(open_frame, leaves, params)
-        # Three arrays: one in several places could not be donated.
+        frames = open_frames(leaves, params, precision=precision)
+        # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
         return LowRankState(count, skipped, refreshes, inner.init(frames))
 
@@ -231,51 +164,40 @@ def _bracket(
         *,
         refresh: bool | jax.Array | None = None,
         accept: bool | jax.Array | None = None,
-        layer: int | jax.Array | None = None,
-        bases: Mapping[str, jax.Array] | None = None,
-        projected: bool = False,
-        see: Callable[[optax.Updates], None] | None = None,
+        inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
-        # What is projected has lost the shape that says how it is a matrix.
-        like = params if projected else updates
+        # S^T G has lost the shape that says how a leaf is a matrix.
+        like = params if inside.low else updates
         if like is None:
             raise ValueError("projected gradients need the parameters: give params")
         leaves = decide(like)
-        if refresh_every is None:
-            refresh, see = False, None
-        elif refresh is None:
-            refresh = refresh_every == 1 or state.count % refresh_every == 0
-        clock = Clock(state.count, _check_refresh(refresh), state.refreshes)
-        opened = functools.partial(open_frame, layer=layer, bases=bases or {})
-        if projected:
-            frames = _map_leaves(
-                functools.partial(_open_projected, opened), leaves, like, updates
-            )
-        else:
-            frames = _map_leaves(opened, leaves, updates)
-        # A rule stands before the step, and may follow what the step left last time.
+        clock = _clock_at(state, refresh, refresh_every)
+        frames = open_frames(
+            leaves, updates, params, precision=precision, inside=inside
+        )
+        # A basis rule runs before the step, and may follow its moment of the last step.
         out, inner_state = inner.update(
             with_momentum(frames, state.inner_state),
             state.inner_state,
-            None if params is None else _map_leaves(_oriented, leaves, params),
+            None if params is None else oriented(leaves, params),
             **{**extra_args, "clock": clock},
         )
-        if see is not None:
-            # What is no matrix was stepped on directly: seen is its gradient.
-            see(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
-        # One flag for all leaves: a step is taken whole or not at all.
+        if inside.record is not None and refresh_every is not None:
+            # `out` has the step of a leaf without a Frame; its gradient is recorded.
+            inside.record(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
+        # One flag for all leaves: a step is taken as a whole or not at all.
         if accept is None:
-            accept = _all_finite(updates, frames, out)
-        steps = _map_leaves(_close, leaves, like, out)
+            accept = finite_in_subspace(updates, frames, out)
+        steps = close_frames(leaves, like, out)
         new = LowRankState(
             count=state.count + 1,
             skipped=state.skipped,
             refreshes=state.refreshes + clock.refresh,
             inner_state=inner_state,
         )
-        refused = state._replace(skipped=state.skipped + 1)
-        return if_accepted(accept, steps), if_accepted(accept, new, refused)
+        skipped = state._replace(skipped=state.skipped + 1)
+        return if_accepted(accept, steps), if_accepted(accept, new, skipped)
 
     def extended(more: optax.GradientTransformation) -> Extensible:
         return _bracket(optax.chain(inner, more), decide, refresh_every, precision)
@@ -284,8 +206,8 @@ def _bracket(
 
 
 def _check_interval(refresh_every: int) -> int:
-    whole = isinstance(refresh_every, numbers.Integral)
-    if isinstance(refresh_every, bool) or not whole or not 1 <= refresh_every < 2**31:
+    integer = isinstance(refresh_every, numbers.Integral)
+    if isinstance(refresh_every, bool) or not integer or not 1 <= refresh_every < 2**31:
         raise ValueError(
             f"refresh_every must be an int from 1 to 2**31 - 1, not {refresh_every!r}; "
             "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
@@ -293,13 +215,15 @@ def _check_interval(refresh_every: int) -> int:
     return int(refresh_every)
 
 
-def if_accepted(accept: bool | jax.Array, new: T, otherwise: T | None = None) -> T:
-    """`new` if `accept`, else `otherwise`, or zeros; just `new` for True itself."""
-    if accept is True:
-        return new
-    if otherwise is None:
-        otherwise = jax.tree.map(jnp.zeros_like, new)
-    return jax.tree.map(functools.partial(jnp.where, accept), new, otherwise)
+def _clock_at(
+    state: LowRankState, refresh: bool | jax.Array | None, refresh_every: int | None
+) -> Clock:
+    """The time of a step; `refresh` decides where the caller passed it."""
+    if refresh_every is None:
+        refresh = False
+    elif refresh is None:
+        refresh = refresh_every == 1 or state.count % refresh_every == 0
+    return Clock(state.count, _check_refresh(refresh), state.refreshes)
 
 
 def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
@@ -307,97 +231,7 @@ def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:
         return bool(refresh)
     if getattr(refresh, "dtype", None) != jnp.bool_ or jnp.ndim(refresh):
         raise ValueError(
-            f"refresh={refresh!r}: give True or False, best as a static argument of "
+            f"refresh={refresh!r}: pass True or False, best as a static argument of "
             "the jitted step, or a () bool array"
         )
     return refresh
-
-
-def _map_leaves(f: Callable[..., Any], leaves: Any, *trees: Any) -> Any:
-    return jax.tree.map(f, leaves, *trees, is_leaf=is_leaf)
-
-
-def _open(
-    leaf: Leaf,
-    x: jax.Array,
-    precision: jax.lax.PrecisionLike,
-    layer: int | jax.Array | None = None,
-    bases: Mapping[str, jax.Array] = MappingProxyType({}),
-) -> Frame | jax.Array:
-    if leaf.layout is None:
-        return _at_least_f32(x)
-    check_matrix(leaf.path, x)
-    return Frame(
-        gradient=_oriented(leaf, x),
-        rank=leaf.rank,
-        path=leaf.path,
-        columns=leaf.layout.columns,
-        transposed=leaf.layout.transposed,
-        layer=None if layer is None else jnp.asarray(layer),
-        precision=precision,
-        chosen=bases.get(leaf.path),
-    )
-
-
-def _open_projected(
-    opened: Callable[..., Any], leaf: Leaf, x: jax.Array, low: jax.Array
-) -> Frame | jax.Array:
-    """The Frame of the parameter x, with S^T G and without G."""
-    if leaf.layout is None:
-        return opened(leaf, low)
-    like = jax.eval_shape(functools.partial(_oriented, leaf), x)
-    frame = opened(leaf, jnp.zeros_like(x)).replace(
-        gradient=ProjectedAway(leaf.path, like.shape, like.dtype)
-    )
-    if low.shape != frame.low_shape:
-        raise ValueError(
-            f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
-            f"{frame.low_shape}; give what project_gradient() gave"
-        )
-    return frame.replace(low=_at_least_f32(low))
-
-
-def _oriented(leaf: Leaf, x: jax.Array) -> jax.Array:
-    return _at_least_f32(x if leaf.layout is None else leaf.layout.to_matrix(x))
-
-
-def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
-    if leaf.layout is None:
-        return jnp.asarray(out).astype(x.dtype)
-    if not is_frame(out):
-        raise TypeError(
-            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; a "
-            "stage returns the Frame it got, with frame.replace(...)"
-        )
-    step = out.need("step", "project_back() or recover_residual() at the end,")
-    return leaf.layout.from_matrix(step).astype(x.dtype)
-
-
-def _at_least_f32(x: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _all_finite(
-    updates: optax.Updates, frames: optax.Updates, out: optax.Updates
-) -> jax.Array:
-    """Whether every gradient is finite, and the sum of its squares, read off G~.
-
-    Each entry of G enters every entry of its column of G~ = S^T G, and a NaN or an Inf
-    survives any product, even with zero. So the r rows of G~ tell as much as the m rows
-    of G, for a fraction of the reads. Not where S is coordinates; and where a stage put
-    another gradient in G's place, both are looked at.
-    """
-
-    def finite(x: jax.Array, f: Frame | jax.Array, o: Frame | jax.Array) -> jax.Array:
-        seen = [x]
-        if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
-            seen = [x, o.gradient]
-        elif is_frame(o) and o.low is not None and not o.full_rank:
-            seen = [x if are_coordinates(o.need("basis", BASIS_RULE)) else o.low]
-        squares = (jnp.sum(jnp.square(_at_least_f32(x))) for x in seen)
-        return functools.reduce(operator.and_, map(jnp.isfinite, squares))
-
-    flags = jax.tree.leaves(jax.tree.map(finite, updates, frames, out))
-    return functools.reduce(operator.and_, flags, jnp.array(True))

@@ -1,4 +1,4 @@
-"""A further stage for an optimizer that is put together already."""
+"""Another stage for a finished optimizer."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ import optax
 
 
 class Extensible(optax.GradientTransformationExtraArgs):
-    """A transformation with one `low_rank` in it, and what makes it anew.
+    """A transformation with one `low_rank` in it that can be rebuilt with more stages.
 
     Attributes:
-      extended: from a stage to the same with that stage behind its others.
+      extended: from a stage to the same transformation with that stage at the end.
     """
 
     extended: Callable[[optax.GradientTransformation], "Extensible"]
@@ -19,7 +19,7 @@ def extensible(
     tx: optax.GradientTransformationExtraArgs,
     extended: Callable[[optax.GradientTransformation], Extensible],
 ) -> Extensible:
-    """`tx`, to which `add_stage` can add."""
+    """`tx` as an `Extensible`."""
     made = Extensible(*tx)
     made.extended = extended
     return made
@@ -30,17 +30,16 @@ def add_stage(
 ) -> Extensible:
     """The same optimizer with one more stage, the last one inside its `low_rank`.
 
-    For a stage that looks on, `measure_subspace` above all: it finds everything that
-    the others have set in the Frame, and needs no place in the method's own signature.
-    The state is another, with the new stage's in it.
+    For a stage that only reads, such as `measure_subspace`: it finds everything that
+    the others have set in the Frame. The new stage's state becomes part of the state.
 
     Args:
-      tx: `low_rank` itself, or a named optimizer, before anything of optax is put
-        around it (in `optax.inject_hyperparams`: inside the function that it calls).
-      stage: what is added.
+      tx: `low_rank` or a named optimizer, before optax wraps it (with
+        `optax.inject_hyperparams`: inside the function that it calls).
+      stage: the new stage.
 
     Raises:
-      ValueError: a transformation that is neither.
+      ValueError: any other transformation.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

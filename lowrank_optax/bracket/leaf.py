@@ -1,4 +1,4 @@
-"""What `low_rank` decides for each leaf, and what it says about it."""
+"""The layout and rank that `low_rank` decides for each leaf, and its warning."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from lowrank_optax.core.layout import (
 
 
 class Leaf(NamedTuple):
-    """What the bracket decided for one leaf.
+    """The decision for one leaf.
 
     Attributes:
       path: "layers/mlp/up/kernel".
@@ -63,14 +63,14 @@ def decide_leaves(
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-# Only `init` knows the leaves, and only through whatever optax put around it; so
-# memory_report runs it and listens.
+# Only `init` knows the leaves, and optax may have wrapped it. So memory_report runs it
+# and collects the decisions from this variable.
 _decided: ContextVar[list[Leaf] | None] = ContextVar("decided", default=None)
 
 
 @contextmanager
 def decisions() -> Iterator[list[Leaf]]:
-    """Collects what every `low_rank` initialised inside decides, without warnings."""
+    """Collects the decisions of every `init` inside the block, without warnings."""
     seen: list[Leaf] = []
     token = _decided.set(seen)
     try:
@@ -80,7 +80,7 @@ def decisions() -> Iterator[list[Leaf]]:
 
 
 def warn_of_full_rank(leaves: list[Leaf]) -> None:
-    """A warning where a rank is no rank, or nothing is projected."""
+    """Warns where a rank is m or more, or nothing is projected."""
     if (seen := _decided.get()) is not None:
         seen.extend(leaves)
         return

@@ -1,1 +1,1 @@
-"""What everything else stands on: Frames, stages, layouts, keys, linear algebra."""
+"""The ground of all other packages: Frames, stages, layouts, keys, linear algebra."""

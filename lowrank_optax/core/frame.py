@@ -1,4 +1,4 @@
-"""The Frame: one matrix's gradient on its way through where, in, step and back."""
+"""The Frame: one matrix's gradient and what the stages make of it."""
 
 import dataclasses
 import math
@@ -14,31 +14,31 @@ BASIS_RULE = "a basis rule such as dominant_svd()"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Frame:
-    """Stands where a matrix leaf stood, in the papers' orientation m <= n.
+    """Takes the place of a matrix leaf, in the papers' orientation m <= n.
 
     Each stage reads the fields of the stages before it and fills in its own:
     a basis rule `basis`, `rotation` and `refreshed`, `project` `low`, `in_subspace` or
     `rotate_moments` `low_step`, `project_back` or `recover_residual` `step`.
     All arrays share the leading batch axes (the layers of a stacked kernel).
 
-    A Frame is no pytree: to `jax.tree` it is a leaf, and arithmetic on it is a
-    TypeError, so that a stock optax transformation between two stages fails instead of
+    A Frame is not a pytree: `jax.tree` sees a leaf, and arithmetic on it raises a
+    TypeError. So a stock optax transformation between two stages fails instead of
     scaling a basis.
 
-    At rank r = m the subspace is the whole space: S is the identity, is not stored or
-    chosen, and `basis` and `rotation` stay None.
+    At rank r = m the subspace is the whole space: S is the identity, is neither stored
+    nor chosen, and `basis` and `rotation` stay None.
 
     Attributes:
       gradient: (*batch, m, n), G.
       rank: r <= m.
       path: the leaf's path in the tree, "layers/mlp/up/kernel".
-      columns: which of the weight's axes the n columns are, "input" or "output".
-      layer: () integer, which layer of a stack this is, where the layers of a stacked
-        leaf are taken one at a time (`per_layer`); None where all are here.
+      columns: the weight's axis that the n columns are, "input" or "output".
+      layer: () integer, the layer where the layers of a stack are updated one at a time
+        (`per_layer`); None where all are here.
       transposed: whether the weight is stored with the n columns before the m rows.
       precision: of the products with S, as `jax.lax.dot_general` takes it.
-      momentum: (*batch, r, n), the step's first moment M_{t-1}, raw, in the coordinates
-        of S_{t-1}; None for a step that keeps none.
+      momentum: (*batch, r, n), the step's first moment M_{t-1} without bias correction,
+        in the coordinates of S_{t-1}; None for a step without one.
       tracked: (*batch, r, r), what `track_gram` adds to G~ G~^T, in the coordinates of
         S_{t-1}; None without it.
       basis: (*batch, m, r), S; or (*batch, r) integers, the coordinates that are S's
@@ -47,15 +47,14 @@ class Frame:
       rotation: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       refreshed: (*batch,) bool, whether S_t was chosen at this step.
       orthonormal: whether S's columns are orthonormal.
-      chosen: S_t where it was chosen before, from another gradient of this step (see
-        `project_gradient`), or with other matrices.
-      batched: whether S_t was, or at a refresh would be, chosen with other matrices in
-        one call.
+      chosen: S_t where it was chosen before the rule runs: from another gradient of
+        this step (see `project_gradient`), or in one call with other matrices.
+      batched: whether the rule chooses S_t in one call with other matrices.
       low: (*batch, r, n), G~ = S^T G.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
-      no_residual: why what the projection lost cannot be given back, though the basis
-        be orthonormal, a sentence; "" where it can.
+      no_residual: a sentence on why the residual cannot be recovered although the basis
+        is orthonormal; "" where it can.
     """
 
     gradient: jax.Array
@@ -100,7 +99,7 @@ class Frame:
         return dataclasses.replace(self, **changes)
 
     def need(self, field: str, stage: str) -> jax.Array:
-        """The field's value, or a ValueError that says which stage is missing."""
+        """The field's value; ValueError that names the missing stage if it is None."""
         value = getattr(self, field)
         if value is None:
             raise ValueError(
@@ -121,16 +120,16 @@ class Frame:
         ).astype(x.dtype)
 
     def nonzero(self) -> jax.Array:
-        """(*batch,) bool, whether G, or where it is not there S^T G, is not zero."""
+        """(*batch,) bool, whether G is not zero, or S^T G where G is away."""
         seen = self.gradient
         if isinstance(seen, ProjectedAway):
             seen = self.need("low", "project()")
         return jnp.any(seen != 0, axis=(-2, -1))
 
     def as_stored(self, x: jax.Array) -> jax.Array:
-        """x (*batch, m, n) as the weight is stored; undoes itself.
+        """x (*batch, m, n) in the weight's orientation; its own inverse.
 
-        What is done there to arrays as large as the weight needs no turned copy.
+        Arithmetic in that orientation needs no transposed copy of a large array.
         """
         return jnp.swapaxes(x, -1, -2) if self.transposed else x
 
@@ -155,9 +154,11 @@ class Frame:
         return jnp.take(y, place, axis=0, mode="fill", fill_value=0)
 
     def check_residual(self, stage: str, *, orthonormal: bool = True) -> None:
-        """ValueError where `stage` cannot give back what the projection lost.
+        """ValueError where `stage` cannot recover the residual of the projection.
 
-        `orthonormal` says whether it needs an orthonormal basis.
+        Args:
+          stage: its name.
+          orthonormal: whether it needs an orthonormal basis.
         """
         reason = self.no_residual
         if orthonormal and not self.orthonormal:
@@ -169,16 +170,16 @@ class Frame:
             )
 
     def no_rotation(self) -> jax.Array:
-        """The `rotation` of a basis that stands still, I: (*batch, r, r)."""
+        """The `rotation` of an unchanged basis, I: (*batch, r, r)."""
         eye = jnp.eye(self.rank, dtype=self.gradient.dtype)
         return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
 
     def keys(self, key: jax.Array) -> jax.Array:
         """One key for each matrix of the batch, shape (L,), L = prod(batch).
 
-        Derived from the leaf's path and the matrix's place in the batch, so that they
-        depend neither on the other leaves of the tree nor on the host or the sharding,
-        nor on whether the layers of a stack come together or one at a time.
+        Derived from the leaf's path and the matrix's index in the batch. They depend on
+        neither the other leaves, the host nor the sharding, and are the same whether
+        the layers of a stack come together or one at a time.
         """
         key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
         if not self.batch and self.layer is None:
@@ -198,7 +199,7 @@ class Frame:
     __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
     def __getattr__(self, name: str) -> NoReturn:
-        """What arrays have and a Frame has not."""
+        """Raises for attributes of arrays, which a Frame does not have."""
         if name == "__jax_array__":  # asked for by every function of jax.numpy
             raise TypeError(self._no_array)
         if name.startswith("__"):
@@ -217,9 +218,9 @@ class Frame:
 
 
 class ProjectedAway:
-    """Stands where a Frame's gradient stood, when only S^T G is there.
+    """Stands for a Frame's gradient where only S^T G exists.
 
-    It has the gradient's shape and dtype; whatever else is asked of it is a ValueError.
+    It has the gradient's shape and dtype; any other use raises a ValueError.
     """
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -227,10 +228,9 @@ class ProjectedAway:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ValueError(
-            f"{self.path}: a stage needs the gradient itself, and where gradients (of "
-            "micro-batches, or devices) are summed in the subspace S^T G alone is "
-            "there; take a method that gives no residual back, such as galore(), or "
-            "sum whole gradients"
+            f"{self.path}: a stage needs the gradient itself, but gradients are being "
+            "accumulated in the subspace, where only S^T G exists. Use a method "
+            "without a residual (such as galore), or accumulate full gradients"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
@@ -241,7 +241,7 @@ class ProjectedAway:
 
 
 class NotAnArrayError(TypeError, AttributeError):
-    """A Frame was taken for an array; `getattr` with a default gives the default."""
+    """A Frame was used as an array; `getattr` with a default returns the default."""
 
 
 def are_coordinates(basis: jax.Array) -> bool:

@@ -1,11 +1,14 @@
-"""Where: seeds and typed keys, and indices drawn from them."""
+"""Random keys, and indices drawn with them."""
 
 import jax
 import jax.numpy as jnp
 
 
 def check_key(key: jax.Array | int) -> jax.Array | int:
-    """`key`; ValueError unless it is a seed or a typed key. Creates no array."""
+    """`key`; ValueError unless it is a seed or a typed key.
+
+    It creates no array, which would start a backend.
+    """
     dtype = getattr(key, "dtype", type(key))
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if jnp.ndim(key) or not (typed or jnp.issubdtype(dtype, jnp.integer)):
@@ -16,7 +19,7 @@ def check_key(key: jax.Array | int) -> jax.Array | int:
 
 
 def canonical_key(key: jax.Array | int) -> jax.Array:
-    """A typed key of its own from a seed or a typed key, so that it can be donated."""
+    """A new typed key from a seed or a typed key; a copy, which can be donated."""
     check_key(key)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(
         key.dtype, jax.dtypes.prng_key
@@ -25,7 +28,7 @@ def canonical_key(key: jax.Array | int) -> jax.Array:
 
 
 def split(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """The key to keep and the key to draw from; None for a rule that draws nothing."""
+    """The next key and a key to draw from; None for a rule that draws nothing."""
     return (None, None) if key is None else tuple(jax.random.split(key))
 
 
@@ -36,7 +39,7 @@ def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
     of the indices that are left; zero scores come last, the first in order.
 
     Args:
-      keys: (L,) typed keys, one for each matrix, as `basis_rule` hands them out.
+      keys: (L,) typed keys, one for each matrix, as `basis_rule` passes them.
       scores: (L, m), not negative; all zeros count as equal.
       count: how many, at most m.
 

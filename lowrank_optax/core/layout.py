@@ -1,4 +1,4 @@
-"""Which leaves are matrices, and how each is seen as (batch..., m, n), m <= n."""
+"""The leaves that are matrices, and their layout as (batch..., m, n), m <= n."""
 
 import dataclasses
 import math
@@ -34,11 +34,11 @@ STACKED = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 """The last two axes are the matrix; any axes before them are layers."""
 
 LAYERS = MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-"""Each layer of a stacked kernel (layers, in, out) is one row of one matrix: with
-`coordinates`, whole layers are chosen."""
+"""Each layer of a stacked kernel (layers, in, out) is one row of one matrix, so that
+`coordinates` chooses layers."""
 
 TRANSFORMER_MATRICES: Rules = (
-    # Whole parts of a path, so that neither "PreNorm_0/attention/q/kernel" nor
+    # Complete parts of a path, so that neither "PreNorm_0/attention/q/kernel" nor
     # "ScaledDotProductAttention/kernel" passes for a norm or a scale.
     (r"(?i)(^|/)(bias|scale|offset|gamma|beta)$", None),
     (r"(?i)(^|/)(ln_\w+|\w*norm(_?\d+)?)(/(scale|weight|bias|w|b|g))?$", None),
@@ -50,8 +50,8 @@ TRANSFORMER_MATRICES: Rules = (
     (r"(?i)attn|attention|mlp|ffn|feed_?forward", "matrix"),
 )
 """Low rank for the two-dimensional kernels of attention and MLP; full rank for
-embeddings, output head, norms and biases, each by a whole part of its path; any other
-matrix is an error."""
+embeddings, output head, norms and biases, each by a complete part of its path. Any
+other matrix is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def path_of(keys: jax.tree_util.KeyPath) -> str:
     """A leaf's path as rules see it: "layers/mlp/up/kernel".
 
     The array inside an `nnx.Variable` has the Variable's path: `flax.nnx.Optimizer`
-    hands Variables to `init` and their arrays to `update`.
+    passes Variables to `init` and their arrays to `update`.
     """
     if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
@@ -198,11 +198,11 @@ def specs_of(
             for p, x in leaves.items()
         }
     else:
-        given = jax.tree_util.tree_leaves_with_path(
+        entries = jax.tree_util.tree_leaves_with_path(
             dimension_numbers,
             is_leaf=lambda x: x is None or isinstance(x, (MuonDimensionNumbers, str)),
         )
-        by_path = {path_of(k): spec for k, spec in given}
+        by_path = {path_of(k): spec for k, spec in entries}
         if missing := sorted(set(leaves) - set(by_path)):
             raise ValueError(
                 f"dimension_numbers has no entry for {missing}; give rules, None, "

@@ -3,7 +3,8 @@
 Everything runs at the highest matmul precision, since a product in bfloat16 or tf32
 loses orthonormality, and takes leading batch axes. A batch of factorisations is a
 loop, which keeps its workspace to one matrix: on an H200 a batched QR took twenty times
-as long. But for eigendecompositions up to `TOGETHER`, where one does not fill a device.
+as long. Eigendecompositions up to `TOGETHER` are the exception: one does not fill a
+device.
 """
 
 import functools
@@ -23,16 +24,21 @@ T = TypeVar("T")
 # 1,799; of 2048 x 2048 the loop is faster.
 TOGETHER = 1024
 
-# The compiler may not simplify across a fence. It rearranges constants, divisions and
-# sums otherwise in a program for one device, for pmap and for a mesh, and a basis
-# computed there from the same numbers would differ by an ulp.
+# The compiler may not simplify across a fence. Otherwise it would rearrange constants,
+# divisions and sums differently for one device, for pmap and for a mesh, and bases
+# computed from the same numbers would differ by an ulp.
 fence = jax.lax.optimization_barrier
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b at the highest precision."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b at the highest precision, fenced."""
     a, b = fence((a, b))
-    return fence(jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
+    return fence(product(a, b))
 
 
 def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
@@ -164,9 +170,9 @@ def qr_by_panels(x: jax.Array) -> jax.Array:
 
 
 def complement(u: jax.Array) -> jax.Array:
-    """What a QR completes orthonormal columns by: (*batch, m, r) to (*batch, m, m - r).
+    """The orthogonal complement: (*batch, m, r) orthonormal to (*batch, m, m - r).
 
-    An orthonormal basis of all that is orthogonal to them.
+    An orthonormal basis of it, by a QR that completes the columns.
     """
 
     def complete(u: jax.Array) -> jax.Array:
@@ -186,12 +192,12 @@ def complement(u: jax.Array) -> jax.Array:
 def polar(x: jax.Array) -> jax.Array:
     """The orthonormal factor O of X = H O: (*batch, r, n), U V^T of X = U S V^T.
 
-    Of all matrices with orthonormal rows the nearest to X. From the eigenvectors of
-    X X^T, which is r x r, and whose eigenvalues are rounding under eps times the
-    largest: so twice, for the first time over leaves a matrix without such ones. In
-    float32 O is orthonormal to 1e-5 up to a condition of 1e4, and off from the exact
-    one by up to 40 eps times the condition. A zero X has a zero O; where X has nothing
-    but rounding in a direction, O has anything up to one there, as an SVD's has one.
+    O is the nearest matrix to X with orthonormal rows. It comes from the eigenvectors
+    of X X^T, which is r x r. Eigenvalues below eps times the largest are rounding, so
+    it runs twice; the first pass leaves no such eigenvalues. In float32 O is
+    orthonormal to 1e-5 up to a condition of 1e4, and differs from the exact one by up
+    to 40 eps times the condition. A zero X has a zero O. In a direction where X is only
+    rounding, O has anything up to one, where an SVD has one.
     """
     eps = jnp.finfo(x.dtype).eps
 
@@ -207,7 +213,7 @@ def polar(x: jax.Array) -> jax.Array:
 def polish(s: jax.Array) -> jax.Array:
     """One Newton-Schulz step, S (3 I - S^T S) / 2, towards the nearest orthonormal.
 
-    Squares an orthonormality error that is well under one; what is left is rounding.
+    It squares an orthonormality error well below one, down to rounding.
     """
     return fence(fence(1.5 * s) - fence(0.5 * matmul(s, gram(s))))
 
@@ -315,7 +321,7 @@ def leading(
 
 
 def check_full(decomposition: Decomposition | None) -> None:
-    """ValueError for a decomposition that does not give all singular vectors."""
+    """ValueError for a decomposition that computes only some singular vectors."""
     if decomposition not in (None, "svd", "gram"):
         raise ValueError(
             f"decomposition={decomposition!r} gives no full set of singular vectors; "
@@ -331,7 +337,7 @@ def normal(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
 def average_weight(gain: jax.Array, count: jax.Array) -> jax.Array:
     """1 - beta^t, the sum of a running average's weights, with gain = 1 - beta.
 
-    Not as it is written, for float32 would round beta^t away.
+    By expm1 and log1p, since float32 would round 1 - beta^t away.
     """
     return -jnp.expm1(count * jnp.log1p(-gain))
 
@@ -349,7 +355,7 @@ def fix_signs(u: jax.Array) -> jax.Array:
 
 
 def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """x for the matrices for which `which` (*batch,) holds, y for the others."""
+    """x for the matrices where `which` (*batch,) is True, y for the others."""
     return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, y)
 
 

@@ -1,4 +1,4 @@
-"""Moments: which fields of an optimizer's state they are."""
+"""Moments: the fields of an optimizer's state that rotate with the basis."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -7,11 +7,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.frame import is_frame
+
+
+class SubspaceState(NamedTuple):
+    """State of `in_subspace`, `rotate_moments` and `reset_moments`.
+
+    Basis rules that follow the momentum look for it in here, since other stages may
+    have optimizers of their own, with moments of the same shape.
+
+    Attributes:
+      inner_state: the transformation's, on trees of (*batch, r, n) arrays.
+    """
+
+    inner_state: Tree
 
 
 class Moments(NamedTuple):
-    """Which fields of a state are moments; see `register_moments`."""
+    """The fields of a state that are moments; see `register_moments`."""
 
     first: str
     second: str | None
@@ -19,26 +33,26 @@ class Moments(NamedTuple):
 
 
 _MOMENTS: dict[type, Moments] = {}
-# Wrappers' states that hold another state in another form: unpack, and pack again.
+# Wrappers' states that store another state in another form: (unpack, pack).
 _STORED: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
 
 
 def register_moments(
     state_type: type, *, first: str, second: str | None = None, count: str = "count"
 ) -> None:
-    """Says which fields of an optimizer's state are moments.
+    """Registers the fields of an optimizer's state that are moments.
 
-    `rotate_moments` turns them with the basis, and the basis rules that follow the
-    first moment (`power_iterate`, `correlation_aware`) find it by this. Known are
-    Adam's, `optax.trace`'s, `optax.ema`'s, Lion's and `scale_by_adam_mini`'s.
+    `rotate_moments` rotates them with the basis, and `power_iterate` and
+    `correlation_aware` follow the first moment. Those of Adam, `optax.trace`,
+    `optax.ema`, Lion and `scale_by_adam_mini` are registered.
 
     Args:
       state_type: the NamedTuple class of the state.
       first: the field of M, a linear function of past gradients.
-      second: the field of V, a running average of squared gradients from zero, if
-        there is one that turns.
-      count: the field of the steps done, by which both are corrected for bias; asked
-        for only with `second`.
+      second: the field of V, a running average of squared gradients from zero; None
+        for a state without one.
+      count: the field of the number of steps, for the bias correction; read only with
+        `second`.
 
     Raises:
       ValueError: a class without these fields.
@@ -66,31 +80,31 @@ def register_storage(
     unpack: Callable[[Any], optax.OptState],
     pack: Callable[[Any, optax.OptState], Any],
 ) -> None:
-    """Says how a wrapper's state holds another's: unpack(state), pack(state, new)."""
+    """Registers a wrapper's state that stores another: unpack(x), pack(x, new)."""
     _STORED[state_type] = unpack, pack
 
 
-def _map_moments(
+def map_moments(
     f: Callable[..., Any], state: Any, *others: Any, owner: str = ""
 ) -> Any:
     """f(its fields, state, ...) on each registered state of a nest of them."""
     kind = type(state)
     if kind in _STORED:
         unpack, pack = _STORED[kind]
-        return pack(state, _map_moments(f, *map(unpack, (state, *others))))
+        return pack(state, map_moments(f, *map(unpack, (state, *others))))
     if kind in _MOMENTS:
         return f(_MOMENTS[kind], state, *others)
     if isinstance(state, dict):
         owner = owner or kind.__name__
         return kind(
-            (k, _map_moments(f, v, *(o[k] for o in others), owner=owner))
+            (k, map_moments(f, v, *(o[k] for o in others), owner=owner))
             for k, v in state.items()
         )
     if isinstance(state, (tuple, list)):
         named = hasattr(state, "_fields")
         owner = kind.__name__ if named else owner
         rows = zip(state, *others, strict=True)
-        parts = [_map_moments(f, *row, owner=owner) for row in rows]
+        parts = [map_moments(f, *row, owner=owner) for row in rows]
         return kind(*parts) if named else kind(parts)
     arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
     if arrays:
@@ -116,19 +130,21 @@ def first_moments(state: Any) -> Iterator[Any]:
 
 
 def with_momentum(frames: optax.Updates, state: optax.OptState) -> optax.Updates:
-    """The Frames with the first moment that the stages' states hold for them."""
-    leaves, structure = jax.tree.flatten(frames)
-    for found in first_moments(state):
-        try:
-            moments = structure.flatten_up_to(found)
-        except ValueError:  # no moment per leaf, as under optax.flatten
-            continue
-        for i, (leaf, m) in enumerate(zip(leaves, moments, strict=True)):
-            # A basis may have an optimizer of its own, with moments of its shape.
-            if (
-                isinstance(leaf, Frame)
-                and leaf.momentum is None
-                and getattr(m, "shape", None) == leaf.low_shape
-            ):
-                leaves[i] = leaf.replace(momentum=m)
+    """The Frames with the first moment that the step inside `state` holds for them."""
+
+    def is_step(x: object) -> bool:
+        return isinstance(x, SubspaceState)
+
+    def is_masked(x: object) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    leaves, structure = jax.tree.flatten(frames, is_leaf=is_masked)
+    for step in filter(is_step, jax.tree.leaves(state, is_leaf=is_step)):
+        for found in first_moments(step.inner_state):
+            moments, like = jax.tree.flatten(found, is_leaf=is_masked)
+            if like != structure:  # optax.flatten has one moment for all leaves
+                continue
+            for i, (frame, m) in enumerate(zip(leaves, moments, strict=True)):
+                if is_frame(frame) and frame.momentum is None and not is_masked(m):
+                    leaves[i] = frame.replace(momentum=m)
     return structure.unflatten(leaves)

@@ -16,20 +16,20 @@ def newton_schulz(
 ) -> jax.Array:
     """About U V^T of X = U diag(s) V^T: (*batch, m, n), m <= n; zero for a zero X.
 
-    X <- a X + (b X X^T + c (X X^T)^2) X, from X / ||X||_F. Singular values come to
-    about 0.7 to 1.2, small ones less far.
+    X <- a X + (b X X^T + c (X X^T)^2) X, from X / ||X||_F. Singular values end between
+    about 0.7 and 1.2; very small ones stay below.
 
     Args:
       x: the matrices.
-      iterations: how often.
+      iterations: how many steps.
       dtype: of the factors of the products; None for that of X, multiplied at the
         highest precision.
     """
     a, b, c = QUINTIC
-    kept = x.dtype
+    original = x.dtype
     x = linalg.unit_largest(x)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-    x = (x / jnp.where(norm > 0, norm, 1)).astype(dtype or kept)
+    x = (x / jnp.where(norm > 0, norm, 1)).astype(dtype or original)
     precision = "highest" if dtype is None else None
 
     def step(_: int, x: jax.Array) -> jax.Array:
@@ -38,10 +38,4 @@ def newton_schulz(
         polynomial = b * gram + c * square
         return a * x + jnp.matmul(polynomial, x, precision=precision)
 
-    return jax.lax.fori_loop(0, iterations, step, x).astype(kept)
-
-
-def check_iterations(iterations: int) -> None:
-    """ValueError unless it is an int of at least 1."""
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
+    return jax.lax.fori_loop(0, iterations, step, x).astype(original)

@@ -1,6 +1,8 @@
-"""How a stage's `init` says that its arrays are cut over a mesh: in their types.
+"""Shardings of a stage's state, taken from the type of the gradient.
 
-Where types say nothing (one device, Auto axes) nothing is cut, and this does nothing.
+On a mesh of Explicit axes an array's type names its sharding, and a stage's `init`
+shards its arrays like the gradient. On one device or on Auto axes the types name none,
+and these functions do nothing.
 """
 
 import math
@@ -12,106 +14,86 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame, ProjectedAway
 
 Spec = tuple[Any, ...]
-"""One entry for each axis of an array: the mesh axes that cut it, or None."""
+"""One entry for each axis of an array: the mesh axes that shard it, or None."""
 
 
 def low_zeros(frame: Frame) -> jax.Array:
-    """Zeros like S^T G (*batch, r, n), r cut as m is, and n as n."""
+    """Zeros like S^T G (*batch, r, n), with r sharded as m is and n as n is."""
     zeros = jnp.zeros(frame.low_shape, frame.gradient.dtype)
     return shard_along(zeros, spec_of(frame.gradient), of=frame.gradient)
 
 
 def shard_batch(frame: Frame, x: jax.Array) -> jax.Array:
-    """x (*batch, ...), a few numbers for each matrix, with its batch axes cut."""
+    """x (*batch, ...), a few numbers for each matrix, with its batch axes sharded."""
     return shard_along(
         x, spec_of(frame.gradient)[: len(frame.batch)], of=frame.gradient
     )
 
 
 def shard_basis(frame: Frame, x: jax.Array) -> jax.Array:
-    """What is kept of a basis, (*batch, m, r) or packed (*batch, numbers).
+    """A stored basis, (*batch, m, r) or packed (*batch, numbers), sharded.
 
-    All axes that cut the gradient cut it too: along m, or r if m does not divide.
+    All mesh axes that shard the gradient shard it: along m, or along r where the number
+    of shards does not divide m.
     """
-    cut, first = spec_of(frame.gradient), len(frame.batch)
-    names = tuple(name for entry in cut[first:] for name in mesh_axes_of(entry))
+    spec, first = spec_of(frame.gradient), len(frame.batch)
+    names = tuple(name for entry in spec[first:] for name in mesh_axes_of(entry))
     for axis in range(first, x.ndim):
         if x.shape[axis] % shards_of(names, jax.typeof(frame.gradient).sharding.mesh):
             continue
         rest: list[Any] = [None] * (x.ndim - first)
         rest[axis - first] = names or None
-        return shard_along(x, (*cut[:first], *rest), of=frame.gradient)
+        return shard_along(x, (*spec[:first], *rest), of=frame.gradient)
     return shard_batch(frame, x)
 
 
 def spec_of(x: Any) -> Spec:
-    """How the type of x says that it is cut; a gradient that is away says nothing."""
+    """The sharding in the type of x; none for a `ProjectedAway`."""
     if isinstance(x, ProjectedAway):
         return (None,) * len(x.shape)
     return padded_spec(jax.typeof(x).sharding.spec, jnp.ndim(x))
 
 
-def shard_along(x: jax.Array, cut: Spec, *, of: Any) -> jax.Array:
-    """x, cut along its first axes as `cut` says, where that goes without a rest.
+def shard_along(x: jax.Array, spec: Spec, *, of: Any) -> jax.Array:
+    """x, its first axes sharded by `spec` where the number of shards divides them.
 
-    `of` is an array on the mesh that `cut` speaks of.
+    `of` is an array on the mesh of `spec`.
     """
-    if not any(cut):
+    if not any(spec):
         return x
     mesh = jax.typeof(of).sharding.mesh
     fits = [
         entry if size % shards_of(entry, mesh) == 0 else None
-        for size, entry in zip(x.shape, cut, strict=False)
+        for size, entry in zip(x.shape, spec, strict=False)
     ]
     return jax.sharding.reshard(x, P(*fits)) if any(fits) else x
 
 
-def on_auto_axes(f: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """f(*args), whose result has the structure of `like` and is cut as that is.
+def on_auto_axes(f: Callable[..., Any], *args: Any, like: Tree, **extra: Any) -> Any:
+    """f(*args, **extra); its result has the structure and the shardings of `like`.
 
-    On a mesh of Explicit axes f works as on one of Auto axes: the compiler decides what
-    is where between inputs and outputs, and every operation will do.
+    On a mesh of Explicit axes f runs as on one of Auto axes: between inputs and outputs
+    the compiler chooses the shardings, so f may use any operation.
     """
     if not has_explicit_axes():
-        return f(*args)
+        return f(*args, **extra)
+    arrays = {k: x for k, x in extra.items() if _has_arrays(x)}
+    static = {k: x for k, x in extra.items() if k not in arrays}
     outputs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
-    return jax.sharding.auto_axes(f, out_sharding=outputs)(*args)
+
+    def run(*parts: Any) -> Any:
+        return f(*parts[:-1], **parts[-1], **static)
+
+    run_on_auto: Any = jax.sharding.auto_axes(run, out_sharding=outputs)
+    return run_on_auto(*args, arrays)
 
 
 def has_explicit_axes() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def auto_update(
-    update: Callable[..., Any], *, of_params: bool = False
-) -> Callable[..., Any]:
-    """A transformation's `update`, `on_auto_axes`.
-
-    `of_params` says whether what comes back is like the parameters.
-    """
-
-    def on_any_mesh(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        if not has_explicit_axes():
-            return update(updates, state, params, **extra_args)
-        if extra_args.get("see") is not None:
-            raise ValueError(
-                "gradients are projected by themselves on a mesh of Auto axes only: "
-                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * ndim)"
-            )
-        arrays = {k: x for k, x in extra_args.items() if _has_arrays(x)}
-        static = {k: x for k, x in extra_args.items() if k not in arrays}
-        return on_auto_axes(
-            lambda u, s, p, arrays: update(u, s, p, **static, **arrays),
-            *(updates, state, params, arrays),
-            like=(params if of_params or static.get("projected") else updates, state),
-        )
-
-    return on_any_mesh
 
 
 def _has_arrays(x: Any) -> bool:
@@ -119,29 +101,31 @@ def _has_arrays(x: Any) -> bool:
 
 
 def merged_spec(x: jax.Array, shape: tuple[int, ...]) -> Spec:
-    """The spec of x once neighbouring axes are merged into `shape`."""
+    """The spec of x after a reshape to `shape` that merges neighbouring axes."""
     entries, sizes = list(spec_of(x)), list(x.shape)
-    cut = []
+    merged = []
     for size in shape:
         first, have = entries.pop(0), sizes.pop(0)
         while have < size:
             have *= sizes.pop(0)
-            # Parts of a later axis are no parts of the whole that lie together.
+            # Shards of a later axis are strided in the merged axis, and a spec can only
+            # name contiguous shards. So the merged axis is sharded by its first axis,
+            # and not at all where a later one is sharded.
             first = None if entries.pop(0) is not None else first
-        cut.append(first)
-    return tuple(cut)
+        merged.append(first)
+    return tuple(merged)
 
 
 def padded_spec(spec: P, ndim: int) -> Spec:
-    """A spec with an entry for each axis."""
+    """The spec with an entry for each axis."""
     return (*spec, *(None,) * (ndim - len(spec)))
 
 
 def mesh_axes_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry."""
+    """The mesh axes that an entry names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def shards_of(entry: Any, mesh: Any) -> int:
-    """How many parts an entry makes."""
+    """The number of shards of an entry."""
     return math.prod(mesh.shape[name] for name in mesh_axes_of(entry))

@@ -1,4 +1,4 @@
-"""What a stage is: an optax transformation over trees of Frames, told the time."""
+"""Stages: optax transformations over trees of Frames, with the time as an argument."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,15 +8,14 @@ import optax
 
 
 class Clock(NamedTuple):
-    """What `low_rank` tells its stages about time, as the extra argument `clock`.
+    """The time, which `low_rank` passes to its stages as the extra argument `clock`.
 
     Attributes:
       step: () int32, accepted optimizer steps before this one.
-      refresh: () bool, whether this step is due for a new basis; a Python bool where
-        the caller said so, and then the program holds one of the two kinds of step
-        (`branch`, `both`). One unbatched predicate for all matrices, so that `lax.cond`
-        runs one branch only.
-      cycle: () int32, how many refreshes were done before this one.
+      refresh: () bool, whether a basis is due at this step. A Python bool where the
+        caller passed one; the program then holds one kind of step only. One predicate
+        without batch axes for all matrices, so that `lax.cond` runs one branch.
+      cycle: () int32, refreshes before this one.
     """
 
     step: jax.Array
@@ -30,14 +29,14 @@ def branch(
     no: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """`lax.cond`, and no conditional where the predicate is a Python bool."""
+    """`lax.cond`, or the branch itself where the predicate is a Python bool."""
     if isinstance(predicate, bool):
         return yes(*operands) if predicate else no(*operands)
     return jax.lax.cond(predicate, yes, no, *operands)
 
 
 def both(static: bool | jax.Array, other: jax.Array) -> bool | jax.Array:
-    """`static` and `other`, a Python bool as long as that can be."""
+    """`static and other`; a Python bool where `static` is False."""
     if isinstance(static, bool):
         return other if static else False
     return static & other
@@ -46,9 +45,10 @@ def both(static: bool | jax.Array, other: jax.Array) -> bool | jax.Array:
 def stage(
     init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
 ) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation of two functions that name the state they work on.
+    """Builds a `GradientTransformationExtraArgs`.
 
-    optax's protocols take any state, and a checker refuses functions of one.
+    Use it instead of the class when `init` and `update` annotate a concrete state type,
+    which type checkers reject against optax's protocols.
     """
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -56,14 +56,14 @@ def stage(
 def simple_stage(
     init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
 ) -> optax.GradientTransformationExtraArgs:
-    """A stage from `update(frames, state)`."""
+    """Builds a stage from `update(frames, state)`."""
     return stage(init, lambda frames, state, params=None, **_: update(frames, state))
 
 
 def timed_stage(
     init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
 ) -> optax.GradientTransformationExtraArgs:
-    """A stage from `update(frames, state, clock)`; ValueError outside `low_rank`."""
+    """Builds a stage from `update(frames, state, clock)`; needs to be in `low_rank`."""
 
     def with_clock(
         frames: optax.Updates,
@@ -80,6 +80,7 @@ def timed_stage(
 
 
 def clock_of(clock: Clock | None) -> Clock:
+    """`clock`; ValueError for None, which a stage gets outside `low_rank`."""
     if clock is None:
         raise ValueError("this stage works inside low_rank(), which tells it the time")
     return clock

@@ -28,12 +28,26 @@ def map_frames(
     )
 
 
-def nothing(*_: Any) -> jax.Array:
-    """What a stage's state has where it keeps nothing: () bool, False.
+def map_subspaces(
+    f: Callable[..., Any],
+    tree: optax.Updates,
+    *rest: Any,
+    other: Callable[..., Any] = lambda leaf, *_: leaf,
+) -> Any:
+    """`map_frames` with `f` on Frames below full rank, `other` on all other leaves."""
 
-    An array, and no `optax.MaskedNode`, so that a tree in the state has one array for
-    each parameter: `optax.tree_map_params` with further trees needs it, and
-    `flax.nnx.Optimizer`.
+    def one(frame: Frame, *xs: Any) -> Any:
+        return other(frame, *xs) if frame.full_rank else f(frame, *xs)
+
+    return map_frames(one, tree, *rest, plain=other)
+
+
+def nothing(*_: Any) -> jax.Array:
+    """The state of a leaf that needs none: () bool, False.
+
+    An array instead of an `optax.MaskedNode`, so that every tree in the state has one
+    array for each parameter, which `flax.nnx.Optimizer` needs, and
+    `optax.tree_map_params` with further trees.
     """
     return jnp.zeros([], jnp.bool_)
 
@@ -66,8 +80,9 @@ def update_frames(
 
 
 def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
-    """One tree of structure `inside` whose leaves are trees of structure `structure`,
-    from a list of `inside`-trees, one for each leaf of `structure`.
+    """A tree of structure `inside` whose leaves are trees of structure `structure`.
+
+    Transposes a list of trees of structure `inside`, one for each leaf of `structure`.
     """
     rows = [inside.flatten_up_to(part) for part in parts]
     return inside.unflatten(
@@ -76,7 +91,7 @@ def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
 
 
 def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
-    """Undoes `in_turn`: the `inside`-tree of each leaf of `structure`."""
+    """The inverse of `in_turn`: the tree of structure `inside` of each leaf."""
     columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
     rows = zip(*columns, strict=True) if inside.num_leaves else ()
     return [inside.unflatten(row) for row in rows] or [
@@ -91,7 +106,7 @@ def squared_norm(tree: Any) -> jax.Array:
 
 
 def count_of(tree: Any) -> int:
-    """How many layers; ValueError for a tree that has not one number of them."""
+    """The number of layers; ValueError where leaves differ in it."""
     counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
     if len(counts) != 1 or () in counts:
         raise ValueError(

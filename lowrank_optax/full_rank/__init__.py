@@ -1,4 +1,4 @@
-"""Methods without a subspace: stages that see each matrix whole."""
+"""Methods without a subspace: stages on matrices of full rank."""
 
 from lowrank_optax.bracket.bracket import full_matrices
 from lowrank_optax.full_rank.normalize import (

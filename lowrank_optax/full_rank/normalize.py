@@ -1,7 +1,7 @@
-"""Step: whole matrices, each output's weights at the same length (SCALE)."""
+"""Step: matrices of full rank, the gradient of each output normalised (SCALE)."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,17 @@ from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
 def normalize_by_output_rms() -> optax.GradientTransformation:
-    """The gradient, the weights of each output with a root mean square of one (SCALE).
+    """Divides the gradient of each output by its root mean square (SCALE).
 
     step_ij = G_ij / sqrt(mean_i G_ij^2), i over the inputs of output j (Glentis et al.
-    2025, "A Minimalist Optimizer Design for LLM Pretraining"). Which axes are inputs
-    and outputs the dimension numbers say; an embedding's inputs are the tokens. The
-    paper divides by the norm, and its released code by the root mean square, as here,
-    whose step is sqrt(inputs) times as large; its learning rates are for that. An
-    output without a gradient stays where it is. It has no state, and stands in
-    `full_matrices`, or in `low_rank` in place of all other stages.
+    2025, "A Minimalist Optimizer Design for LLM Pretraining"). The dimension numbers
+    name the input and output axes; an embedding's inputs are the tokens. An output
+    whose gradient is zero does not move. There is no state. The stage stands alone
+    inside `full_matrices` or `low_rank`.
+
+    Deviation: the paper divides by the norm. Its released code, and this function,
+    divide by the root mean square, which makes the step sqrt(inputs) times as large.
+    The paper's learning rates belong to the released code.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -34,7 +36,7 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
     def one(frame: Frame) -> Frame:
         G = frame.gradient
         inputs = -2 if frame.columns == "output" else -1
-        # Squared at unit size, or small ones would be zero.
+        # Scaled to a largest entry of 1, because squares of small entries underflow.
         size = jnp.max(jnp.abs(G), axis=inputs, keepdims=True)
         unit = G / jnp.where(size > 0, size, 1)
         root = jnp.sqrt(jnp.mean(jnp.square(unit), axis=inputs, keepdims=True))
@@ -47,26 +49,26 @@ class MomentumState(NamedTuple):
     """State of `trace_matching`.
 
     Attributes:
-      momentum: M, (*batch, m, n), for matrices that have one; False for all others.
+      momentum: M, (*batch, m, n), for matrices that match; False for all others.
     """
 
-    momentum: Any
+    momentum: optax.Params
 
 
 def trace_matching(
     pattern: str, decay: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum in place of the gradient, for matrices by their paths alone.
+    """Replaces the gradient by its momentum, for matrices whose path matches.
 
-    M <- decay M + (1 - decay) G,   G <- M   where `pattern` is found in the path; all
-    other matrices keep their gradients, and nothing in the state.
+    M <- decay M + (1 - decay) G,   G <- M   where `pattern` is found in the path. All
+    other matrices pass their gradient on and have no state.
 
     Args:
       pattern: a regular expression.
-      decay: of M.
+      decay: the decay rate of M.
 
     Raises:
-      ValueError: a pattern that is no regular expression.
+      ValueError: for a pattern that is not a regular expression.
 
     Example:
       >>> import lowrank_optax as lro, optax
@@ -77,7 +79,9 @@ def trace_matching(
     try:
         matches = re.compile(pattern).search
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(
+            f"pattern={pattern!r} is not a regular expression: {error}"
+        ) from error
 
     def init(params: optax.Params) -> MomentumState:
         def zeros(frame: Frame) -> jax.Array:

@@ -1,18 +1,18 @@
-"""Step: rows and columns of a whole matrix, each scaled by its own (RACS)."""
+"""Step: matrices of full rank, rows and columns scaled (RACS)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.sharding import shard_along, shard_batch, spec_of
+from lowrank_optax.core.sharding import shard_along, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
-from lowrank_optax.recovery.limiter import limit_growth
-from lowrank_optax.recovery.published import arithmetic_of
+from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
 
 
 class RowColumnState(NamedTuple):
@@ -22,12 +22,12 @@ class RowColumnState(NamedTuple):
       rows: q, (*batch, m).
       columns: s, (*batch, n).
       norm: ||G^||_F of the last step, after the limiter, (*batch,); negative before the
-        first.
+        first step.
     """
 
-    rows: Any
-    columns: Any
-    norm: Any
+    rows: optax.Params
+    columns: optax.Params
+    norm: optax.Params
 
 
 def scale_by_racs(
@@ -37,13 +37,13 @@ def scale_by_racs(
     decay: float | jax.Array = 0.9,
     iterations: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
-    """The gradient over the root of a rank-one fit of its squares (RACS).
+    """Divides the gradient by the root of a rank-one fit of its squares (RACS).
 
-    From q = 1, `iterations` times, squares being entry by entry,
+    `iterations` times from q = 1, with the entrywise square G^2:
 
         s = (G^2)^T q / ||q||^2,    q = G^2 s / ||s||^2
 
-    which goes to the leading singular pair of G^2, so that q s^T fits it; then
+    This converges to the leading singular pair of G^2, so that q s^T fits it. Then
 
         s_t = decay s_{t-1} + (1 - decay) s,    q_t = decay q_{t-1} + (1 - decay) q
         G^ = diag(q_t)^(-1/2) G diag(s_t)^(-1/2)
@@ -51,63 +51,56 @@ def scale_by_racs(
         step = scale G^
 
     (Gong et al. 2025, "Structured Fisher Approximation", section 4, Algorithm 1: the
-    Kronecker product of two diagonals that is nearest to the Fisher matrix.) No
-    subspace: it stands in `full_matrices`, or in `low_rank` in place of all other
-    stages. Neither average is corrected for bias, as in the paper, so that the first
-    step is 1 / (1 - decay) times as large as the later ones.
+    Kronecker product of two diagonals that is nearest to the Fisher matrix.) Neither
+    average is corrected for bias, as in the paper. So the first step is 1 / (1 - decay)
+    times as large as later ones. The stage stands alone inside `full_matrices` or
+    `low_rank`.
 
-    Where the paper is silent: a row or column whose q or s is zero, for all gradients
-    were, stays where it is; a zero gradient changes neither q nor s, nor the norm that
-    the next step is limited against.
+    Deviations where the paper is silent: a row or column whose gradients were all zero
+    does not move. A zero gradient changes neither q nor s, nor the norm that limits the
+    next step.
 
     Args:
       limit: zeta, the largest growth of the step's norm from step to step.
       scale: alpha.
-      decay: beta.
-      iterations: of the fit, 5 in the paper.
+      decay: beta, the decay rate of q and s.
+      iterations: number of iterations of the fit, 5 in the paper.
 
     Raises:
-      ValueError: iterations below 1.
+      ValueError: for iterations below 1.
 
     Example:
       >>> import lowrank_optax as lro
       >>> tx = lro.full_rank.full_matrices(
       ...     lro.steps.with_rest(lro.full_rank.scale_by_racs()))
     """
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an int of at least 1, not {iterations!r}")
+    check_count("iterations", iterations)
 
     def init(params: optax.Params) -> RowColumnState:
-        def along(axis: int) -> Any:
+        def along(axis: int) -> optax.Params:
             def zeros(frame: Frame) -> jax.Array:
-                shape, cut = frame.gradient.shape, spec_of(frame.gradient)
+                shape, spec = frame.gradient.shape, spec_of(frame.gradient)
                 x = jnp.zeros((*shape[:-2], shape[axis]), frame.gradient.dtype)
-                return shard_along(x, (*cut[:-2], cut[axis]), of=frame.gradient)
+                return shard_along(x, (*spec[:-2], spec[axis]), of=frame.gradient)
 
             return map_frames(zeros, params, plain=nothing)
 
-        def before(frame: Frame) -> jax.Array:
-            none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return shard_batch(frame, none)
-
-        norm = map_frames(before, params, plain=nothing)
+        norm = map_frames(no_norm_yet, params, plain=nothing)
         return RowColumnState(along(-2), along(-1), norm)
 
     def one(
         frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array, jax.Array]:
         G = frame.gradient
-        some = jnp.any(G != 0, axis=(-2, -1))[..., None]
+        nonzero = jnp.any(G != 0, axis=(-2, -1))[..., None]
         q, s = fitted(G, iterations)
-        rows = jnp.where(some, decay * rows + (1 - decay) * q, rows)
-        columns = jnp.where(some, decay * columns + (1 - decay) * s, columns)
+        rows = jnp.where(nonzero, decay * rows + (1 - decay) * q, rows)
+        columns = jnp.where(nonzero, decay * columns + (1 - decay) * s, columns)
         scaled = (
             _inverse_root(rows)[..., None] * G * _inverse_root(columns)[..., None, :]
         )
         norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
-        factor, norm = limit_growth(
-            jnp.ones_like(norm)[..., None], norm, last, limit, arithmetic_of("paper")
-        )
+        factor, norm = limit_growth(jnp.ones_like(norm)[..., None], norm, last, limit)
         step = jnp.multiply(scale, factor)[..., None] * scaled
         return frame.replace(step=step), rows, columns, norm
 
@@ -121,22 +114,22 @@ def scale_by_racs(
 
 
 def fitted(g: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
-    """q (*batch, m) and s (*batch, n) of a gradient; zeros for a zero one."""
+    """Returns q (*batch, m) and s (*batch, n); zeros for a zero gradient."""
+    # Scaled to a largest entry of 1: on the way s is of fourth order in G, and would
+    # overflow or underflow.
     size = linalg.largest(g)
-    squares = jnp.square(
-        g / size
-    )  # s is of fourth order on the way, and would overflow
+    squares = jnp.square(g / size)
     q = jnp.ones(g.shape[:-1], g.dtype)
     s = jnp.zeros((*g.shape[:-2], g.shape[-1]), g.dtype)
     for _ in range(iterations):
-        # Sums, and no products: those of an accelerator may round to bfloat16.
+        # Sums instead of matrix products, which may round to bfloat16.
         s = _over_norm(jnp.sum(squares * q[..., None], axis=-2), q)
         q = _over_norm(jnp.sum(squares * s[..., None, :], axis=-1), s)
     return q, s * jnp.square(size[..., 0])
 
 
 def _over_norm(x: jax.Array, by: jax.Array) -> jax.Array:
-    """x / ||by||^2, and zeros where that is zero."""
+    """x / ||by||^2, and zeros where ||by|| is zero."""
     norm = jnp.sum(jnp.square(by), axis=-1, keepdims=True)
     return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
 

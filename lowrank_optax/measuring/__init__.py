@@ -1,4 +1,4 @@
-"""What an optimizer costs in memory, and what its subspaces capture."""
+"""Measures what an optimizer costs in memory, and what its subspaces capture."""
 
 from lowrank_optax.measuring.memory import MemoryReport, MemoryRow, memory_report
 from lowrank_optax.measuring.subspace import (

@@ -1,4 +1,4 @@
-"""How many bytes an optimizer's state takes, leaf by leaf, beside AdamW's."""
+"""Reports the bytes of an optimizer's state per parameter, beside AdamW's."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ SHARED = "(shared)"
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRow:
-    """One parameter.
+    """One parameter in a `MemoryReport`.
 
     Attributes:
       path: "layers/mlp/up/kernel"; "(shared)" for counts, keys and the like.
-      shape: the parameter's.
-      rank: of its subspace, m where that is the whole space; None where the state has
-        full rank by a rule, the parameter's shape, or an optimizer without subspaces.
-      full_rank: whether the rank is m.
-      state_bytes: of the optimizer state that belongs to it.
-      adamw_bytes: of AdamW's, in the parameter's dtype.
+      shape: the parameter's shape.
+      rank: r, the rank of its subspace; None for a leaf that is not projected because
+        of a rule, its shape, or an optimizer without subspaces.
+      state_bytes: bytes of the optimizer state that belongs to it.
+      adamw_bytes: bytes of AdamW's state, in the parameter's dtype.
+      full_rank: whether r = m, so that the subspace is the full space.
     """
 
     path: str
@@ -36,7 +36,7 @@ class MemoryRow:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """The rows of `memory_report`; printing it shows a table."""
+    """The result of `memory_report`; printing it shows a table."""
 
     rows: tuple[MemoryRow, ...]
 
@@ -50,7 +50,7 @@ class MemoryReport:
 
     @property
     def ratio(self) -> float:
-        """State bytes as a part of AdamW's."""
+        """State bytes as a fraction of AdamW's."""
         return self.state_bytes / max(self.adamw_bytes, 1)
 
     def __str__(self) -> str:
@@ -79,15 +79,11 @@ class MemoryReport:
 def memory_report(
     tx: optax.GradientTransformation, params: optax.Params
 ) -> MemoryReport:
-    """Bytes of `tx`'s state for each parameter and in all, beside AdamW's.
+    """Reports the bytes of `tx`'s state per parameter and in total, beside AdamW's.
 
-    Nothing is allocated: both states are traced by `jax.eval_shape`. An (m, n) matrix
-    at rank r takes mr numbers of basis and 2nr of moments with Adam inside, in float32
-    unless the weights are wider, and a byte that says whether its gradient was ever
-    not zero; a leaf of full rank takes a byte for each tree that it has no part in. The
-    gradient is not in the count: no optimizer here makes that smaller. A matrix whose
-    rank would be min(m, n) or more is listed with "(all)" behind its rank, and one that
-    a rule keeps at full rank as "full".
+    Both states are traced by `jax.eval_shape`; nothing is allocated. The gradient is
+    not counted. The table shows a leaf that is not projected as "full". It adds "(all)"
+    to a rank of m, where the subspace is the full space.
 
     Args:
       tx: any optax transformation.
@@ -115,7 +111,8 @@ def memory_report(
         for k, x in jax.tree_util.tree_leaves_with_path(params)
     }
     with decisions() as decided:
-        # A function of its own, for JAX does not trace the same one twice.
+        # A new function each time: JAX caches the trace of a known one, and `low_rank`
+        # would then not run and report its decisions.
         state = jax.eval_shape(lambda tree: tx.init(tree), params)
     ours = _bytes_by_parameter(state, shapes)
     adamw = _bytes_by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), shapes)
@@ -132,7 +129,7 @@ def memory_report(
 def _bytes_by_parameter(
     state: optax.OptState, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """State bytes by the parameter whose path is in the state leaf's path."""
+    """Sums state bytes by the parameter whose path the state leaf's path contains."""
     total = dict.fromkeys([*shapes, SHARED], 0)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         owner = _owner(keys, shapes) or SHARED
@@ -143,7 +140,7 @@ def _bytes_by_parameter(
 def _owner(
     keys: jax.tree_util.KeyPath, shapes: dict[str, tuple[int, ...]]
 ) -> str | None:
-    """The longest stretch of a path that is a parameter's path."""
+    """Returns the longest part of a path that is a parameter's path, or None."""
     ends = range(len(keys), 0, -1)
-    stretches = (path_of(keys[i:j]) for j in ends for i in range(j))
-    return max((p for p in stretches if p in shapes), key=len, default=None)
+    parts = (path_of(keys[i:j]) for j in ends for i in range(j))
+    return max((p for p in parts if p in shapes), key=len, default=None)

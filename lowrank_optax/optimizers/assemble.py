@@ -1,19 +1,18 @@
 """What the named optimizers share: Adam, and the bracket with what follows it."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
 import optax
 
-from lowrank_optax.bracket.bracket import (
-    LowRankState,
-    full_matrices,
-    if_accepted,
-    low_rank,
-)
+from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
+from lowrank_optax.bracket.finite import if_accepted
+from lowrank_optax.core.aliases import Key, Mask, Number
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
@@ -21,42 +20,18 @@ from lowrank_optax.core.layout import (
     Square,
 )
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.typing import Mask, Number
+from lowrank_optax.optimizers.options import Options
 from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
 from lowrank_optax.steps.subspace import in_subspace
 
-_STATIC = {
-    "rank",
-    "refresh_every",
-    "key",
-    "basis",
-    "step",
-    "optimizer_of_basis",
-    "recompute_every",
-    "feedback",
-    "residual",
-    "heads",
-    "block_size",
-    "min_size",
-    "keep",
-    "iterations",
-    "method",
-    "momentum",
-    "rest",
-    "bits",
-    "walk_rank",
-    "mask",
-    "dimension_numbers",
-    "square",
-    "precision",
-    "variant",
-    "stages",
-    "after",
-}
+# Annotations of the arguments that may be traced, and so be scheduled.
+_NUMBERS = {"Number", "Number | None", "Step", "optax.ScalarOrSchedule"}
 
 
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
-    """The arguments of a named optimizer that are no numbers to be scheduled.
+    """The arguments of a named optimizer that `optax.inject_hyperparams` leaves alone.
+
+    All arguments, that is, but those annotated as a number or a schedule.
 
     Args:
       factory: `galore` or any other of the named optimizers.
@@ -72,40 +47,41 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
       >>> "rank" in lro.static_args(lro.galore), "scale" in lro.static_args(lro.galore)
       (True, False)
     """
-    return tuple(n for n in inspect.signature(factory).parameters if n in _STATIC)
+    parameters = inspect.signature(factory).parameters.items()
+    return tuple(name for name, p in parameters if p.annotation not in _NUMBERS)
 
 
 def one_of(
-    key: jax.Array | int | None,
+    key: Key | None,
     basis: optax.GradientTransformation | None,
-    rule: Callable[[Any], optax.GradientTransformation],
+    rule: Callable[[Key], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
     """The basis rule: `rule(key)`, or `basis` in its place."""
-    if (key is None) == (basis is None):
-        raise ValueError(
-            "give either key, a seed for the random bases, or basis, another basis rule"
-        )
-    return (
-        rule(key) if basis is None else stage_of(basis, "basis", "sara_sample(key=0)")
+    if key is not None and basis is None:
+        return rule(key)
+    if key is None and basis is not None:
+        return stage_of(basis, "basis", "sara_sample(key=0)")
+    raise ValueError(
+        "give either key, a seed for the random bases, or basis, another basis rule"
     )
 
 
 def stage_of(
-    given: optax.GradientTransformation, name: str, example: str
+    stage: optax.GradientTransformation, name: str, example: str
 ) -> optax.GradientTransformation:
-    """`given`; ValueError for what is no transformation at all, as "sara" is not."""
-    if not isinstance(given, optax.GradientTransformation):
+    """`stage`; ValueError for what is no transformation at all, as "sara" is not."""
+    if not isinstance(stage, optax.GradientTransformation):
         raise ValueError(
-            f"{name} is a stage, such as lowrank_optax.{example}, not {given!r}"
+            f"{name} is a stage, such as lowrank_optax.{example}, not {stage!r}"
         )
-    return given
+    return stage
 
 
 def basis_or(
     basis: optax.GradientTransformation | None,
     rule: Callable[[], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-    """`basis`, or `rule()` where none is given."""
+    """`basis`, or `rule()` if there is none."""
     return rule() if basis is None else stage_of(basis, "basis", "sara_sample(key=0)")
 
 
@@ -116,7 +92,7 @@ def adam_or(
     eps: Number | None,
     variant: Variant,
 ) -> optax.GradientTransformation:
-    """`step`, or Adam in the subspace with its moments left as they are."""
+    """`step`, or Adam in the subspace, which leaves its moments as they are."""
     inner = arithmetic_of(variant).adam(b1, b2, eps)
     if step is None:
         return in_subspace(inner)
@@ -129,8 +105,8 @@ def low_rank_optimizer(
     stages: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank,
-    refresh_every: int,
+    rank: Rank = 0.25,
+    refresh_every: int = 200,
     weight_decay: Number = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
@@ -138,20 +114,24 @@ def low_rank_optimizer(
     precision: jax.lax.PrecisionLike = None,
     after: optax.GradientTransformation | None = None,
 ) -> Extensible:
-    """A named optimizer from its stages: `low_rank`, weight decay, learning rate.
+    """Makes an optimizer of stages: `low_rank`, weight decay, learning rate.
 
     W <- W - lr (step + weight_decay W). Leaves of full rank pass through the stages'
     step too, which makes Adam AdamW for them. A step that `low_rank` skips changes
-    nothing: no decay, no schedule, which a plain `optax.chain` would go on with.
-    Updates have the gradients' dtype.
+    nothing, weight decay and schedule included. Updates have the gradients' dtype.
 
     Args:
-      stages: where, in, step and back, chained.
+      stages: a basis rule, a projection, a step and a way back, chained.
       learning_rate: a number or a schedule.
-      rank, refresh_every, dimension_numbers, square, precision: as in `low_rank`.
-      weight_decay: decoupled, times the learning rate.
+      rank: r, an int, a fraction of each matrix's smaller side, or rules by path
+        (`low_rank`).
+      refresh_every: T, the steps from one basis to the next.
+      weight_decay: decoupled, multiplied by the learning rate.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
-      after: another transformation in place of decay and rate.
+      dimension_numbers: which leaves are low-rank matrices (`low_rank`).
+      square: the side of a square matrix that is projected (`low_rank`).
+      precision: of the products with S (`low_rank`).
+      after: a transformation in place of weight decay and learning rate.
 
     Raises:
       ValueError: as `low_rank` does.
@@ -160,10 +140,8 @@ def low_rank_optimizer(
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_lion()), lro.project_back())
-      >>> tx = lro.low_rank_optimizer(stages, 1e-4, rank=4, refresh_every=200,
-      ...     weight_decay=0.1)
-      >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)}
-      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> tx = lro.low_rank_optimizer(stages, 1e-4, rank=4, weight_decay=0.1)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     bracket = low_rank(
         stages,
@@ -178,14 +156,28 @@ def low_rank_optimizer(
     return _skip_together(bracket, after)
 
 
-def whole_optimizer(
+def variant_optimizer(
+    stages: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    variant: Variant,
+    b1: Number,
+    b2: Number,
+    **options: Unpack[Options],
+) -> Extensible:
+    """`low_rank_optimizer` with the weight decay and learning rate of a variant."""
+    weight_decay, mask = options.pop("weight_decay", 0.0), options.pop("mask", None)
+    after = arithmetic_of(variant).after(learning_rate, weight_decay, mask, b1, b2)
+    return low_rank_optimizer(stages, learning_rate, **options, after=after)
+
+
+def full_rank_optimizer(
     stages: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: Number,
-    mask: Mask,
-    dimension_numbers: DimensionNumbers,
     square: Square = "input",
+    weight_decay: Number = 0.0,
+    mask: Mask = None,
+    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
 ) -> Extensible:
     """`low_rank_optimizer` without subspaces, in `full_matrices`."""
     bracket = full_matrices(stages, dimension_numbers=dimension_numbers, square=square)

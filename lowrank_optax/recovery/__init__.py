@@ -5,7 +5,7 @@ from lowrank_optax.recovery.feedback import ErrorFeedbackState, error_feedback
 from lowrank_optax.recovery.limiter import LimiterState, clip_step_growth
 from lowrank_optax.recovery.projection import project, project_back
 from lowrank_optax.recovery.residual import recover_residual, sign_residual
-from lowrank_optax.recovery.scaling import scale_by_shape, scale_channels, scale_tensor
+from lowrank_optax.recovery.scaling import scale_by_shape, scale_gradient
 from lowrank_optax.recovery.spectral import spectral_residual
 
 __all__ = [
@@ -19,8 +19,7 @@ __all__ = [
     "project_back",
     "recover_residual",
     "scale_by_shape",
-    "scale_channels",
-    "scale_tensor",
+    "scale_gradient",
     "sign_residual",
     "spectral_residual",
 ]

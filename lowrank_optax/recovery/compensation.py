@@ -1,7 +1,7 @@
-"""Back: the step, and what the projection lost with its columns normalised (Alice)."""
+"""Back: the step, plus the residual with normalised columns (Alice)."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,10 @@ import optax
 
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
-from lowrank_optax.core.sharding import shard_along, shard_batch, spec_of
+from lowrank_optax.core.sharding import shard_along, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
-from lowrank_optax.recovery.limiter import limit_growth
-from lowrank_optax.recovery.published import arithmetic_of
+from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
 from lowrank_optax.recovery.resolution import resolution
 
 
@@ -23,11 +22,11 @@ class CompensationState(NamedTuple):
     Attributes:
       lost: p, (*batch, n), running means of the squared column norms of the residual.
       norm: ||C||_F of the last step, after the limiter, (*batch,); negative before the
-        first.
+        first step.
     """
 
-    lost: Any
-    norm: Any
+    lost: optax.Params
+    norm: optax.Params
 
 
 def compensate_columns(
@@ -37,7 +36,7 @@ def compensate_columns(
     residual_scale: float | jax.Array = 1.0,
     decay: float | jax.Array = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
-    """The step back in full space plus the residual, each column over its usual norm.
+    """Projects the step back and adds the residual, each column over its usual norm.
 
     With G~ = S^T G, the optimizer's output G~^O and zeta = `limit`:
 
@@ -46,29 +45,24 @@ def compensate_columns(
         if ||C_t|| > zeta ||C_{t-1}||:   C_t <- C_t zeta ||C_{t-1}|| / ||C_t||
         step = scale (S G~^O + residual_scale C)
 
-    (Gong et al. 2025, "Structured Fisher Approximation", Algorithm 3: of all diagonal
-    scalings of the residual the one whose Fisher matrix is nearest, Theorem 5.1.) What
-    was lost comes back with entries of Adam's size, where `recover_residual` gives each
-    column what the subspace's step did to it. S being orthonormal, two products do:
-    step = S (scale G~^O - G~ diag(phi)) + G diag(phi); no residual is formed.
+    (Gong et al. 2025, "Structured Fisher Approximation", Algorithm 3 and Theorem 5.1.)
+    p is not corrected for bias, as in the paper. So C is larger in the first steps, by
+    up to 1 / sqrt(1 - decay).
 
-    Where the paper is silent: a column of which nothing is lost now, or less than the
-    difference of two squares resolves (`residual.resolution`, 1e-3 of the column in
-    float32 products, 2e-2 in TF32 or bfloat16), gets nothing back, for it would be
-    rounding made as large as a step. As in `recover_residual` a step whose C is zero
-    does not change the norm that the next one is limited against; in the paper the one
-    after it is free. p is not corrected for bias, as there: C is the larger in the
-    first steps, by up to 1 / sqrt(1 - decay).
+    Deviations: a column that loses nothing at this step, or less than the difference of
+    two squares resolves (`resolution`), gets no residual, because that residual is
+    rounding. A step with C = 0 leaves the norm that limits the next step unchanged; in
+    the paper the step after it has no limit.
 
     Args:
       limit: zeta, the largest growth of C's norm from step to step.
       scale: alpha, on the whole step.
-      residual_scale: alpha_c, on C besides.
-      decay: beta of p.
+      residual_scale: alpha_c, a further factor on C.
+      decay: beta, the decay rate of p.
 
     Raises:
-      ValueError: no step before it in the chain; a basis that is not orthonormal, a
-        step that accumulates gradients, or error feedback.
+      ValueError: at update, if no step stands before it in the chain, if the basis is
+        not orthonormal, if the step accumulates gradients, or inside error feedback.
 
     Example:
       >>> import lowrank_optax as lro, optax
@@ -79,17 +73,13 @@ def compensate_columns(
 
     def init(params: optax.Params) -> CompensationState:
         def columns(frame: Frame) -> jax.Array:
-            shape, cut = frame.gradient.shape, spec_of(frame.gradient)
+            shape, spec = frame.gradient.shape, spec_of(frame.gradient)
             zeros = jnp.zeros((*shape[:-2], shape[-1]), frame.gradient.dtype)
-            return shard_along(zeros, (*cut[:-2], cut[-1]), of=frame.gradient)
-
-        def before(frame: Frame) -> jax.Array:
-            none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return shard_batch(frame, none)
+            return shard_along(zeros, (*spec[:-2], spec[-1]), of=frame.gradient)
 
         return CompensationState(
             map_frames(columns, params, plain=nothing),
-            map_frames(before, params, plain=nothing),
+            map_frames(no_norm_yet, params, plain=nothing),
         )
 
     def one(
@@ -99,18 +89,22 @@ def compensate_columns(
         G, (m, r) = frame.gradient, frame.basis_shape[-2:]
         low = frame.need("low", "project()")
         low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
-        outer = column_norms_squared(G)
-        lost = outer - column_norms_squared(low)
-        seen = lost > resolution(frame) ** 2 * outer
-        lost = jnp.where(seen, lost, 0)
+        # S is orthonormal, so the residual's column norms need no residual.
+        squares = column_norms_squared(G)
+        lost = squares - column_norms_squared(low)
+        # Normalising would make rounding as large as a step.
+        resolved = lost > resolution(frame) ** 2 * squares
+        lost = jnp.where(resolved, lost, 0)
         p = decay * p + (1 - decay) * lost
-        phi = jnp.where(seen, math.sqrt(m - r) / jnp.sqrt(jnp.where(seen, p, 1)), 0)
+        root = jnp.sqrt(jnp.where(resolved, p, 1))
+        phi = jnp.where(resolved, math.sqrt(m - r) / root, 0)
         norm = jnp.sqrt(jnp.sum(phi**2 * lost, axis=-1))
-        phi, norm = limit_growth(phi, norm, last, limit, arithmetic_of("paper"))
+        phi, norm = limit_growth(phi, norm, last, limit)
         phi = scale * residual_scale * phi[..., None, :]
-        kept = frame.up(jnp.multiply(scale, low_step) - low * phi)
-        kept, G, phi = map(frame.as_stored, (kept, G, phi))
-        return frame.replace(step=frame.as_stored(kept + G * phi)), p, norm
+        # Two products: S (scale G~^O - G~ diag(phi)) + G diag(phi).
+        inside = frame.up(jnp.multiply(scale, low_step) - low * phi)
+        inside, G, phi = map(frame.as_stored, (inside, G, phi))
+        return frame.replace(step=frame.as_stored(inside + G * phi)), p, norm
 
     def update(
         frames: optax.Updates, state: CompensationState

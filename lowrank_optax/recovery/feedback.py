@@ -1,4 +1,4 @@
-"""Where and back at once: what the projection loses enters the next gradient."""
+"""Where and back at once: adds what the projection loses to the next gradient."""
 
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ class ErrorFeedbackState(NamedTuple):
 
     Attributes:
       error: E, (*batch, m, n), the size of the gradient; False at leaves of full rank.
-      inner_state: of the basis rule and the projection.
+      inner_state: the state of the basis rule and the projection.
     """
 
-    error: Any
-    inner_state: Any
+    error: optax.Params
+    inner_state: optax.OptState
 
 
 def error_feedback(
@@ -28,26 +28,26 @@ def error_feedback(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds to each gradient what the last step's projection lost (LDAdam).
 
-    Around a basis rule and `project`, with C = S_t^T S_{t-1}:
+    Wraps a basis rule and `project`. With C = S_t^T S_{t-1}:
 
         G_t <- G_t + E_{t-1}
         S_t, G~_t from the stages
         E_t = G_t - S_t G~_t + b1 / (1 - b1) (S_{t-1} M_{t-1} - S_t C M_{t-1})
 
-    The last term is what the first moment lost when it was turned (Robert et al. 2025,
-    "LDAdam", section 3). It supposes a step that turns it, and an average such as
-    Adam's: `rotate_moments(optax.scale_by_adam())`; with others E is off by that term.
-    E has the gradient's size: this saves no memory against a momentum of full rank,
-    which `memory_report` shows.
+    The last term is what the first moment loses when it is rotated (Robert et al. 2025,
+    "LDAdam", section 3). The term is right for a step that rotates its first moment and
+    averages like Adam, such as `rotate_moments(optax.scale_by_adam())`. With other
+    steps E is off by that term. E has the gradient's size, so this saves no memory
+    against a momentum of full rank; `memory_report` shows it.
 
     Args:
       stages: a basis rule, then `project()`, chained.
       b1: the decay rate of M.
 
     Raises:
-      ValueError: for a basis that is not orthonormal, or stages without a basis rule
-        and `project`. Stages that give the residual back refuse it, and so does a
-        step that accumulates gradients.
+      ValueError: at update, if the basis is not orthonormal, if the stages lack a basis
+        rule or `project`, if the step accumulates gradients, or if a later stage
+        recovers the residual too.
 
     Example:
       >>> import lowrank_optax as lro
@@ -71,14 +71,14 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         def add(frame: Frame, e: jax.Array) -> Frame:
-            return (
-                frame if frame.full_rank else frame.replace(gradient=frame.gradient + e)
-            )
+            if frame.full_rank:
+                return frame
+            return frame.replace(gradient=frame.gradient + e)
 
         def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
             if not frame.full_rank:
                 e = _lost(frame, b1)
-            reason = "error_feedback() gives the residual back already"
+            reason = "error_feedback() adds the residual to the next gradient already"
             return frame.replace(no_residual=reason), e
 
         frames, inner_state = stages.update(
@@ -94,13 +94,14 @@ def error_feedback(
 
 
 def _lost(frame: Frame, b1: float | jax.Array) -> jax.Array:
-    """E_t, of the gradient with the last error in it."""
+    """E_t, from the gradient with the last error in it."""
     frame.check_residual("error_feedback()")
-    inside, outside = frame.need("low", "project()"), frame.gradient
+    # Both parts in one product each: E = (G + S_old M') - S (G~ + C M').
+    low, full = frame.need("low", "project()"), frame.gradient
     if frame.momentum is not None:
-        kept = (b1 / (1 - b1)) * frame.momentum
+        momentum = (b1 / (1 - b1)) * frame.momentum
         rotation = frame.need("rotation", BASIS_RULE)
-        inside = inside + jnp.matmul(rotation, kept, precision="highest")
+        low = low + jnp.matmul(rotation, momentum, precision="highest")
         old = frame.replace(basis=frame.need("previous", BASIS_RULE))
-        outside = outside + old.up(kept)
-    return outside - frame.up(inside)
+        full = full + old.up(momentum)
+    return full - frame.up(low)

@@ -1,7 +1,7 @@
-"""Back: Fira's norm-growth limiter, which the residual and APOLLO share."""
+"""Back: Fira's norm-growth limiter, which the residual, APOLLO and others share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,33 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
-from lowrank_optax.recovery.published import Arithmetic, arithmetic_of
+from lowrank_optax.recovery.published import PAPER, Arithmetic
 
 
 class LimiterState(NamedTuple):
-    """State of the stages with a limiter, `recover_residual` for example.
+    """State of stages with a limiter, such as `recover_residual`.
 
     Attributes:
       norm: ||Lambda_{t-1}||_F per matrix, (*batch,); negative before the first step;
         False at leaves of full rank.
     """
 
-    norm: Any
+    norm: optax.Params
+
+
+def no_norm_yet(frame: Frame) -> jax.Array:
+    """-1 for each matrix, (*batch,): the limiter's norm before the first step."""
+    none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
+    return shard_batch(frame, none)
 
 
 def limited_stage(
     one: Callable[[Frame, jax.Array], tuple[Frame, jax.Array]],
 ) -> optax.GradientTransformationExtraArgs:
-    """A stage from `one(frame, last norm) -> (frame, norm)`, with a `LimiterState`."""
+    """Makes a stage from `one(frame, last_norm) -> (frame, norm)`."""
 
     def init(params: optax.Params) -> LimiterState:
-        def before(frame: Frame) -> jax.Array:
-            none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
-            return shard_batch(frame, none)
-
-        return LimiterState(map_frames(before, params, plain=nothing))
+        return LimiterState(map_frames(no_norm_yet, params, plain=nothing))
 
     def update(
         frames: optax.Updates, state: LimiterState
@@ -49,22 +51,22 @@ def limited_stage(
 def clip_step_growth(
     limit: float | jax.Array = 1.1,
 ) -> optax.GradientTransformationExtraArgs:
-    """The step in the subspace, its norm limited to grow by `limit` a step.
+    """Limits how fast the norm of the step in the subspace grows.
 
-    With G~^O and zeta = `limit`, as Fira limits the residual:
+    With the optimizer's output G~^O and zeta = `limit`:
 
         if ||G~^O_t|| > zeta ||G~^O_{t-1}||:
             G~^O_t <- G~^O_t zeta ||G~^O_{t-1}|| / ||G~^O_t||
 
-    (Refael et al. 2025, "SUMO", Algorithm 1, block 3.) The first step is free, and a
-    zero one leaves the norm that the next one is limited against. State of a matrix:
-    one number.
+    (Refael et al. 2025, "SUMO", Algorithm 1, block 3.) The first step has no limit. A
+    zero step leaves the norm that limits the next step unchanged. The state is one
+    number per matrix.
 
     Args:
       limit: zeta, the largest growth of the step's norm from step to step.
 
     Raises:
-      ValueError: at update, when no step stands before it.
+      ValueError: at update, if no step stands before it in the chain.
 
     Example:
       >>> import lowrank_optax as lro, optax
@@ -77,7 +79,7 @@ def clip_step_growth(
         low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
         norm = jnp.sqrt(jnp.sum(jnp.square(low_step), axis=(-2, -1)))
         factor = jnp.ones_like(norm)[..., None]
-        factor, norm = limit_growth(factor, norm, last, limit, arithmetic_of("paper"))
+        factor, norm = limit_growth(factor, norm, last, limit)
         return frame.replace(low_step=factor[..., None] * low_step), norm
 
     return limited_stage(one)
@@ -88,31 +90,32 @@ def limit_growth(
     norm: jax.Array,
     last: jax.Array,
     limit: float | jax.Array,
-    arithmetic: Arithmetic,
+    arithmetic: Arithmetic = PAPER,
     floor: float | jax.Array = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """phi after the limiter, and the norm that the next step is limited against.
+    """Returns phi after the limiter, and the norm that limits the next step.
 
-    phi times zeta ||Lambda_{t-1}|| / ||Lambda_t|| where that is below 1; 0 where
-    ||Lambda_t|| overflowed.
+    phi is multiplied by zeta ||Lambda_{t-1}|| / ||Lambda_t|| where that is below 1, and
+    by 0 where ||Lambda_t|| overflowed.
 
     Args:
-      phi: (*batch, n), or (*batch, 1), the factors on the columns.
+      phi: (*batch, n) or (*batch, 1), the factors on the columns.
       norm: (*batch,), ||Lambda_t||.
       last: (*batch,), ||Lambda_{t-1}||; negative for no norm yet.
       limit: zeta.
-      arithmetic: of the variant.
-      floor: a norm up to this is rounding, and does not become the next one's bound.
+      arithmetic: the variant's arithmetic.
+      floor: the largest norm that counts as rounding; such a norm limits no later step.
     """
     bound = limit * (last + arithmetic.norm_eps)
     grown = (last >= 0) & (norm > bound)
     factor = jnp.where(grown, bound / jnp.where(grown, norm, 1), 1)
-    usable = jnp.isfinite(norm)
-    factor = jnp.where(usable, factor, 0)
-    after = jnp.where(usable, norm * factor, last)
-    # A zero gradient would bind every later step to a residual of nothing.
-    if not arithmetic.keeps_zero:
+    finite = jnp.isfinite(norm)
+    factor = jnp.where(finite, factor, 0)
+    after = jnp.where(finite, norm * factor, last)
+    # A stored norm of zero would limit every later step to zero: one zero gradient
+    # (an unused embedding row, a first step) would switch the stage off for good.
+    if not arithmetic.stores_zero_norm:
         after = jnp.where(norm > floor, after, last)
-    # Even where phi overflowed.
+    # Where phi itself overflowed, 0 * phi is NaN; so a factor of 0 selects 0.
     phi = jnp.where(factor[..., None] > 0, phi * factor[..., None], 0)
     return phi, after

@@ -9,12 +9,12 @@ from lowrank_optax.core.trees import map_frames
 
 
 def project() -> optax.GradientTransformation:
-    """G~ = S^T G: (*batch, m, n) to (*batch, r, n) (GrassWalk paper, eq. 1).
+    """Projects the gradient: G~ = S^T G, (*batch, m, n) to (*batch, r, n).
 
-    Reads a Frame's `gradient` and `basis`, sets `low`.
+    (GrassWalk paper, eq. 1.) Reads a Frame's `gradient` and `basis`, sets `low`.
 
     Raises:
-      ValueError: when no basis rule stands before it.
+      ValueError: at update, if no basis rule stands before it in the chain.
 
     Example:
       >>> import lowrank_optax as lro
@@ -22,27 +22,28 @@ def project() -> optax.GradientTransformation:
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
 
-    def into(frame: Frame) -> Frame:
-        if frame.low is not None:  # summed over micro-batches
+    def down(frame: Frame) -> Frame:
+        if frame.low is not None:  # already summed in the subspace over micro-batches
             return frame
         return frame.replace(low=frame.down(frame.gradient))
 
-    return optax.stateless(lambda frames, _: map_frames(into, frames))
+    return optax.stateless(lambda frames, _: map_frames(down, frames))
 
 
 def project_back(
     scale: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
-    """The step back in full space, scale * S G~^O, and nothing else (GaLore).
+    """Projects the step back to full space: step = scale S G~^O (GaLore).
 
-    N = alpha P N~ (SARA paper, section 2). Reads a Frame's `low_step`, sets `step`.
+    (SARA paper, section 2: N = alpha P N~.) Reads a Frame's `low_step`, sets `step`.
     Leaves at full rank are not scaled.
 
     Args:
       scale: alpha.
 
     Raises:
-      ValueError: when no step (`in_subspace`, `rotate_moments`) stands before it.
+      ValueError: at update, if no step (`in_subspace`, `rotate_moments`) stands before
+        it in the chain.
 
     Example:
       >>> import lowrank_optax as lro

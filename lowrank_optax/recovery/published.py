@@ -1,10 +1,9 @@
-"""The arithmetic of the released PyTorch packages, where it is not the papers'.
+"""The arithmetic of the released PyTorch packages, where it differs from the papers.
 
-galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3 put Adam's bias correction on the
-step size, so that epsilon, and the limiter, see uncorrected moments; they decay weights
-last, on the weights already stepped; and Fira's residual is G - scale S G~.
-`variant="published"` of `galore`, `fira`, `apollo`, `recover_residual` and
-`scale_channels` is all of that, and all of that is here.
+galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3 apply Adam's bias correction to the
+step size, so that epsilon and the limiter see uncorrected moments. They decay weights
+last, after the step. Fira's residual is G - scale S G~. `variant="published"` of
+`galore`, `fira`, `apollo`, `recover_residual` and `scale_gradient` selects all of this.
 """
 
 from collections.abc import Callable
@@ -14,23 +13,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.linalg import average_weight
 from lowrank_optax.core.stage import simple_stage, stage
-from lowrank_optax.core.typing import Mask, Number
 
 Variant = Literal["paper", "published"]
 
 
 class Arithmetic(NamedTuple):
-    """What the variants of a method do otherwise.
+    """The differences between the variants of a method.
 
     Attributes:
-      adam: from b1, b2 and eps, None for the variant's own, to Adam.
-      after: from learning rate, weight decay, mask, b1 and b2 to what follows
-        `low_rank`.
+      adam: makes Adam from b1, b2 and eps; an eps of None is the variant's default.
+      after: makes what follows `low_rank` from the learning rate, weight decay, mask,
+        b1 and b2.
       norm_eps: added to the norms that the residual's scale and limiter divide by.
       scaled_residual: whether the residual is G - scale S G~ instead of G - S G~.
-      keeps_zero: whether the limiter stores a norm of zero like any other.
+      stores_zero_norm: whether the limiter stores a norm of zero like any other.
     """
 
     adam: Callable[[Number, Number, Number | None], optax.GradientTransformation]
@@ -40,14 +39,15 @@ class Arithmetic(NamedTuple):
     ]
     norm_eps: float
     scaled_residual: bool
-    keeps_zero: bool
+    stores_zero_norm: bool
 
 
 def arithmetic_of(variant: Variant) -> Arithmetic:
-    """The variant's arithmetic; ValueError for an unknown one."""
-    if variant not in _ARITHMETIC:
+    """Returns the variant's arithmetic; raises ValueError for an unknown variant."""
+    variants: dict[str, Arithmetic] = {"paper": PAPER, "published": PUBLISHED}
+    if variant not in variants:
         raise ValueError(f'variant={variant!r}: choose "paper" or "published"')
-    return _ARITHMETIC[variant]
+    return variants[variant]
 
 
 def scale_by_uncorrected_adam(
@@ -55,9 +55,9 @@ def scale_by_uncorrected_adam(
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-6,
 ) -> optax.GradientTransformation:
-    """M / (sqrt(V) + eps), M and V as in Adam but not corrected for their bias.
+    """Adam without bias correction: M / (sqrt(V) + eps).
 
-    The state is `optax.ScaleByAdamState`.
+    The state is `optax.ScaleByAdamState`, so that the moments are found and rotated.
     """
     adam = optax.scale_by_adam(b1, b2)
 
@@ -74,7 +74,7 @@ def scale_by_uncorrected_adam(
 
 
 class BiasCorrectionState(NamedTuple):
-    """State of `scale_by_bias_correction`: count, () int32, the steps done."""
+    """State of `scale_by_bias_correction`: count, () int32, the number of steps."""
 
     count: jax.Array
 
@@ -101,7 +101,7 @@ def scale_by_bias_correction(
 
 
 class DecayState(NamedTuple):
-    """State of `decay_stepped_weights`: count, () int32, the steps done."""
+    """State of `decay_stepped_weights`: count, () int32, the number of steps."""
 
     count: jax.Array
 
@@ -109,12 +109,12 @@ class DecayState(NamedTuple):
 def decay_stepped_weights(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float | jax.Array
 ) -> optax.GradientTransformation:
-    """Decays W + u, the weights after their step: u <- u - lr wd (W + u).
+    """Decays the weights after their step: u <- u - lr weight_decay (W + u).
 
-    Stands after the learning rate, last in the chain.
+    Stands last in the chain, after the learning rate.
 
     Raises:
-      ValueError: when `update` is called without params.
+      ValueError: if `update` is called without params.
     """
 
     def init(params: optax.Params) -> DecayState:
@@ -145,7 +145,7 @@ def decay_stepped_weights(
 def decay_and_rate(
     learning_rate: optax.ScalarOrSchedule, weight_decay: Number, mask: Mask
 ) -> optax.GradientTransformation:
-    """Decoupled weight decay, times the learning rate, as in AdamW."""
+    """Adds decoupled weight decay, then multiplies by the learning rate (AdamW)."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -167,23 +167,19 @@ def _published_after(
     )
 
 
-_ARITHMETIC: dict[str, Arithmetic] = {
-    "paper": Arithmetic(
-        adam=lambda b1, b2, eps: optax.scale_by_adam(
-            b1, b2, 1e-8 if eps is None else eps
-        ),
-        after=lambda rate, decay, mask, *_: decay_and_rate(rate, decay, mask),
-        norm_eps=0.0,
-        scaled_residual=False,
-        keeps_zero=False,
+PAPER = Arithmetic(
+    adam=lambda b1, b2, eps: optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps),
+    after=lambda rate, decay, mask, *_: decay_and_rate(rate, decay, mask),
+    norm_eps=0.0,
+    scaled_residual=False,
+    stores_zero_norm=False,
+)
+PUBLISHED = Arithmetic(
+    adam=lambda b1, b2, eps: scale_by_uncorrected_adam(
+        b1, b2, 1e-6 if eps is None else eps
     ),
-    "published": Arithmetic(
-        adam=lambda b1, b2, eps: scale_by_uncorrected_adam(
-            b1, b2, 1e-6 if eps is None else eps
-        ),
-        after=_published_after,
-        norm_eps=1e-8,
-        scaled_residual=True,
-        keeps_zero=True,
-    ),
-}
+    after=_published_after,
+    norm_eps=1e-8,
+    scaled_residual=True,
+    stores_zero_norm=True,
+)

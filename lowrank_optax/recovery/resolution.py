@@ -1,4 +1,4 @@
-"""The part of a residual that is rounding."""
+"""The smallest residual that rounding does not hide."""
 
 import math
 
@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from lowrank_optax.core.frame import Frame
 
 LOW_RESOLUTION = 0.02
-"""Of `resolution`, where products round to TF32 or bfloat16."""
+"""The `resolution` where products round to TF32 or bfloat16."""
 
 
 def resolution(frame: Frame) -> float | jax.Array:
-    """The part of ||G diag(phi)|| under which a residual's norm is rounding.
+    """The fraction of ||G diag(phi)|| below which a residual's norm is rounding.
 
-    The difference of two squared norms that agree to a part eps has no digit left, and
-    the products with S round too: to TF32 or bfloat16 on accelerators, unless their
-    precision says otherwise. A residual of zero was seen as 1e-4 of G in float32, 4e-3
-    in TF32 and 1.2e-2 in bfloat16 products (512 x 1376, r = 128, on an H100).
+    About 1e-3 with products in float32, and 2e-2 in TF32 or bfloat16, which is what
+    accelerators use unless the precision says otherwise. Two causes: the difference of
+    two squared norms that agree to a relative eps has no correct digit, and the
+    products with S round. A zero residual measured as 1e-4 of G with products in
+    float32, 4e-3 in TF32 and 1.2e-2 in bfloat16 (512 x 1376, r = 128, on an H100).
     """
     full = math.sqrt(8 * float(jnp.finfo(frame.gradient.dtype).eps))
     if frame.gradient.dtype == jnp.float64:

@@ -1,6 +1,7 @@
-"""Back: the gradient itself, scaled by what the subspace's step did to it (APOLLO)."""
+"""Back: the gradient itself, scaled as the step scales it in the subspace (APOLLO)."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,86 +14,83 @@ from lowrank_optax.recovery.limiter import limit_growth, limited_stage
 from lowrank_optax.recovery.published import Variant, arithmetic_of
 
 
-def scale_channels(
+def scale_gradient(
     limit: float | jax.Array = 1.01,
     *,
+    per: Literal["column", "matrix"] = "column",
     scale: float | jax.Array = 1.0,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
-    """The gradient, each column scaled as the subspace's step scaled it (APOLLO).
+    """Scales the gradient as the optimizer scales its projection (APOLLO).
 
     With G~ = S^T G, the optimizer's output G~^O and zeta = `limit`:
 
-        phi_i = ||G~^O_:,i|| / ||G~_:,i||        one factor per column (channel)
+        phi_i = ||G~^O_:,i|| / ||G~_:,i||        per="column" (channel)
+        phi = ||G~^O||_F / ||G~||_F              per="matrix" (APOLLO-Mini)
         Lambda_t = G diag(phi),  its norm limited to zeta ||Lambda_{t-1}||
         step = sqrt(scale) Lambda_t
 
     (Zhu et al. 2025, "APOLLO", section 4; the limiter is Fira's.) The step has the
-    gradient's directions: nothing is projected back, and no basis needs to be
-    orthonormal. Zero columns, the first step and zero gradients are as in
-    `recover_residual`, and so is `variant="published"`, which adds 1e-8 to ||G~_:,i||
-    and to the norm before.
+    gradient's directions: nothing is projected back, and the basis need not be
+    orthonormal. APOLLO-Mini uses rank 1 and scale=128, because ||G~|| is much smaller
+    than ||G|| there. Zero columns, the first step and zero gradients are handled as in
+    `recover_residual`. `variant="published"` adds 1e-8 to ||G~|| and ||Lambda_{t-1}||.
 
     Args:
       limit: zeta, the largest growth of the step's norm from step to step.
-      scale: alpha; its root multiplies the step.
+      per: "column" for a factor per column, "matrix" for a factor per matrix.
+      scale: alpha; its square root multiplies the step.
       variant: "paper" or "published".
 
     Raises:
-      ValueError: an unknown variant; no step before it in the chain; a step that
-        accumulates gradients, or error feedback.
+      ValueError: for an unknown `per` or variant; at update, if no step stands before
+        it in the chain, if the step accumulates gradients, or inside error feedback.
 
     Example:
       >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_channels())
+      ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_gradient())
     """
-    return _scaled("scale_channels()", True, limit, scale, variant)
+    if per not in ("column", "matrix"):
+        raise ValueError(f'per={per!r}: choose "column" or "matrix"')
+    arithmetic = arithmetic_of(variant)
 
+    def norms(x: jax.Array) -> jax.Array:
+        """The norms of the columns (*batch, n), or of the matrix (*batch, 1)."""
+        squares = column_norms_squared(x)
+        if per == "matrix":
+            squares = jnp.sum(squares, axis=-1, keepdims=True)
+        return jnp.sqrt(squares)
 
-def scale_tensor(
-    limit: float | jax.Array = 1.01,
-    *,
-    scale: float | jax.Array = 128.0,
-    variant: Variant = "paper",
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_channels` with one factor for the whole matrix (APOLLO-Mini).
+    def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
+        frame.check_residual("scale_gradient()", orthonormal=False)
+        low = frame.need("low", "project()")
+        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        phi = ratio(norms(low_step), norms(low), arithmetic.norm_eps)
+        squares = column_norms_squared(frame.gradient)
+        norm = jnp.sqrt(jnp.sum(phi**2 * squares, axis=-1))
+        phi, norm = limit_growth(phi, norm, last, limit, arithmetic)
+        phi = jnp.sqrt(scale) * phi
+        G, phi = map(frame.as_stored, (frame.gradient, phi[..., None, :]))
+        return frame.replace(step=frame.as_stored(G * phi)), norm
 
-    phi = ||G~^O||_F / ||G~||_F, which a subspace of rank 1 is enough for; a scale of
-    128 makes up for how much smaller ||G~|| is than ||G|| there (Zhu et al. 2025,
-    "APOLLO", section 4).
-
-    Args:
-      limit: zeta, the largest growth of the step's norm from step to step.
-      scale: alpha; its root multiplies the step.
-      variant: "paper" or "published".
-
-    Raises:
-      ValueError: as `scale_channels` does.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
-      ...     lro.in_subspace(optax.scale_by_adam()),
-      ...     lro.recovery.scale_tensor(scale=128.0))
-    """
-    return _scaled("scale_tensor()", False, limit, scale, variant)
+    return limited_stage(one)
 
 
 def scale_by_shape(
     scale: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
-    """The step times scale sqrt(max(m, n)), last in the chain.
+    """Multiplies the step by scale sqrt(max(m, n)); stands last in the chain.
 
-    A step of orthonormal rows has entries of size 1 / sqrt(n) at most; times sqrt(n)
-    they are those of Adam's, whatever the matrix's shape, and one learning rate does
-    for all (Refael et al. 2025, "SUMO", section 3.2).
+    A step with orthonormal rows has entries of at most 1 / sqrt(n). Times sqrt(n) they
+    have the size of Adam's for every shape, so that one learning rate serves all
+    matrices (Refael et al. 2025, "SUMO", section 3.2).
 
     Args:
-      scale: another factor.
+      scale: a further factor.
 
     Raises:
-      ValueError: at update, when no way back stands before it.
+      ValueError: at update, if no way back stands before it in the chain.
 
     Example:
       >>> import lowrank_optax as lro, optax
@@ -108,34 +106,3 @@ def scale_by_shape(
         return frame.replace(step=jnp.multiply(factor, step))
 
     return optax.stateless(lambda frames, _: map_frames(one, frames))
-
-
-def _scaled(
-    stage: str,
-    channels: bool,
-    limit: float | jax.Array,
-    scale: float | jax.Array,
-    variant: Variant,
-) -> optax.GradientTransformationExtraArgs:
-    arithmetic = arithmetic_of(variant)
-
-    def norms(x: jax.Array) -> jax.Array:
-        """(*batch, n) of the columns, or (*batch, 1) of the matrix."""
-        squared = column_norms_squared(x)
-        if not channels:
-            squared = jnp.sum(squared, axis=-1, keepdims=True)
-        return jnp.sqrt(squared)
-
-    def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
-        frame.check_residual(stage, orthonormal=False)
-        low = frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
-        phi = ratio(norms(low_step), norms(low), arithmetic.norm_eps)
-        squared = column_norms_squared(frame.gradient)
-        norm = jnp.sqrt(jnp.sum(phi**2 * squared, axis=-1))
-        phi, norm = limit_growth(phi, norm, last, limit, arithmetic)
-        phi = jnp.sqrt(scale) * phi
-        G, phi = map(frame.as_stored, (frame.gradient, phi[..., None, :]))
-        return frame.replace(step=frame.as_stored(G * phi)), norm
-
-    return limited_stage(one)

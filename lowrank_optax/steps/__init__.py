@@ -1,6 +1,6 @@
-"""Step: transformations of the low-rank gradient, and how their moments are kept."""
+"""Step: transformations of the low-rank gradient, and how their moments are stored."""
 
-from lowrank_optax.core.moments import register_moments
+from lowrank_optax.core.moments import SubspaceState, register_moments
 from lowrank_optax.steps.adafactor import scale_by_adafactor
 from lowrank_optax.steps.adam_mini import (
     ADAM_MINI_RULES,
@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedArray",
     "QuantizedState",
     "RestState",
+    "SubspaceState",
     "adam_mini_blocks",
     "check_heads",
     "in_full_space",

@@ -7,19 +7,22 @@ import optax
 def scale_by_adafactor(
     b1: float | jax.Array | None = 0.9,
     *,
-    decay_rate: float = 0.8,
+    decay_rate: float | jax.Array = 0.8,
     clip: float | jax.Array = 1.0,
 ) -> optax.GradientTransformation:
-    """Adafactor's step, for `in_subspace(per_matrix(scale_by_adafactor()))`.
+    """Scales by Adafactor, for `in_subspace(per_matrix(scale_by_adafactor()))`.
 
-    V = R C / mean(R), R and C running means of G^2 over columns and rows with decay
-    1 - t^-decay_rate; U = G / sqrt(V), divided by max(1, rms(U) / clip); then
-    M <- b1 M + (1 - b1) U if b1 is given (Shazeer and Stern 2018, "Adafactor";
-    `optax.scale_by_factored_rms`, every matrix factored, whatever its size).
+        V = R C / mean(R),   R, C: running means of G^2 over columns and over rows,
+                             with decay 1 - t^-decay_rate
+        U = G / sqrt(V),   U <- U / max(1, rms(U) / clip)
+        M <- b1 M + (1 - b1) U                        unless b1 is None
+
+    (Shazeer and Stern 2018, "Adafactor".) V is `optax.scale_by_factored_rms` with every
+    matrix factored, whatever its size.
 
     Args:
       b1: decay rate of M; None for no momentum.
-      decay_rate: of the second moment's schedule.
+      decay_rate: exponent of the second moment's decay schedule.
       clip: the largest root mean square of a matrix's U.
 
     Example:

@@ -1,8 +1,8 @@
-"""Step: Adam-mini, one second moment for a block of numbers."""
+"""Step: Adam-mini, one second moment per block of numbers."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,22 @@ ADAM_MINI_RULES: Rules = (
     (r"(?i)scale|norm|(^|/)ln_", "row"),
     (r"(?i)embed|(^|/)w[tp]e(/|$)", "row"),
 )
-"""Adam itself for biases, one second moment for a norm and for a token."""
+"""Plain Adam for biases; one second moment per norm vector and per token."""
 
 
 class AdamMiniState(NamedTuple):
     """State of `scale_by_adam_mini`.
 
     Attributes:
-      count: () int32, the steps done.
+      count: () int32, the number of steps.
       mu: M, like the updates.
-      nu: V, one number per block: an update's shape divided by its block's, axis by
-        axis.
+      nu: v, one number per block: each axis has the update's size divided by the
+        block's.
     """
 
     count: jax.Array
-    mu: Any
-    nu: Any
+    mu: optax.Params
+    nu: optax.Params
 
 
 def scale_by_adam_mini(
@@ -47,31 +47,26 @@ def scale_by_adam_mini(
     *,
     blocks: Blocks | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with one second moment per block b of an array (Adam-mini).
+    """Scales by Adam with one second moment per block b of an array (Adam-mini).
 
         M <- b1 M + (1 - b1) G,   v_b <- b2 v_b + (1 - b2) mean over b of G^2
         M^ / (sqrt(v^_b) + eps),   M^ = M / (1 - b1^t),   v^ = v / (1 - b2^t)
 
     (Zhang et al. 2024, "Adam-mini: Use Fewer Learning Rates To Gain More",
-    Algorithm 1.) Blocks of one number give `optax.scale_by_adam`.
-
-    Inside `in_subspace` the default blocks give a projected matrix (*batch, r, n) one v
-    for each of the n columns of each matrix, over the r rows: its state is rn + n
-    numbers in place of 2rn. See `adam_mini_blocks`. In `rotate_moments` M turns by
-    eq. 7 and v stays as it is: over a whole column it is |S^T g|^2 / r, which does not
-    depend on the basis of the subspace, so that nothing is to be turned; for a new
-    subspace, and for smaller blocks, it is last period's estimate.
+    Algorithm 1.) Blocks of one number are `optax.scale_by_adam`. Inside `in_subspace`
+    the default blocks are the columns of a projected matrix (*batch, r, n): its state
+    is rn + n numbers instead of 2rn. Inside `rotate_moments` M is rotated and v is not.
 
     Args:
       b1: decay rate of M.
-      b2: decay rate of v; the paper's 0.95 for language models.
+      b2: decay rate of v; the paper uses 0.95 for language models.
       eps: added to sqrt(v).
-      blocks: from a leaf's path ("layers/mlp/up/kernel") and its shape, as this
-        transformation sees it, to the shape of its blocks, one divisor for each axis;
-        `adam_mini_blocks()` by default. Asked at init.
+      blocks: maps a leaf's path ("layers/mlp/up/kernel") and its shape inside this
+        transformation to the shape of a block, whose axes divide the leaf's; called at
+        init. `adam_mini_blocks()` by default.
 
     Raises:
-      ValueError: at init, blocks that do not divide an array.
+      ValueError: at init, for blocks that do not divide an array.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -89,7 +84,8 @@ def scale_by_adam_mini(
                 b < 1 or d % b for d, b in zip(shape, block, strict=True)
             ):
                 raise ValueError(
-                    f"{path}: blocks of shape {block} do not divide the shape {shape}"
+                    f"{path}: blocks of shape {block} do not divide the shape {shape}; "
+                    "return one divisor for each axis from `blocks`"
                 )
             counts = [d // b for d, b in zip(shape, block, strict=True)]
             return shard_along(jnp.zeros(counts, x.dtype), spec_of(x), of=x)
@@ -126,8 +122,8 @@ def scale_by_adam_mini(
 
 
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
-    """Each axis of size d with k blocks becomes two, (k, d / k)."""
-    if not x.size:
+    """Splits each axis of size d with k blocks into two, (k, d / k)."""
+    if not x.size:  # k may be 0, and d / k undefined
         return x.reshape([s for d in x.shape for s in (d, 1)])
     return x.reshape(
         [s for d, k in zip(x.shape, counts, strict=True) for s in (k, d // k)]
@@ -139,46 +135,41 @@ def _within(v: jax.Array) -> tuple[int, ...]:
     return tuple(range(1, 2 * v.ndim, 2))
 
 
-# v over a whole column is |S^T g|^2 / r: the same in every basis of the subspace.
+# No second moment to rotate: v of a full column is |S^T g|^2 / r, which is the same in
+# every orthonormal basis of the subspace. For smaller blocks, and for a new subspace, v
+# is the estimate of the last period.
 register_moments(AdamMiniState, first="mu")
 
 
 def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Blocks:
-    """The blocks of Adam-mini, chosen by a leaf's path.
+    """Chooses Adam-mini's blocks by a leaf's path.
 
     A rule's value is one of
 
     - "element": one v per number, as in Adam;
     - "row": one v per vector along the last axis;
     - "column": one v per index of the last axis, over the axis before it;
-    - an int h: one v per h consecutive indices of the last axis, over the axis before
-      it, which is an attention head of size h.
+    - an int h: one v per h consecutive columns, an attention head of size h.
 
-    Axes before those are batch axes, each index with its own v. The first rule found in
-    the path counts, those of `rules` before those of `heads`, so that the bias of a
-    query is a bias; where none is found, a vector is one "row" and every other leaf
-    goes by "column".
+    Axes before these are batch axes; each index has its own v. The first rule that
+    matches counts, `rules` before `heads`. A leaf that no rule matches is one "row" if
+    it is a vector, and "column" otherwise.
 
-    The paper (Partition III, and the package adam-mini 1.1.1) takes one v per output
-    row of torch's (out, in) weights, which is a column of JAX's (in, out), for values,
-    MLP and output layer; one per head for queries and keys; one per token of the
-    embedding; one per tensor of the rest; and Adam for biases. A projected matrix
-    (*batch, r, n) has lost its smaller side: its columns are the outputs only where
-    these are the larger side, and the inputs otherwise (`Frame.columns`). "Per output"
-    becomes "per column" all the same, over the r coordinates. No paper says how the
-    blocks go with a projection; this is our reading. Heads exist only where the columns
-    are the outputs: `check_heads` refuses others. A leaf cannot tell from its shape
-    whether it was projected, so give an embedding that was the rule "column".
+    Deviation: the paper (Partition III) does not say how blocks combine with a
+    projection. Here its "one v per output" becomes one v per column of a projected
+    matrix (*batch, r, n), also where the columns are the weight's inputs. A projected
+    embedding needs the rule "column", because a leaf's shape does not tell whether it
+    was projected.
 
     Args:
       heads: pairs (regular expression, h), for queries and keys.
       rules: pairs (regular expression, value).
 
     Returns:
-      For `scale_by_adam_mini`, a function (path, shape) to the shape of a block.
+      A function from (path, shape) to the shape of a block, for `scale_by_adam_mini`.
 
     Raises:
-      ValueError: for a value that is none of these.
+      ValueError: for any other value.
 
     Example:
       >>> import lowrank_optax as lro
@@ -194,7 +185,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
         if kind not in ("element", "row", "column") and not _is_size(kind):
             raise ValueError(
                 f'{pattern!r}: {kind!r} is not "element", "row", "column" or the size '
-                "of a head"
+                "of a head, an int of at least 1"
             )
 
     def blocks(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -211,19 +202,18 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
 
 
 def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
-    """A stage that does nothing but refuse `heads` that a projection takes apart.
+    """Checks at init that no projection mixes attention heads; changes no step.
 
-    A head is h consecutive outputs. They stay together in the columns of (r, n) where
-    the outputs are the larger side of the weight; otherwise they are what the
-    projection mixes, and the columns are inputs. Stands anywhere in the chain inside
-    `low_rank`.
+    A head is h consecutive outputs. If the outputs are the weight's larger side, they
+    remain columns of the projected (r, n). Otherwise the projection mixes them. The
+    stage stands anywhere in the chain inside `low_rank`.
 
     Args:
-      heads: as `adam_mini_blocks` takes them.
+      heads: pairs (regular expression, h), as in `adam_mini_blocks`.
 
     Raises:
-      ValueError: at init, for a matrix found by `heads` whose columns are the inputs,
-        or no multiple of h.
+      ValueError: at init, for a matching matrix whose columns are the inputs, or whose
+        number of columns is not a multiple of h.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -243,13 +233,14 @@ def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
             n = frame.low_shape[-1]
             if head is not None and frame.columns == "input":
                 raise ValueError(
-                    f"{frame.path}: its columns are the {n} inputs; the outputs, which "
-                    "heads are made of, are the smaller side and are projected away; "
-                    "leave it out of `heads`"
+                    f"{frame.path}: the columns are the {n} inputs, because the "
+                    "outputs, which form the heads, are the smaller side and are "
+                    "projected; leave this path out of `heads`"
                 )
             if head is not None and n % head:
                 raise ValueError(
-                    f"{frame.path}: {n} columns are no multiple of the head size {head}"
+                    f"{frame.path}: {n} columns are not a multiple of the head size "
+                    f"{head}; change it in `heads`"
                 )
         return optax.EmptyState()
 

@@ -1,4 +1,4 @@
-"""Step: every direction of a moment at the same length (SUMO, Muon)."""
+"""Step: the polar factor of a moment (SUMO, Muon)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
-from lowrank_optax.core.newton_schulz import check_iterations, newton_schulz
+from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.newton_schulz import newton_schulz
 
 Polar = Literal["eigh", "svd", "newton_schulz"]
 
@@ -16,24 +17,22 @@ Polar = Literal["eigh", "svd", "newton_schulz"]
 def scale_by_polar_factor(
     method: Polar = "eigh", *, iterations: int = 5
 ) -> optax.GradientTransformation:
-    """Each matrix's polar factor: M = U diag(s) V^T to U V^T.
+    """Replaces each matrix M = U diag(s) V^T by its polar factor U V^T.
 
-    The steepest descent step in the spectral norm, U V^T = (M M^T)^(-1/2) M, of the
-    last two axes of a leaf (Refael et al. 2025, "SUMO", section 3.2; Jordan et al.
-    2024, "Muon"). Leaves of fewer than two axes stay. It has no state: chained after
-    `optax.trace` inside `rotate_moments`, the moment turns with the basis, and the step
-    is orthonormal in it.
+    U V^T = (M M^T)^(-1/2) M over the last two axes of a leaf is the steepest descent
+    step in the spectral norm (Refael et al. 2025, "SUMO", section 3.2; Jordan et al.
+    2024, "Muon"). Leaves of fewer than two axes pass unchanged. There is no state.
+    Chain it after `optax.trace` inside `rotate_moments`: the moment is rotated with the
+    basis, and the step is orthonormal in the subspace.
 
     Args:
-      method: "eigh", from two eigendecompositions of the Gram matrix of the smaller
-        side, r x r (`linalg.polar`); "svd", the most exact, for CPUs; or
-        "newton_schulz", Muon's five products, which brings singular values to about
-        0.7 to 1.2 and small ones less far: SUMO is the case for not taking it, and a
-        device that is slow at eigendecompositions the one for it.
-      iterations: of "newton_schulz".
+      method: "eigh", two eigendecompositions of the r x r Gram matrix (`linalg.polar`);
+        "svd", the most exact, for CPUs; or "newton_schulz", Muon's products, whose
+        singular values end at about 0.7 to 1.2, small ones below.
+      iterations: number of iterations of "newton_schulz".
 
     Raises:
-      ValueError: another method, or iterations below 1.
+      ValueError: for another method, or iterations below 1.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -44,7 +43,7 @@ def scale_by_polar_factor(
     """
     if method not in FACTORS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(FACTORS)}")
-    check_iterations(iterations)
+    check_count("iterations", iterations)
 
     def one(x: jax.Array) -> jax.Array:
         if jnp.ndim(x) < 2 or not x.size:
@@ -61,7 +60,7 @@ def by_svd(x: jax.Array) -> jax.Array:
     """U V^T of a thin SVD: (*batch, r, n)."""
 
     def one(x: jax.Array) -> jax.Array:
-        # LAPACK's SVD never returns from an Inf, and does from a NaN.
+        # LAPACK's SVD hangs on an Inf but returns on a NaN.
         x = jnp.where(jnp.isfinite(x), x, jnp.nan)
         u, s, vt = jnp.linalg.svd(x, full_matrices=False)
         return linalg.matmul(u * (s > 0), vt)

@@ -1,6 +1,5 @@
-"""Step: matrices by some stages, and all other leaves by another optimizer."""
+"""Step: one optimizer for the matrices, another one for all other leaves."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,33 +15,33 @@ class RestState(NamedTuple):
     """State of `with_rest`.
 
     Attributes:
-      inner_state: of the stages; moments of a leaf of full rank are a number there.
-      rest_state: of the other optimizer; moments of a matrix are a number there.
+      inner_state: the stages' state; a leaf of full rank has scalar moments there.
+      rest_state: the other optimizer's state; a matrix has scalar moments there.
     """
 
-    inner_state: Any
-    rest_state: Any
+    inner_state: optax.OptState
+    rest_state: optax.OptState
 
 
 def with_rest(
     stages: optax.GradientTransformation,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`stages` for the matrices, `rest` for the leaves of full rank.
+    """Runs `stages` on the matrices and `rest` on the leaves of full rank.
 
-    Without it leaves of full rank take the step inside `in_subspace` too, which is what
-    they should where that is Adam's; a step for matrices alone
-    (`scale_by_polar_factor`), or rates of decay that were chosen for them, is not for
-    vectors and embeddings. A leaf that the other one takes stands as a zero in each tree, so that a state has an array
-    for every parameter; optimizers that read all leaves together (a global norm) see
-    that.
+    Without this stage, leaves of full rank take the step inside `in_subspace` too. That
+    suits Adam. It does not suit steps for matrices only (`scale_by_polar_factor`).
+
+    Each of the two sees a scalar zero in place of the other's leaves, so that each
+    state has an array for every parameter. An optimizer that reads all leaves together
+    (a global norm) sees those zeros.
 
     Args:
       stages: where, in, step and back, chained.
       rest: any optax transformation, `optax.scale_by_adam()` by default.
 
     Raises:
-      ValueError: what the two raise.
+      ValueError: whatever the two raise.
 
     Example:
       >>> import lowrank_optax as lro, optax
@@ -64,14 +63,16 @@ def with_rest(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RestState]:
-        def seen(hide: Callable[..., Any]) -> Any:
-            return None if params is None else hide(updates, params)
-
+        # Frames in `updates` say which parameters are matrices.
+        matrices, others = (
+            None if params is None else hide(updates, params)
+            for hide in (_matrices, _others)
+        )
         frames, inner_state = inner.update(
-            _matrices(updates), state.inner_state, seen(_matrices), **extra_args
+            _matrices(updates), state.inner_state, matrices, **extra_args
         )
         steps, rest_state = other.update(
-            _others(updates), state.rest_state, seen(_others), **extra_args
+            _others(updates), state.rest_state, others, **extra_args
         )
         out = map_frames(lambda f, _: f, frames, steps, plain=lambda _, step: step)
         return out, RestState(inner_state, rest_state)
@@ -79,8 +80,8 @@ def with_rest(
     return stage(init, update)
 
 
-def _matrices(frames: optax.Updates, like: Any = None) -> Any:
-    """The tree, or one like it, with a zero for each leaf of full rank."""
+def _matrices(frames: optax.Updates, like: optax.Params | None = None) -> optax.Updates:
+    """Returns `like` (`frames` by default) with a zero for each leaf of full rank."""
     return map_frames(
         lambda _, x: x,
         frames,
@@ -89,8 +90,8 @@ def _matrices(frames: optax.Updates, like: Any = None) -> Any:
     )
 
 
-def _others(frames: optax.Updates, like: Any = None) -> Any:
-    """The tree, or one like it, with a zero for each matrix."""
+def _others(frames: optax.Updates, like: optax.Params | None = None) -> optax.Updates:
+    """Returns `like` (`frames` by default) with a zero for each matrix."""
     return map_frames(
         lambda _, x: _zero(x.gradient if is_frame(x) else x),
         frames,
@@ -99,5 +100,5 @@ def _others(frames: optax.Updates, like: Any = None) -> Any:
     )
 
 
-def _zero(x: Any) -> jax.Array:
+def _zero(x: jax.Array) -> jax.Array:
     return jnp.zeros([], jnp.promote_types(x.dtype, jnp.float32))

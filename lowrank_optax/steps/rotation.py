@@ -1,7 +1,7 @@
-"""Step: moments, which fields of a state they are, and how they turn with the basis."""
+"""Step: moments that rotate with the basis."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.frame import BASIS_RULE, Frame
-from lowrank_optax.core.linalg import average_weight
-from lowrank_optax.core.moments import Moments, _map_moments
+from lowrank_optax.core.linalg import average_weight, product
+from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
 from lowrank_optax.core.trees import frames_of, map_frames
 from lowrank_optax.steps.subspace import in_subspace
@@ -22,43 +22,35 @@ def rotate_moments(
     *,
     moments: Literal["both", "first"] = "both",
 ) -> optax.GradientTransformationExtraArgs:
-    """`in_subspace`, with `inner`'s moments turned into the new basis at a refresh.
+    """`in_subspace`, with `inner`'s moments rotated into the new basis at a refresh.
 
     With C = S_t^T S_{t-1} and Adam's bias-corrected moments M^, V^ of step t - 1:
 
         M_{t-1} <- C M_{t-1}                                             (eq. 7)
         V_{t-1} <- (1 - beta2^{t-1}) |C^2 (V^ - M^^2) + (C M^)^2|        (eq. 8)
 
-    squares being entry by entry, before the usual update with G~_t (GrassWalk paper,
-    section 4). V stays non-negative. Step 0 never turns anything.
+    with squares entry by entry, before the usual update with G~_t (GrassWalk paper,
+    section 4). V stays non-negative. Step 0 rotates nothing. The decay rates are read
+    from one step of `inner` from zero moments. docs/methods/steps.md says when to
+    choose moments="first" or `in_subspace` instead.
 
-    Eq. 8 is written there without hats. Read literally, with raw moments, the factor
-    1 - beta2^{t-1} would enter twice and shrink V; with bias-corrected moments it is
-    the rule of LDAdam (Robert et al. 2025), which the paper builds on.
+    It handles `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
+    `ScaleByLionState`, also inside `chain`, `masked`, `partition` and
+    `inject_hyperparams`. `register_moments` adds others.
 
-    Of what lay outside of the old subspace eq. 8 knows nothing and takes V for zero:
-    of a random basis r / m of V is left at a refresh. With a beta2 that forgets slower
-    than the basis changes (0.999 and every 40 steps), V stays far too small and Adam's
-    steps are several times too long. moments="first" leaves V as it was, `in_subspace`
-    both moments: each at its best rate, LLaMA-60M ended lower with either (README.md).
-
-    Handles `optax.ScaleByAdamState`, and the states that hold a first moment alone:
-    `TraceState` (momentum), `EmaState`, `ScaleByLionState`; also inside `chain`,
-    `masked`, `partition`, `inject_hyperparams`. `register_moments` adds others. The
-    decay rates are read off one step of `inner` from zero moments, with the state's
-    own hyperparameters, so they need not be given twice; where they change, eq. 8 goes,
-    as Adam's bias correction does, by those of now.
+    Deviation: eq. 8 is written without hats. With raw moments the factor
+    1 - beta2^{t-1} would enter twice; with bias-corrected ones it is the rule of LDAdam
+    (Robert et al. 2025), which the paper builds on.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
-      moments: "first" turns M alone and leaves V as it is (GoLore).
+      moments: "first" rotates M alone and leaves V as it is (GoLore).
 
     Raises:
       ValueError: at init, when `inner` keeps arrays in a state whose moments are not
         registered, or a second moment that is no running average of squares from zero
-        (Adamax, Yogi, ADOPT); at update, when `project` does not stand before it, or
-        for a second moment in bases that are not orthonormal, for which eq. 8 does not
-        hold.
+        (Adamax, Yogi, ADOPT); at update, without `project` before it, or for a second
+        moment in bases that are not orthonormal, for which eq. 8 does not hold.
 
     Example:
       >>> import lowrank_optax as lro
@@ -75,24 +67,25 @@ def rotate_moments(
             frames,
             plain=jnp.ones_like,
         )
-        # From the state that is, not from a new one: its hyperparameters may have been
-        # changed since.
-        _, unit = inner.update(ones, _map_moments(_zeroed, state), ones)
+        # From this state instead of a new one, for its hyperparameters.
+        _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
         rotation = Rotation(frames, with_second=moments == "both")
-        return _map_moments(rotation.moments, state, unit)
+        return map_moments(rotation.moments, state, unit)
 
-    def init(params: optax.Params) -> optax.OptState:
-        state = inside.init(params)
+    def init(params: optax.Params) -> SubspaceState:
+        state = cast(SubspaceState, inside.init(params))
         if frames_of(params):
             # Raises for a state whose moments are unknown.
-            jax.eval_shape(lambda s: _map_moments(lambda _, known: known, s), state)
+            jax.eval_shape(
+                lambda s: map_moments(lambda _, known: known, s), state.inner_state
+            )
             if moments == "both":
                 check_second_moments(inner, params)
         return state
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         *,
         clock: Clock | None = None,
@@ -100,35 +93,36 @@ def rotate_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
         if any(not frame.full_rank for frame in frames_of(frames)):
-            state = branch(
-                both(now.refresh, now.step > 0),  # there is nothing to turn at step 0
+            inner_state = branch(
+                both(now.refresh, now.step > 0),  # step 0 has no moments to rotate
                 lambda s: rotate(frames, s),
                 lambda s: s,
-                state,
+                state.inner_state,
             )
+            state = SubspaceState(inner_state)
         return inside.update(frames, state, params, clock=now, **extra_args)
 
     return stage(init, update)
 
 
 class Rotation:
-    """Turns the moments of a tree of Frames by their `rotation`; other leaves stay."""
+    """Rotates the moments of a tree of Frames; other leaves stay."""
 
     def __init__(self, frames: optax.Updates, *, with_second: bool = True):
         self._frames = frames
         self._with_second = with_second
 
     def moments(self, kind: Moments, state: Any, unit: Any) -> Any:
-        """The state with its moments turned.
+        """The state with its moments rotated.
 
         Args:
-          kind: which fields they are.
+          kind: the fields that are moments.
           state: the state.
-          unit: the same after one step from zero moments on a gradient of ones, from
-            which decay rates can be read.
+          unit: the state after one step from zero moments on a gradient of ones, which
+            holds 1 - beta.
         """
         mu = getattr(state, kind.first)
-        turned = {kind.first: self._map(self._first, mu)}
+        rotated = {kind.first: self._map(self._first, mu)}
         if kind.second is not None and self._with_second:
             nu, count = getattr(state, kind.second), getattr(state, kind.count)
             counts = count
@@ -139,12 +133,12 @@ class Rotation:
                 jax.tree.map(_weight, getattr(unit, field), counts)
                 for field in (kind.second, kind.first)
             )
-            turned[kind.second] = self._map(self._second, nu, mu, *weights)
-        return state._replace(**turned)
+            rotated[kind.second] = self._map(self._second, nu, mu, *weights)
+        return state._replace(**rotated)
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
         """C M (eq. 7)."""
-        return _matmul(_rotation_of(frame), m)
+        return product(_rotation_of(frame), m)
 
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
@@ -158,8 +152,8 @@ class Rotation:
             )
         c, m_hat = _rotation_of(frame), m.astype(v.dtype) / w_m
         variance = v / w_v - jnp.square(m_hat)
-        mean = _matmul(c, m_hat)
-        return w_v * jnp.abs(_matmul(jnp.square(c), variance) + jnp.square(mean))
+        mean = product(c, m_hat)
+        return w_v * jnp.abs(product(jnp.square(c), variance) + jnp.square(mean))
 
     def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
         def one(frame: Frame, m: Any, *others: Any) -> Any:
@@ -187,10 +181,6 @@ def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:
     )
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 def _zeroed(kind: Moments, state: Any) -> Any:
     fields = [kind.first] if kind.second is None else [kind.first, kind.second]
     return state._replace(
@@ -201,14 +191,14 @@ def _zeroed(kind: Moments, state: Any) -> Any:
 def check_second_moments(
     inner: optax.GradientTransformation, params: optax.Params
 ) -> None:
-    """ValueError for a V that is no running average of squares from zero.
+    """ValueError unless V is a running average of squares from zero.
 
-    Such a one is V <- beta V + (1 - beta) g^2. Seen on one row of each leaf, from V_0
-    and g: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1) the same at the first
-    step as later. Not looked at where decay rates are traced.
+    That is V <- beta V + (1 - beta) g^2. With V(v, g) one step from V = v on a gradient
+    g, on one row of each leaf: V(0, 2) = 4 V(0, 1), V(0, 1) + V(1, 0) = 1, and V(0, 1)
+    is the same at the first step as later. Not checked where decay rates are traced.
     """
 
-    @jax.jit  # one program: by itself each of its operations would be one
+    @jax.jit  # one program; eagerly each operation would compile its own
     def error() -> jax.Array:
         v, g = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 2.0, 0.0])
         after = jax.vmap(lambda *case: _second_after(inner, params, *case))
@@ -240,6 +230,8 @@ def _second_after(
 ) -> list[jax.Array]:
     """The second moments after one step on rows of g, from V = v and `count` steps."""
 
+    # Only the count is given besides V, since bias correction and warm-up read it. One
+    # row is enough, because a running average treats every entry alike.
     def row(x: Frame | jax.Array) -> jax.Array:
         shape = x.low_shape if isinstance(x, Frame) else x.shape
         return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
@@ -263,6 +255,6 @@ def _second_after(
         return state
 
     rows = jax.tree.map(row, params)
-    state = _map_moments(start, inner.init(rows))
-    _map_moments(see, inner.update(rows, state, rows)[1])
+    state = map_moments(start, inner.init(rows))
+    map_moments(see, inner.update(rows, state, rows)[1])
     return seconds

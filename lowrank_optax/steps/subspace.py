@@ -1,7 +1,7 @@
 """Step: any optax transformation, in the subspace or before it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.core.frame import BASIS_RULE, Frame, is_frame
 from lowrank_optax.core.linalg import select
+from lowrank_optax.core.moments import SubspaceState
 from lowrank_optax.core.sharding import low_zeros
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import each_apart, in_turn, map_frames
@@ -19,16 +20,16 @@ def per_matrix(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` on each matrix by itself: the last two axes of a leaf are the matrix.
 
-    Every leaf is handed to `inner` alone, and under `jax.vmap` over the axes before its
-    last two. For an `inner` that works entry by entry (Adam, Lion, momentum) that
-    changes nothing; one that takes means or norms over a leaf (Adafactor, clipping by
-    block, trust ratios) would mix the layers of a stacked kernel without it.
+    `inner` gets one leaf at a time, under `jax.vmap` over the axes before its last two.
+    For an `inner` that works entry by entry (Adam, Lion, momentum) that changes
+    nothing. One that takes means or norms over a leaf (Adafactor, clipping by block,
+    trust ratios) would otherwise mix the layers of a stacked kernel.
 
-    The state is `inner`'s, with a tree like the parameters in place of every array, the
-    step count too; for a leaf of three or more axes with the batch axes in front.
+    The state is `inner`'s with a tree like the parameters in place of every array,
+    counts included; a leaf of three or more axes has the batch axes in front.
 
     Args:
-      inner: any transformation; with a state of the same structure for every leaf.
+      inner: any transformation whose state has the same structure for every leaf.
 
     Raises:
       ValueError: at init, when the state's structure depends on the leaf.
@@ -82,20 +83,19 @@ def in_subspace(
 ) -> optax.GradientTransformationExtraArgs:
     """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
 
-    `inner` is any optax transformation; it sees a tree in which every Frame is replaced
-    by its (*batch, r, n) array, leaves of full rank stay as they are, and `params`, if
-    they were given, are S^T W (dead code under jit unless `inner` reads them). Its
-    state is that of the (r, n) arrays. At a refresh the moments stay as they are, now
-    in other coordinates: this is what GaLore and Fira do. `rotate_moments` turns them,
-    `reset_moments` forgets them. Around an `inner` that takes means or norms over a
-    leaf put `per_matrix`.
+    `inner` is any optax transformation. It sees a tree with the (*batch, r, n) array of
+    each Frame; leaves of full rank stay as they are, and `params` are S^T W (dead code
+    under jit unless `inner` reads them). At a refresh the moments stay as they are, now
+    in other coordinates, as in GaLore and Fira. `rotate_moments` rotates them,
+    `reset_moments` sets them to zero. Wrap an `inner` that takes means or norms over a
+    leaf in `per_matrix`.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
 
     Raises:
-      ValueError: when `project` does not stand before it; when `inner` accumulates
-        gradients (`optax.MultiSteps`) after an `error_feedback`.
+      ValueError: without `project` before it; when `inner` accumulates gradients
+        (`optax.MultiSteps`) after an `error_feedback`.
 
     Example:
       >>> import lowrank_optax as lro
@@ -104,36 +104,37 @@ def in_subspace(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(map_frames(low_zeros, params))
+    def init(params: optax.Params) -> SubspaceState:
+        return SubspaceState(inner.init(map_frames(low_zeros, params)))
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[optax.Updates, SubspaceState]:
         frames = updates
         if params is not None:  # XLA drops the products unless `inner` reads them
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
             )
         low = map_frames(lambda f: f.need("low", "project()"), frames)
-        steps, state = inner.update(low, state, params, **extra_args)
+        steps, new = inner.update(low, state.inner_state, params, **extra_args)
         reason = ""
-        if _accumulates(state):
+        if _accumulates(new):
             reason = (
                 "the step accumulates gradients, and is zero at most steps; accumulate "
                 "before low_rank()"
             )
 
         def stepped(f: Frame, step: jax.Array) -> Frame:
-            if reason and f.no_residual:  # said by error_feedback() alone before a step
+            # Before a step only error_feedback() sets `no_residual`.
+            if reason and f.no_residual:
                 raise ValueError(f"{f.path}: error_feedback() does not work: {reason}")
             return f.replace(low_step=step, no_residual=f.no_residual or reason)
 
         frames = map_frames(stepped, frames, steps, plain=lambda _, step: step)
-        return frames, state
+        return frames, SubspaceState(new)
 
     return stage(init, update)
 
@@ -141,21 +142,19 @@ def in_subspace(
 def reset_moments(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`in_subspace`, with `inner` started anew on a matrix whenever its basis moves.
+    """`in_subspace`, with `inner` restarted on a matrix whenever its basis changes.
 
-    Where a basis rule chooses S_t, so at steps 0, T, 2T, ... for most, the state
-    becomes inner.init(0): M = V = 0, and Adam's step count, with the bias correction,
-    begins again at 0 (Zmushko et al. 2025, "FRUGAL", and Grass, Muhamed et al. 2024).
-    Where a refresh is passed over (`lazy_refresh`, `frozen`) nothing is reset, and
-    leaves of full rank go on.
+    Where a basis rule chooses S_t the state becomes inner.init(0): M = V = 0, and
+    Adam's step count, with the bias correction, starts again at 0 (Zmushko et al. 2025,
+    "FRUGAL", and Grass, Muhamed et al. 2024). A skipped refresh (`lazy_refresh`,
+    `frozen`) resets nothing, and leaves of full rank continue.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example; it runs
         `per_matrix`, so that each matrix has its own step count.
 
     Raises:
-      ValueError: when `project`, or a basis rule that says when its basis moves, does
-        not stand before it.
+      ValueError: without `project` and a basis rule that sets `refreshed` before it.
 
     Example:
       >>> import lowrank_optax as lro
@@ -167,15 +166,16 @@ def reset_moments(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: SubspaceState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        # Leaf by leaf, for a refresh may be passed over on one and not on another.
+        # Leaf by leaf, since a refresh may be skipped on one and not on another.
         leaves, structure = jax.tree.flatten(updates)
         one = _state_of_one(inner)
-        states = each_apart(structure, one, state)
-        news = each_apart(structure, one, inside.init(updates))
+        states = each_apart(structure, one, state.inner_state)
+        new = cast(SubspaceState, inside.init(updates)).inner_state
+        news = each_apart(structure, one, new)
         for i, frame in enumerate(leaves):
             if is_frame(frame) and not frame.full_rank:
                 if frame.refreshed is None and frame.basis is not None:
@@ -189,7 +189,7 @@ def reset_moments(
                     news[i],
                     states[i],
                 )
-        state = in_turn(structure, one, states)
+        state = SubspaceState(in_turn(structure, one, states))
         return inside.update(updates, state, params, **extra_args)
 
     return stage(inside.init, update)
@@ -200,7 +200,7 @@ def in_full_space(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the matrices' gradients before a basis is chosen: G <- inner(G).
 
-    For what a method does in full space before it projects (FLora's factored second
+    For methods with a step in full space before the projection (FLora's factored second
     moment). Leaves of full rank pass through `inner` too.
 
     Args:
@@ -249,15 +249,15 @@ def _accumulates(state: optax.OptState) -> bool:
 def _state_of_one(inner: optax.GradientTransformation) -> Any:
     """The structure of the state of one array.
 
-    Asked in init and update, not before: to make an optimizer must not wake a backend,
-    which `jax.distributed.initialize` has to come before.
+    Computed in init and update: building an optimizer must not start a backend, since
+    `jax.distributed.initialize` has to come first.
     """
     number = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.tree.structure(jax.eval_shape(inner.init, number))
 
 
 def _vmapped(f: Callable[..., Any], leaf: jax.Array) -> Callable[..., Any]:
-    """f under `jax.vmap` over all axes of the leaf but its last two."""
+    """f under `jax.vmap` over all but the last two axes of the leaf."""
     for _ in leaf.shape[:-2]:
         f = jax.vmap(f)
     return f

@@ -3,19 +3,18 @@
 from lowrank_optax.training.data_parallel import average_gradients
 from lowrank_optax.training.layerwise import (
     Layers,
-    close_layers,
-    open_layers,
     per_layer,
     update_in_backward,
     update_layers,
 )
 from lowrank_optax.training.microbatches import (
     LayerSums,
-    Projected,
-    close_sums,
-    open_sums,
-    project_gradient,
     sum_in_backward,
+)
+from lowrank_optax.training.projected import (
+    Projected,
+    project_gradient,
+    update_projected,
 )
 from lowrank_optax.training.state_sharding import square_sides, state_shardings
 
@@ -24,10 +23,6 @@ __all__ = [
     "Layers",
     "Projected",
     "average_gradients",
-    "close_layers",
-    "close_sums",
-    "open_layers",
-    "open_sums",
     "per_layer",
     "project_gradient",
     "square_sides",
@@ -35,4 +30,5 @@ __all__ = [
     "sum_in_backward",
     "update_in_backward",
     "update_layers",
+    "update_projected",
 ]

@@ -1,4 +1,4 @@
-"""A layer whose backward pass hands on its gradient, and keeps no weights."""
+"""A layer whose backward pass uses its weight gradient and stores no weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ Load = Callable[[Any], Any]
 def in_backward(
     apply: Callable[..., Any], load: Load, use: Callable[[jax.Array, Any, Any], None]
 ) -> Callable[..., Any]:
-    """layer(i, layers, x, *inputs) to y; its backward pass is `use`d for the weights.
+    """layer(i, layers, x, *inputs) to y, whose backward pass calls `use`.
 
-    `use` gets i, `layers`, whose `params` are references, and the layer's gradient.
+    `use` gets i, `layers` (whose `params` are references) and the gradient of layer i.
     """
 
     @jax.custom_vjp
@@ -25,14 +25,15 @@ def in_backward(
     ) -> tuple[Any, tuple[Any, ...]]:
         weights = load(read(layers.params, index))
         y, pull = jax.vjp(apply, weights, x, *inputs)
-        # The weights are where they were: kept here, they would be copied as a whole.
-        kept, without = _take_out(pull, weights)
-        return y, (index, layers, kept, jax.tree_util.Partial(without))
+        # The backward pass reads the weights from the references. Residuals that hold
+        # them would be a copy of all layers.
+        residuals, without = _take_out(pull, weights)
+        return y, (index, layers, residuals, jax.tree_util.Partial(without))
 
     def backward(saved: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
-        index, layers, kept, without = saved
+        index, layers, residuals, without = saved
         weights = load(read(layers.params, index))
-        gradient, *others = without(kept, weights)(cotangent)
+        gradient, *others = without(residuals, weights)(cotangent)
         use(index, layers, gradient)
         return None, None, *others
 
@@ -41,19 +42,19 @@ def in_backward(
 
 
 def _take_out(pull: Any, weights: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
-    """The arrays in a pullback that are not weights, and what puts it together."""
+    """The arrays in a pullback that are not weights, and how to restore it."""
     saved, structure = jax.tree.flatten(pull)
     places = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
     where = [places.get(id(x)) for x in saved]
-    kept = [x for x, i in zip(saved, where, strict=True) if i is None]
+    residuals = [x for x, i in zip(saved, where, strict=True) if i is None]
 
-    def put_in(kept: list[jax.Array], weights: Any) -> Any:
-        rest, leaves = iter(kept), jax.tree.leaves(weights)
+    def put_in(residuals: list[jax.Array], weights: Any) -> Any:
+        rest, leaves = iter(residuals), jax.tree.leaves(weights)
         return structure.unflatten(
             next(rest) if i is None else leaves[i] for i in where
         )
 
-    return kept, put_in
+    return residuals, put_in
 
 
 def read(tree: Any, index: jax.Array | int) -> Any:

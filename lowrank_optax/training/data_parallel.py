@@ -1,4 +1,4 @@
-"""Data parallelism by hand: what is averaged over devices is r rows in place of m."""
+"""Data parallelism by hand: devices average r rows in place of m."""
 
 from typing import Any
 
@@ -6,40 +6,36 @@ import jax
 import optax
 
 from lowrank_optax.core.stage import stage
-from lowrank_optax.training.microbatches import project_gradient
+from lowrank_optax.training.projected import project_gradient, update_projected
 
 
 def average_gradients(
     tx: optax.GradientTransformation, axis_name: str | tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` of the mean gradient over devices, of which each has its own share's.
+    """`tx` on the mean gradient over devices, from each device's own gradient.
 
     For `jax.shard_map` and `jax.pmap`, where every device has its rows of the batch and
-    all of the weights. A step that gives no residual back is a function of S^T G alone,
-    and S^T is linear:
+    all weights. A step without a residual needs only S^T G, and S^T is linear:
 
         S^T mean_i G_i = mean_i (S^T G_i)
 
-    so that devices exchange r x n numbers for each matrix, where `jax.lax.pmean` before
-    `tx.update` exchanges m x n. At a refresh, and only then, whole gradients are
-    averaged, and every device chooses the basis from the same one: the step is that of
-    the mean gradient, to rounding. Leaves of full rank are averaged as they are.
+    So devices exchange r x n numbers for each matrix, where `jax.lax.pmean` before
+    `tx.update` exchanges m x n. At a refresh full gradients are averaged, and every
+    device chooses the same basis. The step is that of the mean gradient, up to
+    rounding. Leaves of full rank are averaged as they are.
 
-    A transformation that needs more of G than S^T G is refused. What stands before
-    `low_rank` in a chain sees S^T G between refreshes, first
-    each device's own and then their mean: `optax.clip_by_global_norm` clips both.
-
-    `update` takes `refresh`, a Python bool, always (`low_rank`). Under `jit` over a
-    mesh there is nothing to be done by hand: the compiler averages where it must.
+    Between refreshes a transformation before `low_rank` in a chain sees S^T G, first
+    each device's own and then the mean: `optax.clip_by_global_norm` clips both. Under
+    `jit` over a mesh use `tx` alone: the compiler inserts the averages.
 
     Args:
       tx: a transformation with one `low_rank` in it.
-      axis_name: of the devices, as for `jax.lax.pmean`.
+      axis_name: the axis of the devices, as for `jax.lax.pmean`.
 
     Raises:
-      ValueError: at update, without `refresh` or without parameters; for a way back
-        that needs the gradient itself (`recover_residual`, `sign_residual`,
-        `scale_channels`, `error_feedback`): average it before, and leave this out.
+      ValueError: at update, without parameters, without a Python bool for `refresh`, or
+        for a stage that needs the gradient itself (`recover_residual`,
+        `sign_residual`, `scale_gradient`, `error_feedback`).
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -64,19 +60,18 @@ def average_gradients(
     ) -> tuple[optax.Updates, optax.OptState]:
         if not isinstance(refresh, bool):
             raise ValueError(
-                f"average_gradients(): refresh={refresh!r}: say by True or False, a "
-                "static argument of the step, whether whole gradients are averaged"
+                f"average_gradients(): refresh={refresh!r}: pass True or False, a "
+                "static argument of the step: at a refresh full gradients are averaged"
             )
 
         def ordinary() -> tuple[optax.Updates, optax.OptState]:
-            low = project_gradient(inner, updates, state, params, **extra_args).low
-            low = jax.lax.pmean(low, axis_name)
-            how = {**extra_args, "projected": True, "refresh": False}
-            return inner.update(low, state, params, **how)
+            own = project_gradient(inner, updates, state, params, **extra_args)
+            mean = own._replace(low=jax.lax.pmean(own.low, axis_name))
+            return update_projected(inner, mean, state, params, **extra_args)
 
         if not refresh:
             return ordinary()
-        jax.eval_shape(ordinary)  # what is refused is refused at the first step
+        jax.eval_shape(ordinary)  # raises at the first step for a stage that needs G
         mean = jax.lax.pmean(updates, axis_name)
         return inner.update(mean, state, params, refresh=True, **extra_args)
 

@@ -1,6 +1,6 @@
-"""A layer at a time: states with a layer axis, and updates inside the backward pass."""
+"""Layers one at a time: states with a layer axis, and updates in the backward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.bracket import LowRankState
-from lowrank_optax.core.sharding import auto_update
+from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.sharding import on_auto_axes
 from lowrank_optax.core.spread import over_devices, spreads
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import count_of, frames_of, squared_norm
 from lowrank_optax.training.backward import Load, in_backward, read, write
+from lowrank_optax.training.projected import Projected
 
 Apply = Callable[..., Any]
 
@@ -23,23 +26,19 @@ def per_layer(
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on each layer of stacked parameters by itself.
 
-    Every leaf has the layers along its first axis, and so has every array of the state,
-    counts and keys too, which is `jax.vmap(tx.init)` of the parameters: the state that
-    `update_in_backward` works on. What `tx` takes over a tree (a norm, a finite flag, a
-    mean) it takes over one layer's.
-
-    Layers draw different random numbers: a stage in `low_rank` is told the layer by the
-    extra argument `layer`, and draws what it would for that layer of a stacked leaf; of
-    other typed keys in the state each layer has its own, `fold_in(key, layer)`.
+    Every leaf has the layers along its first axis. So has every array of the state,
+    which is `jax.vmap(tx.init)` of the parameters. What `tx` computes over a tree (a
+    norm, a finite flag, a mean) is that of one layer. Layers draw different random
+    numbers (docs/guides/layer_by_layer.md).
 
     With `refresh=False` (see `low_rank`) all layers are updated together, by
-    `jax.vmap`; otherwise in a loop, since under `vmap` both branches of a conditional
-    would run, and a batch of factorisations takes longer than one after the other. But
-    for singular vectors of small matrices, which are faster in a batch: with
-    `refresh=True` those of all layers are taken before the loop.
+    `jax.vmap`. Otherwise they are updated in a loop: under `vmap` both branches of a
+    conditional would run, and a batch of factorizations takes longer than a loop. With
+    `refresh=True` the singular vectors of small matrices, which are faster in a batch,
+    are computed for all layers before the loop.
 
     Args:
-      tx: any optax transformation; extra arguments are handed on to it.
+      tx: any optax transformation; extra arguments are passed on to it.
 
     Raises:
       ValueError: leaves without one number of layers along their first axes; what `tx`
@@ -61,7 +60,7 @@ def per_layer(
 
         def own(x: Any) -> Any:
             if not _is_key(x):
-                return x  # an array, or a low_rank's state: it is told the layer
+                return x  # an array, or a low_rank's state: its update gets the layer
             return jax.vmap(jax.random.fold_in)(x, index)
 
         return jax.tree.map(own, state, is_leaf=lambda x: isinstance(x, LowRankState))
@@ -70,14 +69,18 @@ def per_layer(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        *,
+        inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        bases = extra_args.pop("bases", None)
-        bases = bases or _chosen_together(inner, updates, state, params, extra_args)
+        bases = dict(inside.bases) or _chosen_together(
+            inner, updates, state, params, extra_args, inside
+        )
 
         def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
             p, chosen = other
-            return inner.update(*carry, p, **_with(extra_args, chosen), layer=i)
+            own = inside.replace(layer=i, bases=chosen)
+            return inner.update(*carry, p, inside=own, **extra_args)
 
         together = extra_args.get("refresh") is False
         block = count_of(updates) if together else 1
@@ -90,9 +93,9 @@ def per_layer(
 def _in_blocks(
     f: Callable[[jax.Array, Any, Any], Any], carry: Any, other: Any, block: int
 ) -> Any:
-    """`carry` with f(i, its part of layer i, other's part) in layer i's place.
+    """`carry` with layer i replaced by f(i, layer i of carry, layer i of other).
 
-    `block` layers at a time, under `jax.vmap`; one without it.
+    `block` layers at a time under `jax.vmap`; without it where that is one.
     """
     count = count_of(carry)
     if block >= count:
@@ -103,9 +106,11 @@ def _in_blocks(
             new = f(i, read(carry, i), read(other, i))
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
         start = i * block
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        take = partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block
+        )
         index = start + jnp.arange(block)
-        new = jax.vmap(f)(index, *jax.tree.map(cut, (carry, other)))
+        new = jax.vmap(f)(index, *jax.tree.map(take, (carry, other)))
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return jax.tree.map(put, carry, new)
 
@@ -113,13 +118,13 @@ def _in_blocks(
 
 
 def _even(block: int, count: int) -> int:
-    """The largest number of layers up to `block` of which a whole number makes all."""
+    """The largest divisor of `count` up to `block`."""
     return max(k for k in range(1, max(1, min(block, count)) + 1) if count % k == 0)
 
 
 def update_layers(
     tx: optax.GradientTransformation,
-    gradient: optax.Updates,
+    gradient: optax.Updates | Projected,
     state: optax.OptState,
     params: optax.Params,
     *,
@@ -129,26 +134,24 @@ def update_layers(
         params, updates
     ),
     operands: tuple[Any, ...] = (),
-    bases: Mapping[str, jax.Array] | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
-    """The step that `update_in_backward` takes, with all gradients at hand.
+    """The step of `update_in_backward` from the gradients of all layers.
 
-        W_i <- W_i + U_i,   U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i)
+        U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
 
-    so `per_layer(tx).update` and the addition to the weights, `block` layers at a time
-    and in place: no more than a block's updates, casts and products are there at once.
+    in place and `block` layers at a time, so that no more than a block's updates, casts
+    and products exist at any time.
 
     Args:
       tx: any optax transformation.
-      gradient: a tree of arrays (L, ...).
+      gradient: a tree of arrays (L, ...), or the `Projected` of `sum_in_backward`.
       state: `per_layer(tx).init(params)`.
-      params: the weights, as they are kept.
-      block: how many layers are updated together, a divisor of L or what is next below;
-        None for all; but one at a time unless `refresh=False` (see `per_layer`).
+      params: the weights, as they are stored.
+      block: how many layers are updated together, rounded down to a divisor of L; None
+        for all. One at a time unless `refresh=False` (see `per_layer`).
       load, apply_updates: as in `update_in_backward`.
       operands: arrays that `apply_updates` gets, such as this step's random key.
-      bases: of `sum_in_backward`, with the layers along their first axes.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
 
     Returns:
@@ -167,27 +170,42 @@ def update_layers(
       0.5
     """
 
+    inside = NOTHING_INSIDE
+    if isinstance(gradient, Projected):
+        gradient, inside = gradient.low, Inside(bases=gradient.bases, low=True)
+
     def update(
-        gradient: Any, state: Any, params: Any, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        operands, bases = extra_args.pop("operands"), extra_args.pop("bases")
-        if not bases:
-            bases = _chosen_together(tx, gradient, state, params, extra_args, load)
+        gradient: Tree,
+        state: Tree,
+        params: Tree,
+        operands: tuple[Any, ...],
+        *,
+        inside: Inside,
+        **extra_args: Any,
+    ) -> tuple[Tree, Tree]:
+        bases = dict(inside.bases) or _chosen_together(
+            tx, gradient, state, params, extra_args, inside, load
+        )
 
         def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
             g, chosen = other
-            step = _step(tx, load, apply_updates, _with(extra_args, chosen))
+            own = inside.replace(bases=chosen)
+            step = _step(tx, load, apply_updates, extra_args, own)
             return step(i, g, *carry, *operands)
 
         count = count_of(params)
         size = _even(count if block is None else block, count)
         if extra_args.get("refresh") is not False:
             size = 1
-        return _in_blocks(one, (params, state), (gradient, dict(bases)), size)
+        return _in_blocks(one, (params, state), (gradient, bases), size)
 
-    extra_args |= {"operands": operands, "bases": bases or {}}
-    on_any_mesh = auto_update(update, of_params=True)
-    return on_any_mesh(gradient, state, params, **extra_args)
+    return on_auto_axes(
+        update,
+        *(gradient, state, params, operands),
+        like=(params, state),
+        inside=inside,
+        **extra_args,
+    )
 
 
 def _chosen_together(
@@ -196,11 +214,12 @@ def _chosen_together(
     state: optax.OptState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
+    inside: Inside,
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
-    """At a refresh, by path: bases best chosen in one call for all layers.
+    """At a refresh the bases, by path, that are best chosen for all layers in one call.
 
-    On a mesh those are all, and each device chooses those of some layers.
+    On a mesh all of them are, and each device chooses those of some layers.
     """
     if extra_args.get("refresh") is not True:
         return {}
@@ -208,11 +227,13 @@ def _chosen_together(
 
     def of_one(layer: Any, *, batched: bool) -> dict[str, Any]:
         (i, g, s, stored), seen = layer, []
-        inner.update(g, s, load(stored), **extra_args, layer=i, see=seen.append)
+        own = inside.replace(layer=i, record=seen.append)
+        inner.update(g, s, load(stored), inside=own, **extra_args)
         chosen = (f for f in frames_of(seen) if f.refreshed is not None)
         return {f.path: f.basis for f in chosen if f.batched == batched}
 
-    # Nothing but those bases is computed under jit.
+    # Only `tx` knows where its basis rule stands, so its whole update is traced; under
+    # jit the compiler drops all that the bases do not need.
     def is_batched(layers: Any) -> dict[str, Any]:
         return jax.vmap(partial(of_one, batched=True))(layers)
 
@@ -224,83 +245,79 @@ def _chosen_together(
     return over_devices(all_of_some, layers) if spreads() else is_batched(layers)
 
 
-def _with(extra_args: dict[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
-    return {**extra_args, "bases": bases} if bases else extra_args
-
-
 def _step(
     tx: optax.GradientTransformation,
     load: Load,
     apply_updates: Apply,
     extra_args: dict[str, Any],
+    inside: Inside,
 ) -> Callable[..., tuple[Any, Any]]:
-    """One layer's step: (i, G_i, stored W_i, state_i, *operands) to the last two."""
+    """step(i, G_i, stored W_i, state_i, *operands) to (new W_i, new state_i)."""
     inner = optax.with_extra_args_support(tx)
 
     def step(i: jax.Array, g: Any, stored: Any, s: Any, *operands: Any) -> Any:
-        updates, s = inner.update(g, s, load(stored), **{**extra_args, "layer": i})
+        own = inside.replace(layer=i)
+        updates, s = inner.update(g, s, load(stored), inside=own, **extra_args)
         return apply_updates(stored, updates, i, *operands), s
 
     return step
 
 
 class Layers(NamedTuple):
-    """Stacked layers that are updated where they are.
+    """Stacked layers that are updated in place.
 
     Attributes:
       params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
       state: the same of the transformation's state, as `per_layer` makes it.
-      squares: (L,) float32, of each layer's last gradient the sum of the squares.
+      squares: (L,) float32, the sum of the squares of each layer's last gradient.
       operands: arrays that `apply_updates` gets.
     """
 
-    params: Any
-    state: Any
+    params: Tree
+    state: Tree
     squares: Any
     operands: tuple[Any, ...] = ()
 
+    @classmethod
+    def open(
+        cls, params: optax.Params, state: optax.OptState, *operands: Any
+    ) -> "Layers":
+        """References to the layers, for `update_in_backward`.
 
-def open_layers(params: optax.Params, state: optax.OptState, *operands: Any) -> Layers:
-    """References to the layers, for `update_in_backward`.
+        Args:
+          params: a tree of arrays (L, ...).
+          state: `per_layer(tx).init(params)`.
+          operands: arrays that its `apply_updates` gets, such as this step's key.
 
-    Args:
-      params: a tree of arrays (L, ...).
-      state: `per_layer(tx).init(params)`.
-      operands: arrays that its `apply_updates` gets, such as this step's random key.
+        Raises:
+          ValueError: leaves without one number of layers along their first axes.
 
-    Raises:
-      ValueError: leaves without one number of layers along their first axes.
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+          >>> params = {"w": jnp.ones((12, 8, 8))}
+          >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
+          >>> layers = lro.training.Layers.open(params, state)
+          >>> layers.params["w"].shape
+          (12, 8, 8)
+        """
+        squares = jnp.zeros(count_of(params), jnp.float32)
+        refs = jax.tree.map(jax.new_ref, (params, state, squares))
+        return cls(refs[0], refs[1], refs[2], operands)
 
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
-      >>> params = {"w": jnp.ones((12, 8, 8))}
-      >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
-      >>> layers = lro.training.open_layers(params, state)
-      >>> layers.params["w"].shape
-      (12, 8, 8)
-    """
-    squares = jnp.zeros(count_of(params), jnp.float32)
-    params, state, squares = jax.tree.map(jax.new_ref, (params, state, squares))
-    return Layers(params, state, squares, operands)
+    def close(self) -> "Layers":
+        """The arrays with all updates in them; the references end here.
 
-
-def close_layers(layers: Layers) -> Layers:
-    """The arrays, with all updates in them; the references are gone.
-
-    Args:
-      layers: what `open_layers` gave.
-
-    Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> layers = lro.training.open_layers({"w": jnp.ones((12, 8, 8))}, ())
-      >>> lro.training.close_layers(layers).params["w"].shape
-      (12, 8, 8)
-    """
-    return layers._replace(
-        params=jax.tree.map(jax.freeze, layers.params),
-        state=jax.tree.map(jax.freeze, layers.state),
-        squares=jax.freeze(layers.squares),
-    )
+        Example:
+          >>> import jax.numpy as jnp, lowrank_optax as lro
+          >>> layers = lro.training.Layers.open({"w": jnp.ones((12, 8, 8))}, ())
+          >>> layers.close().params["w"].shape
+          (12, 8, 8)
+        """
+        return self._replace(
+            params=jax.tree.map(jax.freeze, self.params),
+            state=jax.tree.map(jax.freeze, self.state),
+            squares=jax.freeze(self.squares),
+        )
 
 
 def update_in_backward(
@@ -313,44 +330,12 @@ def update_in_backward(
     ),
     **extra_args: Any,
 ) -> Callable[..., Any]:
-    """A layer that the backward pass updates as soon as it has the layer's gradient.
+    """A layer whose backward pass ends with its own update.
 
-    Ordinarily the gradients of all layers are there before the first is used. Here the
-    backward pass through layer i ends with
+        U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
 
-        U_i, state_i <- tx.update(G_i, state_i, W_i, layer=i),   W_i <- W_i + U_i
-
-    in place, so that one layer's gradient and update are all that is ever in memory.
-    (In PyTorch known as a fused backward, or per-layer updates; jax issue 30338.) It is
-    the step that `per_layer(tx)` takes with all gradients at hand, to rounding:
-
-        layer = lro.training.update_in_backward(block, tx, refresh=refresh)
-        layers = lro.training.open_layers(params, state)
-
-        def loss(rest):                       # the embedding, the head, ...
-            def body(x, i):
-                return layer(i, layers, x), None
-            x, _ = jax.lax.scan(body, embed(rest, tokens), jnp.arange(L))
-            return head_loss(rest, x)
-
-        value, gradient = jax.value_and_grad(loss)(rest)    # updates the layers
-        params, state, *_ = lro.training.close_layers(layers)
-
-    The whole of it stands in one jitted step that donates `params` and `state`. The
-    forward pass may be wrapped in `jax.checkpoint` with any policy: what it stores is
-    kept, but never a copy of the weights.
-
-    What it means:
-
-    - Whatever `tx` does over a tree it does over one layer: clipping is by each layer's
-      own norm, a layer whose gradient is not finite is skipped by itself (`low_rank`
-      looks itself, and counts), limiters and refreshes are each matrix's anyway. Decay
-      and schedules go by the layer's own count.
-    - Each layer is applied once in each step, its weights belong to it alone (tied ones
-      go with the rest), and its gradient is that of one backward pass.
-    - What is differentiated besides, the embedding and the head, gets its gradient as
-      always, and is updated afterwards.
-    - Without differentiation nothing is updated; for evaluation scan over the weights.
+    in place, so that no more than one layer's gradient and update exist at any time.
+    The step is that of `per_layer(tx)`, up to rounding (docs/guides/layer_by_layer.md).
 
     Args:
       apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
@@ -358,12 +343,12 @@ def update_in_backward(
       load: from one layer's part of `params` to the weights that `apply` takes and
         `tx` sees; for weights that are stored in another form.
       apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
-        part. What it needs besides are the layers' `operands`: a function in a
-        backward pass can close over no other array.
-      extra_args: for `tx.update`, static ones; `refresh`, for `low_rank`.
+        part. Pass other arrays that it needs as the layers' `operands`: a function in a
+        backward pass cannot close over arrays.
+      extra_args: static arguments of `tx.update`; `refresh`, for `low_rank`.
 
     Returns:
-      layer(i, layers, x, *inputs) to y, with `layers` from `open_layers`.
+      layer(i, layers, x, *inputs) to y, with `layers` from `Layers.open`.
 
     Raises:
       ValueError: what `tx` raises, in the backward pass.
@@ -372,17 +357,17 @@ def update_in_backward(
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = optax.adamw(1e-3)
       >>> params = jnp.full((12, 8, 8), 0.1)
-      >>> layers = lro.training.open_layers(
+      >>> layers = lro.training.Layers.open(
       ...     params, lro.training.per_layer(tx).init(params))
       >>> layer = lro.training.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(
       ...         lambda x, i: (layer(i, layers, x), None), x, jnp.arange(12))[0])
       >>> gradient = jax.grad(loss)(jnp.ones(8))
-      >>> bool(jnp.all(lro.training.close_layers(layers).params < params))
+      >>> bool(jnp.all(layers.close().params < params))
       True
     """
-    step = _step(tx, load, apply_updates, extra_args)
+    step = _step(tx, load, apply_updates, extra_args, NOTHING_INSIDE)
 
     def use(index: jax.Array, layers: Layers, gradient: Any) -> None:
         stored, state = read((layers.params, layers.state), index)

@@ -1,11 +1,12 @@
-"""How the state is cut over a mesh, as the types of its arrays say."""
+"""Derives the shardings of an optimizer's state from those of its parameters."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lowrank_optax.core.layout import (
@@ -17,54 +18,51 @@ from lowrank_optax.core.layout import (
 )
 from lowrank_optax.core.sharding import mesh_axes_of, padded_spec, shards_of
 
+# A tree like the parameters, of `NamedSharding`.
+Shardings = Any
+
 
 def state_shardings(
     tx: optax.GradientTransformation,
     params: optax.Params,
-    param_shardings: Any = None,
+    param_shardings: Shardings | None = None,
 ) -> optax.OptState:
-    """How `tx.init(params)` is best cut over the mesh that the parameters are on.
+    """Returns the shardings for `tx.init(params)`, given those of the parameters.
 
-    The idea: of G (m, n) cut along n, G~ = S^T G, both moments, the column norms and
-    S G~^O are cut so too, and an ordinary step moves no more between devices than
-    AdamW's but for the basis and a number for each limiter:
+        state = jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
 
-        moments (r, n)   r as G's m, where that divides it, and n as G's n
-        basis (m, r)     along m, or r, over all axes that cut G; gathered for its use
+    For a gradient G (m, n) sharded along n, the state is sharded so that a step without
+    a refresh communicates little more than AdamW's:
+
+        moments (r, n)   n as G's n; r as G's m where that divides r
+        basis (m, r)     along m, or r, over all mesh axes that shard G
         error (m, n)     as G
 
-    Spec weights along the larger side then, and square ones along the side that is not
-    projected (`square_sides`). Where m is cut, S^T G is summed over devices: r rows in
-    place of m. Leaves of full rank have moments like themselves. Shards
-    on 2, 4, 8 ... devices split no block of 8-bit moments (`quantize_moments`).
-
-    Nothing is guessed from shapes: `tx.init` is traced on parameters whose types say
-    how they are cut (JAX's Explicit axes), and the types of what it returns are read.
-    So it works for whatever is chained, nested or wrapped, optax' own and yours; on a
-    mesh of Explicit axes `tx.init(params)` itself returns arrays so cut, and this is
-    for Auto ones:
-
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
+    Leaves of full rank have moments sharded like themselves. `tx.init` is traced on
+    parameters whose types have the shardings (JAX's Explicit axes), and the types of
+    the result are read. So this works for every chain and wrapper of optax
+    transformations. On a mesh of Explicit axes it is not needed: `tx.init(params)`
+    itself returns sharded arrays.
 
     Args:
       tx: any optax transformation.
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
-      param_shardings: a `NamedSharding` for each; None for the parameters' own.
+      param_shardings: a tree of `NamedSharding`; None for the shardings of `params`.
 
     Returns:
       A tree like the state, of `NamedSharding` on the same mesh.
 
     Raises:
-      ValueError: shardings of another kind, or on several meshes.
+      ValueError: for shardings of another kind, or on several meshes.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("fsdp",))
       >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}}
-      >>> cut = {"mlp": {"kernel": NamedSharding(mesh, P(None, "fsdp"))}}
+      >>> shards = {"mlp": {"kernel": NamedSharding(mesh, P(None, "fsdp"))}}
       >>> tx = lro.grass_jump(2e-3, rank=4, refresh_every=100, key=0)
-      >>> shardings = lro.state_shardings(tx, params, cut)
+      >>> shardings = lro.state_shardings(tx, params, shards)
       >>> tuple(optax.tree.get(shardings, "mu")["mlp"]["kernel"].spec)
       (None, 'fsdp')
     """
@@ -89,70 +87,76 @@ def state_shardings(
     )
 
 
-def _mesh_of(shardings: Any) -> Any:
+def _mesh_of(shardings: Shardings) -> Mesh:
+    """Returns the one mesh of all shardings."""
     leaves = jax.tree.leaves(shardings)
     if not leaves or not all(isinstance(x, NamedSharding) for x in leaves):
         raise ValueError(
-            "state_shardings() takes a jax.sharding.NamedSharding for each parameter; "
-            "place the parameters on a mesh, or give param_shardings"
+            "state_shardings() needs a jax.sharding.NamedSharding for each parameter; "
+            "place the parameters on a mesh, or pass param_shardings"
         )
     meshes = {x.mesh for x in leaves}
     if len(meshes) > 1:
-        raise ValueError(f"the parameters are on {len(meshes)} meshes: give one")
+        raise ValueError(
+            f"the parameters are on {len(meshes)} meshes: place all on one"
+        )
     return meshes.pop()
 
 
 def square_sides(
     params: optax.Params,
-    param_shardings: Any,
+    param_shardings: Shardings,
     dimension_numbers: DimensionNumbers = None,
 ) -> Rules:
-    """For `low_rank(square=...)`: of each square matrix the side that is not cut.
+    """Chooses the unsharded side of each square matrix, for `low_rank(square=...)`.
 
-    Megatron's cut of a transformer has the inputs of `o` and `down` over devices, and
-    the outputs of q, k, v, gate and up. What is projected should be the other side,
-    which a square matrix leaves open.
+    Megatron's tensor parallelism shards the inputs of `o` and `down`, and the outputs
+    of q, k, v, gate and up. The projection should remove the other side. Shapes decide
+    that for every matrix that is not square.
 
-    That is a choice of the method, and not of where it runs: which side is projected
-    changes what is trained (and no size of anything). So keep the rules with a run, and
-    give them again when it goes on with another mesh.
+    The projected side changes what is trained. So store the rules with a run, and pass
+    the same rules when it resumes on another mesh.
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
-      param_shardings: a `NamedSharding` for each.
+      param_shardings: a tree of `NamedSharding`.
       dimension_numbers: as for `low_rank`.
 
     Returns:
-      Pairs (regular expression, side), the last for all that is not named.
+      Pairs (regular expression, side); the last one matches all other matrices.
 
     Raises:
-      ValueError: what `dimension_numbers` raises in `low_rank`.
+      ValueError: for `dimension_numbers` that `low_rank` refuses.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
       >>> params = {"q": jnp.ones((8, 8)), "o": jnp.ones((8, 8))}
-      >>> cut = {"q": NamedSharding(mesh, P(None, "tensor")),
-      ...        "o": NamedSharding(mesh, P("tensor"))}
-      >>> lro.training.square_sides(params, cut)
+      >>> shards = {"q": NamedSharding(mesh, P(None, "tensor")),
+      ...           "o": NamedSharding(mesh, P("tensor"))}
+      >>> lro.training.square_sides(params, shards)
       [('^o$', 'output'), ('', 'input')]
     """
     specs = specs_of(dimension_numbers, params)
 
-    def parts(axes: Any, sharding: NamedSharding, ndim: int) -> tuple[int, int]:
-        """How many devices cut these axes, and by how many names."""
+    def shards(
+        axes: int | Sequence[int], sharding: NamedSharding, ndim: int
+    ) -> tuple[int, int]:
+        """Counts the shards along these axes, and the mesh axes that make them."""
         axes = (axes,) if isinstance(axes, int) else axes
-        cut = padded_spec(sharding.spec, ndim)
-        names = [name for a in axes for name in mesh_axes_of(cut[a])]
+        spec = padded_spec(sharding.spec, ndim)
+        names = [name for a in axes for name in mesh_axes_of(spec[a])]
         return shards_of(tuple(names), sharding.mesh), len(names)
 
-    def is_cut_along_its_input(path: str, x: Any, sharding: NamedSharding) -> bool:
+    def is_sharded_along_input(
+        path: str, x: jax.Array, sharding: NamedSharding
+    ) -> bool:
         if (spec := specs[path]) is None:
             return False
         layout, ndim = layout_of(path, x.shape, spec), len(x.shape)
-        inputs = parts(spec.reduction_axis, sharding, ndim)
-        outputs = parts(spec.output_axis, sharding, ndim)
+        inputs = shards(spec.reduction_axis, sharding, ndim)
+        outputs = shards(spec.output_axis, sharding, ndim)
         return layout.m == layout.n and inputs > outputs
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -162,12 +166,12 @@ def square_sides(
             leaves, jax.tree.leaves(param_shardings), strict=True
         )
     ]
-    found = [row[0] for row in rows if is_cut_along_its_input(*row)]
+    found = [row[0] for row in rows if is_sharded_along_input(*row)]
     return [*((f"^{re.escape(path)}$", "output") for path in found), ("", "input")]
 
 
 def _trimmed(spec: P) -> P:
-    """Without what says that the last axes are whole."""
+    """Removes trailing None entries, so that equal shardings have equal specs."""
     entries = list(spec)
     while entries and entries[-1] is None:
         entries.pop()

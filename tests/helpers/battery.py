@@ -48,6 +48,7 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
             **step(ADAM_8BIT),
         },
     ),
+    "galore_2": (lro.recipes.galore_2, {"key": 1}),
     "golore": (lro.recipes.golore, {"key": 1, "switch_step": 4}),
     "msgd": (lro.recipes.msgd, {"key": 1}),
     "fira": (lro.fira, {}),

@@ -24,7 +24,7 @@ import jax
 from train.config.command_line import parse
 from train.host.errors import STOPPED
 from train.records.metrics import Record, read_metrics
-from train.run.checkpoint import seals_of
+from train.run.checkpoint import stored_checksums
 
 DESCRIPTION = """Kill, stop, starve and deceive training runs, and see whether each goes
 on with the same bits afterwards as a run that was left alone. Prints a table of what
@@ -166,7 +166,9 @@ class Bits(NamedTuple):
 
 def bits(out: Path) -> Bits:
     records = without_times(out)
-    return Bits(records, seals_of(out / "checkpoints" / str(records[-1]["step"])))
+    return Bits(
+        records, stored_checksums(out / "checkpoints" / str(records[-1]["step"]))
+    )
 
 
 class Workshop:
@@ -338,7 +340,7 @@ def damages(work: Workshop, count: int) -> Iterator[Outcome]:
         if isinstance(restored, str):
             yield f"{told}: {restored}"
             continue
-        seals = seals_of(work.alone / "checkpoints" / str(int(restored.step)))
+        seals = stored_checksums(work.alone / "checkpoints" / str(int(restored.step)))
         same = checksums(restored) == seals["state"]
         yield None if same else f"{told}: other numbers, and not a word"
 

@@ -106,7 +106,7 @@ def in_backward(
     """A step of (params, state, rest, batch, *operands) to the first three."""
 
     def step(params: Any, state: Any, rest: Any, batch: Data, *operands: Any) -> Any:
-        layers = lro.training.open_layers(params, state, *operands)
+        layers = lro.training.Layers.open(params, state, *operands)
         layer = lro.training.update_in_backward(block, tx, **options)
 
         def loss(rest: Any) -> Any:
@@ -114,7 +114,7 @@ def in_backward(
             return through(body, rest, batch, jnp.asarray(order))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return done.params, done.state, stepped(rest, gradient)
 
     return step

@@ -5,6 +5,7 @@ a transformer's are: outputs of q and up, inputs of o and down.
 """
 
 import functools
+import inspect
 import math
 import re
 
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from train.config.methods import METHODS, call
+from train.config.methods import METHODS
 
 L, D, F, R, T = 3, 64, 176, 16, 2
 BOTH = ("tensor", "fsdp")
@@ -71,7 +72,9 @@ def named(name):
     # 8-bit blocks whole on each of eight devices.
     options = {"min_size": 16, "switch_step": T, "square": SQUARE}
     options |= {"rank": R, "refresh_every": T, "dimension_numbers": RULES, "key": 0}
-    tx = call(METHODS[name].make, 1e-3, **options)
+    make = METHODS[name].make
+    accepted = inspect.signature(make).parameters
+    tx = make(1e-3, **{k: v for k, v in options.items() if k in accepted})
     return optax.with_extra_args_support(tx)
 
 

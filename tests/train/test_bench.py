@@ -73,7 +73,7 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
     assert cells(head)[:5] == [
         *("optimizer", "layer by layer", "step, ms", "of AdamW's", "refresh, ms")
     ]
-    assert set(rule) == set("|- ")
+    assert set(rule) == set("|-")
     assert len({line.count("|") for line in (head, rule, *lines)}) == 1
     assert [cells(line)[0] for line in lines] == ["adamw", "fira", "galore_adam8bit"]
     assert cells(lines[0])[3:5] == ["1.00", "-"]

@@ -49,9 +49,9 @@ class ModelConfig:
       size: which LLaMA; tiny trains on a laptop's CPU.
       vocab_size: tokens that the model knows, and the size of a tokenizer trained for
         it. Default: 4096 for tiny, 32000 for the others.
-      weight_dtype: how weights are kept. bfloat16: half the memory, and every update is
-        rounded at random, so that small ones arrive in the mean; int8: so are the
-        matrices of attention and MLP in 8 bits a number, all else in bfloat16.
+      weight_dtype: how weights are stored. bfloat16: half the memory, and every update
+        is rounded at random, so that small ones arrive in the mean; int8: the matrices
+        of attention and MLP likewise in 8 bits a number, all else in bfloat16.
       compute_dtype: dtype of activations and products. auto: bfloat16 on an
         accelerator, float32 on a CPU.
       remat: what the backward pass recomputes instead of storing: nothing, all but the
@@ -83,7 +83,7 @@ class OptimizerConfig:
         LDAdam's power step towards momentum and gradient; frozen: the first gradient's,
         for good; coordinates: rows chosen at random; default:
         the optimizer's own rule.
-      basis_dtype: dtype in which a named basis is kept; the other states are float32.
+      basis_dtype: dtype in which a named basis is stored; the other states are float32.
       rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
         matrix' smaller side; attention=64,mlp=0.25: by the first regular expression
         found in its path (layers/attention/q/kernel), and =full for full rank. Default:
@@ -97,7 +97,7 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      rotate: whether moments of subspace_adam turn with the subspace: both, the first.
+      rotate: which moments of subspace_adam rotate with the subspace: both, the first.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
@@ -106,15 +106,15 @@ class OptimizerConfig:
         what alice, frugal, spectral_adam and sumo do. Default: by optimizer.
       angle: the largest angle, in radians, of a step of the walk (grass_walk, or the
         basis walk).
-      walk_rank: how many directions a step of the walk turns. Default: the walk's own.
+      walk_rank: directions that a step of the walk rotates. Default: the walk's own.
       precision: of the products with the subspace: JAX's default for the device,
         highest, or a dot algorithm that it knows, such as BF16_BF16_F32 (bfloat16
         operands, float32 sums).
       switch: part of the steps after which golore's subspace is random.
       square: which side of a square matrix has the subspace. method: the one that the
         method takes, of most the inputs; megatron: the outputs of o and the inputs of
-        q, k and v, which --tensor leaves whole. auto: megatron with --tensor above 1. A
-        run that goes on has what it began with, on any mesh.
+        q, k and v, which --tensor does not shard. auto: megatron with --tensor above 1.
+        A run that goes on has what it began with, on any mesh.
       measure: what is measured of the subspaces, as the metrics overlap/q, energy/up
         and so on, means over the layers, and in subspace.png. overlap: of a basis with
         the one before it (SARA, section 4.3), which costs nothing between refreshes;
@@ -204,11 +204,11 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Over which devices weights are cut. A run may go on with other values.
+    """Over which devices weights are sharded. A run may go on with other values.
 
     Attributes:
-      fsdp: devices that share weights, gradients and the optimizer's state: each keeps
-        its part, a layer is put together where it is computed, and each has its own
+      fsdp: devices that share weights, gradients and the optimizer's state: each stores
+        its part, a layer is gathered where it is computed, and each has its own
         rows of the batch.
       tensor: devices that compute the same rows together, each with its part of the
         attention heads and of the MLP; they are of one process. All devices are fsdp x
@@ -224,7 +224,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The work: what is trained, on how much, and where it is kept.
+    """The work: what is trained, on how much, and where it is stored.
 
     Attributes:
       preset: a published setting to begin from: size, batch, steps, optimizer, rank,
@@ -251,7 +251,7 @@ class Config:
         gradient, so that there is never more than one layer's. Then each layer is
         clipped by its own norm, and skipped by itself. auto: on where it was found to
         be faster too, on an accelerator with layers as large as 7b's that fsdp does not
-        cut. With microbatches: a layer's gradients are summed in the subspace, for
+        shard. With microbatches: a layer's gradients are summed in the subspace, for
         methods that give no residual back, and the step comes at the end, for all
         layers.
     """

@@ -3,16 +3,43 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Unpack
 
 import jax
 import optax
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import path_of, specs_of
+from lowrank_optax.optimizers.options import Options, passes_on
 
 Make = Callable[..., optax.GradientTransformation]
+
+# Options of a run whose names differ from the library's arguments.
+ARGUMENTS = {"switch": "switch_step"}
+
+# Numbers whose default is the method's own; a method without one refuses it.
+NUMBERS = ("scale", "b1", "b2")
+
+# Options that a method passes to its own basis; another basis has its own.
+OF_THE_BASIS = frozenset({"key", "angle", "walk_rank"})
+
+
+def options_of(make: Make) -> dict[str, Any]:
+    """The options of `make` by a run's names, with their defaults; None if required."""
+    names = {argument: option for option, argument in ARGUMENTS.items()}
+    return {
+        names.get(argument, argument): None if p.default is p.empty else p.default
+        for argument, p in inspect.signature(make).parameters.items()
+    }
+
+
+def make_with(
+    make: Make, read: Set[str], values: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """Calls `make` with the options that it reads; None stands for its own default."""
+    given = {o: values[o] for o in read if values.get(o) is not None}
+    return make(**{ARGUMENTS.get(o, o): value for o, value in given.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,40 +58,41 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that it takes, with their defaults; None where it has none."""
-        return {
-            key: None if option.default is option.empty else option.default
-            for key, option in inspect.signature(self.make).parameters.items()
-        }
+        """Its options, with their defaults; None if required."""
+        return options_of(self.make)
 
     @property
     def low_rank(self) -> bool:
         """Whether it has a subspace."""
         return "rank" in self.options
 
-    def uses(self, option: str, basis: str = "default") -> bool:
-        """Whether an option of a run changes anything, with a basis by its name."""
-        if option in self.own:
-            return False
-        if option in OF_THE_BASIS and basis != "default":
-            return option in inspect.signature(BASES[basis]).parameters
-        return {"switch": "switch_step"}.get(option, option) in self.options
+    def reads(self, basis: str = "default") -> frozenset[str]:
+        """The options of a run that change something, with a basis by its name."""
+        read = self.options.keys() - self.own.keys()
+        if basis != "default":
+            read -= OF_THE_BASIS - options_of(BASES[basis]).keys()
+            read |= OF_THE_BASIS & options_of(BASES[basis]).keys()
+        return frozenset(read)
+
+    def build(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
+        """The optimizer, from the values of the options that it reads."""
+        return make_with(self.make, self.options.keys(), {**values, **self.own})
 
 
 def _fira(step: Make) -> Make:
-    """Fira with the step that `step` makes of its options, in place of Adam's."""
+    """Fira with `step` in place of Adam, which gets the options that it has."""
     of_fira, own = (inspect.signature(f).parameters for f in (lro.fira, step))
 
     def make(*args: Any, **options: Any) -> optax.GradientTransformation:
-        given = {name: options.pop(name) for name in own if name in options}
-        return lro.fira(*args, **options, step=step(**given))
+        of_step = {name: options.pop(name) for name in own if name in options}
+        return lro.fira(*args, **options, step=step(**of_step))
 
-    kept = [p for name, p in of_fira.items() if name not in ("step", "b1", "b2")]
-    vars(make)["__signature__"] = inspect.Signature([*kept, *own.values()])
+    rest = [p for name, p in of_fira.items() if name not in ("step", "b1", "b2")]
+    vars(make)["__signature__"] = inspect.Signature([*rest, *own.values()])
     return make
 
 
-# What a subspace_adam gives back of the gradient outside of its subspace.
+# What subspace_adam adds of the gradient outside of its subspace.
 BACKS: dict[str, Make] = {
     "project": lambda scale, _: lro.project_back(scale),
     "rescale": lambda scale, _: lro.recover_residual(scale=scale),
@@ -76,7 +104,7 @@ BACKS: dict[str, Make] = {
     "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
 }
 
-# Which of a subspace_adam's moments turn into a new basis.
+# Which moments of subspace_adam rotate with the basis.
 ROTATIONS: dict[str, Make] = {
     "on": lro.rotate_moments,
     "first": functools.partial(lro.rotate_moments, moments="first"),
@@ -84,6 +112,7 @@ ROTATIONS: dict[str, Make] = {
 }
 
 
+@passes_on(lro.low_rank_optimizer)
 def subspace_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -94,13 +123,7 @@ def subspace_adam(
     scale: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
-    rank: Any = 0.25,
-    refresh_every: int = 200,
-    weight_decay: float = 0.0,
-    mask: Any = None,
-    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
-    square: Any = "input",
-    precision: Any = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in any subspace, with or without rotation, any way back: for ablations."""
     where = optax.chain(lro.dominant_svd() if basis is None else basis, lro.project())
@@ -108,17 +131,7 @@ def subspace_adam(
         where = lro.error_feedback(where, b1=b1)
     step = ROTATIONS[rotate](optax.scale_by_adam(b1, b2))
     stages = optax.chain(where, step, BACKS[back](scale, residual_scale))
-    return lro.low_rank_optimizer(
-        stages,
-        learning_rate,
-        rank=rank,
-        refresh_every=refresh_every,
-        weight_decay=weight_decay,
-        mask=mask,
-        dimension_numbers=dimension_numbers,
-        square=square,
-        precision=precision,
-    )
+    return lro.low_rank_optimizer(stages, learning_rate, **options)
 
 
 def muon(
@@ -157,8 +170,6 @@ def _adam8bit() -> optax.GradientTransformation:
     return lro.in_subspace(lro.quantize_moments(optax.scale_by_adam()))
 
 
-OF_THE_BASIS = ("angle", "walk_rank")
-
 ONCE = 2**31 - 1  # a basis is chosen at the first step alone
 
 # SCALE normalises embedding and head too, which for all others have full rank.
@@ -168,8 +179,8 @@ WEIGHT_MATRICES = (
     (r"^norm/|^layers/\w+_norm/", None),
 )
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best. msgd's
-# was not tried.
+# Peak learning rates: of those tried on the 60M work (README.md) the best. None was
+# tried for msgd and galore_2, whose rate is galore's.
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "muon": Method(muon, 3e-3),
@@ -178,6 +189,7 @@ METHODS = {
     "galore_adam_mini": Method(lro.recipes.galore_adam_mini, 5e-3),
     "galore_adam8bit": Method(lro.recipes.galore_adam8bit, 1e-2),
     "q_galore": Method(lro.recipes.q_galore, 5e-3),
+    "galore_2": Method(lro.recipes.galore_2, 1e-2),
     "golore": Method(lro.recipes.golore, 1e-2),
     "msgd": Method(lro.recipes.msgd, 1e-1),
     "fira": Method(lro.fira, 3e-3),
@@ -218,22 +230,21 @@ METHODS = {
     ),
 }
 
-# Of a run's key, angle, walk_rank and b1 a rule gets those that it takes.
+# A rule gets the key, angle, walk_rank and b1 of a run, if it has them.
 BASES: dict[str, Make] = {
-    "svd": lambda: lro.dominant_svd(),  # its key is for sketches only
-    "sketch": lambda key: lro.dominant_svd(decomposition="randomized", key=key),
+    "svd": lro.dominant_svd,
+    "sketch": functools.partial(lro.dominant_svd, decomposition="randomized"),
     "sara": lro.sara_sample,
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,
     "track": lro.bases.grassmann_track,
-    "power": lambda b1=0.908: lro.bases.power_iterate(b1=b1),
+    "power": lro.bases.power_iterate,
     "frozen": lambda: lro.bases.frozen(lro.dominant_svd()),
     "coordinates": lro.bases.coordinates,
 }
 
 
-def call(make: Make, *args: Any, **options: Any) -> optax.GradientTransformation:
-    """`make` with those of the options that it takes and are not None."""
-    taken = inspect.signature(make).parameters
-    given = {k: v for k, v in options.items() if v is not None and k in taken}
-    return make(*args, **given)
+def basis_of(name: str, values: Mapping[str, Any]) -> optax.GradientTransformation:
+    """A basis rule, from the values of a run's options that it reads."""
+    read = options_of(BASES[name]).keys() & (OF_THE_BASIS | {"b1"})
+    return make_with(BASES[name], read, values)

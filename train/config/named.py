@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from train.config.config import Basis, OptimizerConfig, OptimizerName
-from train.config.methods import BASES, METHODS
+from train.config.methods import BASES, METHODS, NUMBERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Shared(OptimizerConfig):
 def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
     """`base` with the optimizer, basis and peak rate of "galore+sara@1e-2".
 
-    Without what it has no use for, which may be another's of the same comparison.
+    A scale, b1 or b2 that it does not read is left out: it is meant for the other
+    optimizers of the same comparison.
 
     Raises:
       ValueError: a name, basis or rate that does not exist.
@@ -38,7 +39,6 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
         learning_rate = float(rate) if rate else base.learning_rate
     except ValueError as error:
         raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
-    lacking = (o for o in ("scale", "b1", "b2") if not METHODS[method].uses(o))
     nothing = {} if METHODS[method].low_rank else {"measure": "none", "anchor": None}
     return dataclasses.replace(
         base,
@@ -46,6 +46,6 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
         basis=basis,
         basis_dtype="float32" if basis == "default" else base.basis_dtype,
         learning_rate=learning_rate,
-        **dict.fromkeys(lacking),
+        **dict.fromkeys({*NUMBERS} - METHODS[method].reads()),
         **nothing,
     )

@@ -5,7 +5,7 @@ SARA paper. What all have in common: C4 by the t5-base tokenizer, one document a
 (`--windows documents`), weight decay 0, b1 0.9, b2 0.999, a tenth of the steps with a
 rising rate, then a cosine to a tenth of the peak.
 
-What is kept here otherwise: weights are float32 unless `--weight-dtype` says so (the
+What differs here: weights are float32 unless `--weight-dtype` says so (the
 scripts have bfloat16 ones), and Adam's eps is 1e-8 (theirs is 1e-6).
 """
 

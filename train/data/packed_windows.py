@@ -1,8 +1,8 @@
-"""Concatenate token arrays and split the stream into windows.
+"""Concatenates token arrays and splits the stream into windows.
 
 grain has `ConcatThenSplitIterDataset`, but grain 0.2.18 compares a tuple in its state
 with the list that JSON makes of it, so a restored checkpoint can lose a document. The
-state kept here is two plain values.
+state here is two plain values.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ _EMPTY_IN_A_ROW = 100_000
 class Windows(grain.IterDataset[np.ndarray]):
     """Windows of `length` int32 tokens from a stream of token arrays of any length.
 
-    Nothing is lost, doubled or padded: joined, the windows are the joined arrays. If
-    the parent ends, the last window holds what is left, 1 to `length` tokens.
+    Joined, the windows are the joined arrays: nothing is lost, doubled or padded. If
+    the parent ends, the last window holds the remaining 1 to `length` tokens.
 
     Raises:
       ValueError: from an iterator, if 100,000 arrays in a row are empty; or from its
@@ -34,7 +34,7 @@ class Windows(grain.IterDataset[np.ndarray]):
 
 
 class _WindowIterator(grain.DatasetIterator[np.ndarray]):
-    """State: where the parent stood before the piece in hand, and how much is used."""
+    """State: where the parent was before the piece in hand, and how much is used."""
 
     def __init__(self, pieces: grain.DatasetIterator[np.ndarray], length: int):
         super().__init__(pieces)
@@ -48,7 +48,7 @@ class _WindowIterator(grain.DatasetIterator[np.ndarray]):
         self._used = 0
 
     def _advance(self) -> None:
-        """Take the next piece that is not empty."""
+        """Takes the next piece that is not empty."""
         for _ in range(_EMPTY_IN_A_ROW):
             before = self._pieces.get_state()
             piece = next(self._pieces)

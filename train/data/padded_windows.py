@@ -1,4 +1,4 @@
-"""Windows of one document each: what is longer is cut off, what is shorter padded."""
+"""Windows of one document each: longer ones are truncated, shorter ones padded."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,21 @@ from tqdm import tqdm
 
 from train.data.token_files import Span, TokenFile
 
-Row = dict[str, np.ndarray]
+Window = dict[str, np.ndarray]
 """One window of a batch."""
 
 _BLOCK = 2**22
 
 
-def document_window(tokens: np.ndarray, length: int, end: int) -> Row:
+def document_window(tokens: np.ndarray, length: int, end: int) -> Window:
     """A document as a window.
 
-    It is what t5's tokenizer makes of a text under truncation and padding to a length,
-    as the pre-training scripts of GaLore have it (torchrun_main.py, and those that
-    follow it: Fira, APOLLO, SARA, SubTrack++): of a document that is longer the first
-    `length - 1` tokens and the end token, of another all tokens, the end token being
-    the last of them, and padding. Their labels of padding are -100, here its weights
-    are 0: neither is a target. Different from theirs: a loss is the mean over all
-    targets of a batch, not over those of a device's part of it first.
+    The result is that of t5's tokenizer with truncation and padding, as in the
+    pre-training scripts of GaLore (torchrun_main.py, followed by Fira, APOLLO, SARA,
+    SubTrack++): a longer document gives its first `length - 1` tokens and the end
+    token, another one all its tokens, the last of which is the end token, and padding.
+    They label padding -100; here its weight is 0. Neither is a target. Deviation: a
+    loss is the mean over all targets of a batch, not first over those of each device.
 
     Args:
       tokens: of the document, with its end token.
@@ -37,27 +36,27 @@ def document_window(tokens: np.ndarray, length: int, end: int) -> Row:
       document_window(np.array([7, 1]), 3, end=1)["weights"]  # [1, 1, 0]
     """
     row = {"tokens": np.zeros(length, np.int32), "weights": np.zeros(length, "f4")}
-    kept = tokens[:length]
-    row["tokens"][: len(kept)] = kept
-    row["weights"][: len(kept)] = 1
+    taken = tokens[:length]
+    row["tokens"][: len(taken)] = taken
+    row["weights"][: len(taken)] = 1
     if len(tokens) > length:
         row["tokens"][-1] = end
     return row
 
 
 class TokenDocuments(Sequence[np.ndarray]):
-    """The documents in token files, found by the end token that each ends with.
+    """The documents in token files, each up to its end token.
 
-    Where they end is looked up once, in all of the files, and takes 4 bytes of memory a
-    document (8 in a file of 2**32 tokens or more). What a file has after its last end
-    token is a document too.
+    All files are searched once for the ends, which take 4 bytes of memory a document (8
+    in a file of 2**32 tokens or more). Tokens after a file's last end token are a
+    document too.
 
     Raises:
       ValueError: a file has no end token.
     """
 
     def __init__(self, spans: Sequence[Span], end: int, longest: int):
-        """Of a document no more than the first `longest` tokens are read."""
+        """Reads no more than the first `longest` tokens of a document."""
         size = sum(len(span.file) for span in spans)
         bar = {"unit": "token", "unit_scale": True, "disable": None, "delay": 1}
         with tqdm(desc="finding documents", total=size, leave=False, **bar) as found:
@@ -79,7 +78,7 @@ class TokenDocuments(Sequence[np.ndarray]):
 
 
 def _ends(file: TokenFile, end: int, bar: tqdm) -> np.ndarray:
-    """Where each document ends: the place after its last token."""
+    """The position after each document's last token."""
     found = []
     for start in range(0, len(file), _BLOCK):
         block = file[start : start + _BLOCK]

@@ -1,4 +1,4 @@
-"""What a `DataConfig` names, opened: token arrays to train and to evaluate on."""
+"""Opens what a `DataConfig` names: token arrays to train and to evaluate on."""
 
 import functools
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ from train.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from train.host.console import warn
 
 _HELD_OUT_PIECE = 2**16
-"""Tokens of held-out files to read at a time; how they are cut does not matter."""
+"""Tokens of held-out files to read at a time; how they are split does not matter."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DataConfig:
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
         documents spread evenly over the source, or the last tokens of token files
         in packed windows.
-      windows: packed: documents joined, and cut into windows of seq_len tokens;
+      windows: packed: documents joined, and split into windows of seq_len tokens;
         documents: a window has one, cut off after seq_len tokens, of which the last is
         then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
         have it). Tokens that are counted, as in tokens/s, include padding. Token files
@@ -80,14 +80,14 @@ class DataConfig:
 
 
 class Opened(NamedTuple):
-    """What is read.
+    """An opened source.
 
     Attributes:
       train: documents, each with its end token; or windows of token files, if windows
         are packed.
       held_out: the same, or pieces of token files.
       tokenizer: None for token files opened without one.
-      vocab_size: as `Data` has it.
+      vocab_size: as in `Data`.
       source: fingerprint of the source.
       eval_source: that of the eval_source, if there is one.
     """
@@ -101,12 +101,12 @@ class Opened(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The token that each document ends with."""
+        """The token that ends each document."""
         return _end(self.tokenizer)
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """As `Data` has it."""
+        """As in `Data`."""
         return {
             "source": self.source,
             "eval_source": self.eval_source,
@@ -133,7 +133,7 @@ def _is_files(source: str) -> bool:
 
 
 def holds_tokens(source: str) -> bool:
-    """Whether it names token files; ValueError if text too, or what is neither."""
+    """Whether a source names token files; ValueError if text too, or neither."""
     if not _is_files(source):
         return False
     suffixes = {content_suffix(path) for path in find_files(source)}
@@ -148,7 +148,7 @@ def holds_tokens(source: str) -> bool:
 
 
 def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
-    """Documents of text, tokenized as they are asked for.
+    """Opens documents of text, which are tokenized as they are asked for.
 
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_data`.
@@ -184,7 +184,7 @@ def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
 
 
 def _read(source: str, config: DataConfig) -> Documents:
-    """Its documents; what was skipped is said."""
+    """The documents of a source; warns of what was skipped."""
     bad = BadLines(config.bad_lines)
     options = {"text_field": config.text_field, "data_dir": config.data_dir}
     documents = open_documents(source, bad, **options)
@@ -196,7 +196,7 @@ def _read(source: str, config: DataConfig) -> Documents:
 def _split_documents(
     documents: Documents | TokenDocuments, config: DataConfig
 ) -> tuple[grain.MapDataset[Any], grain.MapDataset[Any]]:
-    """Hold out every n-th document, n the nearest to 1 / eval_fraction."""
+    """Holds out every n-th document, n nearest to 1 / eval_fraction."""
     count = len(documents)
     if count < 2:
         raise ValueError(
@@ -235,7 +235,7 @@ def _tokenizer(
 def open_token_windows(
     config: DataConfig, seq_len: int, vocab_size: int | None
 ) -> Opened:
-    """Windows of token files; what is held out are the files' last tokens.
+    """Opens windows of token files; the files' last tokens are held out.
 
     Raises:
       FileNotFoundError, ValueError: as `open_data`.
@@ -251,10 +251,9 @@ def open_token_windows(
 def open_token_documents(
     config: DataConfig, seq_len: int, vocab_size: int | None
 ) -> Opened:
-    """The documents in token files, no more of each than tells that it is too long.
+    """Opens the documents in token files, each up to one token more than a window.
 
-    What is held out, and so all batches, is as of the texts that the files were made
-    of.
+    What is held out, and so every batch, is that of the texts the files were made of.
 
     Raises:
       FileNotFoundError, ValueError: as `open_data`.

@@ -24,11 +24,11 @@ _ROWS = 1000
 
 
 class BadLines:
-    """What is done with text that cannot be read: an error, or skipped and counted.
+    """Counts text that cannot be read, or raises an error for it.
 
     Attributes:
-      count: how many lines, rows, or rests of damaged files were skipped.
-      first: what was wrong with the first five, and in which file and line.
+      count: how many lines, rows, or remainders of damaged files were skipped.
+      first: the first five problems, with file and line.
     """
 
     def __init__(self, choice: OnBadLines = "error"):
@@ -37,13 +37,13 @@ class BadLines:
         self.first: list[str] = []
 
     def meet(self, error: Exception) -> None:
-        """Count it; ValueError if that is not the choice."""
+        """Counts an error; raises it as ValueError if that is the choice."""
         if self._choice == "error":
             raise ValueError(f"{error}, or set bad_lines to skip") from error
         self.add(1, [str(error)])
 
     def add(self, count: int, first: Sequence[str]) -> None:
-        """Count what was skipped elsewhere."""
+        """Counts what was skipped elsewhere."""
         self.count += count
         self.first = [*self.first, *first][:_LISTED]
 
@@ -57,7 +57,7 @@ class BadLines:
 def read_texts(
     path: AnyPath, field: str, bad: BadLines, on_bytes: OnBytes
 ) -> Iterator[str]:
-    """The texts of a file in their order; a shard need not fit into memory.
+    """The texts of a file in order; the file need not fit into memory.
 
     `.txt` is one text, `.jsonl` and `.json` have one in a field of each line (as C4's
     and SlimPajama's shards do), each plain or with `.gz`, `.xz` or `.zst` after it;
@@ -66,15 +66,15 @@ def read_texts(
     Args:
       path: the file.
       field: the field of an object, or the column, that holds the text.
-      bad: decides on what cannot be read: a line that is no JSON object or not UTF-8, a
-        field that is missing or no string, a file that is empty, and what comes after
-        the place at which one is damaged or cut short. (That gzip was overwritten may
-        show no sooner than at its end.)
+      bad: decides what happens to what cannot be read: a line that is no JSON object or
+        not UTF-8, a field that is missing or no string, an empty file, and everything
+        after the point where one is damaged or cut short. (Overwritten gzip may show
+        only at its end.)
       on_bytes: called after every read.
 
     Raises:
       ModuleNotFoundError: `.zst` and `.parquet` need packages that are not installed.
-      ValueError: what `bad` refuses; the file may not be read, or is of another kind,
+      ValueError: `bad` refuses a text; the file cannot be read, or is of another kind,
         or Parquet without the column.
     """
     suffix = content_suffix(path)
@@ -97,7 +97,7 @@ def read_texts(
 
 
 def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """The text, or what is wrong with it."""
+    """Yields the text, or what is wrong with it."""
     try:
         yield read_file(path, on_bytes).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
@@ -107,7 +107,7 @@ def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
 
 
 def _objects(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """The text of each line, or what is wrong with it or, once, with all after it."""
+    """Yields the text of each line or its error; at damage, one error for the rest."""
     number = 0
     try:
         for number, line in enumerate(read_lines(path, on_bytes), start=1):
@@ -136,7 +136,7 @@ def _json_text(line: bytes, where: str, field: str) -> str | Exception:
 
 
 def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """The text of each row, or what is wrong with it or, once, with all after it."""
+    """Yields the text of each row or its error; at damage, one error for the rest."""
     parquet = _pyarrow_parquet(path)
     number = 0
     try:
@@ -184,7 +184,7 @@ def _lacks(where: object, field: str, has: str) -> ValueError:
 
 
 def _after(unit: str, number: int, error: DamagedError) -> DamagedError:
-    """The same, with where the damage begins."""
+    """The same error, with where the damage begins."""
     return DamagedError(f"after {unit} {number}: {error}") if number else error
 
 

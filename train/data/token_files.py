@@ -26,9 +26,9 @@ _NPY_HEADER = 2**12
 class TokenFile:
     """A vector of token ids in a file; a slice reads it and checks its ids.
 
-    Reads go through the file system, or to the bucket, each time, for a memory map of a
-    file that is cut short meanwhile would end the process. A compressed file's content
-    is held instead.
+    Every read goes to the file system or the bucket: a memory map of a file that is
+    truncated meanwhile would end the process. The content of a compressed file is held
+    in memory.
 
     Raises:
       ValueError: from a slice, if the file has become shorter or cannot be read, or
@@ -80,7 +80,7 @@ class TokenFile:
         if len(content) < count:
             raise ValueError(
                 f"{self.path} has {size} bytes, but had at least {end} when it was "
-                "opened: put the whole file back and resume"
+                "opened: put the complete file back and resume"
             )
         return content
 
@@ -114,7 +114,7 @@ class TokenFile:
 
 @functools.lru_cache(maxsize=128)
 def _opened(file: TokenFile) -> io.FileIO:
-    """Kept open for the next window; few enough for the limit on open files."""
+    """Stays open for the next window; few enough for the limit on open files."""
     return io.FileIO(str(file.path))
 
 
@@ -133,8 +133,8 @@ def open_tokens(
 
     `.u16` and `.bin` hold little-endian uint16, `.u32` uint32, `.npy` a vector of
     either; raw files may be compressed (`.gz`, `.xz`, `.zst`) and are then held in
-    memory. Ids are checked here, in part only where files are larger than 2**28 tokens
-    together, and again as they are read. Without a `vocab_size` all are, for the
+    memory. Ids are checked here, a sample of them if the files hold more than 2**28
+    tokens, and again as they are read. Without a `vocab_size` all are checked, for the
     largest one.
 
     Raises:
@@ -144,18 +144,18 @@ def open_tokens(
     """
     files = [_open(path, vocab_size) for path in find_files(source)]
     spans = [Span(file, 0, len(file)) for file in files]
-    blocks = list(_blocks_to_check(files, whole=vocab_size is None))
+    blocks = list(_blocks_to_check(files, complete=vocab_size is None))
     bar = tqdm(blocks, "checking tokens", disable=None, delay=1, leave=False)
     largest = max(int(file[start : start + _BLOCK].max()) for file, start in bar)
     return spans, largest + 1 if vocab_size is None else vocab_size
 
 
 def _blocks_to_check(
-    files: Sequence[TokenFile], whole: bool
+    files: Sequence[TokenFile], complete: bool
 ) -> Iterator[tuple[TokenFile, int]]:
     """Blocks of each file and where they start: all, or evenly spread ones."""
     total = sum(-(-len(file) // _BLOCK) for file in files)
-    every = 1 if whole else -(-total // _CHECKED_BLOCKS)
+    every = 1 if complete else -(-total // _CHECKED_BLOCKS)
     for file in files:
         starts = range(0, len(file), _BLOCK * every)
         yield from ((file, start) for start in starts)
@@ -218,14 +218,14 @@ def count_tokens(spans: Iterable[Span]) -> int:
 
 
 def split_tokens(spans: Sequence[Span], held_out: int) -> tuple[list[Span], list[Span]]:
-    """Cut the last `held_out` tokens off the files' end: (training, held-out) parts."""
+    """Splits the files' last `held_out` tokens off: (training, held-out) parts."""
     training: list[Span] = []
     held: list[Span] = []
     for span in reversed(spans):
-        cut = max(span.stop - held_out, span.start)
-        held_out -= span.stop - cut
-        training.insert(0, span._replace(stop=cut))
-        held.insert(0, span._replace(start=cut))
+        border = max(span.stop - held_out, span.start)
+        held_out -= span.stop - border
+        training.insert(0, span._replace(stop=border))
+        held.insert(0, span._replace(start=border))
     return training, held
 
 

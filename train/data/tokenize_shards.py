@@ -1,4 +1,4 @@
-"""Shards of text become token files, each by itself: the work of `train.prepare`."""
+"""Turns shards of text into token files, one by one: the work of `train.prepare`."""
 
 import functools
 import itertools
@@ -30,9 +30,9 @@ class Job(NamedTuple):
       out: the folder of the token files.
       tokenizer: the file of the tokenizer.
       text_field: the field that holds the text.
-      bad_lines: what is done with text that cannot be read.
-      documents: how many of a shard are taken, the first ones; None for all.
-      data_dir: where TFDS keeps prepared data sets; None for its own default.
+      bad_lines: what happens to text that cannot be read.
+      documents: take only so many of each shard, the first ones; None for all.
+      data_dir: the folder of prepared TFDS data sets; None for TFDS's default.
     """
 
     out: Path
@@ -47,11 +47,11 @@ class TextShard(NamedTuple):
     """The texts that become one token file.
 
     Attributes:
-      name: of the token file, without its suffix: in the order of their names, token
-        files are in the order of the texts.
-      files: whose texts they are, in this order.
-      data_set: NAME or NAME@SPLIT of TFDS, if there are no files;
-      start, stop: and which of its records.
+      name: of the token file, without suffix; sorted by name, token files are in the
+        order of the texts.
+      files: the text files, in order.
+      data_set: NAME or NAME@SPLIT of TFDS, instead of files.
+      start, stop: the range of its records.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TextShard(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a token file holds, and what was skipped for it (`BadLines`)."""
+    """The contents of a token file, and what was skipped for it (`BadLines`)."""
 
     documents: int
     tokens: int
@@ -71,10 +71,10 @@ class Counts(NamedTuple):
 
 
 def plan(sources: Sequence[str], records: int, job: Job) -> list[TextShard]:
-    """The shards of the sources in their order.
+    """The shards of the sources, in order.
 
-    A file is one; small `.txt` files that follow each other are one together, up to 64
-    MiB, and so are so many `records` of a TFDS data set.
+    Each file is one; consecutive small `.txt` files share one, up to 64 MiB, and so do
+    `records` records of a TFDS data set.
 
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_documents`.
@@ -127,7 +127,7 @@ def _stem(path: AnyPath) -> str:
 
 
 def fingerprint(shard: TextShard, job: Job) -> Fingerprint:
-    """Of what the shard is read from."""
+    """Fingerprint of what the shard is read from."""
     if shard.files:
         return of_files(shard.files)
     source = f"tfds:{shard.data_set}"
@@ -137,17 +137,16 @@ def fingerprint(shard: TextShard, job: Job) -> Fingerprint:
 
 
 def token_file(shard: TextShard, job: Job) -> Path:
-    """Where the shard's tokens go: `.u16` if their ids are below 2**16, else `.u32`."""
+    """The shard's token file: `.u16` if all ids are below 2**16, else `.u32`."""
     small = _tokenizer(job.tokenizer).vocab_size <= 2**16
     return job.out / f"{shard.name}{'.u16' if small else '.u32'}"
 
 
 def tokenize(job: Job, shard: TextShard, on_part: OnPart) -> Counts:
-    """Write the token file of a shard: each document's tokens, and the end token.
+    """Writes the token file of a shard: each document's tokens, and the end token.
 
-    Little-endian numbers, the same whenever and wherever they are written. No document
-    is held longer than it takes to tokenize it. The file is there when it is whole, and
-    not at all if there are no documents.
+    Numbers are little-endian. Documents are tokenized one at a time. The file appears
+    when it is complete, and not at all if there are no documents.
 
     Raises:
       OSError: it cannot be written.

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -13,6 +12,7 @@ from typing import ClassVar, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from train.host.atomic import write_text
 from train.host.paths import AnyPath, to_path
 
 _END = "<|endoftext|>"
@@ -137,16 +137,16 @@ def open_tokenizer(path: str | AnyPath) -> Tokenizer:
 def train_tokenizer(
     documents: Iterable[str], *, vocab_size: int, cache_dir: str | None = None
 ) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; every text round-trips exactly.
+    """Trains a byte-level BPE of at most `vocab_size` tokens; texts round-trip exactly.
 
     It is trained on the first documents that make up 32 Mi characters, words longer
-    than 1,000 cut into such (a merge takes the square of a word's length). The same
-    documents give the same tokenizer; it is kept in `cache_dir` (by default
-    `lowrank_optax` in the user's cache folder) under a hash of what it was trained on.
+    than 1,000 split (a merge takes the square of a word's length). The same documents
+    give the same tokenizer; it is stored in `cache_dir` (by default `lowrank_optax` in
+    the user's cache folder) under a hash of its training text.
 
     Raises:
-      ValueError: `vocab_size` cannot hold the 256 bytes and the end token, or the
-        cache folder cannot be written.
+      ValueError: `vocab_size` cannot hold the 256 bytes and the end token, or the cache
+        folder cannot be written.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -167,7 +167,7 @@ def train_tokenizer(
             show_progress=sys.stderr.isatty(),
         )
         tokenizer.train_from_iterator(_short_words(sample), trainer, length=len(sample))
-        _write_atomically(path, tokenizer.to_str())
+        _store(path, tokenizer.to_str())
     return open_tokenizer(path)
 
 
@@ -202,15 +202,11 @@ def _cache_path(sample: list[str], vocab_size: int, cache_dir: str | None) -> Pa
     return folder / f"bpe-{digest.hexdigest()[:32]}.json"
 
 
-def _write_atomically(path: Path, content: str) -> None:
-    """Several processes may write the same path at once; each write is whole."""
+def _store(path: Path, content: str) -> None:
+    """Several processes may write the same path at once; each write is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        write_text(path, content)
     except OSError as error:
         raise ValueError(
             f"the tokenizer cannot be kept in {path.parent} ({error}): free space or "

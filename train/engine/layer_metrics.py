@@ -1,4 +1,4 @@
-"""What a run measures of its subspaces, by kinds of layers as the papers group them."""
+"""Measurements of a run's subspaces, by kinds of layers as the papers group them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def measures(config: OptimizerConfig) -> bool:
 def measured(
     tx: optax.GradientTransformation, config: OptimizerConfig
 ) -> optax.GradientTransformation:
-    """The low-rank method `tx`, and what the config asks to be measured of it."""
+    """Adds the measurements that the config asks for to the low-rank method `tx`."""
     if not measures(config):
         return tx
     everything = config.measure == "all"
@@ -39,7 +39,7 @@ def measured(
 
 
 def check_measured(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
-    """ValueError if something is to be measured, and no chosen optimizer has it."""
+    """ValueError if no chosen optimizer has the subspace that is to be measured."""
     if measures(given) and not any(METHODS[c.name].low_rank for c in chosen):
         raise ValueError(
             f"{', '.join(map(label, chosen))} has no subspace to be measured: leave "
@@ -53,9 +53,9 @@ def kind_of(path: str) -> str:
 
 
 def layer_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """ "overlap/q" and so on, () each, over all layers that have a value; else NaN.
+    """Returns "overlap/q" and so on, () each: means over layers with a value, or NaN.
 
-    Of singular values "derivative/q/1", the largest, to "derivative/q/20": the largest
+    Singular values are "derivative/q/1", the largest, to "derivative/q/20": the largest
     i-th one of any layer (GrassWalk paper, Figure 2).
     """
     means: dict[str, list[jax.Array]] = defaultdict(list)

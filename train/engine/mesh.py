@@ -13,25 +13,21 @@ from models import SIZES
 from train.config.config import Config
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""The axes that a batch is cut over: devices along "tensor" have the same rows."""
+BATCH_AXES = ("data", "fsdp")
+"""The axes that shard a batch: devices along "tensor" have the same rows."""
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices by `--fsdp` and `--tensor`; what they leave over is "data".
+    """Arranges the devices by `--fsdp` and `--tensor`; the rest is the axis "data".
 
-    The axes are Auto (the compiler places what is between inputs and outputs):
-    `jax.make_mesh` alone makes Explicit axes, under which a product contracted over
-    a sharded axis is an error.
-
-    Args:
-      config: of the run.
-      devices: None for all of all processes.
+    The axes are Auto (the compiler shards what is between inputs and outputs):
+    `jax.make_mesh` alone makes Explicit axes, under which a product contracted over a
+    sharded axis is an error. `devices` is None for those of all processes.
 
     Raises:
-      ValueError: if the devices are not a multiple of fsdp x tensor, or the batch
-        cannot be cut evenly over them and microbatches, or heads over tensor; or if
-        devices along tensor are of several processes.
+      ValueError: the devices are not a multiple of fsdp x tensor; the batch does not
+        divide over devices and microbatches, or the heads over tensor; or devices along
+        tensor belong to several processes.
     """
     devices = jax.devices() if devices is None else devices
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
@@ -45,7 +41,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         if heads % tensor:
             raise ValueError(
                 f"tensor={tensor} does not divide the {heads} attention heads of "
-                f"LLaMA-{config.model.size}; give a divisor, and cut more by fsdp"
+                f"LLaMA-{config.model.size}; give a divisor, and shard more by fsdp"
             )
     shares = len(devices) // tensor
     if config.batch_size % (shares * config.microbatches):
@@ -74,7 +70,7 @@ def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
             return mesh
     raise ValueError(
         f"tensor={shape[-1]}: so many devices are not of one process; lower it to a "
-        "divisor of the devices that a process has, and cut more by fsdp"
+        "divisor of the devices that a process has, and shard more by fsdp"
     )
 
 
@@ -84,12 +80,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Each device, or group of them along tensor, has its rows of the batch."""
-    return NamedSharding(mesh, P(ROWS))
+    """Shards the rows of a batch; devices along tensor have the same rows."""
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process' rows of a batch as part of the global batch; does not wait."""
+    """Sends this process' rows of a batch to the global batch; does not wait."""
     rows = by_row(mesh)
     return {
         name: jax.make_array_from_process_local_data(rows, array)
@@ -107,7 +103,7 @@ def like_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def on_mesh(shardings: Any, arrays: Any) -> Any:
-    """Arrays in the memory of every host, each device with its part of them."""
+    """Shards arrays that every host has in memory."""
 
     def put(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])

@@ -15,9 +15,13 @@ from lowrank_optax.core.layout import Square, layout_of, path_of, specs_of
 from lowrank_optax.core.trees import squared_norm
 from models import init_params
 from train.config.config import Config, OptimizerConfig, label, model_config, resolved
-from train.config.methods import BASES, METHODS, call
+from train.config.methods import METHODS, NUMBERS, OF_THE_BASIS, basis_of
 from train.config.ranks import check_ranks, parse_rank
+from train.config.unread import unread
 from train.engine.layer_metrics import check_measured, measured
+
+Tree = Any
+"""A pytree of arrays."""
 
 # The kernels of attention and MLP are (layers, in, out): the last two axes are the
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
@@ -30,30 +34,26 @@ MATRICES = (
 # tensor parallelism does not shard (`lowrank_optax.training.square_sides`).
 MEGATRON_SQUARES: Square = ((r"attention/o/", "output"), ("", "input"))
 
-# Options of a run that mean nothing to some methods.
-NOT_ALL_HAVE = ("rank", "refresh_every", "scale", "b1", "b2", "angle", "walk_rank")
-NOT_ALL_HAVE += ("rotate", "back", "residual_scale", "precision", "switch", "square")
-
 
 class Parts(NamedTuple):
-    """Of the weights, or of the optimizer's state: the layers', and the rest's.
+    """Weights, or optimizer state: those of the layers, and the rest.
 
-    The state of the layers has a layer axis everywhere: each layer could be updated by
-    itself, when its gradient is there, and a run may change between that and a step for
-    all (`lowrank_optax.training.per_layer`). The rest: embedding, head and last norm.
+    The layers' state has a layer axis everywhere (`lowrank_optax.training.per_layer`):
+    each layer can be updated by itself when its gradient is there, and a run may switch
+    between that and a step for all. The rest: embedding, head and last norm.
     """
 
-    layers: Any
-    rest: Any
+    layers: Tree
+    rest: Tree
 
 
-def parted(params: Any) -> Parts:
-    """The two parts of a tree like the weights, with their paths as they were."""
+def parted(params: Tree) -> Parts:
+    """Splits a tree like the weights into two; paths stay."""
     layers = {"layers": params["layers"]}
     return Parts(layers, {k: v for k, v in params.items() if k != "layers"})
 
 
-def joined(parts: Parts) -> Any:
+def joined(parts: Parts) -> Tree:
     """Undoes `parted`."""
     return {**parts.rest, **parts.layers}
 
@@ -117,16 +117,16 @@ class Optimizer:
         return Checked(clipped, jnp.isfinite(squared), squared)
 
     def skipped(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: how often a part, a layer or the rest, skipped a step so far."""
+        """() int32: how many steps a part, a layer or the rest, skipped so far."""
         kinds = (lro.stages.LowRankState, GuardState)
         return sum((jnp.sum(s.skipped) for s in _found(kinds, opt_state)), jnp.int32(0))
 
     def refreshes(self, opt_state: optax.OptState) -> jax.Array:
-        """() int32: how often new bases were due so far; q_galore may take fewer."""
+        """() int32: how many times new bases were due; q_galore may compute fewer."""
         return _most(s.refreshes for s in _found(lro.stages.LowRankState, opt_state))
 
     def learning_rate(self, opt_state: optax.OptState) -> jax.Array:
-        """() float32: that of the next step."""
+        """() float32: the learning rate of the next step."""
         states = _found(optax.ScaleByScheduleState, opt_state)
         return jnp.asarray(self.schedule(_most(s.count for s in states)))
 
@@ -147,10 +147,10 @@ def _most(counts: Iterable[jax.Array]) -> jax.Array:
 def by_part(
     method: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """`method` on every layer by itself, and on the rest."""
+    """Applies `method` to every layer separately, and to the rest."""
     layered = lro.training.per_layer(method)
 
-    def init(params: Any) -> Parts:
+    def init(params: optax.Params) -> Parts:
         parts = parted(params)
         with warnings.catch_warnings():
             # A low-rank method has nothing to project in the rest, as it should be.
@@ -159,8 +159,8 @@ def by_part(
         return Parts(layered.init(parts.layers), rest)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: Tree, state: Tree, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, Tree]:
         steps, weights = parted(updates), parted(params)
         done = Parts(
             layered.update(steps.layers, state.layers, weights.layers, **extra_args),
@@ -172,15 +172,10 @@ def by_part(
 
 
 class GuardState(NamedTuple):
-    """State of `skip_not_finite`.
-
-    Attributes:
-      skipped: () int32, steps skipped because the gradient was not finite.
-      inner_state: the transformation's.
-    """
+    """The number of skipped steps, () int32, and the inner state."""
 
     skipped: jax.Array
-    inner_state: Any
+    inner_state: optax.OptState
 
 
 def skip_not_finite(
@@ -194,17 +189,17 @@ def skip_not_finite(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> GuardState:
+    def init(params: optax.Params) -> GuardState:
         return GuardState(jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: Tree,
+        state: Tree,
+        params: Tree = None,
         *,
         accept: bool | jax.Array | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tree, Tree]:
         if accept is None:
             accept = jnp.isfinite(squared_norm(updates))
         steps, new = inner.update(updates, state.inner_state, params, **extra_args)
@@ -221,8 +216,8 @@ def skip_not_finite(
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then cosine to `final` of it.
 
-    The first step (count 0) already has a learning rate above 0, the last warm-up step
-    has the peak, and the last step of all exactly `final` of the peak.
+    The first step (count 0) has a learning rate above 0, the last warm-up step has the
+    peak, and the last step exactly `final` of the peak.
     """
     peak = resolved(config, "learning_rate")
     schedule = optax.warmup_cosine_decay_schedule(
@@ -236,12 +231,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def why_steps_matter(config: Mapping[str, Any]) -> str | None:
-    """Why a run cannot be given more steps; of a config as JSON has it.
-
-    None if no step depends on how many there are.
-    """
+    """Why a run, by its config as JSON, cannot be given more steps; None if it can."""
     name = config["name"]
-    if name in METHODS and METHODS[name].uses("switch"):
+    if name in METHODS and "switch" in METHODS[name].reads():
         return f"{name} changes its subspace after a part of the steps"
     if config["warmup"] == 0 and config["final"] == 1:
         return None
@@ -252,10 +244,7 @@ def why_steps_matter(config: Mapping[str, Any]) -> str | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optimizer:
-    """The optimizer that a resolved config names, for the models' parameters.
-
-    `key` decides every random basis.
-    """
+    """Builds the optimizer of a resolved config; `key` decides every random basis."""
     method = METHODS[config.name]
     schedule = make_schedule(config, steps)
     clip = (
@@ -264,27 +253,18 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         else optax.clip_by_global_norm(config.clip_norm)
     )
     tx = make_method(
-        config.name,
-        schedule,
-        basis=config.basis,
-        basis_dtype=config.basis_dtype,
-        key=key,
-        angle=config.angle,
-        walk_rank=config.walk_rank,
-        rank=parse_rank(resolved(config, "rank")),
-        refresh_every=config.refresh_every,
-        # Like the rank, it means nothing to AdamW in a comparison.
-        rotate=config.rotate,
-        back=config.back,
-        residual_scale=config.residual_scale,
-        scale=config.scale if method.low_rank or method.uses("scale") else None,
-        switch_step=round(config.switch * steps),
-        precision=None if config.precision == "default" else config.precision,
-        square=MEGATRON_SQUARES if config.square == "megatron" else None,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=decayed,
+        config,
+        {
+            **vars(config),
+            "learning_rate": schedule,
+            "dimension_numbers": MATRICES,
+            "rank": parse_rank(resolved(config, "rank")),
+            "switch": round(config.switch * steps),
+            "precision": None if config.precision == "default" else config.precision,
+            "square": MEGATRON_SQUARES if config.square == "megatron" else None,
+            "key": key,
+            "mask": decayed,
+        },
     )
     if not method.low_rank:
         return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON_SQUARES)
@@ -297,12 +277,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
 
 
 def check_meant(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
-    """ValueError for an option that was given, and that no chosen optimizer has."""
-    for option in NOT_ALL_HAVE:
-        untouched = getattr(OptimizerConfig, option)
-        if getattr(given, option) == untouched or any(
-            METHODS[c.name].uses(option, c.basis) for c in chosen
-        ):
+    """ValueError for an option that was given, and that no chosen optimizer reads."""
+    read_by_none = set.intersection(*(set(unread(config)) for config in chosen))
+    for option in (name for name in unread(chosen[0]) if name in read_by_none):
+        if getattr(given, option) == getattr(OptimizerConfig, option):
             continue
         flag = "--" + option.replace("_", "-")
         who = ", ".join(map(label, chosen))
@@ -323,9 +301,9 @@ def check_optimizer(config: Config) -> None:
     tx = make_optimizer(config.optimizer, config.steps, key).method
     model, name = model_config(config.model), config.optimizer.name
     params = jax.eval_shape(lambda: parted(init_params(model, key)).layers)
-    if METHODS[name].uses("rank"):
+    if "rank" in METHODS[name].reads():
         check_ranks(resolved(config.optimizer, "rank"), smaller_sides(params))
-    if METHODS[name].uses("precision"):
+    if "precision" in METHODS[name].reads():
         check_precision(config.optimizer.precision)
     layer = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p), params)
     state = jax.eval_shape(tx.init, layer)
@@ -334,8 +312,8 @@ def check_optimizer(config: Config) -> None:
         return
 
     def summed(layer: Any, state: Any) -> Any:
-        low = lro.training.project_gradient(tx, layer, state, layer).low
-        return tx.update(low, state, layer, refresh=False, projected=True)
+        projected = lro.training.project_gradient(tx, layer, state, layer)
+        return lro.training.update_projected(tx, projected, state, layer)
 
     try:
         jax.eval_shape(summed, layer, state)
@@ -379,44 +357,38 @@ def check_precision(precision: str) -> None:
 
 
 def make_method(
-    name: str,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    basis: str = "default",
-    basis_dtype: str = "float32",
-    key: jax.Array | int | None = None,
-    angle: float | None = None,
-    walk_rank: int | None = None,
-    **options: Any,
+    config: OptimizerConfig, values: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """A method by its name, with those of the options that it takes and are not None.
-
-    `key`, `angle` and `walk_rank` are for the basis, the method's own or another.
+    """The method of a config, with those of the values that it reads.
 
     Raises:
       ValueError: a basis for a method whose basis is its own, or a scale, b1 or b2 for
         one that has none.
     """
-    method = METHODS[name]
-    for option in ("scale", "b1", "b2"):
-        if options.get(option) is not None and option not in method.options:
+    name, basis, method = config.name, config.basis, METHODS[config.name]
+    for option in NUMBERS:
+        # In a comparison AdamW ignores a scale, like all that is said of the subspace.
+        ignored = option == "scale" and not method.low_rank
+        given = getattr(config, option) is not None and not ignored
+        if given and option not in method.options:
             raise ValueError(f"{name} has no {option}: leave it out")
-    rule = {"key": key, "angle": angle, "walk_rank": walk_rank}
-    own = {**rule, "b1": options.get("b1")}
+    rule = None
     if basis != "default":
         if "basis" not in method.options:
             raise ValueError(f"{name} has its own basis: leave out basis={basis!r}")
-        rule = {"basis": call(BASES[basis], **own)}
-        if basis_dtype != "float32":
-            rule["basis"] = lro.bases.cast_basis(rule["basis"], basis_dtype)
-    elif basis_dtype != "float32":
-        raise ValueError(f"basis_dtype={basis_dtype!r} needs a basis by name: give one")
-    options = {"dimension_numbers": MATRICES, **options, **rule, **method.own}
-    return call(method.make, learning_rate, **options)
+        rule = basis_of(basis, values)
+        if config.basis_dtype != "float32":
+            rule = lro.bases.cast_basis(rule, config.basis_dtype)
+        values = {**values, **dict.fromkeys(OF_THE_BASIS)}
+    elif config.basis_dtype != "float32":
+        raise ValueError(
+            f"basis_dtype={config.basis_dtype!r} needs a basis by name: give one"
+        )
+    return method.build({**values, "basis": rule})
 
 
-def decayed(params: optax.Params) -> Any:
-    """True for the weights that decay: matrices and the embedding, no norm scales."""
+def decayed(params: optax.Params) -> Tree:
+    """True for the weights that decay: matrices and the embedding, not norm scales."""
 
     def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
         return not jax.tree_util.keystr(path, simple=True).endswith("scale")

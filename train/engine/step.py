@@ -18,7 +18,7 @@ from models.cross_entropy import head_cross_entropy
 from models.params import draw_params, embed, finish, run_layer
 from train.config.sizes import large_layers
 from train.engine.layer_metrics import layer_metrics
-from train.engine.optimizer import Optimizer, Parts, joined, parted
+from train.engine.optimizer import Optimizer, Parts, Tree, joined, parted
 from train.engine.weight_sharding import Shards, look_up, shard_rows, sharded_weights
 
 Batch = dict[str, jax.Array]
@@ -29,21 +29,21 @@ LOGIT_TOKENS = 2048
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
       step: () int32, steps done, skipped ones included.
-      params: the model's weights.
+      params: the model's weights, as stored.
       opt_state: the optimizer's state, in `Parts`.
       until_refresh: () int32, steps until new bases are due; 0: at the next.
-      skipped: () int32, steps at which the gradient was not finite; layer by layer, at
-        which that of a layer, or of the rest, was not.
-      skipped_in_a_row: () int32, those since the last step that was not one.
+      skipped: () int32, steps at which a gradient was not finite; layer by layer, that
+        of any layer or of the rest.
+      skipped_in_a_row: () int32, how many of the last steps were skipped.
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: Tree
     until_refresh: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
@@ -56,7 +56,7 @@ class Work(NamedTuple):
       model: the model's configuration.
       optimizer: the optimizer.
       key: decides how weights of few bits are rounded.
-      weight_dtype: "float32", "bfloat16" or "int8"; how weights are kept.
+      weight_dtype: how weights are stored.
       microbatches: parts of a batch that go through the model one after the other.
       layerwise: whether each layer is updated when the backward pass has its gradient.
     """
@@ -70,22 +70,22 @@ class Work(NamedTuple):
 
     @property
     def shards(self) -> Shards:
-        """Where the weights are on a mesh."""
+        """How the weights are sharded."""
         return Shards(self.optimizer.square, self.model.compute_dtype)
 
 
-def init_weights(work: Work, key: jax.Array) -> Any:
-    """The weights before the first step, as they are kept."""
+def init_weights(work: Work, key: jax.Array) -> Params:
+    """The weights before the first step, as stored."""
     return draw_params(work.model, key, partial(store_weights, work))
 
 
-def store_weights(work: Work, params: Any) -> Any:
-    """Weights as this work keeps them, of weights as any other does."""
+def store_weights(work: Work, params: Params) -> Params:
+    """Stores weights, which may be stored in another way, as this work does."""
     weights = work.shards.shard(lro.weights.dense(params))
     return lro.weights.store(weights, work.weight_dtype)
 
 
-def init_state(work: Work, params: Any) -> TrainState:
+def init_state(work: Work, params: Params) -> TrainState:
     """The state before the first step; runs under jit and eval_shape."""
     # Arrays of their own: one in several places could not be donated.
     step, until, skipped, in_a_row = (jnp.zeros([], jnp.int32) for _ in range(4))
@@ -93,13 +93,13 @@ def init_state(work: Work, params: Any) -> TrainState:
     return TrainState(step, params, opt_state, until, skipped, in_a_row)
 
 
-def dense(work: Work, params: Any) -> Any:
+def dense(work: Work, params: Params) -> Params:
     """The weights as the model takes them."""
     return lro.weights.dense(params, work.model.compute_dtype)
 
 
 def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The token to be predicted at each position, and its weight."""
+    """The token to predict at each position, and its weight."""
     tokens = batch["tokens"]
     weights = batch.get("weights", jnp.ones(tokens.shape, jnp.float32))
     # Rolled in, and the last position gets weight 0: slicing it off would cut a batch
@@ -109,20 +109,20 @@ def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def embedded(work: Work, rest: Params, tokens: jax.Array) -> jax.Array:
-    """What the first layer reads: int (B, T) -> (B, T, D)."""
+    """The input of the first layer: int (B, T) -> (B, T, D)."""
     weights = work.shards.gather({"embed": rest["embed"]})
     embedding = weights["embed"]["embedding"]
     return look_up(partial(embed, work.model, weights), embedding, tokens)
 
 
 def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
-    """One layer, its weights put together for as long as it is computed."""
+    """Applies one layer, whose weights are gathered while it is computed."""
     gather = work.shards.gather if sharded_weights() else None
     return shard_rows(run_layer(work.model, layer, x, gather))
 
 
 def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
-    """Weighted sum of the cross-entropy, in nats, from what the head reads."""
+    """The weighted sum of the cross-entropy, in nats, from the head's input."""
     kernel = rest["head"]["kernel"]
     spread = work.shards.spread(kernel)
     return head_cross_entropy(
@@ -135,14 +135,14 @@ def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array
     )
 
 
-def loss_sums(work: Work, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of the next-token cross-entropy, in nats, and of the weights.
+def loss_sums(work: Work, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums of the weighted next-token cross-entropy, in nats, and of the weights.
 
-    Kept apart, so that a mean over several batches is exact: add up both, divide once.
-    `params` are as they are kept, or as the model takes them.
+    Two sums, so that a mean over several batches is exact: add up both, divide once.
+    `params` are as stored, or as the model takes them.
     """
 
-    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return through_layer(work, dense(work, layer), x), None
 
     rest = dense(work, parted(params).rest)
@@ -157,9 +157,9 @@ def mean_gradient(
 ) -> tuple[jax.Array, Params]:
     """Token-weighted mean loss and its gradient, over microbatches in turn.
 
-    Every part's loss is divided by the weight of all tokens, so the sum over the parts
-    does not depend on how the tokens fall into them. (The loss is, not the gradient
-    afterwards: that would read and write all of it once more.)
+    Every part's loss is divided by the weight of all tokens, so that the sum over parts
+    does not depend on which tokens each has. (Dividing the gradient afterwards would
+    read and write it once more.)
     """
     weight = jnp.sum(targets_of(batch)[1])
     mean = jax.value_and_grad(lambda params, part: loss_sums(params, part)[0] / weight)
@@ -177,16 +177,16 @@ def mean_gradient(
 
 
 def _split(parts: int, x: jax.Array) -> jax.Array:
-    """(B, T) -> (parts, B / parts, T); each part has rows of every device's share."""
+    """(B, T) -> (parts, B / parts, T); each part has rows of every device."""
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
 class Taken(NamedTuple):
-    """A step that was taken: loss, new weights and state, squared gradient norm."""
+    """Loss, new weights and state, and squared gradient norm of a step."""
 
     loss: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: Tree
     squared: jax.Array
 
 
@@ -195,16 +195,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step; bind `work`, jit with `refresh` static, donate the state.
 
-    A step whose gradient is not finite changes nothing but the counts.
-
-    Args:
-      work: what the step is bound to.
-      state: the state.
-      batch: the batch.
-      refresh: whether new bases are chosen.
-
-    Returns:
-      The new state, and the metrics.
+    A step whose gradient is not finite changes nothing but the counts. `refresh` says
+    whether new bases are chosen. Returns the new state, and the metrics.
     """
     by_layer = work.layerwise and work.microbatches == 1
     take = layerwise_step if by_layer else full_step
@@ -239,28 +231,28 @@ def train_step(
 def full_step(
     work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
 ) -> Taken:
-    """All gradients first, then all updates: a step is taken whole or not at all.
+    """Computes all gradients, then all updates, and applies all or none.
 
-    With `layerwise`, and microbatches, what is summed of them is S^T G alone, so that a
-    norm is that of S^T G.
+    With `layerwise` and microbatches only S^T G is summed over them, and norms are
+    those of S^T G.
     """
     if work.layerwise:
         state, loss, gradient, bases = projected_gradient(work, state, batch, refresh)
-        how = {"bases": bases, "projected": True}
     else:
         params = dense(work, state.params)
         sums = partial(loss_sums, work)
         loss, gradient = mean_gradient(sums, params, batch, work.microbatches)
-        gradient = work.shards.shard(gradient)
-        how = {}
+        gradient, bases = work.shards.shard(gradient), None
     gradient, accept, squared = work.optimizer.checked(gradient)
     method, old, steps = work.optimizer.method, parted(state.params), parted(gradient)
+    of_layers = steps.layers
+    if bases is not None:
+        of_layers = lro.training.Projected(of_layers, bases)
     layers, layers_state = lro.training.update_layers(
         method,
-        steps.layers,
+        of_layers,
         state.opt_state.layers,
         old.layers,
-        **how,
         block=1 if large_layers(work.model) else None,
         load=partial(dense, work),
         apply_updates=added,
@@ -286,11 +278,11 @@ def projected_gradient(
 ) -> tuple[TrainState, jax.Array, Params, dict[str, jax.Array]]:
     """The state, the mean loss, S^T G of the whole batch, and the bases S chosen.
 
-    The backward pass projects each layer's gradient as soon as it is there.
+    The backward pass projects each layer's gradient when it has it.
     """
     method, old = work.optimizer.method, parted(state.params)
     load, weight = partial(dense, work), jnp.sum(targets_of(batch)[1])
-    layers = lro.training.open_sums(
+    layers = lro.training.LayerSums.open(
         method, old.layers, state.opt_state.layers, load=load, refresh=refresh
     )
     rest = dense(work, old.rest)
@@ -318,7 +310,7 @@ def projected_gradient(
     (loss, of_rest), _ = jax.lax.scan(
         partial(add, first=False), zeros, jax.tree.map(lambda x: x[start:], parts)
     )
-    params, own, sums = lro.training.close_sums(layers)
+    params, own, sums = layers.close()
     state = state._replace(
         params=joined(Parts(params, old.rest)),
         opt_state=Parts(own, state.opt_state.rest),
@@ -333,7 +325,7 @@ def loss_through(
     rest: Params,
     batch: Batch,
 ) -> jax.Array:
-    """Weighted sum of the cross-entropy, through layers that are references."""
+    """The weighted sum of the cross-entropy, through layers that are references."""
 
     def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         return layer(index, layers, x), None
@@ -346,13 +338,13 @@ def loss_through(
 def layerwise_step(
     work: Work, key: jax.Array, state: TrainState, batch: Batch, refresh: bool
 ) -> Taken:
-    """Each layer is updated by the backward pass, and the rest afterwards.
+    """The backward pass updates each layer; the rest is updated afterwards.
 
-    Clipping is by the layer's own norm, and by that of the rest's gradient. A layer, or
-    the rest, whose gradient is not finite is skipped by itself.
+    Each layer is clipped by its own norm, the rest by its own. A layer, or the rest,
+    whose gradient is not finite is skipped by itself.
     """
     old, method = parted(state.params), work.optimizer.checked_method
-    layers = lro.training.open_layers(old.layers, state.opt_state.layers, key)
+    layers = lro.training.Layers.open(old.layers, state.opt_state.layers, key)
     layer = lro.training.update_in_backward(
         lambda weights, x: through_layer(work, weights["layers"], x),
         method,
@@ -370,14 +362,16 @@ def layerwise_step(
     updates, rest_state = method.update(
         gradient, state.opt_state.rest, rest, refresh=refresh
     )
-    done = lro.training.close_layers(layers)
+    done = layers.close()
     squared = jnp.sum(done.squares) + squared_norm(gradient)
     new = Parts(done.params, added(old.rest, updates, None, key))
     return Taken(loss, joined(new), Parts(done.state, rest_state), squared)
 
 
-def added(params: Any, updates: Any, layer: jax.Array | None, key: jax.Array) -> Any:
-    """The weights with their updates; a layer's rounding has a key of its own."""
+def added(
+    params: Params, updates: Tree, layer: jax.Array | None, key: jax.Array
+) -> Params:
+    """Adds updates to the weights; each layer rounds with its own key."""
     if layer is not None:
         key = jax.random.fold_in(key, layer)
     return lro.weights.add_updates(params, updates, key)

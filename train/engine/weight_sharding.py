@@ -1,6 +1,6 @@
-"""How weights are cut over the mesh, and put together where they are used.
+"""How weights are sharded over the mesh, and gathered where they are used.
 
-A layer's kernel is (..., in, out); the layers, before that, are not cut.
+A layer's kernel is (..., in, out); the layer axis, before that, is not sharded.
 """
 
 import dataclasses
@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax.core.layout import Square, path_of, side_of
 from lowrank_optax.core.sharding import mesh_axes_of, shards_of
+from models import Params
 from models.cross_entropy import Spread
-from train.engine.mesh import ROWS
+from train.engine.mesh import BATCH_AXES
 
 IN, OUT = -2, -1
 
-# The axis that tensor parallelism cuts (Shoeybi et al. 2019, "Megatron-LM"): each
+# The axis that tensor parallelism shards (Shoeybi et al. 2019, "Megatron-LM"): each
 # device has its heads and its part of the MLP, so o and down sum over devices.
 TENSOR_AXES = (
     (r"(^|/)(q|k|v|gate|up|head)/kernel$", OUT),
@@ -47,12 +48,12 @@ class WeightSpecs(NamedTuple):
 def specs_of_weight(
     path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
 ) -> WeightSpecs | None:
-    """Where a weight is on a mesh of these sizes; None for one that is never cut.
+    """The specs of a weight on a mesh of these sizes; None for a norm's scale.
 
-    The axis "fsdp" cuts the side that a subspace is not of, the larger one or, of a
-    square matrix, the one that is not projected: so an ordinary step of the optimizer
-    is local. A side that does not divide leaves it to the other. An embedding is cut
-    along what a token's row holds, so that rows are moved and never the table.
+    The axis "fsdp" shards the side without a subspace, the larger one or, of a square
+    matrix, the one that is not projected: an ordinary step of the optimizer is then
+    local. If that side does not divide, the other is sharded. An embedding is sharded
+    along the hidden axis, so that rows are moved and never the table.
     """
     axis = next((axis for rule, axis in TENSOR_AXES if re.search(rule, path)), None)
     if re.search(EMBEDDING, path):
@@ -65,22 +66,22 @@ def specs_of_weight(
             wide = side_of(square, path) == "input"
         largest = (OUT, IN) if wide or path.endswith("head/kernel") else (IN, OUT)
         orders = {"tensor": (axis, -3 - axis), "fsdp": largest}
-    cut: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
+    axes: dict[int, tuple[str, ...]] = {IN: (), OUT: ()}
     for name, order in orders.items():
         for side in order:
-            parts = math.prod(sizes[n] for n in (*cut[side], name))
+            parts = math.prod(sizes[n] for n in (*axes[side], name))
             if sizes[name] > 1 and shape[side] % parts == 0:
-                cut[side] += (name,)
+                axes[side] += (name,)
                 break
     if axis is None:
-        used = {OUT: cut[OUT]}
+        used = {OUT: axes[OUT]}
     else:
-        used = {axis: tuple(name for name in cut[axis] if name == "tensor")}
-    return WeightSpecs(_spec(cut, len(shape)), _spec(used, len(shape)))
+        used = {axis: tuple(name for name in axes[axis] if name == "tensor")}
+    return WeightSpecs(_spec(axes, len(shape)), _spec(used, len(shape)))
 
 
-def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
-    entries = [cut.get(side, ()) for side in (IN, OUT)]
+def _spec(axes: Mapping[int, tuple[str, ...]], ndim: int) -> P:
+    entries = [axes.get(side, ()) for side in (IN, OUT)]
     return P(
         *[None] * (ndim - 2), *(e[0] if len(e) == 1 else e or None for e in entries)
     )
@@ -88,21 +89,21 @@ def _spec(cut: Mapping[int, tuple[str, ...]], ndim: int) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Where the weights of one run are, on any mesh; hashable.
+    """How the weights of one run are sharded, on any mesh; hashable.
 
-    In a step it goes by the mesh that is set (`jax.set_mesh`), and does nothing where
-    that cuts no weights.
+    In a step it uses the mesh that is set (`jax.set_mesh`), and does nothing if that
+    shards no weights.
 
     Attributes:
       square: the side of square matrices that is projected.
-      dtype: what is moved between devices is in it, if that is less.
+      dtype: weights are moved between devices in this dtype if it is narrower.
     """
 
     square: Square
     dtype: str
 
-    def shardings(self, mesh: Mesh, params: Any) -> Any:
-        """Of the weights as they are specs, or dense: a tree like them."""
+    def shardings(self, mesh: Mesh | AbstractMesh, params: Params) -> Params:
+        """A tree of shardings for the weights, stored or dense."""
 
         def of(keys: jax.tree_util.KeyPath, w: Any) -> Any:
             specs = (
@@ -115,8 +116,8 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=_is_quantized)
 
-    def gather(self, weights: Any) -> Any:
-        """Weights as their products take them; each one's gradient is cut again."""
+    def gather(self, weights: Params) -> Params:
+        """Gathers weights for their products; each gradient is sharded again."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
             specs = self._specs(keys, w)
@@ -128,8 +129,8 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def shard(self, weights: Any) -> Any:
-        """A tree like the weights, or gradients, cut as they are kept."""
+    def shard(self, weights: Params) -> Params:
+        """Shards a tree like the weights, or gradients, as weights are stored."""
 
         def of(keys: jax.tree_util.KeyPath, w: jax.Array) -> jax.Array:
             specs = self._specs(keys, w)
@@ -137,8 +138,8 @@ class Shards:
 
         return jax.tree_util.tree_map_with_path(of, weights)
 
-    def remarks(self, mesh: Mesh, weights: Any) -> list[str]:
-        """What the mesh does less of than it might, since sides do not divide."""
+    def remarks(self, mesh: Mesh, weights: Params) -> list[str]:
+        """Names the weights whose sides do not divide over the mesh."""
         parts, fewer, together = mesh.shape["fsdp"] * mesh.shape["tensor"], [], []
         for keys, w in jax.tree_util.tree_leaves_with_path(weights):
             path = path_of(keys)
@@ -165,7 +166,7 @@ class Shards:
             specs_of_weight("head/kernel", kernel.shape, mesh.shape, self.square)
             or WeightSpecs()
         )
-        return Spread(shards_of(ROWS, mesh), ROWS, *specs)
+        return Spread(shards_of(BATCH_AXES, mesh), BATCH_AXES, *specs)
 
     def _specs(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> WeightSpecs | None:
         mesh = _sharding_mesh()
@@ -175,13 +176,13 @@ class Shards:
 
 
 def sharded_weights() -> bool:
-    """Whether the mesh that is set cuts any."""
+    """Whether the mesh that is set shards weights."""
     return _sharding_mesh() is not None
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
     """(B, ...), each device with its rows."""
-    return _constrained(x, P(ROWS)) if sharded_weights() else x
+    return _constrained(x, P(BATCH_AXES)) if sharded_weights() else x
 
 
 def look_up(
@@ -189,8 +190,8 @@ def look_up(
 ) -> jax.Array:
     """`embed(tokens)` (B, T, D), each device with its rows.
 
-    Each first looks its part of D up, for all rows that its neighbours along fsdp have
-    too; then they exchange them.
+    Each device looks up its part of D for the rows of all its neighbours along fsdp;
+    then they exchange them.
     """
     mesh = _sharding_mesh()
     if mesh is None:
@@ -234,15 +235,15 @@ _gather.defvjp(_forward, _backward)
 
 
 def _sharding_mesh() -> Any:
-    """The mesh that is set, if it cuts weights."""
+    """The mesh that is set, if it shards weights."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return None
     return mesh
 
 
-def _fitted(spec: P, x: Any, mesh: Mesh) -> P:
-    """The spec for what is kept of a weight: axes that it does not divide are whole."""
+def _fitted(spec: P, x: Any, mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the axes that do not divide x."""
     entries = zip(spec, x.shape, strict=False)
     return P(*(e if size % shards_of(e, mesh) == 0 else None for e, size in entries))
 

@@ -1,4 +1,4 @@
-"""The runs of an experiment: which there are, their flags, and where each is kept."""
+"""The runs of an experiment: their flags and their folders."""
 
 import dataclasses
 import itertools
@@ -13,10 +13,9 @@ import tyro
 
 from train.config.command_line import check_numbers
 from train.config.config import Config, OptimizerConfig
-from train.config.methods import METHODS
 from train.config.presets import PRESETS, with_flags
+from train.config.unread import unread
 from train.data.dataset import DataConfig
-from train.engine.optimizer import NOT_ALL_HAVE
 from train.experiments.papers import EXPERIMENTS
 from train.experiments.runs import SHARED, Experiment, Flags, Scale
 
@@ -75,8 +74,8 @@ class Cell:
 
     Attributes:
       axes: the flags in which it differs from others, and their values.
-      flags: all of its flags, but for its folder.
-      folder: where it is kept.
+      flags: all of its flags, except for its folder.
+      folder: of the run.
     """
 
     axes: Flags
@@ -85,7 +84,7 @@ class Cell:
 
     @property
     def words(self) -> list[str]:
-        """Its flags as a command line has them."""
+        """Its flags as a command line."""
         flags = {**self.flags, "out": self.folder}
         pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items())
         return [word for pair in pairs for word in pair]
@@ -96,7 +95,7 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What it found, once it is done."""
+        """The results of a finished run."""
         return json.loads((self.folder / "summary.json").read_text())
 
 
@@ -156,18 +155,14 @@ def best_tries(config: ExperimentConfig, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def meant(flags: Flags) -> Flags:
-    """Without what its method has no use for, which others of the experiment have.
+    """Removes the options that its method does not read, but others' do.
 
     Raises:
       ValueError: a flag that no run has.
     """
     preset = PRESETS.get(flags.get("preset", ""), {})
     optimizer = with_flags(Config(), {**preset, **flags}).optimizer
-    unused = [
-        option
-        for option in NOT_ALL_HAVE
-        if not METHODS[optimizer.name].uses(option, optimizer.basis)
-    ]
+    unused = unread(optimizer)
     # What a preset says is taken back by the default.
     return {k: v for k, v in flags.items() if k not in unused} | {
         k: getattr(OptimizerConfig, k) for k in unused if k in preset
@@ -175,7 +170,7 @@ def meant(flags: Flags) -> Flags:
 
 
 def saved(config: ExperimentConfig, flags: Flags) -> Flags:
-    """How often a run saves: to go on with, or for what its weights move."""
+    """Flags for checkpoints: to resume, or for the change of weights at the end."""
     run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
     if subspaces := config.experiment.weights_over:
         most = min(subspaces * run.optimizer.refresh_every, run.steps // 2)

@@ -1,10 +1,9 @@
-"""Commands side by side: one device each, a log each, and all end with this process."""
+"""Runs commands side by side: a device and a log each; all end with this process."""
 
 import os
 import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -29,11 +28,10 @@ class Ended(NamedTuple):
 
 
 def slots(at_once: int) -> list[Mapping[str, str]]:
-    """The environment of each place where a command can run: GPUs apart, all else one.
+    """The environment of each slot for a command: `at_once` a GPU, or for the CPU.
 
-    What a GPU's memory, or a CPU's cores, several would take at once is shared out.
-
-    A process of its own looks for devices, so that none is held here.
+    Commands at once share a GPU's memory, or the CPU's cores. Another process looks for
+    devices, so that this one holds none.
 
     Raises:
       OSError: JAX finds no device.
@@ -53,37 +51,33 @@ def slots(at_once: int) -> list[Mapping[str, str]]:
 
 
 def memory_share(at_once: int) -> dict[str, str]:
-    """What a process may take of a GPU's memory that several share."""
+    """The share of a GPU's memory for each of several processes."""
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"}
 
 
 def thread_share(at_once: int) -> dict[str, str]:
-    """How many threads a process may have of a CPU that several share.
+    """The share of a CPU's threads for each of several processes.
 
-    Of XLA's and of the factorisations': two runs with an SVD at every tenth step took
-    three times as long on two cores without it. What the environment has already stays.
+    It limits XLA's threads and the factorisations': two runs with an SVD at every tenth
+    step took three times as long on two cores without it. Set variables stay.
     """
     share = str(max(1, (os.cpu_count() or 1) // at_once))
     names = ("NPROC", "OPENBLAS_NUM_THREADS")
     return {name: os.environ.get(name, share) for name in names}
 
 
-def run_all(
-    commands: Sequence[Command], slots: Sequence[Mapping[str, str]]
-) -> Iterator[Ended]:
-    """Runs the commands, as many at a time as there are slots; yields each as it ends.
+class _Running:
+    """The processes that run, which a thread starts and another ends."""
 
-    If the caller leaves the loop, or is interrupted, those that run get a SIGTERM and
-    are waited for.
-    """
-    free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
-    for slot in slots:
-        free.put(slot)
-    running: set[subprocess.Popen[bytes]] = set()
-    stopping = threading.Event()
+    def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
+        self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._stopping = False
 
-    def work(command: Command) -> Ended:
-        slot = free.get()
+    def run(self, command: Command) -> Ended:
+        slot = self._free.get()
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with command.log.open("ab") as log:
             # In a session of its own: Ctrl-C is for this process, which passes it on.
@@ -95,22 +89,36 @@ def run_all(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            running.add(process)
-            if stopping.is_set():
+            self._processes.add(process)
+            if self._stopping:
                 process.terminate()
             status = process.wait()
-            running.discard(process)
-        free.put(slot)
+            self._processes.discard(process)
+        self._free.put(slot)
         return Ended(command.name, status)
 
+    def stop(self) -> None:
+        """Sends a SIGTERM to all, and to those that start meanwhile."""
+        self._stopping = True
+        for process in [*self._processes]:
+            process.terminate()
+
+
+def run_all(
+    commands: Sequence[Command], slots: Sequence[Mapping[str, str]]
+) -> Iterator[Ended]:
+    """Runs the commands, one at a time in each slot; yields each as it ends.
+
+    If the caller leaves the loop, or is interrupted, those that run get a SIGTERM and
+    are waited for.
+    """
+    running = _Running(slots)
     with ThreadPoolExecutor(max(1, len(slots))) as pool:
-        futures = [pool.submit(work, command) for command in commands]
+        futures = [pool.submit(running.run, command) for command in commands]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            stopping.set()
             for future in futures:
                 future.cancel()
-            for process in [*running]:
-                process.terminate()
+            running.stop()

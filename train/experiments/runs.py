@@ -77,7 +77,7 @@ class Experiment:
       about: what it is, and where it is from.
       small: the flags of each run at the scales minutes and hour.
       full: the same as the paper has it.
-      at_hour: what all runs have at the scale hour besides.
+      at_hour: flags added to all runs at the scale hour.
       minutes: the flags of each run at the scale minutes, where `small` has too many.
       best_of: a flag, where the runs are tries: each is made with seed 0, and the best
         of each value of the flag with the other seeds too.

@@ -1,4 +1,4 @@
-"""Writing files so that none is ever half written, on a full disk or in a crash."""
+"""Writes files so that none is ever half written, on a full disk or in a crash."""
 
 import errno
 import os
@@ -15,14 +15,15 @@ from train.host.paths import AnyPath
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """`write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:
-    """All of a file or nothing, under another name first; OSError leaves it as it was.
+    """Writes all of a file or, after an OSError, nothing.
 
-    What is there is never written to. A bucket replaces an object whole by itself.
+    A file gets another name first, and then replaces what is there. A bucket replaces a
+    complete object by itself.
     """
     if isinstance(path, UPath):
         return _put(path, content)
@@ -58,13 +59,14 @@ def _put(path: UPath, content: bytes) -> None:
 
 
 class Appender:
-    """Appends to a file all of a content, or after an OSError nothing.
+    """Appends all of a content to a file or, after an OSError, nothing.
 
-    An object of a bucket cannot be appended to: it is kept here, and written whole.
+    A bucket's object cannot be appended to: its content is held here, and written
+    again.
     """
 
     def __init__(self, path: AnyPath, size: int | None = None) -> None:
-        """Cut the file off after `size` bytes, if there is one."""
+        """Truncates the file, if there is one, after `size` bytes."""
         self.path = path
         self._size = 0
         self._whole = b""
@@ -94,7 +96,7 @@ class Appender:
 
 
 def check_writable(folder: AnyPath) -> None:
-    """OSError unless the folder can be made, or written to; changes nothing."""
+    """OSError unless the folder can be made or written to; changes nothing."""
     if isinstance(folder, UPath):
         probe = folder / f"writable-{socket.gethostname()}-{os.getpid()}"
         try:

@@ -1,4 +1,4 @@
-"""The processes of a run find each other, or it is said why not."""
+"""The processes of a run find each other, or report why not."""
 
 import dataclasses
 import importlib.util
@@ -56,7 +56,7 @@ class ProcessConfig:
 
 
 def join_processes(config: ProcessConfig) -> None:
-    """Join the others, if there are any, before anything is asked of the devices.
+    """Joins the other processes, if any, before anything is asked of the devices.
 
     Raises:
       ValueError: they are not found.
@@ -96,7 +96,7 @@ def _told_to_wait() -> Iterator[None]:
 
 
 def _detection(config: ProcessConfig) -> str | None:
-    """JAX 0.10 knows Open MPI by what version 5 has no more; mpi4py knows both."""
+    """mpi4py for Open MPI 5, which JAX 0.10 does not recognise by itself."""
     by_hand = config.coordinator is not None
     there = importlib.util.find_spec("mpi4py") is not None
     return "mpi4py" if _open_mpi_5() and there and not by_hand else None

@@ -1,4 +1,4 @@
-"""What orbax and tensorstore print of errors that they raise as well."""
+"""Silences what orbax and tensorstore print of errors that they also raise."""
 
 import gc
 import logging
@@ -11,10 +11,10 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without it a page for each array of a checkpoint that is damaged or unsaved.
+    """Suppresses a page of text for each array of a damaged or unsaved checkpoint.
 
-    These are orbax' own log of an error, what becomes of the other tasks of a loop that
-    an error has ended, and threads that find this loop closed.
+    That is orbax's own log of an error, complaints of the other tasks of an event loop
+    that an error ended, and of threads that find this loop closed.
     """
     tasks, log = logging.getLogger("asyncio"), logging.getLogger("absl")
     hook = sys.unraisablehook

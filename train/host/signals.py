@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from train.host.errors import print_error
+from train.host.errors import StoppedError, print_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +33,10 @@ class Stop:
         if self._together:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
+
+    def error(self, step: int, saved: bool) -> StoppedError:
+        """The error that ends the run; one of several processes reports it."""
+        return StoppedError(step, saved, self.number, jax.process_index() == 0)
 
     def __enter__(self) -> "Stop":
         # The preemption service, where there is one, handles SIGTERM.

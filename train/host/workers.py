@@ -1,4 +1,4 @@
-"""Work that is handed out to processes, and ends with the one that hands it out."""
+"""Distributes work over processes, which end with the one that starts them."""
 
 import multiprocessing
 import os
@@ -25,15 +25,15 @@ def each_done(
     workers: int,
     on_amount: OnAmount,
 ) -> Generator[tuple[T, R], None, None]:
-    """Each item and what `work` makes of it, as they come.
+    """Yields each item and what `work` makes of it, as they come.
 
     With one worker the work is done here. More are processes of their own, spawned and
     not forked: threads of this one may hold locks. If this generator is closed, or
     raises, they stop; if this process is killed, they end too. They ignore Ctrl-C.
 
     Args:
-      work: of a module, so that a process can import it. It reports amounts done to
-        its second argument, which may raise to interrupt it.
+      work: of a module, so that a process can import it. It reports amounts done to its
+        second argument, which may raise to interrupt it.
       items: what can be pickled.
       workers: how many processes.
       on_amount: is called here with what all workers have done since.
@@ -75,7 +75,7 @@ def each_done(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes after the block; processes that begin within it never hear it."""
+    """Delays Ctrl-C to the end of the block; processes started in it ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

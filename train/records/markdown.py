@@ -11,18 +11,18 @@ Row = dict[str, Any]
 
 
 def rounded(row: Mapping[str, Any]) -> Row:
-    """Numbers to three digits, those within a mapping too."""
+    """Rounds numbers to three digits, those within a mapping too."""
 
-    def cut(value: Any) -> Any:
+    def rounded_value(value: Any) -> Any:
         if isinstance(value, Mapping):
             return rounded(value)
         return round(value, 3) if isinstance(value, float) else value
 
-    return {k: cut(v) for k, v in row.items()}
+    return {k: rounded_value(v) for k, v in row.items()}
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A table of those of the columns, keys and titles, that any row has."""
+    """A table of the columns (keys and titles) that any row has."""
     shown = {k: title for k, title in columns.items() if any(k in row for row in rows)}
 
     def cell(row: Row, key: str) -> str:
@@ -42,7 +42,7 @@ def check_out(path: Path) -> None:
 
 
 def append(path: Path, rows: Sequence[Row], settings: Row) -> None:
-    """A line for each row, with the settings that they have in common."""
+    """Appends a JSON line for each row, with the settings that they share."""
     with path.open("a") as file:
         for row in rows:
             line = settings | rounded(row)

@@ -13,21 +13,19 @@ import numpy as np
 from train.host.atomic import Appender
 from train.host.console import warn
 from train.host.paths import AnyPath
-from train.records.tensorboard import Board
+from train.records.tensorboard import Board, Record
 
-Record = dict[str, Any]
 Metrics = Mapping[str, jax.Array]
 
 
 class MetricsWriter:
     """Appends records to `folder/metrics.jsonl` and `folder/tensorboard`.
 
-    Each line is an object with "step", on the disk as it is written; a number that is
-    not finite is null. Opening a folder again cuts it off after `step`, the step that
-    the run resumes from. Only process 0 writes.
-
-    No report stops a run: what cannot be written (a full disk) is a warning, once, and
-    is written when that is possible again.
+    Each line is an object with "step", and is on the disk when it is written; a number
+    that is not finite is null. Opening a folder again truncates it after `step`, the
+    step that the run resumes from. Only process 0 writes. If a record cannot be written
+    (a full disk), the run goes on: a warning is printed once, and the record is written
+    later.
     """
 
     def __init__(self, folder: AnyPath, step: int) -> None:
@@ -51,7 +49,7 @@ class MetricsWriter:
 
 
 class _Output:
-    """One place for records, and those that are still to be written there."""
+    """One output, and the records that are still to be written there."""
 
     def __init__(self, target: "_Lines | Board") -> None:
         self._target = target
@@ -92,7 +90,7 @@ class _Lines:
 
 
 def _size_up_to(path: AnyPath, step: int) -> int:
-    """Bytes of the lines before a record of a later step, or one that is cut short."""
+    """Bytes of the lines before a later step's record or a truncated line."""
     size = 0
     with path.open("rb") as file:
         for line in file:
@@ -114,8 +112,8 @@ def _parsed(line: bytes) -> Record | None:
 def read_metrics(folder: AnyPath) -> list[Record]:
     """The records of `folder/metrics.jsonl`, in order; none if there is no such file.
 
-    A line that is no record is left out, and so is a last one that was cut short, when
-    the process was killed.
+    Lines that are no record are left out, such as one truncated when the process was
+    killed.
     """
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -124,7 +122,7 @@ def read_metrics(folder: AnyPath) -> list[Record]:
 
 
 def is_healthy(record: Record) -> bool:
-    """Whether all was finite when it was written, and its step taken."""
+    """Whether a record's losses are finite, and its step was taken."""
     losses = [record[x] for x in ("loss", "eval_loss") if x in record]
     finite = all(x is not None and math.isfinite(x) for x in losses)
     return finite and record.get("skipped_in_a_row", 0) == 0
@@ -133,12 +131,11 @@ def is_healthy(record: Record) -> bool:
 class Meter:
     """Turns the device's metrics into records without making the device wait.
 
-    `add` keeps what a step returned on the device. `log` closes a record, and returns
-    the one before, which is computed by now; `flush` waits for the last one. In a
-    record the loss is the mean over its steps, the other metrics are its last step's,
-    and the time is the mean since the record before, pauses left out. It ends when the
-    device has done the record's last step, which a thread waits for: the host itself is
-    some steps ahead by then.
+    `add` stores a step's metrics on the device. `log` closes a record, and returns the
+    one before, which is computed by now; `flush` waits for the last one. In a record
+    the loss is the mean over its steps, other metrics are those of its last step, and
+    the time is the mean since the record before, pauses left out. A thread waits for
+    the end of the record's last step on the device, as the host is some steps ahead.
     """
 
     def __init__(
@@ -151,7 +148,7 @@ class Meter:
         self.resume(step)
 
     def resume(self, step: int) -> None:
-        """Start the clock (again): `step` steps are done, and the device is idle."""
+        """Starts the clock (again): `step` steps are done, and the device is idle."""
         self._since, self._step = time.perf_counter(), step
 
     def add(self, metrics: Metrics) -> None:
@@ -159,7 +156,7 @@ class Meter:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps since the last record that was closed; waits for them."""
+        """The losses of the steps since the last closed record; waits for them."""
         return [float(x) for x in jax.device_get(self._losses)]
 
     def log(self, step: int, metrics: Metrics) -> Record | None:
@@ -186,6 +183,6 @@ class Meter:
 
 
 def _fetched(metrics: Metrics, losses: list[jax.Array]) -> tuple[Metrics, Any, float]:
-    """Both on the host, and when they were there."""
+    """Both on the host, and the time when they arrived."""
     on_host = jax.device_get((metrics, losses))
     return *on_host, time.perf_counter()

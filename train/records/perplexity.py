@@ -13,8 +13,8 @@ def perplexity(loss: float) -> float:
 def published_perplexity(loss: float, batches: int) -> float:
     """e^(loss n / (n + 1)) of n batches, as GaLore's script prints it.
 
-    It counts batches from one and so divides the sum of n losses by n + 1; Fira,
-    Q-GaLore, LDAdam, SubTrack++ and COAP have it from there. (It takes the mean of
-    batches, not of tokens; where windows have no padding the two are the same.)
+    The script counts batches from one, and divides the sum of n losses by n + 1; Fira,
+    Q-GaLore, LDAdam, SubTrack++ and COAP copy it. (It averages batches, not tokens;
+    without padding the two are the same.)
     """
     return perplexity(loss * batches / (batches + 1))

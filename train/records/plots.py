@@ -16,7 +16,7 @@ from train.records.metrics import Record
 
 
 def draw_run(records: Sequence[Record], path: AnyPath, title: str) -> None:
-    """Training loss, as logged and smoothed, and evaluation loss of one run."""
+    """Draws training loss, raw and smoothed, and evaluation loss of one run."""
     figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
@@ -26,7 +26,7 @@ def draw_run(records: Sequence[Record], path: AnyPath, title: str) -> None:
 
 
 def draw_runs(runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str) -> None:
-    """Smoothed training loss of several runs; a dot is the final evaluation loss."""
+    """Draws smoothed training losses of runs; dots are final evaluation losses."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
         steps, losses = _series(records, "loss")
@@ -45,9 +45,9 @@ LABELS = {
 
 
 def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None:
-    """What was measured of one run's subspaces, a line for each kind of layer.
+    """Draws the subspace metrics of one run, a line for each kind of layer.
 
-    Of singular values the largest.
+    Of singular values, the largest one.
     """
     names = {name for record in records for name in record if "/" in name}
     groups = [group for group in LABELS if _of(group, names)]
@@ -68,7 +68,7 @@ def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None
 def draw_spectra(
     values: Mapping[str, Sequence[float]], path: AnyPath, title: str
 ) -> None:
-    """Normalised singular values, descending, a line for each kind of layer."""
+    """Draws normalised singular values, descending, a line for each kind of layer."""
     figure, axes = _figure(title)
     for kind, line in values.items():
         axes.plot(range(1, len(line) + 1), line, label=kind)
@@ -80,7 +80,7 @@ def draw_spectra(
 def draw_by_time(
     runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str
 ) -> None:
-    """As `draw_runs`, over the time that the steps took, compilation left out."""
+    """`draw_runs` over the time that the steps took, compilation left out."""
     figure, axes = _figure(f"{title}\nlines: training, smoothed")
     for name, records in runs.items():
         _, losses = _series(records, "loss")
@@ -90,7 +90,7 @@ def draw_by_time(
 
 
 def _minutes(records: Sequence[Record]) -> list[float]:
-    """Up to each record with a loss; a record's time is the mean of its steps."""
+    """Minutes up to each record with a loss; its time is the mean of its steps."""
     steps, times = _series([r for r in records if r.get("loss")], "ms_per_step")
     taken = (b - a for a, b in pairwise([0, *steps]))
     return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
@@ -99,7 +99,7 @@ def _minutes(records: Sequence[Record]) -> list[float]:
 def draw_losses(
     losses: Mapping[str, Sequence[float]], path: AnyPath, title: str
 ) -> None:
-    """Final held-out losses, best on top: a dot for each run, a bar for their mean."""
+    """Draws final held-out losses, best on top: a dot a run, a bar for their mean."""
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
     size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
     figure = Figure(figsize=size, layout="constrained")
@@ -117,10 +117,10 @@ def draw_losses(
 def draw_measured(
     runs: Mapping[str, Sequence[Record]], prefix: str, path: AnyPath, title: str
 ) -> None:
-    """What was measured of subspaces: a panel for each run, a line for each metric.
+    """Draws subspace metrics: a panel for each run, a line for each metric.
 
-    Of singular values a panel for each run's kinds of layers, a line for each value,
-    the largest in dark.
+    Singular values get a panel for each kind of layer of each run, and a line for each
+    value, the largest in dark.
     """
     panels: dict[str, list[tuple[str, Sequence[Record], str]]] = {}
     for name, records in runs.items():
@@ -150,7 +150,7 @@ def draw_measured(
 
 
 def _of(group: str, names: Iterable[str]) -> list[str]:
-    """Names of a group, by kind, and by number."""
+    """Names of a group, sorted by kind and by number."""
     found = (name for name in names if name.startswith(f"{group}/"))
     return sorted(found, key=lambda name: (name.split("/")[1], len(name), name))
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, lines elsewhere."""
+"""Progress of a run on the screen: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -13,14 +13,12 @@ from train.records.metrics import Metrics, Record
 
 
 class Progress:
-    """Shows the steps of a run: process 0 does, the others show nothing.
+    """Shows the steps of a run, in process 0.
 
-    A bar where the error output is a terminal. Where it is not, or where the output is
-    none (a file, a pipe), every record is a line of the output.
-
-    The bar counts the steps that the device has done, which a thread waits for: the
-    host is some steps ahead. The first, which loads the program, is left out of its
-    rate.
+    A bar if the error output is a terminal. If it is not, or the output is none (a
+    file, a pipe), every record is a line of the output. The bar counts the steps that
+    the device has done, which a thread waits for: the host is some steps ahead. Its
+    rate leaves out the first step, which loads the program.
     """
 
     def __init__(self, name: str, start: int, last: int) -> None:
@@ -39,7 +37,7 @@ class Progress:
         )
 
     def step(self, metrics: Metrics) -> None:
-        """A step was handed to the device; it is done when its metrics are there."""
+        """Counts a step of the device once its metrics are there."""
         if not self._bar.disable:
             self._waiter.submit(self._done, metrics["loss"])
 
@@ -51,7 +49,7 @@ class Progress:
         self._bar.update()
 
     def record(self, record: Record) -> None:
-        """What was measured since the record before."""
+        """Shows the metrics since the record before."""
         losses = {"loss": f"{record['loss']:.3f}"}
         if "eval_loss" in record:
             losses["held-out"] = f"{record['eval_loss']:.3f}"
@@ -73,7 +71,7 @@ class Progress:
 
 
 def line(record: Record, last: int) -> str:
-    """ "step 20/300, loss 5.123, rate 2e-03, 9000 tokens/s", and what else there is."""
+    """Formats "step 20/300, loss 5.123, learning rate 2e-03, 9000 tokens/s"."""
     parts = [
         f"step {record['step']}/{last}",
         f"loss {record['loss']:.4f}",

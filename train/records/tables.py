@@ -1,4 +1,4 @@
-"""Rows of runs to tables: means over seeds, confidence intervals, and differences."""
+"""Tables of runs: means over seeds, confidence intervals, and differences."""
 
 import csv
 import io
@@ -14,10 +14,7 @@ from train.records.perplexity import perplexity
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % confidence interval (Student's t).
-
-    The half width is None of a single number.
-    """
+    """A mean, and half the width of its 95 % confidence interval (Student's t)."""
 
     mean: float
     half: float | None
@@ -27,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of numbers that are drawn independently, such as one for each seed."""
+    """The interval of independent numbers, such as one for each seed."""
     n = len(values)
     if n == 1:
         return Interval(values[0], None)
@@ -36,7 +33,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def grouped(rows: Iterable[Row], axes: Sequence[str]) -> list[tuple[Row, list[Row]]]:
-    """Rows of the same values on the axes, by these values, in their first order."""
+    """Groups rows by their values on the axes, in their first order."""
     groups: dict[tuple[str, ...], tuple[Row, list[Row]]] = {}
     for row in rows:
         values = {axis: row.get(axis) for axis in axes}
@@ -48,7 +45,7 @@ def grouped(rows: Iterable[Row], axes: Sequence[str]) -> list[tuple[Row, list[Ro
 def difference(
     group: Sequence[Row], rows: Sequence[Row], axes: Sequence[str], against: Row
 ) -> Interval | None:
-    """Loss minus that of the run that has `against` and is otherwise alike, by seed.
+    """Loss minus that of the run with `against` and otherwise the same flags, by seed.
 
     None if there is no such run, or it is the run itself.
     """
@@ -70,9 +67,9 @@ def difference(
 
 
 def table(rows: Sequence[Row], axes: Sequence[str], against: Row | None = None) -> str:
-    """Markdown, a line for each run, best first; those that failed come last.
+    """A Markdown table, a line for each run, best first; failed runs come last.
 
-    A column for each axis; of more than five, all but the first in one.
+    A column for each axis; of more than five, all but the first share one.
     """
     done = [row for row in rows if "eval_loss" in row]
     best_first = sorted(
@@ -133,7 +130,7 @@ def _compared(
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """All rows, tidy: a line for each run, a column for each value."""
+    """All rows: a line for each run, a column for each value."""
     columns = [*dict.fromkeys(key for row in rows for key in row)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -4,7 +4,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboardX.proto import event_pb2
@@ -15,6 +15,8 @@ from upath import UPath
 from train.host.atomic import Appender
 from train.host.paths import AnyPath
 
+Record = dict[str, Any]
+
 Event: Any = event_pb2.Event  # type: ignore[attr-defined]  # made at run time
 SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
 
@@ -22,12 +24,12 @@ SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
 class Board:
     """Writes records to an event file, each at once and by the thread that calls.
 
-    (`tensorboardX.SummaryWriter` has a thread for it, which a full disk ends; the next
-    record then waits for ever.)
+    (`tensorboardX.SummaryWriter` writes in a thread, which a full disk ends; the next
+    record then waits forever.)
     """
 
     def __init__(self, folder: AnyPath, purge_step: int) -> None:
-        """What the folder's files have from `purge_step` on counts no more."""
+        """Discards what the folder's files have from `purge_step` on."""
         self.path = folder
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self._file = Appender(folder / f"{name}.{os.getpid()}")
@@ -37,8 +39,8 @@ class Board:
             Event(wall_time=time.time(), step=purge_step, session_log=start),
         ]
 
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """OSError if there is no room, and then none of them is written."""
+    def append(self, records: Sequence[Record]) -> None:
+        """Writes all records; OSError, and none is written, if there is no room."""
         if not isinstance(self.path, UPath):
             self.path.mkdir(parents=True, exist_ok=True)
         events = [*self._head, *map(_event, records)]
@@ -46,7 +48,7 @@ class Board:
         self._head = []
 
 
-def _event(record: Mapping[str, Any]) -> Any:
+def _event(record: Record) -> Any:
     event = Event(wall_time=time.time(), step=record["step"])
     for name, value in record.items():
         if name != "step" and value is not None:
@@ -55,7 +57,7 @@ def _event(record: Mapping[str, Any]) -> Any:
 
 
 def _framed(event: Any) -> bytes:
-    """An event as event files have it: length, content, and a checksum of each."""
+    """An event as event files store it: length, content, and a checksum of each."""
     content = event.SerializeToString()
     length = struct.pack("<Q", len(content))
     parts = (

@@ -1,4 +1,4 @@
-"""A run's checkpoints: saved aside, checked when they are read, good ones kept."""
+"""A run's checkpoints: saved asynchronously, checked when they are read."""
 
 import json
 import shutil
@@ -24,28 +24,26 @@ from train.host.quiet import quiet
 from train.records.metrics import Record, is_healthy, read_metrics
 from train.run.checksum import checksums
 
+Position = dict[str, Any]
+"""The data iterator's state, and losses that no record has yet; as JSON."""
+
 
 class Restored(NamedTuple):
-    """Where a run begins, or goes on.
-
-    Attributes:
-      state: of the training.
-      losses: of the steps since the last record of metrics.
-    """
+    """The state a run starts from, and the losses since the last record of metrics."""
 
     state: TrainState
     losses: list[float]
 
 
 class CheckpointError(Exception):
-    """There is no checkpoint that can be used."""
+    """No checkpoint can be used."""
 
 
 class KeepHealthy(PreservationPolicy):
-    """Preserves the newest checkpoint at which the run was well.
+    """Preserves the newest checkpoint at which the run was healthy.
 
-    That is the newest with a finite loss on held-out text, if there is any, else with
-    a finite gradient at its step: a run that diverged may have only broken newer ones.
+    That is the newest with a finite held-out loss, if any, else with a finite gradient
+    at its step: a run that diverged may have only broken newer ones.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -55,7 +53,7 @@ class KeepHealthy(PreservationPolicy):
         self._records[record["step"]] = record
 
     def newest(self, steps: Sequence[int]) -> int | None:
-        """Of these steps, in order."""
+        """The newest healthy one of these steps, which are in order."""
         records = {s: self._records[s] for s in steps if s in self._records}
         well = [step for step, record in records.items() if is_healthy(record)]
         evaluated = [step for step in well if "eval_loss" in records[step]]
@@ -74,9 +72,9 @@ class Checkpoints:
     """Saves and restores a training state together with the data's position.
 
     Saving is asynchronous; leaving the `with` block waits for what is pending. A
-    checkpoint appears under its final name only when it is complete. One that cannot be
-    saved (a full disk) is a warning, and the run goes on; `unsaved` says so at the end
-    if it was the last.
+    checkpoint gets its final name only when it is complete. If one cannot be saved (a
+    full disk), a warning is printed and the run goes on; `unsaved` has the message if
+    it was the last.
     """
 
     def __init__(self, folder: AnyPath, keep: int) -> None:
@@ -100,12 +98,12 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Those with a complete checkpoint, in order."""
+        """The steps with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     @property
     def healthy(self) -> int | None:
-        """The newest checkpoint at which the run was well."""
+        """The newest checkpoint at which the run was healthy."""
         return self._healthy.newest(self.steps)
 
     def has(self, step: int) -> bool:
@@ -121,7 +119,7 @@ class Checkpoints:
         record: Record | None = None,
         losses: Sequence[float] = (),
     ) -> None:
-        """Begin to save what the run is after `step`.
+        """Begins to save the run after `step`.
 
         Args:
           step: how many steps are done.
@@ -138,7 +136,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             position=ocp.args.JsonSave(position),
-            checksums=ocp.args.JsonSave(_seals(state, position)),
+            checksums=ocp.args.JsonSave(_checksums_of(state, position)),
         )
         self._pending = step
         try:
@@ -148,8 +146,10 @@ class Checkpoints:
         except Exception as error:  # whatever class the file system's errors come in
             self._lost(error)
 
-    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Restored:
-        """What was saved at `step`; puts the iterator where it was then.
+    def restore(
+        self, step: int, like: TrainState, data: grain.DatasetIterator
+    ) -> Restored:
+        """Restores the state of `step`, and the iterator's position.
 
         Args:
           step: of the checkpoint.
@@ -168,22 +168,22 @@ class Checkpoints:
         )
         saved = self._manager.restore(step, args=args)
         state, position = saved["state"], saved["position"]
-        if _seals(state, position) != saved["checksums"]:
+        if _checksums_of(state, position) != saved["checksums"]:
             raise ValueError("it does not hold what was saved")
         data.set_state(position["data"])
         return Restored(state, position["losses"])
 
     def restore_newest(
-        self, like: Any, data: grain.DatasetIterator, step: int | None = None
+        self, like: TrainState, data: grain.DatasetIterator, step: int | None = None
     ) -> Restored | None:
-        """The newest that can be read; None if there is none at all.
+        """Restores the newest checkpoint that can be read; None if there is none.
 
-        Those after it are set aside, into the folder `aside`: the run will save others
-        of these steps.
+        Later ones are moved into the folder `aside`: the run will save these steps
+        again.
 
         Args:
           like, data: as for `restore`.
-          step: this one, rather than the newest.
+          step: restore this one, not the newest.
 
         Raises:
           CheckpointError: none can be read, or there is none of `step`.
@@ -223,7 +223,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _settle(self) -> None:
-        """Wait for what is pending, and know whether it came to be."""
+        """Waits for a pending checkpoint, and finds out whether it was saved."""
         if self._pending is None:
             return
         try:
@@ -255,18 +255,18 @@ class Checkpoints:
             self._open.close()
 
 
-def _seals(state: Any, position: Any) -> dict[str, Any]:
-    """By which it is known whether they are what was saved."""
+def _checksums_of(state: TrainState, position: Position) -> dict[str, Any]:
+    """Checksums of the state and of the position."""
     text = json.dumps(position, sort_keys=True)
     return {"state": checksums(state), "position": zlib.crc32(text.encode())}
 
 
-def seals_of(checkpoint: AnyPath) -> dict[str, Any]:
-    """What is kept in a checkpoint's folder to know that it is whole."""
+def stored_checksums(checkpoint: AnyPath) -> dict[str, Any]:
+    """The checksums that a checkpoint's folder stores."""
     return json.loads((checkpoint / "checksums" / "metadata").read_text())
 
 
 def brief(error: Exception) -> str:
-    """One line, and what kind of error it is."""
+    """The first line of an error, and its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0][:200] if lines else 'no more is known'} ({type(error).__name__})"

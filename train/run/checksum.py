@@ -1,4 +1,4 @@
-"""One number for an array, by which a damaged checkpoint is known."""
+"""One number for an array, which shows whether a checkpoint is damaged."""
 
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 def checksums(tree: Any) -> dict[str, int]:
     """The checksum of each array of a tree, by path.
 
-    The sum of all 32-bit words x_i, each times an odd number of its place, modulo 2^32:
+    The sum of all 32-bit words x_i, each times an odd number by its position, modulo
+    2^32:
 
         sum_i x_i (2 k i + 1),   k = 1,640,531,527
 
-    So one wrong bit, wherever it is, changes it; other damages leave it as it was once
-    in 2^32. Computed where the arrays are, and the same whatever their sharding: sums
-    of integers do not round.
+    One wrong bit, wherever it is, changes the sum; other damage leaves it unchanged
+    with probability 2^-32. Computed where the arrays are, and the same for every
+    sharding: sums of integers do not round.
 
     Example:
       >>> checksums({"w": jnp.ones(2, jnp.int32)})

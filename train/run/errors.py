@@ -13,7 +13,7 @@ from train.run.loop import DataError
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """What ends a run that was in order ends the program with its message too."""
+    """Ends the program with the message of an error of a run in progress."""
     try:
         yield
     except (CheckpointError, DataError, FloatingPointError, OSError) as error:

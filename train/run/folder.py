@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and that one run at a time is at work in it."""
+"""The folder of a run: whether a run may use it, one run at a time."""
 
 import dataclasses
 import json
@@ -30,16 +30,18 @@ FREE += ("data.bad_lines",)
 # alike, and the steps the same to rounding (but for one that is skipped).
 CLIP = "optimizer.clip_norm"
 
+Json = dict[str, Any]
+
 
 @contextmanager
 def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
-    """Make a resolved config's folder this run's own until the block ends.
+    """Reserves a resolved config's folder for this run until the block ends.
 
-    Kept there: the config and the fingerprint of the data, by which a run that is
-    resumed is known to be the same. The lock is the operating system's (flock): one
-    that a dead process held is free. On NFS it is as good as the server's locks (not
-    tried); in a bucket, and on a file system without any, two runs are not kept apart,
-    and a line says so. Process 0 does it for all.
+    It stores the config and the fingerprint of the data, which identify a run that is
+    resumed. The lock is the operating system's (flock): that of a dead process is free.
+    On NFS it is as good as the server's locks (not tried); in a bucket, and on a file
+    system without locks, two runs are not kept apart, and a line says so. Process 0
+    acts for all.
 
     Args:
       config: of the run.
@@ -47,8 +49,7 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another run is at work in the folder.
-      OSError, ValueError: as `check_folder`; and `resume`, but the data has changed:
-        the message names what.
+      OSError, ValueError: as `check_folder`; or `resume`, but the data has changed.
     """
     problem: Exception | None = None
     with ExitStack() as stack:
@@ -92,15 +93,15 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
 
 
 def _lock(folder: AnyPath, stack: ExitStack) -> None:
-    """Make it, and hold its lock; NotImplementedError where there are none."""
+    """Makes the folder and holds its lock; NotImplementedError if it has no locks."""
     if isinstance(folder, UPath):
         raise NotImplementedError
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(filelock.FileLock(folder / "lock", blocking=False))
 
 
-def going_on(config: Config) -> Config:
-    """A config with a folder that says by `resume` what `resume_or_start` left open."""
+def resumed_if_there(config: Config) -> Config:
+    """Sets `resume` for `resume_or_start`: whether the folder holds a run."""
     if not config.resume_or_start:
         return config
     path = resolved(config, "out") / "config.json"
@@ -112,12 +113,12 @@ def going_on(config: Config) -> Config:
 
 
 def check_folder(config: Config) -> None:
-    """Whether a resolved config may run in its folder; changes nothing.
+    """Checks whether a resolved config may run in its folder; changes nothing.
 
     Raises:
       FileExistsError: a new run, but the folder holds one already.
-      FileNotFoundError: `resume`, but the folder holds no run; or what one leaves, but
-        not its config.
+      FileNotFoundError: `resume`, but the folder holds no run, or a run without its
+        config.
       ValueError: `resume`, but the run there has another configuration; the message
         names the fields.
     """
@@ -142,7 +143,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def _stored(path: AnyPath) -> dict[str, Any]:
+def _stored(path: AnyPath) -> Json:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -152,9 +153,7 @@ def _stored(path: AnyPath) -> dict[str, Any]:
         ) from error
 
 
-def check_same_run(
-    stored: dict[str, Any], given: dict[str, Any], path: AnyPath
-) -> None:
+def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
     """ValueError unless the two configs agree on all that is not FREE."""
     old, new = _flat(stored), _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
@@ -182,7 +181,7 @@ def check_same_run(
         )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Json, prefix: str = "") -> Json:
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -194,8 +193,9 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_data(stored: Fingerprint, given: Fingerprint, path: AnyPath) -> None:
     """ValueError unless a run would read what it read before."""
-    if told := changed(stored, given):
+    if differences := changed(stored, given):
         raise ValueError(
             "the data is not what the run began with; put that back, or start a new "
-            f"run in another --out ({path} has what it was):\n  " + "\n  ".join(told)
+            f"run in another --out ({path} has what it was):\n  "
+            + "\n  ".join(differences)
         )

@@ -33,35 +33,34 @@ from train.engine.step import (
     train_step,
 )
 from train.host.console import say
-from train.host.errors import StoppedError
 from train.host.paths import AnyPath
 from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.start import weights_for
-from train.run.stored import keep_tokenizer
+from train.run.stored import store_tokenizer
 
-Rows = Mapping[str, np.ndarray]
+HostBatch = Mapping[str, np.ndarray]
 """This process' rows of a batch."""
 
 
 class Program(NamedTuple):
-    """What runs on the devices, compiled for one mesh.
+    """The programs of a run, compiled for one mesh.
 
     Attributes:
       step: (state, batch, refresh) to (state, metrics); consumes the state.
       loss_sums: (params, batch) to the summed loss and weight.
       put: a batch of this process' rows to the global batch.
-      refresh_every: steps from one refresh to the next; None for none at all.
+      refresh_every: steps from one refresh to the next; None for no refreshes.
       compile_s: seconds to compile `step`.
-      memory: what each kind of step needs, by whether it is a refresh.
-      adamw: what AdamW's would need, all gradients first; None if it was not asked.
+      memory: of each kind of step, by whether it is a refresh.
+      adamw: of AdamW's step with all gradients first; None if it was not asked for.
     """
 
     step: Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]
     loss_sums: LossSums
-    put: Callable[[Rows], Batch]
+    put: Callable[[HostBatch], Batch]
     refresh_every: int | None
     compile_s: float
     memory: dict[bool, StepMemory]
@@ -69,29 +68,32 @@ class Program(NamedTuple):
 
     @property
     def step_bytes(self) -> int | None:
-        """Memory that a step needs on one device; a refresh aside, if others are."""
+        """Memory of a step on one device; of an ordinary one, if there are any."""
         return self.memory[min(self.memory)].peak
 
 
-class Around(NamedTuple):
-    """What a run writes to, and whom it listens to."""
+class Outputs(NamedTuple):
+    """What a run writes to, and the signals that stop it."""
 
     writer: MetricsWriter
     checkpoints: Checkpoints
     progress: Progress
     stop: Stop
 
+    def write(self, record: Record | None, max_skipped: int) -> None:
+        """Writes a record, if there is one; raises the errors of `check_finite`."""
+        if record is not None:
+            self.writer.write(record)
+            self.progress.record(record)
+            check_finite(record, max_skipped, self.checkpoints.healthy)
+
 
 class DataError(Exception):
-    """What a run reads changed under it, or cannot be read any more."""
+    """The data changed during the run, or cannot be read any more."""
 
 
 class Trained(NamedTuple):
-    """A run at its end.
-
-    Attributes:
-      unsaved: why its last checkpoint could not be saved; None if it could.
-    """
+    """A finished run; `unsaved` says why its last checkpoint is missing, if it is."""
 
     state: TrainState
     work: Work
@@ -100,12 +102,12 @@ class Trained(NamedTuple):
 
     @property
     def weights(self) -> Params:
-        """As the model takes them."""
+        """The weights as the model takes them."""
         return dense(self.work, self.state.params)
 
 
 def train(config: Config, data: Data, mesh: Mesh) -> Trained:
-    """Run, or go on with, the work of a resolved config in its folder (`own_folder`).
+    """Runs, or resumes, a resolved config in its folder (`own_folder`).
 
     Raises:
       CheckpointError: no checkpoint can be read, or not the one that was asked for.
@@ -115,7 +117,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
       StoppedError: by a signal.
     """
     folder: AnyPath = resolved(config, "out")
-    keep_tokenizer(folder, data.tokenizer)
+    store_tokenizer(folder, data.tokenizer)
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
     with (
@@ -132,7 +134,9 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             f"{name}: compiling the training step of LLaMA-{config.model.size}, "
             f"{config.batch_size} x {config.seq_len} tokens ..."
         )
-        program = build_program(config, mesh, work, like, kinds, beside(config, work))
+        program = build_program(
+            config, mesh, work, like, kinds, adamw_work(config, work)
+        )
         say(f"{name}: compiled in {program.compile_s:.1f} s")
         batches = iter(data.train)
         begun = checkpoints.restore_newest(like, batches, config.resume_from)
@@ -144,13 +148,13 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             Progress(name, start, config.steps) as progress,
             Stop() as stop,
         ):
-            around = Around(writer, checkpoints, progress, stop)
-            state = fit(config, program, begun, batches, data.evaluation, around)
+            outputs = Outputs(writer, checkpoints, progress, stop)
+            state = fit(config, program, begun, batches, data.evaluation, outputs)
     return Trained(state, work, program, checkpoints.unsaved)
 
 
 def work_of(config: Config, key: jax.Array) -> Work:
-    """What a step of a resolved config does; the key is the optimizer's."""
+    """The work of a resolved config; the key is the optimizer's."""
     return Work(
         model_config(config.model),
         make_optimizer(config.optimizer, config.steps, key),
@@ -162,12 +166,13 @@ def work_of(config: Config, key: jax.Array) -> Work:
 
 
 def initial(
-    work: Work, mesh: Mesh, given: Callable[[], Any] | None = None
-) -> tuple[Callable[[jax.Array], TrainState], Any]:
-    """What makes the first state from a key, and the state's shapes and shardings.
+    work: Work, mesh: Mesh, given: Callable[[], Params] | None = None
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
+    """Returns a function from a key to the first state, and that state's shapes.
 
-    It is cut as it is made. The key draws the weights, if there is no function that
-    gives them, in the host's memory and as any run keeps them.
+    The state is sharded as it is made, and its shapes have shardings. The key draws the
+    weights, unless `given` returns some, in the host's memory and stored as any run
+    does.
     """
     like = like_of(work, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -185,8 +190,8 @@ def initial(
     return make, like
 
 
-def like_of(work: Work, mesh: Mesh) -> Any:
-    """The shapes of a `TrainState`, and their shardings; allocates nothing."""
+def like_of(work: Work, mesh: Mesh) -> TrainState:
+    """The shapes and shardings of a `TrainState`; allocates nothing."""
     params = jax.eval_shape(partial(init_weights, work), jax.random.key(0))
     weights = jax.eval_shape(partial(dense, work), params)
     state = jax.eval_shape(partial(init_state, work), params)
@@ -203,8 +208,8 @@ def like_of(work: Work, mesh: Mesh) -> Any:
     )
 
 
-def beside(config: Config, work: Work) -> Work | None:
-    """The same work with AdamW, gradients first; None if that is what it is."""
+def adamw_work(config: Config, work: Work) -> Work | None:
+    """The same work with AdamW, gradients first; None if that is this work."""
     if config.optimizer.name == "adamw" and not work.layerwise:
         return None
     adamw = dataclasses.replace(
@@ -218,52 +223,52 @@ def build_program(
     config: Config,
     mesh: Mesh,
     work: Work,
-    like: Any,
+    like: TrainState,
     kinds: Iterable[bool],
     adamw: Work | None = None,
 ) -> Program:
-    """Compile the training step for states of the shapes in `like`.
+    """Compiles the training step for states of the shapes in `like`.
 
-    A program for each of `kinds`, whether it is a refresh (`kinds_of_steps`); and one
-    for `adamw`, whose memory alone is looked at, except on a CPU, which would have
-    nothing to do it with meanwhile.
+    There is one program for each of `kinds`, whether it is a refresh
+    (`kinds_of_steps`). One for `adamw` shows its memory, except on a CPU, whose cores
+    are all busy compiling.
     """
     start = time.perf_counter()
     lowered: dict[Any, jax.stages.Lowered] = {
         refresh: lower_step(config, mesh, work, like, refresh) for refresh in kinds
     }
-    like_adamw = None if adamw is None else like_of(adamw, mesh)
-    if adamw is not None and jax.default_backend() != "cpu":
-        lowered["adamw"] = lower_step(config, mesh, adamw, like_adamw, False)
+    beside = None if adamw is None else (adamw, like_of(adamw, mesh))
+    if beside is not None and jax.default_backend() != "cpu":
+        lowered["adamw"] = lower_step(config, mesh, *beside, False)
     with ThreadPoolExecutor() as pool:  # compiling holds no lock of Python's
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
         )
-    beside_it = compiled.pop("adamw", None)
+    of_adamw = compiled.pop("adamw", None)
     seconds = time.perf_counter() - start
 
-    cuts = jax.tree.map(lambda x: x.sharding, like.params)
+    shardings = jax.tree.map(lambda x: x.sharding, like.params)
     return Program(
         step=lambda state, batch, refresh: compiled[refresh](state, batch),
         loss_sums=jax.jit(
             partial(loss_sums, work),
-            in_shardings=(cuts, by_row(mesh)),
+            in_shardings=(shardings, by_row(mesh)),
             out_shardings=replicated(mesh),
         ),
         put=partial(to_devices, mesh),
         refresh_every=work.optimizer.refresh_every,
         compile_s=seconds,
         memory={kind: step_memory(work, like, x) for kind, x in compiled.items()},
-        adamw=adamw and step_memory(adamw, like_adamw, beside_it),
+        adamw=beside and step_memory(*beside, of_adamw),
     )
 
 
 def lower_step(
-    config: Config, mesh: Mesh, work: Work, like: Any, refresh: bool
+    config: Config, mesh: Mesh, work: Work, like: TrainState, refresh: bool
 ) -> jax.stages.Lowered:
-    """The training step for states like `like_of(work, mesh)`, to be compiled.
+    """Lowers the training step for states like `like_of(work, mesh)`.
 
-    Allocates nothing; the mesh may be of devices that are not here.
+    It allocates nothing; the mesh may be of devices that are not here.
     """
     shardings = jax.tree.map(lambda x: x.sharding, like)
     step = jax.jit(
@@ -288,27 +293,20 @@ def fit(
     program: Program,
     begun: Restored,
     batches: grain.DatasetIterator,
-    evaluation: Iterable[Rows],
-    around: Around,
+    evaluation: Iterable[HostBatch],
+    outputs: Outputs,
 ) -> TrainState:
-    """Take the steps that are left.
+    """Takes the remaining steps.
 
-    The host runs ahead of the device, so the next batch is ready when a step ends; it
-    waits where it writes a record, and then for the record before, and at a refresh
-    for whether it was accepted: if not, it asks again at the next step.
+    The host runs ahead of the device, so that the next batch is ready when a step ends.
+    It waits for the previous record when it writes one, and at a refresh for whether
+    the refresh was skipped: it is then due again at the next step.
     """
-    writer, checkpoints, progress, stop = around
+    _, checkpoints, progress, stop = outputs
     report, last, state = config.report, config.steps, begun.state
-    start = int(state.step)
+    start, every = int(state.step), program.refresh_every
     meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
-
-    def write(record: Record | None) -> None:
-        if record is not None:
-            writer.write(record)
-            progress.record(record)
-            check_finite(record, config.optimizer.max_skipped, checkpoints.healthy)
-
-    every = program.refresh_every
+    write = partial(outputs.write, max_skipped=config.optimizer.max_skipped)
     until = int(state.until_refresh)
     for step in range(start + 1, last + 1):
         refresh = every is not None and until == 0
@@ -333,8 +331,7 @@ def fit(
             write(meter.flush())
             if report.checkpoint_every and not saving:
                 checkpoints.save(step, state, batches, losses=meter.losses)
-            saved, first = checkpoints.has(step), jax.process_index() == 0
-            raise StoppedError(step, saved, stop.number, reports=first)
+            raise stop.error(step, saved=checkpoints.has(step))
     return state
 
 
@@ -348,17 +345,15 @@ def put_next(program: Program, batches: grain.DatasetIterator) -> Batch:
 
 
 def is_due(step: int, every: int, last: int | None = None) -> bool:
-    """Whether something done every so many steps, 0 for never, and at `last` is due."""
+    """Whether something is due every so many steps, 0 for never, and at `last`."""
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> Record:
-    """Mean loss over all held-out tokens, in nats: sums first, one division.
-
-    And of how many batches.
+def evaluate(program: Program, params: Params, batches: Iterable[HostBatch]) -> Record:
+    """Mean loss over all held-out tokens, in nats, and the number of batches.
 
     Raises:
-      FloatingPointError: if it is NaN or infinite.
+      FloatingPointError: the loss is NaN or infinite.
     """
     sums: list[Any] = []
     for batch in batches:
@@ -377,13 +372,10 @@ def evaluate(program: Program, params: Params, batches: Iterable[Rows]) -> Recor
 
 
 def check_finite(record: Record, limit: int, healthy: int | None) -> None:
-    """FloatingPointError for too many steps in a row that were skipped.
-
-    It names the last checkpoint from before that.
-    """
+    """FloatingPointError for too many skipped steps in a row; names a checkpoint."""
     if record["skipped_in_a_row"] < limit:
         return
-    kept = (
+    advice = (
         "no checkpoint is from before that"
         if healthy is None
         else f"the checkpoint of step {healthy} is from before that: a new run can "
@@ -392,5 +384,5 @@ def check_finite(record: Record, limit: int, healthy: int | None) -> None:
     raise FloatingPointError(
         f"step {record['step']}: {record['skipped_in_a_row']} steps in a row had a "
         "gradient that is NaN or infinite, and were skipped; lower --learning-rate "
-        f"and start again ({kept})"
+        f"and start again ({advice})"
     )

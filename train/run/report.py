@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: numbers, a loss curve, a sample, memory."""
+"""Files that a finished run leaves: numbers, a loss curve, a sample, memory."""
 
 import json
 from typing import Any
@@ -29,12 +29,12 @@ from train.run.sampling import continued, prompt_tokens
 
 
 def summarize(config: Config, trained: Trained) -> dict[str, Any]:
-    """The numbers of a finished run, read from its metrics file and its state.
+    """The numbers of a finished run, from its metrics file and its state.
 
     `train_s` is the time of all steps, without compilation, evaluation and saving;
-    `ms_per_step` and `tokens_per_s` leave out the first step too, which also loads
-    the program. The bytes of a state are those of all devices together, the others
-    those of one.
+    `ms_per_step` and `tokens_per_s` leave out the first step, which also loads the
+    program. The bytes of a state are those of all devices together, the others those of
+    one.
     """
     records = read_metrics(resolved(config, "out"))
     if not records or records[-1]["step"] != config.steps:
@@ -76,7 +76,7 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
 
 
 def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
-    """Write numbers, memory.txt and pictures, then sample.txt; print the outcome."""
+    """Writes numbers, memory.txt, pictures and sample.txt; prints the outcome."""
     folder: AnyPath = resolved(config, "out")
     weights = jax.eval_shape(lambda: trained.weights)
     state = lro.memory_report(trained.work.optimizer.tx, weights)
@@ -88,7 +88,7 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         write_text(folder / "memory.txt", memory + "\n")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         draw_run(read_metrics(folder), folder / "loss.png", heading)
-        draw_measured(config)
+        draw_run_subspaces(config)
     why = "there is no tokenizer"
     if config.report.sample_tokens == 0:
         why = "none was asked for (--sample-tokens 0)"
@@ -109,8 +109,8 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
     )
 
 
-def draw_measured(config: Config) -> None:
-    """Draw subspace.png of a resolved config's run, if it measures anything."""
+def draw_run_subspaces(config: Config) -> None:
+    """Draws subspace.png of a resolved config's run, if it measures anything."""
     if measures(config.optimizer):
         folder: AnyPath = resolved(config, "out")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
@@ -133,7 +133,7 @@ def check_prompt(config: ReportConfig, tokenizer: Tokenizer | None) -> None:
 
 
 def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
-    """The prompt and the model's continuation; None without a tokenizer, or length."""
+    """The prompt and its continuation; None without a tokenizer, or of length 0."""
     steps = config.report.sample_tokens
     if data.tokenizer is None or steps == 0:
         return None

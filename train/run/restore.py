@@ -1,7 +1,7 @@
-"""A run's checkpoint in use: in a notebook, as the start of a new run, for text."""
+"""Weights from a run's checkpoint: for a notebook, a new run, or text."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,26 +14,25 @@ from train.config.config import Config, model_config
 from train.data.tokenizer import Tokenizer, open_tokenizer
 from train.host.paths import AnyPath, for_orbax
 from train.host.quiet import quiet
-from train.run.checkpoint import brief, seals_of
+from train.run.checkpoint import brief, stored_checksums
 from train.run.checksum import checksums
 from train.run.stored import (
     checked_step,
-    kept_tokenizer,
     read_config,
     run_and_step,
     saved_steps,
+    stored_tokenizer,
 )
 
 
-class Run(NamedTuple):
-    """What a run has learnt.
+class LoadedRun(NamedTuple):
+    """A trained model.
 
     Attributes:
       config: the run's own, resolved.
       model: the shape of its LLaMA.
       weights: on the default device, as `models.forward` and `models.generate` take
-        them; those kept in int8 are in the model's compute dtype, others as they are
-        kept.
+        them; int8 weights are in the model's compute dtype, others as stored.
       tokenizer: the run's; None if it was trained on token files without one.
       step: how many steps were done.
     """
@@ -45,11 +44,10 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(folder: str | AnyPath, step: int | None = None) -> Run:
-    """A run as one of its checkpoints has it; changes nothing in its folder.
+def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
+    """Loads a run from one of its checkpoints; changes nothing in its folder.
 
-    The devices may be others than those it was trained on, and the run may still be
-    going on.
+    The devices may differ from those of the training, and the run may be going on.
 
     Args:
       folder: the run's folder, the trainer's `--out`; "FOLDER@STEP" names the step too.
@@ -72,12 +70,14 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> Run:
     weights = lro.weights.dense(
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
-    kept = kept_tokenizer(folder)
-    return Run(config, model, weights, kept and open_tokenizer(kept), step)
+    tokenizer = stored_tokenizer(folder)
+    return LoadedRun(
+        config, model, weights, tokenizer and open_tokenizer(tokenizer), step
+    )
 
 
-def load_weights(folder: AnyPath, step: int) -> Any:
-    """The weights of a checkpoint as they are kept, in the host's memory.
+def load_weights(folder: AnyPath, step: int) -> Params:
+    """Loads a checkpoint's weights as stored, into the host's memory.
 
     Raises:
       ValueError: it is damaged.
@@ -100,11 +100,11 @@ def load_weights(folder: AnyPath, step: int) -> Any:
             weights = checkpointer.restore(for_orbax(path) / "state", args=restore)[
                 "params"
             ]
-            whole = seals_of(path)["state"]
+            stored = stored_checksums(path)["state"]
         except Exception as error:  # damaged files give errors of every class
             raise _damaged(folder, step, brief(error)) from error
     found = checksums(weights)
-    if any(whole[f".params{name}"] != value for name, value in found.items()):
+    if any(stored[f".params{name}"] != value for name, value in found.items()):
         raise _damaged(folder, step, "it does not hold what was saved")
     return weights
 

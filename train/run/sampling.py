@@ -28,7 +28,7 @@ def continued(
     seed: int,
     temperature: float = 0.8,
 ) -> str:
-    """The prompt and what the model says next."""
+    """The prompt and the model's continuation."""
     start = jnp.asarray([prompt_tokens(tokenizer, prompt)], jnp.int32)
     text = generate(
         model,

@@ -1,4 +1,4 @@
-"""What the weights moved by between two checkpoints, as singular values."""
+"""Singular values of the change of weights between two checkpoints."""
 
 import os
 from collections import defaultdict
@@ -20,12 +20,12 @@ from train.run.stored import checked_step, run_and_step
 
 
 class Spectrum(NamedTuple):
-    """Of the matrices of one kind, one for each layer.
+    """Spectra of the matrices of one kind, one for each layer.
 
     Attributes:
       shape: of a matrix.
       values: (layers, m), singular values, descending, each layer's over its largest;
-        all 0 where nothing changed.
+        all 0 if nothing changed.
       ranks: (layers,), effective ranks.
     """
 
@@ -46,10 +46,10 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def singular_values(difference: np.ndarray) -> np.ndarray:
-    """Those of a matrix, (m,) float64, descending.
+    """The singular values of a matrix, (m,) float64, descending.
 
-    From the smaller Gram matrix, in float64: what is under 1e-8 of the largest is
-    rounding, as it is in float32 weights.
+    They come from the smaller Gram matrix, in float64: values under 1e-8 of the largest
+    are rounding, as in float32 weights.
     """
     d = difference.astype(np.float64)
     d = d if d.shape[0] <= d.shape[1] else d.T
@@ -66,11 +66,9 @@ def weights_of(name: str) -> tuple[str, Params]:
 
 
 def spectra(before: Any, after: Any) -> dict[str, Spectrum]:
-    """Of W_after - W_before, by the kind of layer (SARA paper, section 4.3, Figure 4).
+    """Spectra of W_after - W_before by kind of layer (SARA paper, 4.3, Figure 4).
 
-    Args:
-      before: the weights, a tree as `models` has it, on the host.
-      after: the same of another checkpoint.
+    Both are trees of weights as in `models`, on the host.
 
     Raises:
       ValueError: they are of models of different shapes.

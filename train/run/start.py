@@ -1,11 +1,11 @@
-"""How a run starts: its data, its tokenizer, and the weights it starts from."""
+"""The start of a run: its data, its tokenizer, and its first weights."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from models import Params
 from train.config.config import Config, resolved
 from train.data.dataset import Data, open_data
 from train.data.tokenizer import Tokenizer, open_tokenizer
@@ -13,15 +13,15 @@ from train.host.paths import AnyPath, to_path
 from train.run.restore import load_weights
 from train.run.stored import (
     checked_step,
-    kept_tokenizer,
     read_config,
     run_and_step,
     saved_steps,
+    stored_tokenizer,
 )
 
 
 def open_text(config: Config) -> Data:
-    """The data of a resolved config, this process' share of it."""
+    """Opens the data of a resolved config, this process' share of it."""
     return open_data(
         dataclasses.replace(config.data, tokenizer=tokenizer_file(config)),
         seq_len=config.seq_len,
@@ -36,7 +36,7 @@ def open_text(config: Config) -> Data:
 def pinned(config: Config) -> Config:
     """A resolved config whose `init_from` names the step, as a run stores it.
 
-    Which is the newest one may change: a run that is resumed has the one of its start.
+    The newest checkpoint may change; a run that is resumed needs the one of its start.
 
     Raises:
       FileNotFoundError: the folder holds no run, or no such checkpoint.
@@ -60,13 +60,13 @@ def pinned(config: Config) -> Config:
 def tokenizer_file(config: Config) -> str | None:
     """The tokenizer that a resolved and pinned config names, or inherits.
 
-    A run that goes on has its own, if the file that it was given is gone; one that
-    begins with another's weights has that one's, unless it names one.
+    A resumed run has its own, if the file that it was given is gone. A run that starts
+    with another's weights has that run's, unless it names one.
 
     Raises:
-      ValueError: a run that goes on is given another tokenizer than its own.
+      ValueError: a resumed run is given another tokenizer than its own.
     """
-    own = kept_tokenizer(resolved(config, "out")) if config.resume else None
+    own = stored_tokenizer(resolved(config, "out")) if config.resume else None
     given = config.data.tokenizer and to_path(config.data.tokenizer)
     if own and given and given.is_file() and given.read_bytes() != own.read_bytes():
         raise ValueError(
@@ -74,14 +74,14 @@ def tokenizer_file(config: Config) -> str | None:
             f"{own}: put that back, or leave it out"
         )
     if own is None and config.data.tokenizer is None and config.init_from is not None:
-        own = kept_tokenizer(run_and_step(config.init_from)[0])
+        own = stored_tokenizer(run_and_step(config.init_from)[0])
     return config.data.tokenizer if own is None else str(own)
 
 
 def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Whether a run can begin with the weights that it names, in a model of its shape.
+    """Checks whether a run can start with the weights that `init_from` names.
 
-    Says so if it cannot tell whether both have the same tokenizer.
+    It prints a line if it cannot tell whether both runs have the same tokenizer.
 
     Raises:
       FileNotFoundError: there are no such weights.
@@ -101,24 +101,21 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
             )
-    kept = kept_tokenizer(folder)
-    if kept is None or tokenizer is None:
+    theirs = stored_tokenizer(folder)
+    if theirs is None or tokenizer is None:
         if jax.process_index() == 0:
             print(
                 f"init_from: {folder} or this run has no tokenizer, so whether a token "
                 "means the same in both is not known"
             )
-    elif open_tokenizer(kept).content != tokenizer.content:
+    elif open_tokenizer(theirs).content != tokenizer.content:
         raise ValueError(
             f"init_from: {folder} has another tokenizer than this run, so its weights "
-            f"would read other tokens; leave out --tokenizer, or give {kept}"
+            f"would read other tokens; leave out --tokenizer, or give {theirs}"
         )
 
 
-def weights_for(config: Config) -> Any:
-    """The weights that `init_from` of a pinned config names, in the host's memory.
-
-    They are as that run kept them.
-    """
+def weights_for(config: Config) -> Params:
+    """Loads the weights that `init_from` of a pinned config names, as stored."""
     folder, step = run_and_step(resolved(config, "init_from"))
     return load_weights(folder, checked_step(folder, step))

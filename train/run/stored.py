@@ -1,4 +1,4 @@
-"""What the folder of a finished run holds: config, tokenizer, steps."""
+"""The folder of a run as stored: config, tokenizer, steps."""
 
 import jax
 import orbax.checkpoint as ocp
@@ -10,7 +10,7 @@ from train.host.paths import AnyPath, for_orbax, to_path
 
 
 def run_and_step(name: str) -> tuple[AnyPath, int | None]:
-    """The folder and the step that RUN_FOLDER or RUN_FOLDER@STEP names."""
+    """Splits RUN_FOLDER or RUN_FOLDER@STEP into folder and step."""
     folder, _, step = name.rpartition("@")
     if step.isdigit() and folder and not to_path(name).exists():
         return to_path(folder), int(step)
@@ -18,7 +18,7 @@ def run_and_step(name: str) -> tuple[AnyPath, int | None]:
 
 
 def checked_step(folder: AnyPath, step: int | None) -> int:
-    """The step, which has a checkpoint; the newest for None.
+    """The step, if it has a checkpoint; the newest one for None.
 
     Raises:
       FileNotFoundError: the folder holds no run, or no such checkpoint.
@@ -38,7 +38,7 @@ def checked_step(folder: AnyPath, step: int | None) -> int:
 
 
 def saved_steps(folder: AnyPath) -> list[int]:
-    """Those of a run's complete checkpoints, in order."""
+    """The steps of a run's complete checkpoints, in order."""
     return sorted(ocp.utils.checkpoint_steps(for_orbax(folder) / "checkpoints"))
 
 
@@ -51,14 +51,14 @@ def read_config(folder: AnyPath) -> Config:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def kept_tokenizer(folder: AnyPath) -> AnyPath | None:
+def stored_tokenizer(folder: AnyPath) -> AnyPath | None:
     """The file of a run's tokenizer, if it has one."""
     found = (folder / f"tokenizer{suffix}" for suffix in (".json", ".model"))
     return next((path for path in found if path.is_file()), None)
 
 
-def keep_tokenizer(folder: AnyPath, tokenizer: Tokenizer | None) -> None:
-    """Make a tokenizer a run's, unless it has one: process 0 writes a file of it."""
-    if tokenizer is None or jax.process_index() or kept_tokenizer(folder):
+def store_tokenizer(folder: AnyPath, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer in a run's folder, unless it has one; process 0 does."""
+    if tokenizer is None or jax.process_index() or stored_tokenizer(folder):
         return
     write_bytes(folder / f"tokenizer{tokenizer.suffix}", tokenizer.content)

@@ -1,1 +1,1 @@
-"""TPUs that are not here: compiling for them, and what their chips send."""
+"""TPUs that are not here: compiling for them, and the traffic of their chips."""

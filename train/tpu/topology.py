@@ -1,4 +1,4 @@
-"""TPUs that are not here: what their compiler, libtpu, needs to know of them."""
+"""What libtpu, the TPU compiler, needs to know of TPUs that are not here."""
 
 import os
 import re
@@ -27,12 +27,12 @@ ENVIRONMENT = {
 
 
 def stay_on_cpu() -> None:
-    """What this process itself computes is on the CPU; call it before JAX wakes up."""
+    """Makes this process compute on the CPU; call it before JAX starts."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def chips_of(topology: str) -> list[Any]:
-    """The chips of a TPU by the name of its topology, to compile for.
+    """The chips of a topology, to compile for.
 
     Raises:
       ImportError: libtpu is not installed.
@@ -56,7 +56,7 @@ def chips_of(topology: str) -> list[Any]:
 
 
 def memory_of(chip: Any) -> float:
-    """Bytes that a program can have on a chip: the compiler names them in a refusal.
+    """Bytes that a program can use on a chip, as the compiler says when it refuses one.
 
     Raises:
       ValueError: it did not.
@@ -72,19 +72,14 @@ def memory_of(chip: Any) -> float:
 
 
 class Refusal(NamedTuple):
-    """A program that does not fit.
-
-    Attributes:
-      needed: bytes that it needs on a chip.
-      available: bytes that there are.
-    """
+    """The bytes that a program needs on a chip, and those available."""
 
     needed: float
     available: float
 
 
 def refusal(error: Exception) -> Refusal | None:
-    """What the compiler says of a program that is too large; None: another error."""
+    """Parses the error for a program that is too large; None: another error."""
     number = r"\(([\d.]+)([KMGT]?)\)"
     found = re.search(rf"{number} exceeds available HBM {number}", str(error))
     if found is None:

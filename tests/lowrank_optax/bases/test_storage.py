@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.bases.refresh import lazy_refresh
+from lowrank_optax.bases.lazy import lazy_refresh
 from lowrank_optax.bases.storage import QuantizedBasis, quantize_basis
 from lowrank_optax.steps.quantize import (
     quantize_moments,

@@ -221,7 +221,7 @@ def test_momentum_is_kept_where_it_is_asked_for_and_nowhere_else() -> None:
     momentum = optax.tree.get(state, "momentum")
     assert momentum["head"]["kernel"].shape == (4, 9)
     assert momentum["up"].dtype == bool
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
         lro.full_rank.trace_matching("(")
 
 

@@ -160,7 +160,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     ),
     "galore_adam8bit": (
         lro.recipes.galore_adam8bit,
-        lambda m, n, r: m * r + 2 * n * r / 4 * (1 + 4 / 256),
+        lambda m, n, r: m * r + 2 * n * r / 4 * (1 + 4 / 128),
     ),
     "golore": (
         partial(lro.recipes.golore, switch_step=5, key=0),
@@ -215,7 +215,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
         lro.recipes.q_galore,
         # Four bits a number and five bytes a group; eight numbers a leaf for laziness.
         lambda m, n, r: (
-            m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 256) + 8 / 3
+            m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 128) + 8 / 3
         ),
     ),
 }

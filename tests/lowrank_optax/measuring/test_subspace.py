@@ -422,7 +422,7 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
 
     @functools.partial(jax.jit, static_argnames="refresh")
     def step(g: Any, state: Any, refresh: bool) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(
             lambda w, x, c: x + jnp.sum(w["w"] * c), tx, refresh=refresh
         )
@@ -434,7 +434,7 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
             return jax.lax.scan(body, x, jnp.arange(L))[0]
 
         jax.grad(loss)(jnp.float32(0))
-        return lro.training.close_layers(layers).state
+        return layers.close().state
 
     state = lro.training.per_layer(tx).init(params)
     for t in range(2 * T + 1):
@@ -494,7 +494,7 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
     plain = after_each_step(bracket(rule, lro.measure_subspace()), grads)[-1]["w"]
     found = steps(lro.measure_subspace(energy=False))
     np.testing.assert_allclose(found.overlap, plain.overlap, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* whole gradients"):
+    with pytest.raises(ValueError, match=r"w: measure_subspace\(\) .* full gradients"):
         steps(lro.measure_subspace(overlap=False))
 
 

@@ -63,8 +63,8 @@ BACKS = {
     "project_back": lro.project_back(0.5),
     "recover_residual": lro.recover_residual(),
     "sign_residual": lro.sign_residual(),
-    "scale_channels": lro.scale_channels(),
-    "scale_tensor": lro.recovery.scale_tensor(),
+    "scale_columns": lro.scale_gradient(),
+    "scale_matrix": lro.scale_gradient(per="matrix", scale=128.0),
     "compensate_columns": lro.compensate_columns(),
     "spectral_residual": lro.spectral_residual(),
 }
@@ -178,8 +178,8 @@ def test_error_feedback_goes_around_orthonormal_bases(basis: str) -> None:
     _, after = jax.eval_shape(tx.update, PARAMS, state)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     for step, back, reason in (
-        ("adam", "recover_residual", "gives the residual back already"),
-        ("adam", "scale_channels", "gives the residual back already"),
+        ("adam", "recover_residual", "adds the residual to the next gradient"),
+        ("adam", "scale_columns", "adds the residual to the next gradient"),
         ("accumulated", "project_back", "error_feedback.* the step accumulates"),
     ):
         tx = around(step, back)

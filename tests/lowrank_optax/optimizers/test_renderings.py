@@ -312,6 +312,10 @@ METHODS: dict[str, tuple[Any, Any]] = {
         lro.recipes.galore_adafactor(1.0, clip=0.8, **COMMON),
         of_galore(lambda: Adafactor(0.9, clip=0.8)),
     ),
+    "galore_2": (  # the sketch of a matrix as small as these loses nothing
+        lro.recipes.galore_2(1.0, scale=0.5, **KEY, **COMMON),
+        of_galore(Adam, alpha=0.5),
+    ),
     "golore": (
         lro.recipes.golore(1.0, switch_step=SWITCH, **KEY, **COMMON),
         of_galore(lambda: Adam(rotate="first"), None),

@@ -1,5 +1,6 @@
 """Gradients scaled by the step in the subspace: by channel, and as a whole."""
 
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ from tests.helpers.ways_back import (
     run,
 )
 
-SCALED = {"channels": lro.scale_channels, "tensor": lro.recovery.scale_tensor}
+SCALED = {
+    "channels": lro.scale_gradient,
+    "tensor": functools.partial(lro.scale_gradient, per="matrix", scale=128.0),
+}
 
 
 each = pytest.mark.parametrize("name", SCALED)
@@ -231,3 +235,6 @@ def test_they_need_their_stages(name: str) -> None:
     variant: Any = "torch"
     with pytest.raises(ValueError, match="variant='torch': choose"):
         SCALED[name](variant=variant)
+    per: Any = "row"
+    with pytest.raises(ValueError, match="per='row': choose \"column\" or"):
+        lro.scale_gradient(per=per)

@@ -256,8 +256,8 @@ def test_an_unknown_kind(kind):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((16, 8), "attn/k/kernel: its columns are the 16 inputs; the outputs"),
-        ((8, 10), "attn/k/kernel: 10 columns are no multiple of the head size 4"),
+        ((16, 8), "attn/k/kernel: the columns are the 16 inputs, because the outputs"),
+        ((8, 10), "attn/k/kernel: 10 columns are not a multiple of the head size 4"),
     ],
 )
 def test_heads_that_a_projection_takes_apart(shape, message):

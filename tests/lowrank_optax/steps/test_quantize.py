@@ -225,7 +225,7 @@ def test_bytes():
     )
     assert full == 4 * 2 * 5 * 16 * 1024
     count = 1  # byte, of a scale that says that Adam's count is stored as it is
-    assert small == (1 + 4 / 256) * 2 * 5 * 16 * 1024 + count <= 0.27 * full
+    assert small == (1 + 4 / 128) * 2 * 5 * 16 * 1024 + count <= 0.27 * full
 
 
 def test_what_is_quantised():

@@ -1,5 +1,6 @@
 """Steps: one matrix at a time, started anew, in full space, and turned in part."""
 
+import functools
 from typing import Any
 
 import jax
@@ -153,7 +154,7 @@ def test_entry_by_entry_it_makes_no_difference() -> None:
 
 def test_its_state_is_one_for_each_leaf() -> None:
     tx = bracket(lro.in_subspace(lro.steps.per_matrix(optax.scale_by_adam())))
-    state = tx.init(tree(1)).inner_state[3]
+    state = tx.init(tree(1)).inner_state[3].inner_state
     assert isinstance(state, optax.ScaleByAdamState)
     # Moments in the subspace, and a count for each matrix of a leaf.
     assert jax.tree.map(jnp.shape, state.nu) == jax.tree.map(jnp.shape, state.mu)
@@ -222,7 +223,7 @@ def test_matrices_start_anew_at_a_refresh_and_other_leaves_go_on() -> None:
             np.testing.assert_allclose(
                 reset[name][start : start + 2], step, atol=1e-3, err_msg=name
             )
-    counts = states.inner_state[3].count
+    counts = states.inner_state[3].inner_state.count
     for name, shape in SHAPES.items():
         each = np.asarray(counts[name]).reshape(7, -1)
         assert each.shape[1] == np.prod(shape[:-2])  # one for each matrix
@@ -239,7 +240,11 @@ def test_a_matrix_starts_anew_when_its_own_basis_moves_and_at_no_other_time() ->
     step = lro.reset_moments(optax.scale_by_adam(B1, B2))
     _, states = run(bracket(step, rule), gradients, {"layers": gradients["layers"][0]})
     on, anew = [*range(1, 8)], [1, 2, 3, 1, 2, 3, 4]
-    assert states.inner_state[3].count["layers"].T.tolist() == [on, anew, on]
+    assert states.inner_state[3].inner_state.count["layers"].T.tolist() == [
+        on,
+        anew,
+        on,
+    ]
 
 
 def test_without_matrices_or_without_other_leaves() -> None:
@@ -431,8 +436,8 @@ ACCUMULATING = {
 REFUSING = {
     "recover_residual": lro.recover_residual,
     "sign_residual": lro.sign_residual,
-    "scale_channels": lro.scale_channels,
-    "scale_tensor": lro.recovery.scale_tensor,
+    "scale_gradient": lro.scale_gradient,
+    "scale_gradient/matrix": functools.partial(lro.scale_gradient, per="matrix"),
 }
 
 
@@ -441,9 +446,10 @@ def test_an_accumulating_step_gives_no_residual_back(step: str) -> None:
     g = {"one": np.ones((M, N), np.float32)}
     sentence = "the step accumulates gradients, and is zero at most steps; accumulate "
     for name, back in REFUSING.items():
+        stage = name.split("/")[0]
         tx = bracket(ACCUMULATING[step](), back=back())
         with pytest.raises(
-            ValueError, match=rf"one: {name}\(\) does not work here: {sentence}"
+            ValueError, match=rf"one: {stage}\(\) does not work here: {sentence}"
         ):
             jax.eval_shape(tx.update, g, tx.init(g))
     fed_back = lro.error_feedback(optax.chain(lro.dominant_svd(), lro.project()))
@@ -485,7 +491,7 @@ def test_moments_are_reset_only_where_the_basis_moves() -> None:
             stages.chain_of(basis=rule, step=step), rank=3, refresh_every=2
         )
         _, states = stages.run(tx, grads)
-        return [int(s.inner_state[2].count["w"]) for s in states]
+        return [int(s.inner_state[2].inner_state.count["w"]) for s in states]
 
     assert counts(lro.dominant_svd()) == [1, 2, 1, 2, 1, 2, 1]
     assert counts(lro.bases.frozen(lro.dominant_svd())) == [1, 2, 3, 4, 5, 6, 7]

@@ -151,14 +151,14 @@ def test_momentum_in_numpy() -> None:
 def test_squares_are_of_each_layers_gradient() -> None:
     tx = optax.sgd(RATE)
     params, state, rest = start(tx)
-    layers = lro.training.open_layers(params, state)
+    layers = lro.training.Layers.open(params, state)
     layer = lro.training.update_in_backward(block, tx)
     jax.grad(
         lambda rest: through(
             lambda x, i: (layer(i, layers, x), None), rest, data(0), jnp.arange(LAYERS)
         )
     )(rest)
-    found = lro.training.close_layers(layers).squares
+    found = layers.close().squares
     g, _ = gradients(params, rest, data(0))
     expected = sum(np.sum(np.square(x).reshape(LAYERS, -1), 1) for x in g.values())
     assert found.dtype == jnp.float32
@@ -175,7 +175,7 @@ def test_inputs_get_gradients() -> None:
         return x + scale["a"] * k * (block(w, x) - x)
 
     def ours(scale: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(scaled, tx)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:

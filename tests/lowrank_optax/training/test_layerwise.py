@@ -250,7 +250,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
 
     @jax.jit
     def step(params: Any, state: Any, rest: Any, batch: Data, factors: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(poisoned_block, tx, refresh=refresh)
 
         def loss(rest: Any) -> Any:
@@ -261,7 +261,7 @@ def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -
             return through(body, rest, batch, jnp.arange(LAYERS))
 
         gradient = jax.grad(loss)(rest)
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return done.params, done.state, stepped(rest, gradient)
 
     ones = jnp.ones(LAYERS)
@@ -338,14 +338,14 @@ def test_nothing_is_updated_without_differentiation() -> None:
 
     @jax.jit
     def evaluate(params: Any, state: Any, rest: Any) -> Any:
-        layers = lro.training.open_layers(params, state)
+        layers = lro.training.Layers.open(params, state)
         layer = lro.training.update_in_backward(block, tx, refresh=True)
 
         def body(x: Any, i: Any) -> tuple[Any, None]:
             return layer(i, layers, x), None
 
         loss = through(body, rest, data(0), jnp.arange(LAYERS))
-        done = lro.training.close_layers(layers)
+        done = layers.close()
         return loss, done.params, done.state, done.squares
 
     loss, *after, squares = evaluate(params, state, rest)
@@ -379,7 +379,7 @@ def test_leaves_without_one_number_of_layers(other: Any, axes: str) -> None:
     params, tx = {"a": jnp.ones((4, 2)), "b": other}, optax.sgd(RATE)
     message = re.escape(f"found first axes of {axes}: keep what is not stacked apart")
     for f in (
-        lambda: lro.training.open_layers(params, ()),
+        lambda: lro.training.Layers.open(params, ()),
         lambda: lro.training.update_layers(tx, params, (), params),
         lambda: lro.training.per_layer(tx).update(params, (), params),
         lambda: lro.training.per_layer(tx).init(params),

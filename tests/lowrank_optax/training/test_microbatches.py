@@ -70,7 +70,7 @@ def mean_loss(y: Any, weight: Any) -> Any:
 def summed(
     tx: Any, refresh: bool, params: Any, state: Any, parts: Any
 ) -> tuple[Any, Any, Any]:
-    layers = lro.training.open_sums(tx, params, state, refresh=refresh)
+    layers = lro.training.LayerSums.open(tx, params, state, refresh=refresh)
 
     def add(carry: Any, part: Any, *, first: bool) -> Any:
         x, weight = part
@@ -88,15 +88,13 @@ def summed(
         total, _ = add(total, jax.tree.map(lambda x: x[0], parts), first=True)
     others = jax.tree.map(lambda x: x[start:], parts)
     jax.lax.scan(functools.partial(add, first=False), total, others)
-    params, state, sums = lro.training.close_sums(layers)
+    params, state, sums = layers.close()
     params, state = lro.training.update_layers(
         tx,
-        sums.low,
+        sums,
         state,
         params,
         refresh=refresh,
-        projected=True,
-        bases=sums.bases,
     )
     return params, state, sums
 
@@ -161,9 +159,9 @@ def test_the_first_micro_batch_chooses_and_all_are_projected() -> None:
 def test_a_step_that_needs_the_gradient_is_refused(name: str) -> None:
     tx, params = optimizer(name), {"up": jnp.ones((WIDTH, HIDDEN))}
     state = tx.init(params)
-    low = lro.training.project_gradient(tx, params, state, params).low
+    low = lro.training.project_gradient(tx, params, state, params)
     with pytest.raises(ValueError, match="up: a stage needs the gradient itself"):
-        tx.update(low, state, params, refresh=False, projected=True)
+        lro.training.update_projected(tx, low, state, params)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -185,11 +183,11 @@ def test_what_cannot_be_projected_is_an_error() -> None:
     with pytest.raises(ValueError, match="this transformation has 0"):
         lro.training.project_gradient(adamw, params, adamw.init(params), params)
     tx = optimizer("galore")
-    state = tx.init(params)
+    state, whole = tx.init(params), lro.training.Projected(params, {})
     with pytest.raises(ValueError, match=r"up: a projected gradient of shape \(16, 24"):
-        tx.update(params, state, params, refresh=False, projected=True)
+        lro.training.update_projected(tx, whole, state, params)
     with pytest.raises(ValueError, match="give params"):
-        tx.update(params, state, refresh=False, projected=True)
+        lro.training.update_projected(tx, whole, state, None)
 
 
 def test_no_sum_of_whole_gradients() -> None:
@@ -201,7 +199,7 @@ def test_no_sum_of_whole_gradients() -> None:
     parts = jnp.zeros((PARTS, ROWS, 4 * WIDTH))
 
     def sums(params: Any, state: Any, parts: Any) -> Any:
-        layers = lro.training.open_sums(tx, params, state)
+        layers = lro.training.LayerSums.open(tx, params, state)
         layer = lro.training.sum_in_backward(block, tx)
 
         def add(total: Any, x: Any) -> Any:
@@ -213,7 +211,7 @@ def test_no_sum_of_whole_gradients() -> None:
             return total + jnp.sum(jax.grad(loss)(x)), None
 
         total, _ = jax.lax.scan(add, 0.0, parts)
-        return total, lro.training.close_sums(layers)
+        return total, layers.close()
 
     def gradients(params: Any, parts: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, params)

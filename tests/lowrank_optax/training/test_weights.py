@@ -212,12 +212,12 @@ def test_a_zero_update_changes_no_bit_of_a_float(dtype):
 
 def test_each_number_has_its_mean_and_the_largest_too():
     n = 20_000
-    x = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
-    draw = jax.jit(jax.vmap(lambda key: quantize(jnp.asarray(x), key, 12)))
+    x = np.random.default_rng(0).normal(size=(2, 22)).astype(np.float32)
+    draw = jax.jit(jax.vmap(lambda key: quantize(jnp.asarray(x), key, 11)))
     q = draw(keys(1, n))
     back = np.asarray(dequantize(q), np.float64)
-    parts, scales = back.reshape(n, 2, 2, 12), np.asarray(q.scales, np.float64)
-    largest = np.abs(x).reshape(2, 2, 12).max(-1)
+    parts, scales = back.reshape(n, 2, 2, 11), np.asarray(q.scales, np.float64)
+    largest = np.abs(x).reshape(2, 2, 11).max(-1)
     # Every scale is one of two, the bit below and above the largest / 127.
     bit = 2.0 ** (np.floor(np.log2(largest / 127)) - 16)
     low = np.floor(largest / 127 / bit) * bit
@@ -226,10 +226,10 @@ def test_each_number_has_its_mean_and_the_largest_too():
     for i in np.ndindex(2, 2):
         assert agrees(np.sum(scales[:, *i] > low[i]), n, p[i])
     # A number is a fair draw given the scale: of variance scale^2 / 4 at most.
-    error = (parts.mean(0) - x.reshape(2, 2, 12)) / (low + bit)[..., None]
+    error = (parts.mean(0) - x.reshape(2, 2, 11)) / (low + bit)[..., None]
     assert np.abs(error).max() < 6 * 0.5 / np.sqrt(n)
     # And where x / scale is far from a whole number and a half, with its variance.
-    f = np.abs(x.reshape(2, 2, 12)) / low[..., None] % 1
+    f = np.abs(x.reshape(2, 2, 11)) / low[..., None] % 1
     sure = (f > 0.02) & (f < 0.98)
     spread = parts.std(0) / low[..., None]
     np.testing.assert_allclose(spread[sure], np.sqrt(f * (1 - f))[sure], atol=0.02)
@@ -264,7 +264,8 @@ def test_the_layers_are_independent():
 
 def test_what_is_not_finite_is_not_hidden():
     for key in (None, 0):
-        x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 1.0, -jnp.inf, 1.0, 0.0, 4.0])
+        x = [1, jnp.nan, 3, jnp.inf, 0, 1, -jnp.inf, 1, 0, 4, 2]  # blocks of 3 and 2
+        x = jnp.array(x, jnp.float32)
         back = np.asarray(dequantize(quantize(x, key, 3)))
         assert np.isnan(back[:9]).all()
         assert back[9] == pytest.approx(4, rel=2**-16)
@@ -313,8 +314,8 @@ def test_updates_below_half_a_bit_move_the_mean(dtype, bits):
 
 def test_updates_below_half_a_code_move_the_mean():
     """The same in int8, where a block's largest keeps its scale."""
-    n, steps, p = 4096, 64, 1 / 16
-    x = np.zeros((16, 256), np.float32)
+    n, steps, p = 4080, 64, 1 / 16
+    x = np.zeros((16, 255), np.float32)  # one block a row
     x[:, 7] = -127 * 0.25
     u = np.full(x.shape, 0.25 * p, np.float32)
     u[:, 7] = 0
@@ -457,7 +458,7 @@ def test_stored_weights():
         w = params["layers"][block][name]["kernel"]
         stored = layers[block][name]["kernel"]
         same_bits(stored, quantize(w))
-        assert stored.codes.nbytes + stored.scales.nbytes == w.size * (1 + 4 / 256)
+        assert stored.codes.nbytes + stored.scales.nbytes == w.size * (1 + 4 / 128)
     rest = [in_int8["embed"], in_int8["router"], layers["norm"]]
     rest = jax.tree.leaves([*rest, layers["attn"]["q"]["bias"]])
     assert {x.dtype for x in rest} == {jnp.dtype(jnp.bfloat16)}

@@ -29,7 +29,7 @@ from train.data.tokenizer import open_tokenizer
 from train.engine.mesh import make_mesh, to_devices
 from train.main import main
 from train.records.metrics import read_metrics
-from train.run.checkpoint import seals_of
+from train.run.checkpoint import stored_checksums
 from train.run.loop import initial, lower_step, work_of
 
 END = 1
@@ -350,7 +350,7 @@ def test_a_run_resumes_bit_for_bit(one_device, folder, tmp_path, monkeypatch):
     assert read_metrics(stopped)[-1]["step"] == 4
     main([*flags_of(folder, "text", stopped), "--resume"])
     last = Path("checkpoints", "6")
-    assert seals_of(stopped / last) == seals_of(whole / last)
+    assert stored_checksums(stopped / last) == stored_checksums(whole / last)
     names = ("step", "loss", "eval_loss", "grad_norm", "skipped")
     there, here = (
         [

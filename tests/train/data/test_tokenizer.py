@@ -58,7 +58,7 @@ def test_training_reaches_the_size_asked_and_merges(trained):
 
 def test_training_in_other_processes_gives_the_same_file(tmp_path):
     program = (
-        "import sys; from train.data.dataset.tokenizer import train_tokenizer;"
+        "import sys; from train.data.tokenizer import train_tokenizer;"
         "train_tokenizer([f'the {i}th speech' * 3 for i in range(50)],"
         " vocab_size=290, cache_dir=sys.argv[1])"
     )

@@ -40,7 +40,7 @@ from train.engine.step import (
 )
 from train.records.metrics import read_metrics
 from train.run.checkpoint import Restored
-from train.run.loop import Around, Trained, fit, initial, kinds_of_steps
+from train.run.loop import Outputs, Trained, fit, initial, kinds_of_steps
 from train.run.report import sample_text
 
 VOCABULARY, LAYERS, T = 64, 3, 4
@@ -290,7 +290,7 @@ def test_adamws_step_is_compiled_beside_where_it_costs_nothing(monkeypatch):
     optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
     model = dataclasses.replace(MODEL, compute_dtype="float32")
     work = Work(model, optimizer, jax.random.key(1))
-    like, adamw = initial(work, MESH)[1], train.run.loop.beside(config, work)
+    like, adamw = initial(work, MESH)[1], train.run.loop.adamw_work(config, work)
     monkeypatch.setattr(train.run.loop.jax, "default_backend", lambda: "gpu")
     program = build_program(config, MESH, work, like, [False], adamw)
     ours, theirs = program.memory[False], program.adamw
@@ -304,7 +304,7 @@ def test_adamws_step_is_compiled_beside_where_it_costs_nothing(monkeypatch):
     assert theirs.weights == ours.weights
     adamw = dataclasses.replace(config.optimizer, name="adamw")
     assert (
-        train.run.loop.beside(dataclasses.replace(config, optimizer=adamw), work)
+        train.run.loop.adamw_work(dataclasses.replace(config, optimizer=adamw), work)
         is None
     )
 
@@ -349,7 +349,7 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
     ignore = lambda *_: None  # noqa: E731
     progress = SimpleNamespace(record=ignore, step=ignore)
     stop = SimpleNamespace(reached=ignore)
-    around = Around(
+    around = Outputs(
         SimpleNamespace(write=ignore), SimpleNamespace(healthy=None), progress, stop
     )  # pyright: ignore
     fit(

@@ -22,7 +22,7 @@ from train.host.atomic import Appender, check_writable, write_bytes
 from train.host.paths import move_folder, run_folder, to_path
 from train.records.metrics import MetricsWriter, read_metrics
 from train.records.plots import draw_run
-from train.run.folder import check_folder, going_on, own_folder
+from train.run.folder import check_folder, own_folder, resumed_if_there
 from train.run.stored import run_and_step
 
 TEXTS = [f"Speech {i}: " + "the people of the union " * 9 for i in range(40)]
@@ -179,13 +179,13 @@ def test_a_folder_in_a_bucket_belongs_to_one_run(bucket, capsys):
     config = replace(config_of("--resume-or-start"), out=bucket / "run")
     check_writable(config.out)
     assert not (bucket / "run").exists()
-    first = going_on(config)
+    first = resumed_if_there(config)
     check_folder(first)
     with own_folder(first, {"source": None}):
         pass
     assert "there are no locks: see to it yourself" in capsys.readouterr().out
     assert from_json((bucket / "run" / "config.json").read_text()) == first
-    again = going_on(config)
+    again = resumed_if_there(config)
     assert again.resume
     check_folder(again)
     with pytest.raises(FileExistsError, match="holds a run already"):

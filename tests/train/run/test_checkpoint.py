@@ -16,7 +16,7 @@ from train.config.config import Config, model_config, resolved
 from train.engine.optimizer import make_optimizer
 from train.engine.step import Work, init_state, init_weights
 from train.run.checkpoint import CheckpointError, Checkpoints, KeepHealthy
-from train.run.folder import check_folder, going_on
+from train.run.folder import check_folder, resumed_if_there
 from train.run.start import open_text
 
 
@@ -38,11 +38,11 @@ def test_resuming_what_is_not_there_is_an_error(tmp_path):
 
 def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
     config = config_of(tmp_path / "run", "--resume-or-start")
-    first = going_on(config)
+    first = resumed_if_there(config)
     assert not first.resume
     check_folder(first)
     store(first)
-    again = going_on(config)
+    again = resumed_if_there(config)
     assert again.resume
     check_folder(again)
     said = capsys.readouterr().out.splitlines()
@@ -51,7 +51,7 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
         "a run: going on with it",
     ]
     strict = config_of(tmp_path / "run")
-    assert going_on(strict) == strict
+    assert resumed_if_there(strict) == strict
 
 
 def test_another_configuration_is_an_error_that_names_the_fields(tmp_path):

@@ -144,7 +144,7 @@ def test_metrics_are_means_over_the_layers_that_have_a_value():
         (("--optimizer", "apollo"), r"kernel: measure_subspace\(\) .* not orthonormal"),
         (
             ("--optimizer", "galore", "--layerwise", "on", "--microbatches", "2"),
-            r"measure_subspace\(\).*sum whole gradients; take microbatches=1",
+            r"measure_subspace\(\).*sum full gradients; take microbatches=1",
         ),
     ],
 )

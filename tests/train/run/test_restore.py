@@ -30,7 +30,7 @@ from train.run.folder import check_folder
 from train.run.loop import initial
 from train.run.restore import load_run, load_weights
 from train.run.start import check_start, pinned, tokenizer_file, weights_for
-from train.run.stored import keep_tokenizer, kept_tokenizer, run_and_step
+from train.run.stored import run_and_step, store_tokenizer, stored_tokenizer
 
 TEXTS = ["a quick brown fox jumps over the lazy dog " * 4, "and an owl sleeps " * 9]
 
@@ -87,7 +87,7 @@ def saved(tmp_path_factory, mesh, tokenizer) -> Callable[[str], Saved]:
         folder = tmp_path_factory.mktemp("runs") / "run@0.1"
         config = config_of(folder, "--weight-dtype", dtype)
         store(config)
-        keep_tokenizer(folder, tokenizer)
+        store_tokenizer(folder, tokenizer)
         batches = iter(grain.MapDataset.range(10).to_iter_dataset())
         state = first_state(config, mesh)
         other = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
@@ -209,7 +209,7 @@ def test_the_step_is_pinned_at_the_start_and_stays_when_resumed(tmp_path):
 def test_another_shape_or_tokenizer_is_an_error(tmp_path, tokenizer, capsys):
     source = config_of(tmp_path / "a")
     empty_run(source, 10)
-    keep_tokenizer(source.out, tokenizer)
+    store_tokenizer(source.out, tokenizer)
     given = ("--init-from", f"{source.out}@10")
     config = config_of(tmp_path / "b", *given)
     check_start(config, tokenizer)
@@ -233,10 +233,10 @@ def test_the_tokenizer_of_a_run_stays_with_it(tmp_path, tokenizer):
     config = config_of(tmp_path / "a", "--tokenizer", "mine.json")
     assert tokenizer_file(config) == "mine.json"
     config.out.mkdir()
-    keep_tokenizer(config.out, None)
-    assert kept_tokenizer(config.out) is None
-    keep_tokenizer(config.out, tokenizer)
-    kept = kept_tokenizer(config.out)
+    store_tokenizer(config.out, None)
+    assert stored_tokenizer(config.out) is None
+    store_tokenizer(config.out, tokenizer)
+    kept = stored_tokenizer(config.out)
     assert kept == config.out / "tokenizer.json"
     assert kept.read_bytes() == tokenizer.content
     assert isinstance(tokenizer, BytePairTokenizer)

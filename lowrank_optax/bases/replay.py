@@ -1,4 +1,4 @@
-"""Where: given bases, to compare optimizers on one trajectory of subspaces."""
+"""Where: recorded bases, to compare optimizers on one trajectory of subspaces."""
 
 import dataclasses
 from typing import cast
@@ -16,16 +16,16 @@ from lowrank_optax.core.trees import frames_of
 
 
 def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
-    """Given bases: the k-th refresh takes the k-th.
+    """Takes the k-th of these bases at the k-th refresh.
 
-    To compare two optimizers on one trajectory of subspaces, singular vectors being
-    defined up to sign.
+    Compares two optimizers on one trajectory of subspaces, since singular vectors are
+    defined up to their sign.
 
     Args:
       bases: a tree like the parameters with (K, *batch, m, r) at each matrix leaf, in
         the orientation of the Frame (m <= n). After K refreshes the last one stays.
-        Other leaves are not looked at.
-      orthonormal: whether they are.
+        Other leaves are not read.
+      orthonormal: whether the bases are orthonormal.
 
     Raises:
       ValueError: for a matrix that has no bases, or bases of another shape.
@@ -42,7 +42,7 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
     """
     by_path = {path_of(k): s for k, s in jax.tree_util.tree_leaves_with_path(bases)}
 
-    def given(path: str, shape: tuple[int, ...]) -> jax.Array:
+    def bases_of(path: str, shape: tuple[int, ...]) -> jax.Array:
         if path not in by_path:
             raise ValueError(f"{path}: replay() has no bases for this matrix")
         s = jnp.asarray(by_path[path])
@@ -63,7 +63,7 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
     def init(params: optax.Params) -> BasisState:
         for frame in frames_of(params):
             if not frame.full_rank:
-                given(frame.path, frame.basis_shape)
+                bases_of(frame.path, frame.basis_shape)
         return cast(BasisState, rule.init(params))
 
     made = BasisRule(*stage(init, rule.update))

@@ -1,0 +1,79 @@
+"""Where: a basis that is drawn again at every step, from a key in the state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bases.refresh import rotation_between
+from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.keys import canonical_key, split
+from lowrank_optax.core.sharding import shard_batch
+from lowrank_optax.core.spread import replicated
+from lowrank_optax.core.stage import Clock, both, branch, timed_stage
+from lowrank_optax.core.trees import frames_of, map_subspaces, nothing
+
+
+class Redrawn(BasisRule):
+    """A basis rule whose state holds the key of the last refresh and no bases."""
+
+
+def redraw(rule: Rule) -> Redrawn:
+    """The stage that draws S at every step, by a rule that looks at keys alone.
+
+    Its `BasisState.basis` is one typed key for all matrices.
+    """
+    assert rule.key is not None, "a rule that draws has a key"
+    first = rule.key
+
+    def init(params: optax.Params) -> BasisState:
+        key = canonical_key(first)
+        started = map_subspaces(
+            lambda f: shard_batch(f, jnp.ones(f.batch, bool)), params, other=nothing
+        )
+        # A copy: one buffer in two places of a state could not be donated.
+        return BasisState(key, jax.random.clone(key), started)
+
+    def update(
+        frames: optax.Updates, state: BasisState, now: Clock
+    ) -> tuple[optax.Updates, BasisState]:
+        if all(frame.full_rank for frame in frames_of(frames)):
+            return frames, state
+        due = both(now.refresh, now.step == 0) if rule.once else now.refresh
+
+        def basis(frame: Frame, key: Any) -> jax.Array:
+            s = rule.choose(frame, frame.keys(key), now)
+            return replicated(s.reshape(frame.basis_shape))
+
+        def refresh() -> tuple[Any, Any, optax.Updates]:
+            key, drawn = split(state.rng_key)
+
+            def rotation(frame: Frame) -> jax.Array:
+                new, old = basis(frame, drawn), basis(frame, state.basis)
+                return rotation_between(new, old, frame.gradient.dtype)
+
+            return key, drawn, map_subspaces(rotation, frames, other=nothing)
+
+        def stay() -> tuple[Any, Any, optax.Updates]:
+            rotations = map_subspaces(Frame.no_rotation, frames, other=nothing)
+            return state.rng_key, state.basis, rotations
+
+        key, drawn, rotations = branch(due, refresh, stay)
+
+        def with_basis(frame: Frame, rotation: jax.Array) -> Frame:
+            return frame.replace(
+                previous=basis(frame, state.basis),
+                basis=basis(frame, drawn),
+                rotation=rotation,
+                refreshed=jnp.full(frame.batch, due),
+                orthonormal=rule.orthonormal,
+            )
+
+        frames = map_subspaces(with_basis, frames, rotations)
+        return frames, BasisState(key, drawn, state.started)
+
+    made = Redrawn(*timed_stage(init, update))
+    made.rule = rule
+    return made

@@ -1,0 +1,108 @@
+"""Options that many optimizers accept: declared once here, passed on unchanged."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar, cast, get_args, get_type_hints
+
+import jax
+
+from lowrank_optax.core.aliases import Mask, Number
+from lowrank_optax.core.layout import DimensionNumbers, Rank, Square
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FullRankOptions(TypedDict, total=False):
+    """Options of every optimizer, explained in `low_rank_optimizer`."""
+
+    weight_decay: Number
+    mask: Mask
+    dimension_numbers: DimensionNumbers
+
+
+class SubspaceOptions(FullRankOptions, total=False):
+    """Options of an optimizer with a subspace, explained in `low_rank_optimizer`."""
+
+    rank: Rank
+    square: Square
+    precision: jax.lax.PrecisionLike
+
+
+class Options(SubspaceOptions, total=False):
+    """Options of an optimizer that refreshes its subspace every so many steps."""
+
+    refresh_every: int
+
+
+class ScaledOptions(Options, total=False):
+    """Options of an optimizer that is `galore` with another step."""
+
+    scale: Number
+
+
+class AdamOptions(TypedDict, total=False):
+    """What `galore` passes to Adam, and the scale of its step."""
+
+    scale: Number
+    b1: Number
+    b2: Number
+    eps: Number
+
+
+class GaloreOptions(Options, AdamOptions, total=False):
+    """Options of an optimizer that is `galore` with another basis."""
+
+
+class NeverRefreshedOptions(SubspaceOptions, AdamOptions, total=False):
+    """Options of an optimizer that is `galore` with a basis that moves by itself."""
+
+
+def passes_on(inner: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
+    """Gives an optimizer's `**options: Unpack[...]` the defaults that `inner` has.
+
+    The signature then lists each option, as `optax.inject_hyperparams` needs it to:
+    it binds arguments by `inspect.signature`.
+
+    Args:
+      inner: the function that gets the options.
+      **defaults: defaults of this optimizer that differ from those of `inner`.
+
+    Raises:
+      TypeError: in the optimizer, for an argument that its signature does not list.
+    """
+
+    def decorate(make: F) -> F:
+        signature = _listed(make, inspect.signature(inner), defaults)
+
+        @functools.wraps(make)
+        def optimizer(*args: Any, **kwargs: Any) -> Any:
+            try:
+                given = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{make.__name__}(): {error}") from None
+            given.apply_defaults()
+            return make(*given.args, **given.kwargs)
+
+        vars(optimizer)["__signature__"] = signature
+        return cast(F, optimizer)
+
+    return decorate
+
+
+def _listed(
+    make: Callable[..., Any], inner: inspect.Signature, defaults: dict[str, Any]
+) -> inspect.Signature:
+    """The signature of `make` with its options one by one, the rank first."""
+    own = inspect.signature(make)
+    *parameters, options = own.parameters.values()
+    (accepted,) = get_args(get_type_hints(make)[options.name])  # of Unpack[...]
+    for name, option in inner.parameters.items():
+        if name in accepted.__annotations__:
+            default = defaults.get(name, option.default)
+            parameters.append(option.replace(default=default))
+    first = ("rank", "refresh_every")
+    parameters.sort(key=lambda p: (p.kind, p.name not in first))
+    return own.replace(parameters=parameters)

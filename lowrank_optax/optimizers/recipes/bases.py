@@ -1,0 +1,351 @@
+"""GaLore with another basis."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import optax
+
+from lowrank_optax.bases.dct import dct_columns
+from lowrank_optax.bases.lazy import lazy_refresh
+from lowrank_optax.bases.momentum import correlation_aware
+from lowrank_optax.bases.pca import online_pca
+from lowrank_optax.bases.random import random_after
+from lowrank_optax.bases.rows import sample_rows
+from lowrank_optax.bases.singular import dominant_svd
+from lowrank_optax.bases.storage import quantize_basis
+from lowrank_optax.core.aliases import Key, Number, Step
+from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
+from lowrank_optax.optimizers.galore import galore
+from lowrank_optax.optimizers.options import (
+    GaloreOptions,
+    NeverRefreshedOptions,
+    Options,
+    ScaledOptions,
+    passes_on,
+)
+from lowrank_optax.recovery.feedback import error_feedback
+from lowrank_optax.recovery.projection import project, project_back
+from lowrank_optax.steps.quantize import quantize_moments
+from lowrank_optax.steps.rotation import rotate_moments
+from lowrank_optax.steps.subspace import in_subspace, reset_moments
+
+__all__ = [
+    "coap",
+    "dct_adamw",
+    "galore_2",
+    "golore",
+    "grass_sparse",
+    "online_subspace_descent",
+    "q_galore",
+]
+
+NEVER = 2**31 - 1
+
+
+@passes_on(galore, eps=1e-6)
+def coap(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    recompute_every: int = 5,
+    step_size: Number = 0.1,
+    **options: Unpack[GaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """COAP: GaLore with a basis that is corrected by gradient steps between sketches.
+
+    At a refresh the basis takes a gradient step that lowers the reconstruction error
+    and raises the momentum's correlation with the gradient; at every
+    `recompute_every`-th it is recomputed from a sketch (Xiao et al. 2025, "COAP";
+    equations and deviations in `correlation_aware`). The moments stay as they are,
+    the released default. State of a matrix: mr + 2nr numbers; two products a step.
+
+    When to choose it: a cheap refresh without an SVD. When not: with very small
+    gradients, whose squares scale its steps (the mean loss of a language model is such
+    a case; then only the recomputations move it).
+
+    Deviation: Adam's moments are corrected for bias before eps is added; the released
+    code corrects the step size.
+
+    Args:
+      recompute_every: refreshes from one recomputation to the next.
+      step_size: of the basis' gradient step.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.coap(0.01, rank=4, refresh_every=40)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    rule = correlation_aware(step_size, recompute_every=recompute_every)
+    return galore(learning_rate, basis=rule, **options)
+
+
+@passes_on(low_rank_optimizer, refresh_every=1)
+def dct_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    feedback: bool = False,
+    scale: Number = 1.0,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """DCT-AdamW: Adam on the cosine transform's columns that the gradient is long in.
+
+    S_t = r columns of the DCT matrix, chosen by one product; Adam's moments go with
+    their columns (Modoranu et al. 2025, "FFT-based Dynamic Subspace Selection";
+    equations in `dct_columns`). State of a matrix: 2nr numbers and r integers, and mn
+    with feedback; two products a step, and at a refresh one of m x m and n.
+
+    When to choose it: a basis that follows the gradient without any factorisation, and
+    is not stored. When not: where the top of the spectrum is what counts, which a fixed
+    matrix only comes near to.
+
+    Deviations: this is the released code with `rotate_subspace` (read, not run beside
+    it), on the smaller side of every matrix; that code can also store the feedback in 4
+    or 8 bits.
+
+    Args:
+      feedback: whether what the projection lost is added to the next gradient.
+      scale: on the matrices' step; 1 in the source.
+      learning_rate, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`; the source refreshes at every step.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.dct_adamw(0.002, rank=4)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    where = optax.chain(dct_columns(), project())
+    if feedback:
+        # b1=0: M is not lost to the error, for the rotation drops whole rows of it.
+        where = error_feedback(where, b1=0.0)
+    step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
+    stages = optax.chain(where, step, project_back(scale))
+    return low_rank_optimizer(stages, learning_rate, **options)
+
+
+@passes_on(galore)
+def galore_2(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    key: Key,
+    **options: Unpack[GaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore 2: GaLore with bases of a randomized SVD.
+
+        S_t = the r leading left singular vectors of G_t, from a random sketch
+        G~ = S^T G;  W <- W - lr scale S M^ / (sqrt(V^) + eps)
+
+    (Su et al. 2025, "GaLore 2: Large-Scale LLM Pre-Training by Gradient Low-Rank
+    Projection", arXiv 2504.20437; the sketch in `dominant_svd`.) State of a matrix:
+    mr + 2nr numbers; two products a step.
+
+    When to choose it: large matrices, whose SVD would dominate a refresh. When not: for
+    a subspace that does not freeze, which a sample of all singular vectors gives:
+    `galore(basis=sara_sample(key))`.
+
+    Deviations: the sketch is that of `dominant_svd`, with eight more columns than the
+    rank and two power steps, whatever the paper's code takes. What the paper does for
+    FSDP is not part of this: `state_shardings` and `training` are for any optimizer.
+
+    Args:
+      key: a seed or a typed key for the sketches.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.galore_2(0.01, rank=4, key=0)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    rule = dominant_svd(decomposition="randomized", key=key)
+    return galore(learning_rate, basis=rule, **options)
+
+
+@passes_on(galore)
+def golore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    switch_step: Step,
+    key: Key,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[ScaledOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """GoLore: GaLore whose subspace is random in the end.
+
+    At a refresh the basis is the gradient's leading singular vectors before
+    `switch_step` and uniformly random from it on; the first moment rotates with it,
+    M <- S_t^T S_{t-1} M, the second stays (He et al. 2025, "Subspace Optimization for
+    Large Language Models with Convergence Guarantees"; equations in `random_after`).
+    State of a matrix: mr + 2nr numbers; two products a step.
+
+    When to choose it: where GaLore stalls late because noise fills its subspace. When
+    not: for the whole run (a random subspace alone misses most of the gradient);
+    `grass_jump` recovers that part, `basis=sara_sample(key)` in `galore` samples.
+
+    Deviations: the released code rotates M for one step and forgets it; here it is
+    stored, as in the paper. Scale 0.25 is GaLore's; the released script takes 1.
+
+    Args:
+      switch_step: the first step of random bases; the source takes a half to 0.8 of
+        the run.
+      key: a seed or a typed key for the random bases.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.golore(0.01, rank=4, switch_step=8000, key=0)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    step = rotate_moments(optax.scale_by_adam(b1, b2, eps), moments="first")
+    rule = random_after(switch_step, key)
+    return galore(learning_rate, basis=rule, step=step, **options)
+
+
+@passes_on(galore)
+def grass_sparse(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    key: Key,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[ScaledOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Grass: Adam on r sampled rows of the gradient.
+
+    At a refresh r rows are drawn by their norm, without replacement, and Adam starts
+    anew on them; a step moves these rows alone (Muhamed et al. 2024, "Grass: Compute
+    Efficient Low-Memory LLM Training with Structured Sparse Gradients"; equations in
+    `sample_rows`). State of a matrix: 2nr numbers, r integers, a count; no
+    product.
+
+    When to choose it: the cheapest update, where most rows may wait. When not: for
+    speed per token: `frugal(basis=coordinates(key))` moves the other rows too.
+
+    Deviations: the source projects to save gradient memory as well; here the full
+    gradient comes in. Rows are those of the canonical orientation, along the smaller
+    side. No code is published; scale 0.25 is GaLore's.
+
+    Args:
+      key: a seed or a typed key for the samples.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.grass_sparse(0.01, rank=4, key=0)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    step = reset_moments(optax.scale_by_adam(b1, b2, eps))
+    return galore(learning_rate, basis=sample_rows(key), step=step, **options)
+
+
+@passes_on(galore, eps=1e-8)
+def online_subspace_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    optimizer_of_basis: optax.GradientTransformation | None = None,
+    penalty: Number = 0.0,
+    **options: Unpack[NeverRefreshedOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Online subspace descent: GaLore with a basis trained by online PCA.
+
+    The basis P takes one step of an optimizer of its own on the reconstruction loss
+    ||P P^T G^ - G^||_F^2 at every step; nothing is ever factorised after step 0
+    (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent";
+    equations in `online_pca`, whose state reports loss and orthonormality drift).
+    State of a matrix: 3mr + 2nr + 2 numbers (P with Adam's moments; loss and drift);
+    four products a step.
+
+    When to choose it: where no factorisation after the first step can be afforded. When
+    not: for stability (the SARA paper, Table 3, finds it unstable and below GoLore); P
+    drifts from orthonormal without a penalty.
+
+    Args:
+      optimizer_of_basis: any optax optimizer for P, learning rate and sign included;
+        by default `optax.adamw(1 / 200, weight_decay=0.01)` (see `online_pca`).
+      penalty: lambda on ||P^T P - I||_F^2; 0 in the released code.
+      learning_rate, scale, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.online_subspace_descent(0.01, rank=4)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    rule = online_pca(optimizer_of_basis, penalty=penalty)
+    return galore(learning_rate, basis=rule, refresh_every=NEVER, **options)
+
+
+@passes_on(galore)
+def q_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    basis: optax.GradientTransformation | None = None,
+    bits: int = 4,
+    threshold: Number = 0.4,
+    min_size: int = 4096,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[ScaledOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Q-GaLore: 4-bit bases, 8-bit moments, fewer refreshes where a basis stands still.
+
+    GaLore with its basis stored in `bits` bits, Adam's moments in eight, and each
+    leaf's refresh interval doubled while its bases stay similar (Zhang et al. 2024,
+    "Q-GaLore"; equations in `quantize_basis`, `quantize_moments`, `lazy_refresh`).
+    State of a matrix: bits mr / 8 + 2nr bytes, and scales; two products a step.
+
+    When to choose it: GaLore at a quarter of its memory. When not: where the subspace
+    has to be left before it freezes, which a lazy refresh hastens.
+
+    Deviation: the source also stores weights in 8 bits with stochastic rounding;
+    `weights.store` and `weights.add_updates` do that for any optimizer.
+
+    Args:
+      basis: a basis rule to store in few bits; `dominant_svd()` by default.
+      bits: 4 or 8.
+      threshold: the mean similarity from which on a leaf's interval doubles.
+      min_size: moments with fewer numbers stay as they are.
+      learning_rate, b1, b2, eps, scale: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: bits other than 4 and 8; and as `low_rank` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.q_galore(0.01, rank=4)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
+    rule = lazy_refresh(rule, threshold=threshold)
+    adam = optax.scale_by_adam(b1, b2, eps)
+    step = in_subspace(quantize_moments(adam, min_size=min_size))
+    return galore(learning_rate, basis=rule, step=step, **options)

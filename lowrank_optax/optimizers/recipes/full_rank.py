@@ -1,0 +1,120 @@
+"""Optimizers with next to no state, and no subspace."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import optax
+
+from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.layout import TRANSFORMER_MATRICES, Rules, Square
+from lowrank_optax.full_rank.normalize import normalize_by_output_rms, trace_matching
+from lowrank_optax.full_rank.row_column import scale_by_racs
+from lowrank_optax.optimizers.assemble import full_rank_optimizer
+from lowrank_optax.optimizers.options import FullRankOptions, passes_on
+from lowrank_optax.steps.rest import with_rest
+
+__all__ = ["racs", "scale_sgd"]
+
+# Norms and biases have full rank, everything else is a matrix: embedding and head too.
+WEIGHT_MATRICES: Rules = (*TRANSFORMER_MATRICES[:2], ("", "matrix"))
+
+HEAD = r"(?i)(^|/)(lm_)?(head|logits)(_dense)?(/(kernel|weight|w))?$"
+
+
+@passes_on(full_rank_optimizer)
+def racs(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    iterations: int = 5,
+    scale: Number = 0.05,
+    limit: Number = 1.01,
+    b2: Number = 0.9,
+    rest: optax.GradientTransformation | None = None,
+    square: Square = "input",
+    **options: Unpack[FullRankOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """RACS: the gradient with its rows and its columns scaled, and no momentum.
+
+    W <- W - lr scale diag(q)^(-1/2) G diag(s)^(-1/2), its norm limited to grow by
+    `limit` a step, q and s running means of a rank-one fit of the squared gradient
+    (Gong et al. 2025, "Structured Fisher Approximation", Algorithm 1; equations in
+    `scale_by_racs`). State of a matrix: m + n + 1 numbers; ten sums over the gradient a
+    step, and no product. Published: learning_rate=0.02 and the defaults; scale=0.02 at
+    1.3B.
+
+    When to choose it: next to no state, as a baseline for what has more. When not:
+    where micro-batches are summed in a subspace, for there is none; with small batches,
+    whose noise no momentum averages.
+
+    Deviations: leaves of full rank take Adam's step, as the last layer does in the
+    paper: so embedding, norms and head do by default.
+
+    Args:
+      iterations: of the fit.
+      scale: alpha, on the matrices' step.
+      limit: the step's largest growth from step to step.
+      b2: decay rate of q and s, beta in the paper.
+      rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
+      square: which side of a square matrix the fit begins with, its "input" or its
+        "output" axis (`low_rank`).
+      learning_rate: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: iterations below 1; and as `full_matrices` does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.racs(0.02)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    stage = scale_by_racs(limit, scale=scale, decay=b2, iterations=iterations)
+    stages = with_rest(stage, rest)
+    return full_rank_optimizer(stages, learning_rate, square=square, **options)
+
+
+@passes_on(full_rank_optimizer, dimension_numbers=WEIGHT_MATRICES)
+def scale_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: str = HEAD,
+    b1: Number = 0.9,
+    rest: optax.GradientTransformation | None = None,
+    **options: Unpack[FullRankOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """SCALE: SGD with every output's weights normalised, and momentum on the head.
+
+    W <- W - lr C(G), C(G)_ij = G_ij / sqrt(mean_i G_ij^2), i over the inputs of output
+    j; of the head C(M), M <- b1 M + (1 - b1) G (Glentis et al. 2025, "A Minimalist
+    Optimizer Design for LLM Pretraining"; equations in `normalize_by_output_rms` and
+    `trace_matching`). State of a matrix: none; of the head its mn numbers. No product.
+
+    When to choose it: a baseline that is hard to beat for how little it stores: compare
+    every method with more state to it. When not: with small batches, whose noise no
+    momentum averages.
+
+    Deviations: the paper divides by the norm; this and the released code, with its
+    learning rate of 1e-3, by the root mean square. As in that code, embedding and head
+    are matrices, and norms and biases take Adam's step.
+
+    Args:
+      momentum: a regular expression: matrices by their paths that have momentum; by
+        default an output head. Without a match, as with tied embeddings, none has.
+      b1: decay rate of that momentum.
+      rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
+      learning_rate: as in `galore`.
+      **options: as in `low_rank_optimizer`; by default every leaf of two axes but norms
+        and biases is a matrix.
+
+    Raises:
+      ValueError: a `momentum` that is no regular expression; and as `full_matrices`
+        does.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.recipes.scale_sgd(1e-3)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
+    """
+    stages = optax.chain(trace_matching(momentum, b1), normalize_by_output_rms())
+    return full_rank_optimizer(with_rest(stages, rest), learning_rate, **options)
