@@ -7,7 +7,7 @@ from lowrank_optax.bases.lazy import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.bases.momentum import correlation_aware, power_iterate
 from lowrank_optax.bases.pca import OnlinePCAState, online_pca
 from lowrank_optax.bases.random import gaussian, grassmann_jump, random_after
-from lowrank_optax.bases.replay import replay
+from lowrank_optax.bases.recorded import replay
 from lowrank_optax.bases.rows import coordinates, sample_rows
 from lowrank_optax.bases.rule import BasisRule, BasisState
 from lowrank_optax.bases.singular import dominant_svd, sara_sample

@@ -43,11 +43,7 @@ from tests.helpers.stages import normal
 
 def test_every_named_optimizer_is_here() -> None:
     public = [getattr(lro, name) for name in lro.__all__]
-    recipes = [
-        f
-        for f in vars(lro.recipes).values()
-        if getattr(f, "__module__", "") == lro.recipes.__name__
-    ]
+    recipes = [getattr(lro.recipes, name) for name in lro.recipes.__all__]
     named = {
         f.__name__
         for f in [*public, *recipes]
