@@ -2,14 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import lowrank_optax as lro
 
@@ -213,11 +211,3 @@ def raw_keys(state: Any) -> Any:
         return jax.random.key_data(x) if is_key else x
 
     return jax.tree.map(raw, state)
-
-
-def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
-    """The names as parameters, all but `quick` for the whole suite alone."""
-    return [
-        name if name in {*quick} else pytest.param(name, marks=pytest.mark.slow)
-        for name in names
-    ]

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from tests.helpers.faults import write_text
+from tests.helpers.marks import slow_but
 from train.config.command_line import parse
 from train.config.config import Config
 from train.config.presets import with_flags
@@ -40,7 +41,7 @@ NAMES = [*EXPERIMENTS]
 FILES = DataConfig(source="train.u16", eval_source="valid.u16")
 
 
-@pytest.mark.parametrize("scale", ["minutes", "hour", "full"])
+@pytest.mark.parametrize("scale", slow_but(["minutes"], ["minutes", "hour", "full"]))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_every_experiment_is_one(name: str, scale: str) -> None:
     """Its command line parses to the flags that it says, and its optimizer is built."""

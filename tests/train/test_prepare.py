@@ -246,6 +246,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STOPS)
 def test_what_was_stopped_goes_on(texts, tmp_path, work, case):
     """No half file is there in between; at the end all is as of one that was not."""
@@ -291,6 +292,7 @@ def alive(session: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_work(texts, tmp_path, work):
     source, whole = work
     argv = command(texts, source, tmp_path, 2)

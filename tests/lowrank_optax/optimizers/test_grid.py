@@ -139,6 +139,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", BASES)
 def test_every_combination_works_or_is_refused_with_a_reason(basis: str) -> None:
     for step in STEPS:

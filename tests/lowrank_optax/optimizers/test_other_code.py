@@ -23,8 +23,8 @@ from tests.helpers.battery import (
     close,
     paths,
     raw_keys,
-    slow_but,
 )
+from tests.helpers.marks import slow_but
 
 WORDS, WIDTH, HIDDEN = 5, 4, 6
 # Five steps: bases are refreshed at the first and the fourth.

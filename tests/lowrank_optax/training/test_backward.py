@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from tests.helpers.battery import (
-    slow_but,
     types,
 )
 from tests.helpers.layers import (
@@ -44,6 +43,7 @@ from tests.helpers.layers import (
     start,
     through,
 )
+from tests.helpers.marks import slow_but
 
 
 @pytest.fixture

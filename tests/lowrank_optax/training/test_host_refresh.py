@@ -21,6 +21,7 @@ from tests.helpers.battery import (
     tree_of,
     types,
 )
+from tests.helpers.marks import slow_but
 
 # Of the battery's settings, those that make every step a refresh.
 EVERY_STEP = {name for name, (_, o) in ALL.items() if o.get("refresh_every") == 1}
@@ -85,7 +86,7 @@ def kept_of(state: Any) -> Any:
 # --- refresh ---
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but([*KINDS, *WHOLE, "ldadam"], ALL))
 def test_the_host_refreshes_when_the_count_would(name: str) -> None:
     tx, update = compiled(name)
     every = 1 if name in EVERY_STEP else EVERY
@@ -118,7 +119,7 @@ def operations(text: str) -> set[str]:
     return found | {x for x in calls if FACTORISATION.search(x)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but([*KINDS, "sumo"], NAMES))
 def test_no_conditional_and_no_factorisation_between_refreshes(name: str) -> None:
     tx, update = program(name)
     operands = tree_of(1), tx.init(tree_of()), tree_of()

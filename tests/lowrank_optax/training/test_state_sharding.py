@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
+from tests.helpers.marks import slow_but
 from tests.helpers.sharded import (
     BASES,
     BOTH,
@@ -144,7 +145,7 @@ def test_8_bit_blocks_lie_on_one_shard():
 
 # Also those without a subspace, but for Muon, whose products are of whole matrices.
 NAMES = [name for name in METHODS if name not in ("adamw", "muon")]
-LOW_RANK = pytest.mark.parametrize("name", NAMES)
+QUICK = ("galore", "grass_jump", "spectral_adam", "galore_adam8bit", "alice")
 SUMS = ("ldadam", "coap", "online_subspace_descent")
 
 
@@ -263,7 +264,7 @@ def test_layers_on_a_mesh():
         jax.tree.map(close, steps_by_layer(tx, mesh_of("both", kind)), expected)
 
 
-@LOW_RANK
+@pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
 def test_an_ordinary_step_moves_no_matrix(name):
     """It holds for every method, of ldadam and dct_adamw for the steps they never take:
     all of theirs are refreshes. Not for spectral_adam.
@@ -283,7 +284,7 @@ WHOLE = ("galore", "grass_jump", "subtrack", "ldadam", "coap", "dct_adamw")
 WHOLE += ("grass_sparse", "online_subspace_descent", "alice", "sumo")
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", slow_but(QUICK, WHOLE))
 def test_a_refresh_gathers_no_matrix(name):
     """Each changes places once, or a few times: a share of it on each device."""
     found = moved(compiled_step(named(name), mesh_of("both"), refresh=True))

@@ -17,6 +17,7 @@ import pytest
 import train.engine.step
 import train.run.loop
 from models import SIZES, LlamaConfig, generate
+from tests.helpers.marks import slow_but
 from train.config.config import (
     Config,
     ModelConfig,
@@ -146,7 +147,9 @@ def arrays_bytes(tree: Any) -> int:
     return sum(map(len, bits(tree).values()))
 
 
-@pytest.mark.parametrize("name", ["adamw", "grass_jump", "galore_adam8bit"])
+@pytest.mark.parametrize(
+    "name", slow_but(["grass_jump"], ["adamw", "grass_jump", "galore_adam8bit"])
+)
 def test_a_step_may_be_taken_layer_by_layer_and_changed_when_resumed(
     name, tmp_path, asked
 ):
@@ -173,7 +176,7 @@ def test_a_step_may_be_taken_layer_by_layer_and_changed_when_resumed(
         check_a_stopped_run(on, tmp_path, asked)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", slow_but(["int8"], ["bfloat16", "int8"]))
 def test_weights_of_few_bits_train_and_resume_bit_for_bit(dtype, tmp_path, asked):
     config = config_of("galore_adam8bit", dtype)
     trained = check_a_stopped_run(config, tmp_path, asked)
@@ -453,7 +456,9 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
         before = after
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+@pytest.mark.parametrize(
+    "clip_norm", [None, pytest.param(1e-3, marks=pytest.mark.slow)]
+)
 def test_microbatches_are_summed_in_the_subspace(clip_norm):
     """The steps of whole gradients, if the first microbatch decides where they go."""
     config = config_of("golore", microbatches=2)  # random from its switch on: at once

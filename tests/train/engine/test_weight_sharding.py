@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from models import SIZES, LlamaConfig
+from tests.helpers.marks import slow_but
 from train.config.config import (
     Config,
     MeshConfig,
@@ -148,7 +149,7 @@ def check_curve(losses: list[float], expected: list[float]) -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["adamw", "layerwise"], CASES))
 def test_a_mesh_takes_the_steps_of_one_device(case: str) -> None:
     runner = spread(case)
     assert runner.mesh.size == 8
