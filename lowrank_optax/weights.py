@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.keys import canonical_key
 from lowrank_optax.core.layout import TRANSFORMER_MATRICES, path_of
 from lowrank_optax.steps.quantize import blocks_of, from_blocks, in_blocks
@@ -156,10 +157,12 @@ def quantize(
       >>> q.codes.tolist(), q.scales.tolist(), q.dequantize().tolist()
       ([127, 1, 0, -60], [1.0], [127.0, 1.0, 0.0, -60.0])
     """
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size must be an int of at least 1, not {block_size!r}")
+    check_count("block_size", block_size)
     if not x.ndim or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"cannot store {x.dtype} of shape {x.shape} in blocks of int8")
+        raise ValueError(
+            f"cannot store {x.dtype} of shape {x.shape} in blocks of int8; "
+            "pass a nonempty array of real numbers"
+        )
     key = None if key is None else canonical_key(key)
     return _quantized(x, blocks_of(x.shape[-1], block_size), key)
 
@@ -236,7 +239,9 @@ def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -
         if not quantized and not _in_few_bits(w.dtype):
             return (w + u).astype(w.dtype)
         if key is None:
-            raise ValueError(f"{path}: weights in few bits need a key to round with")
+            raise ValueError(
+                f"{path}: weights in few bits need a key to round with; pass key"
+            )
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         if quantized:
             return _quantized(w.dequantize() + u, w.scales.shape[-1], own)

@@ -7,6 +7,7 @@ from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.random import gaussian_matrix
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.keys import check_key
 from lowrank_optax.core.linalg import Decomposition, fence
@@ -102,14 +103,14 @@ def grassmann_walk(
       ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
       >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
-    if walk_rank is not None and walk_rank < 1:
-        raise ValueError(f"walk_rank must be at least 1, not {walk_rank}")
+    if walk_rank is not None:
+        check_count("walk_rank", walk_rank)
 
     def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
         if walk_rank is not None and walk_rank > frame.rank:
             raise ValueError(
-                f"{frame.path}: walk_rank={walk_rank} directions of a basis of "
-                f"{frame.rank}"
+                f"{frame.path}: walk_rank={walk_rank} is above the rank {frame.rank}; "
+                "lower it, or pass None for all directions"
             )
         x = gaussian_matrix(frame, keys)
         return geodesic(frame.need("basis", BASIS_RULE), x, angle, walk_rank)

@@ -14,6 +14,7 @@ from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, rule_of
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split
 from lowrank_optax.core.stage import Clock, both, branch, timed_stage
@@ -98,14 +99,13 @@ def lazy_refresh(
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.bases.lazy_refresh(lro.dominant_svd()))
     """
-    for name, value in (("window", window), ("factor", factor)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
+    check_count("window", window)
+    check_count("factor", factor)
     inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
     if isinstance(rule, Redrawn) or inside.once:
         raise ValueError(
-            "lazy_refresh() compares a basis with the last one; use it around a rule "
-            "other than gaussian(), which stores no bases, and frozen(), which has one"
+            "lazy_refresh() compares a basis with the last one; wrap a rule other than "
+            "gaussian(), which stores no bases, and frozen(), which chooses only one"
         )
 
     def init(params: optax.Params) -> LazyRefreshState:

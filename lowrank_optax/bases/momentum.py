@@ -7,6 +7,7 @@ import optax
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.linalg import Decomposition, average_weight, transpose
 from lowrank_optax.core.stage import Clock
@@ -92,10 +93,7 @@ def correlation_aware(
       >>> stages = optax.chain(lro.bases.correlation_aware(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
-    if not isinstance(recompute_every, int) or recompute_every < 1:
-        raise ValueError(
-            f"recompute_every must be an int of at least 1, not {recompute_every!r}"
-        )
+    check_count("recompute_every", recompute_every)
 
     def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
         g, s = frame.gradient, frame.need("basis", BASIS_RULE)
@@ -145,7 +143,7 @@ def _momentum(frame: Frame, rule: str) -> jax.Array:
     if frame.momentum is None:
         raise ValueError(
             f"{frame.path}: {rule}() follows the first moment of the step, and the "
-            "step keeps none that rotate_moments could turn; take "
+            "step stores none that rotate_moments() can rotate; use "
             "optax.scale_by_adam() or optax.ema(decay) as the step"
         )
     return frame.momentum

@@ -44,12 +44,14 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
 
     def bases_of(path: str, shape: tuple[int, ...]) -> jax.Array:
         if path not in by_path:
-            raise ValueError(f"{path}: replay() has no bases for this matrix")
+            raise ValueError(
+                f"{path}: replay() has no bases of this matrix; add {shape}"
+            )
         s = jnp.asarray(by_path[path])
         if s.shape[1:] != shape or not s.shape[0]:
             raise ValueError(
-                f"{path}: replay() was given bases of shape {s.shape}; "
-                f"needed is (K, {', '.join(map(str, shape))})"
+                f"{path}: replay() has bases of shape {s.shape}; "
+                f"pass (K, {', '.join(map(str, shape))})"
             )
         return s
 

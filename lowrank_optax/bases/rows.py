@@ -54,7 +54,9 @@ def coordinates(
             f'order={order!r}: choose "random", "ascending" or "descending"'
         )
     if (order == "random") != (key is not None):
-        raise ValueError('coordinates() takes a key for order "random", and only then')
+        raise ValueError(
+            f'order={order!r}: pass a key for order "random", and for no other order'
+        )
 
     def choose(frame: Frame, keys: jax.Array | None, clock: Clock) -> jax.Array:
         m, r = frame.basis_shape[-2:]

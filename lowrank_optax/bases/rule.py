@@ -97,7 +97,7 @@ def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
     if isinstance(rule, BasisRule):
         return rule.rule
     raise ValueError(
-        f"{wrapper} goes around a basis rule, such as dominant_svd() or what "
-        "basis_rule() returns; online_pca() moves its basis at every step, and "
-        "lazy_refresh() goes outside of the others"
+        f"{wrapper} wraps a basis rule, such as dominant_svd() or what basis_rule() "
+        "returns; online_pca() is none, since it changes its basis at every step, and "
+        "lazy_refresh() must be the outermost wrapper"
     )

@@ -48,7 +48,7 @@ def dominant_svd(
             '"svd", "gram", "randomized" or None'
         )
     if decomposition == "randomized" and key is None:
-        raise ValueError('decomposition="randomized" draws a sketch: give a key')
+        raise ValueError('decomposition="randomized" draws a sketch: pass a key')
 
     def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
         return linalg.leading(frame.gradient, frame.rank, decomposition, keys)
@@ -89,8 +89,8 @@ def sara_sample(
     """
     if decomposition not in (None, "svd", "gram"):
         raise ValueError(
-            f"sara_sample needs all singular values: decomposition={decomposition!r} "
-            'must be "svd", "gram" or None'
+            f"sara_sample() needs all singular values, not decomposition="
+            f'{decomposition!r}; choose "svd", "gram" or None'
         )
 
     def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:

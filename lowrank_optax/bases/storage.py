@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn
 from lowrank_optax.bases.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 
 
@@ -110,8 +111,7 @@ def quantize_basis(
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits!r}: choose 4 or 8")
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be an int of at least 1, not {group_size!r}")
+    check_count("group_size", group_size)
     inside = _stored_as_it_is(rule, "quantize_basis()")
     return follow(
         dataclasses.replace(
@@ -163,7 +163,7 @@ def _stored_as_it_is(rule: optax.GradientTransformation, wrapper: str) -> Rule:
     stored = inside.storage is AS_IT_IS and not isinstance(rule, Redrawn)
     if inside.coordinates or not stored:
         raise ValueError(
-            f"{wrapper} makes m x r numbers smaller, and this rule keeps "
-            "coordinates or a key in their place; take the rule without it"
+            f"{wrapper} stores m x r numbers in fewer bits, and this rule stores "
+            "coordinates, a key or packed numbers already; use the rule without it"
         )
     return inside

@@ -67,8 +67,8 @@ def switch_basis(
         isinstance(keep, float) and 0.0 < keep <= 1.0
     ):
         raise ValueError(
-            f"keep={keep!r}: give how many directions are kept, an int of at least 1, "
-            "or a fraction of the rank in (0, 1]"
+            f"keep={keep!r}: pass how many directions stay, an int of at least 1, or a "
+            "fraction of the rank in (0, 1]"
         )
 
     def choose(frame: Frame, keys: jax.Array, _: Clock) -> jax.Array:
@@ -90,8 +90,8 @@ def _kept(frame: Frame, keep: float) -> int:
     m, r = frame.basis_shape[-2:]
     if not isinstance(keep, float) and keep > r:
         raise ValueError(
-            f"{frame.path}: keep={keep} directions of a basis of rank {r}; give keep "
-            "as a fraction of the rank, such as 0.3125"
+            f"{frame.path}: keep={keep} is above the rank {r}; pass keep as a fraction "
+            "of the rank, such as 0.3125"
         )
     wanted = max(1, round(keep * r)) if isinstance(keep, float) else int(keep)
     return max(wanted, 2 * r - m)

@@ -170,7 +170,7 @@ def _bracket(
         # S^T G has lost the shape that says how a leaf is a matrix.
         like = params if inside.low else updates
         if like is None:
-            raise ValueError("projected gradients need the parameters: give params")
+            raise ValueError("projected gradients need the parameters: pass params")
         leaves = decide(like)
         clock = _clock_at(state, refresh, refresh_every)
         frames = open_frames(

@@ -52,7 +52,7 @@ def add_stage(
     """
     if not isinstance(tx, Extensible):
         raise ValueError(
-            "add_stage() goes around low_rank() or a named optimizer such as galore(), "
-            "which have stages; add the stage first, and put other wrappers around it"
+            "add_stage() extends low_rank() or a named optimizer such as galore(); add "
+            "the stage first, and put other wrappers around the result"
         )
     return tx.extended(stage)

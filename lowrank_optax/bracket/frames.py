@@ -92,7 +92,7 @@ def _open_projected(
     )
     if low.shape != frame.low_shape:
         raise ValueError(
-            f"{leaf.path}: a projected gradient of shape {low.shape}, where S^T G has "
+            f"{leaf.path}: the projected gradient has the shape {low.shape}, and S^T G "
             f"{frame.low_shape}; pass what project_gradient() returned"
         )
     return frame.replace(low=at_least_f32(low))
@@ -107,8 +107,8 @@ def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
         return jnp.asarray(out).astype(x.dtype)
     if not is_frame(out):
         raise TypeError(
-            f"{leaf.path}: a stage put {type(out).__name__} in its Frame's place; "
-            "return the Frame that the stage got, with frame.replace(...)"
+            f"{leaf.path}: a stage returned {type(out).__name__} in place of its "
+            "Frame; return frame.replace(...)"
         )
     step = out.need("step", "project_back() or recover_residual() at the end,")
     return leaf.layout.from_matrix(step).astype(x.dtype)

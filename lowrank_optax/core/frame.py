@@ -166,7 +166,7 @@ class Frame:
         if reason:
             raise ValueError(
                 f"{self.path}: {stage} does not work here: {reason}; "
-                "take project_back() alone"
+                "use project_back() alone"
             )
 
     def no_rotation(self) -> jax.Array:
@@ -209,11 +209,10 @@ class Frame:
     @property
     def _no_array(self) -> str:
         return (
-            f"{self.path}: inside low_rank() a Frame stands for this matrix, which "
-            "optax's transformations do not know; write in_subspace(inner) or "
-            "rotate_moments(inner) around one that takes the step, "
-            "in_full_space(inner) around one that changes the gradient, or chain it "
-            "outside low_rank()"
+            f"{self.path}: inside low_rank() a Frame stands for this matrix, and "
+            "optax's transformations cannot use it; wrap one that takes the step in "
+            "in_subspace(inner) or rotate_moments(inner), and one that changes the "
+            "gradient in in_full_space(inner), or chain it outside low_rank()"
         )
 
 
@@ -228,9 +227,9 @@ class ProjectedAway:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ValueError(
-            f"{self.path}: a stage needs the gradient itself, but gradients are being "
-            "accumulated in the subspace, where only S^T G exists. Use a method "
-            "without a residual (such as galore), or accumulate full gradients"
+            f"{self.path}: this stage needs the full gradient G, but gradients are "
+            "summed in the subspace, where only S^T G exists; use a method without a "
+            "residual, such as galore(), or sum full gradients"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse

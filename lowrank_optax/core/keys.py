@@ -58,7 +58,9 @@ def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
     """
     m = scores.shape[-1]
     if count > m:
-        raise ValueError(f"cannot draw {count} of {m} indices without replacement")
+        raise ValueError(
+            f"cannot draw {count} of {m} indices without replacement; lower the count"
+        )
     total = jnp.sum(scores, axis=-1, keepdims=True)
     weights = jnp.where(total > 0, scores / jnp.where(total > 0, total, 1), 1 / m)
 

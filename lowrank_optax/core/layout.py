@@ -108,12 +108,16 @@ def layout_of(
         axes = (axes,) if isinstance(axes, int) else tuple(axes)
         bad = [a for a in axes if not -len(shape) <= a < len(shape)]
         if bad or not axes:
-            raise ValueError(f"{path}: {spec} does not fit its shape {shape}")
+            raise ValueError(
+                f"{path}: {spec} does not fit the shape {shape}; name its axes"
+            )
         return tuple(a % len(shape) for a in axes)
 
     rows, cols = normal(spec.reduction_axis), normal(spec.output_axis)
     if len({*rows, *cols}) != len(rows) + len(cols):
-        raise ValueError(f"{path}: {spec} names an axis of {shape} twice")
+        raise ValueError(
+            f"{path}: {spec} names an axis of the shape {shape} twice; name each once"
+        )
     size = {axes: math.prod(shape[a] for a in axes) for axes in (rows, cols)}
     wide = size[rows] < size[cols] or (size[rows] == size[cols] and square == "input")
     short, long = (rows, cols) if wide else (cols, rows)
@@ -147,7 +151,8 @@ def match(rules: Rules, path: str, what: str) -> Any:
             found = re.search(pattern, path)
         except re.error as error:
             raise ValueError(
-                f"{path}: the {what} rule {pattern!r} is no regular expression: {error}"
+                f"{path}: the {what} rule {pattern!r} is not a regular expression: "
+                f"{error}"
             ) from error
         if found:
             return value
@@ -183,8 +188,8 @@ def specs_of(
         counts = Counter(path_of(k) for k, _ in with_paths)
         twice = [path for path, count in counts.items() if count > 1]
         raise ValueError(
-            f"two parameters have the path {twice[0]}; rules and random keys go by the "
-            "path: rename one of them"
+            f"two parameters have the path {twice[0]}, which selects rules and random "
+            "keys; rename one of them"
         )
     if callable(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
@@ -205,7 +210,7 @@ def specs_of(
         by_path = {path_of(k): spec for k, spec in entries}
         if missing := sorted(set(leaves) - set(by_path)):
             raise ValueError(
-                f"dimension_numbers has no entry for {missing}; give rules, None, "
+                f"dimension_numbers has no entry for {missing}; pass rules, None, "
                 "MuonDimensionNumbers (with the fields of optax's "
                 "GaLoreDimensionNumbers), a tree of them, or a function to one"
             )
@@ -228,9 +233,9 @@ def _checked(
     if len(shape) > 2:
         raise ValueError(
             f"{path}: shape {shape} has {len(shape)} axes and no dimension numbers; "
-            "say which are the matrix's with MuonDimensionNumbers(reduction_axis, "
-            "output_axis) (lowrank_optax.STACKED where the last two are), or None "
-            "for full rank"
+            "name the matrix's axes with MuonDimensionNumbers(reduction_axis, "
+            "output_axis) (lowrank_optax.STACKED: the last two), or pass None for full "
+            "rank"
         )
     return MuonDimensionNumbers()
 
@@ -258,7 +263,7 @@ def check_square(square: object) -> None:
     for side in sides:
         if side not in ("input", "output"):
             raise ValueError(
-                f'square={side!r}: choose "input" or "output", or give (regular '
+                f'square={side!r}: choose "input" or "output", or pass (regular '
                 "expression, side) pairs"
             )
 
@@ -279,7 +284,7 @@ def check_rank(rank: object, path: str = "low_rank") -> None:
         if rank < 1:
             raise ValueError(f"{path}: rank must be at least 1, not {rank}")
     elif not 0.0 < float(rank) <= 1.0:
-        raise ValueError(f"{path}: a fractional rank lies in (0, 1], not {rank}")
+        raise ValueError(f"{path}: a fractional rank must lie in (0, 1], not {rank}")
 
 
 def check_matrix(path: str, x: jax.Array) -> None:
@@ -287,6 +292,6 @@ def check_matrix(path: str, x: jax.Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{path}: a {x.dtype} matrix of shape {x.shape} has no real singular "
-            "vectors; give it full rank (None in dimension_numbers or rank), or keep "
-            "it out of the optimizer with optax.masked"
+            "vectors; set full rank (None in dimension_numbers or rank), or leave it "
+            "out of the optimizer with optax.masked"
         )

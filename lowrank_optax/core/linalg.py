@@ -305,7 +305,7 @@ def leading(
     if decomposition != "randomized":
         return left_singular(g, decomposition)[0][..., :rank]
     if keys is None:
-        raise ValueError('decomposition="randomized" draws a sketch: give a key')
+        raise ValueError('decomposition="randomized" draws a sketch: pass a key')
 
     def one(g: jax.Array, key: jax.Array) -> jax.Array:
         width = min(rank + 8, g.shape[0])
@@ -324,8 +324,8 @@ def check_full(decomposition: Decomposition | None) -> None:
     """ValueError for a decomposition that computes only some singular vectors."""
     if decomposition not in (None, "svd", "gram"):
         raise ValueError(
-            f"decomposition={decomposition!r} gives no full set of singular vectors; "
-            'choose "svd", "gram" or None'
+            f"decomposition={decomposition!r} computes no full set of singular "
+            'vectors; choose "svd", "gram" or None'
         )
 
 

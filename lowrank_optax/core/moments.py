@@ -64,8 +64,11 @@ def register_moments(
       >>> lro.steps.register_moments(HeavyBallState, first="velocity")
     """
     wanted = {first} if second is None else {first, second, count}
-    if missing := sorted(wanted - {*getattr(state_type, "_fields", ())}):
-        raise ValueError(f"{state_type.__name__} has no fields {missing}")
+    fields = getattr(state_type, "_fields", ())
+    if missing := sorted(wanted - {*fields}):
+        raise ValueError(
+            f"{state_type.__name__} has no fields {missing}; pass names from {fields}"
+        )
     _MOMENTS[state_type] = Moments(first, second, count)
 
 
@@ -109,10 +112,10 @@ def map_moments(
     arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
     if arrays:
         raise ValueError(
-            f"rotate_moments does not know how {owner or kind.__name__} turns with the "
-            f"basis (it holds an array of shape {arrays[0].shape}); name its moments "
-            "with lowrank_optax.steps.register_moments, or take in_subspace(inner), "
-            "which leaves them as they are"
+            f"rotate_moments() cannot rotate {owner or kind.__name__}, which has an "
+            f"array of shape {arrays[0].shape}; name its moments with "
+            "lowrank_optax.steps.register_moments(), or use in_subspace(inner), which "
+            "does not rotate moments"
         )
     return state
 

@@ -82,5 +82,5 @@ def timed_stage(
 def clock_of(clock: Clock | None) -> Clock:
     """`clock`; ValueError for None, which a stage gets outside `low_rank`."""
     if clock is None:
-        raise ValueError("this stage works inside low_rank(), which tells it the time")
+        raise ValueError("this stage needs a clock: put it inside low_rank()")
     return clock

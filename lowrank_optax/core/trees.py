@@ -110,8 +110,8 @@ def count_of(tree: Any) -> int:
     counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
     if len(counts) != 1 or () in counts:
         raise ValueError(
-            "every leaf of stacked layers has the layers along its first axis; found "
-            f"first axes of {sorted(counts)}: keep what is not stacked apart"
+            "all leaves of stacked layers need the same first axis, the layers; found "
+            f"{sorted(counts)}; move other leaves out of this tree"
         )
     ((count,),) = counts
     return count

@@ -62,7 +62,7 @@ def one_of(
     if key is None and basis is not None:
         return stage_of(basis, "basis", "sara_sample(key=0)")
     raise ValueError(
-        "give either key, a seed for the random bases, or basis, another basis rule"
+        "pass either key, a seed for the random bases, or basis, another basis rule"
     )
 
 
@@ -72,7 +72,7 @@ def stage_of(
     """`stage`; ValueError for what is no transformation at all, as "sara" is not."""
     if not isinstance(stage, optax.GradientTransformation):
         raise ValueError(
-            f"{name} is a stage, such as lowrank_optax.{example}, not {stage!r}"
+            f"{name} must be a stage, such as lowrank_optax.{example}, not {stage!r}"
         )
     return stage
 
@@ -97,7 +97,7 @@ def adam_or(
     if step is None:
         return in_subspace(inner)
     if variant == "published":
-        raise ValueError('variant="published" has a step of its own: leave out step')
+        raise ValueError('variant="published" has its own step: leave out step')
     return stage_of(step, "step", "in_subspace(optax.scale_by_adam())")
 
 

@@ -129,7 +129,7 @@ def decay_stepped_weights(
     ) -> tuple[optax.Updates, DecayState]:
         if params is None:
             raise ValueError(
-                "weight decay needs params: tx.update(grads, state, params)"
+                "weight decay needs params: call tx.update(grads, state, params)"
             )
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         decayed = jax.tree.map(

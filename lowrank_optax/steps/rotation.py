@@ -146,8 +146,8 @@ class Rotation:
         """w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8)."""
         if not frame.orthonormal:
             raise ValueError(
-                f"{frame.path}: a second moment turns with orthonormal bases only "
-                '(eq. 8); take rotate_moments(inner, moments="first") or '
+                f"{frame.path}: second moments rotate between orthonormal bases only "
+                '(eq. 8); use rotate_moments(inner, moments="first") or '
                 "in_subspace(inner)"
             )
         c, m_hat = _rotation_of(frame), m.astype(v.dtype) / w_m
@@ -167,8 +167,8 @@ class Rotation:
 def _rotation_of(frame: Frame) -> jax.Array:
     if frame.rotation is None and frame.basis is not None:
         raise ValueError(
-            f"{frame.path}: this basis rule does not say how its basis turns; "
-            "take in_subspace(inner), which leaves the moments as they are"
+            f"{frame.path}: this basis rule does not set `rotation`; "
+            "use in_subspace(inner), which does not rotate moments"
         )
     return frame.need("rotation", BASIS_RULE)
 

@@ -49,8 +49,8 @@ def per_matrix(
         states = [_vmapped(inner.init, x)(x) for x in leaves]
         if any(jax.tree.structure(state) != one for state in states):
             raise ValueError(
-                "per_matrix(): the state's structure is not the same for every leaf; "
-                "take inner by itself, or optax.partition"
+                "per_matrix() needs a state of the same structure for every leaf; use "
+                "inner without it, or optax.partition"
             )
         return in_turn(structure, one, states)
 
@@ -180,8 +180,9 @@ def reset_moments(
             if is_frame(frame) and not frame.full_rank:
                 if frame.refreshed is None and frame.basis is not None:
                     raise ValueError(
-                        f"{frame.path}: this basis rule moves its basis at every step, "
-                        "and reset_moments() would forget as often; take in_subspace()"
+                        f"{frame.path}: this basis rule changes its basis at every "
+                        "step, and reset_moments() would reset as often; use "
+                        "in_subspace()"
                     )
                 refreshed = frame.need("refreshed", BASIS_RULE)
                 states[i] = jax.tree.map(

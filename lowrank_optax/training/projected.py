@@ -86,8 +86,8 @@ def project_gradient(
     )
     if len(seen) != 1:
         raise ValueError(
-            f"a gradient is projected by one low_rank(), and this transformation has "
-            f"{len(seen)}; sum whole gradients"
+            f"project_gradient() needs one low_rank(), and this transformation has "
+            f"{len(seen)}; sum full gradients"
         )
     chosen = {
         f.path: f.need("basis", BASIS_RULE)

@@ -98,7 +98,7 @@ def _mesh_of(shardings: Shardings) -> Mesh:
     meshes = {x.mesh for x in leaves}
     if len(meshes) > 1:
         raise ValueError(
-            f"the parameters are on {len(meshes)} meshes: place all on one"
+            f"the parameters are on {len(meshes)} meshes; place all on one"
         )
     return meshes.pop()
 

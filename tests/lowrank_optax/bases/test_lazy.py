@@ -187,7 +187,7 @@ def test_a_basis_without_refreshes_has_none_to_put_off(wrapper: str) -> None:
     for rule in (lro.bases.online_pca(), lro.bases.lazy_refresh(lro.dominant_svd())):
         with pytest.raises(
             ValueError,
-            match=rf"^{wrapper}\(\) goes around a basis .* online_pca\(\) moves",
+            match=rf"^{wrapper}\(\) wraps a basis .* online_pca\(\) is none",
         ):
             wrap(rule)
 

@@ -148,10 +148,10 @@ def test_sara_of_a_wider_gradient_is_a_set_of_singular_vectors():
     ("rule", "arguments", "message"),
     [
         (lro.dominant_svd, {"decomposition": "lu"}, "'lu': choose \"svd\""),
-        (lro.dominant_svd, {"decomposition": "randomized"}, "give a key"),
+        (lro.dominant_svd, {"decomposition": "randomized"}, "pass a key"),
         (lro.sara_sample, {"decomposition": "randomized"}, "all singular values"),
         (lro.sara_sample, {"decomposition": "lu"}, "decomposition='lu'"),
-        (lro.grassmann_walk, {"decomposition": "lu"}, "'lu' gives no full set of"),
+        (lro.grassmann_walk, {"decomposition": "lu"}, "'lu' computes no full set of"),
         (lro.grassmann_jump, {"decomposition": "randomized"}, "no full set of"),
     ],
 )

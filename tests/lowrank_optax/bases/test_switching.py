@@ -133,9 +133,9 @@ def test_how_many_are_kept() -> None:
     assert kept(0.5, rank=4) == kept(2, rank=4) == 2
     bad: Any
     for bad in (0, -1, 0.0, 1.5, True, "1"):
-        with pytest.raises(ValueError, match=r"keep=.*: give how many directions"):
+        with pytest.raises(ValueError, match=r"keep=.*: pass how many directions"):
             lro.bases.switch_basis(0, keep=bad)
-    with pytest.raises(ValueError, match=r"w: keep=7 directions of a basis of rank 6"):
+    with pytest.raises(ValueError, match=r"w: keep=7 is above the rank 6; pass keep"):
         kept(7)
 
 

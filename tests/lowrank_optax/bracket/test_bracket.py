@@ -340,13 +340,13 @@ def test_a_stage_that_is_missing(stages, fix):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lro.grass_walk(0.1, rank=2, refresh_every=5), "give either key"),
-        (lambda: lro.grass_jump(0.1, rank=2, refresh_every=5), "give either key"),
+        (lambda: lro.grass_walk(0.1, rank=2, refresh_every=5), "pass either key"),
+        (lambda: lro.grass_jump(0.1, rank=2, refresh_every=5), "pass either key"),
         (
             lambda: lro.grass_walk(
                 0.1, rank=2, refresh_every=5, key=0, basis=lro.sara_sample(0)
             ),
-            "give either key",
+            "pass either key",
         ),
         (lambda: lro.grass_walk(0.1, rank=0, refresh_every=5, key=0), "at least 1"),
         (lambda: lro.galore(0.1, rank=2, refresh_every=0), "refresh_every must be"),

@@ -96,7 +96,9 @@ def test_a_stage_that_returns_an_array_for_its_frame() -> None:
     )
     chain = optax.chain(chain_of(), lost)
     tx = lro.low_rank(chain, rank=3, refresh_every=1)
-    with pytest.raises(TypeError, match=r"mlp/kernel: a stage put .* Frame's place"):
+    with pytest.raises(
+        TypeError, match=r"mlp/kernel: a stage returned .* place of its Frame"
+    ):
         jax.eval_shape(tx.update, params, tx.init(params))
 
 

@@ -129,12 +129,21 @@ def test_a_square_matrix_keeps_its_reduction_side_or_the_one_that_is_named():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (MuonDimensionNumbers(0, 2), r"a/w: .*does not fit its shape \(4, 6\)"),
-        (MuonDimensionNumbers(-3, 1), r"a/w: .*does not fit its shape \(4, 6\)"),
-        (MuonDimensionNumbers((), 1), r"a/w: .*does not fit its shape \(4, 6\)"),
-        (MuonDimensionNumbers(0, 0), r"a/w: .*names an axis of \(4, 6\) twice"),
-        (MuonDimensionNumbers(1, -1), r"a/w: .*names an axis of \(4, 6\) twice"),
-        (MuonDimensionNumbers((0, 1), 1), r"a/w: .*names an axis of \(4, 6\) twice"),
+        (MuonDimensionNumbers(0, 2), r"a/w: .*does not fit the shape \(4, 6\)"),
+        (MuonDimensionNumbers(-3, 1), r"a/w: .*does not fit the shape \(4, 6\)"),
+        (MuonDimensionNumbers((), 1), r"a/w: .*does not fit the shape \(4, 6\)"),
+        (
+            MuonDimensionNumbers(0, 0),
+            r"a/w: .*names an axis of the shape \(4, 6\) twice",
+        ),
+        (
+            MuonDimensionNumbers(1, -1),
+            r"a/w: .*names an axis of the shape \(4, 6\) twice",
+        ),
+        (
+            MuonDimensionNumbers((0, 1), 1),
+            r"a/w: .*names an axis of the shape \(4, 6\) twice",
+        ),
     ],
 )
 def test_dimension_numbers_that_do_not_fit(spec, message):
@@ -297,12 +306,15 @@ def test_a_matrix_that_no_rank_rule_covers():
         (True, "rank must be an int, a float fraction .*not True"),
         (None, "rank must be an int, a float fraction .*not None"),
         ("4", "rank must be an int, a float fraction .*not '4'"),
-        (1.5, r"a fractional rank lies in \(0, 1\], not 1.5"),
-        (0.0, r"a fractional rank lies in \(0, 1\], not 0.0"),
-        (-0.5, r"a fractional rank lies in \(0, 1\], not -0.5"),
-        (float("nan"), r"a fractional rank lies in \(0, 1\], not nan"),
+        (1.5, r"a fractional rank must lie in \(0, 1\], not 1.5"),
+        (0.0, r"a fractional rank must lie in \(0, 1\], not 0.0"),
+        (-0.5, r"a fractional rank must lie in \(0, 1\], not -0.5"),
+        (float("nan"), r"a fractional rank must lie in \(0, 1\], not nan"),
         ([("mlp", 0)], "rank must be at least 1, not 0"),
-        ([("mlp", 2), ("attn", 2.0)], r"a fractional rank lies in \(0, 1\], not 2.0"),
+        (
+            [("mlp", 2), ("attn", 2.0)],
+            r"a fractional rank must lie in \(0, 1\], not 2.0",
+        ),
     ],
 )
 def test_bad_ranks(rank, message):
@@ -412,5 +424,5 @@ def test_a_rule_that_is_no_regular_expression(option: str) -> None:
     rules: Any = {"rank": (("(", 3),), "dimension_numbers": (("(", None),)}
     options: Any = {"rank": 3, "dimension_numbers": None, option: rules[option]}
     tx = lro.low_rank(chain_of(), refresh_every=5, **options)
-    with pytest.raises(ValueError, match=r"w: the \w+ rule '\(' is no regular expr"):
+    with pytest.raises(ValueError, match=r"w: the \w+ rule '\(' is not a regular expr"):
         tx.init({"w": normal(M, N)})

@@ -271,9 +271,9 @@ def test_leading_is_the_head_of_left_singular():
 
 def test_bad_decompositions_say_what_to_do():
     g = jnp.ones((4, 6))
-    with pytest.raises(ValueError, match="draws a sketch: give a key"):
+    with pytest.raises(ValueError, match="draws a sketch: pass a key"):
         linalg.leading(g, 2, "randomized")
-    with pytest.raises(ValueError, match="'randomized' gives no full set"):
+    with pytest.raises(ValueError, match="'randomized' computes no full set"):
         linalg.left_singular(g, "randomized")
 
 

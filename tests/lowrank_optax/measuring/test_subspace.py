@@ -556,9 +556,9 @@ def test_it_has_its_place_behind_the_basis_rule() -> None:
     tx = bracket(stage, lro.dominant_svd())
     with pytest.raises(ValueError, match=r"w: the Frame has no `basis` yet; put a"):
         tx.update(g, tx.init(g))
-    with pytest.raises(ValueError, match=r"works inside low_rank\(\)"):
+    with pytest.raises(ValueError, match=r"put it inside low_rank\(\)"):
         stage.update(g, stage.init(g))
-    with pytest.raises(ValueError, match=r"add_stage\(\) goes around low_rank"):
+    with pytest.raises(ValueError, match=r"add_stage\(\) extends low_rank"):
         lro.add_stage(optax.chain(build("galore")), stage)
 
 

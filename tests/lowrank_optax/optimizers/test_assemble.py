@@ -14,15 +14,17 @@ from tests.helpers.stages import M, N, chain_of, normal, run
 
 def test_a_step_or_a_basis_that_is_none() -> None:
     params = {"mlp": {"kernel": normal(M, N)}}
-    with pytest.raises(TypeError, match=r"mlp/kernel: .*write in_subspace\(inner\)"):
+    with pytest.raises(TypeError, match=r"mlp/kernel: .*in in_subspace\(inner\)"):
         lro.galore(0.1, rank=3, refresh_every=5, step=optax.scale_by_adam()).init(
             params
         )
     for make in (lro.galore, lro.fira, lro.grass_jump, lro.frugal):
         bad: Any = "sara"
-        with pytest.raises(ValueError, match=r"basis is a stage.*sara_sample\(key=0\)"):
+        with pytest.raises(
+            ValueError, match=r"basis must be a stage.*sara_sample\(key=0\)"
+        ):
             make(0.1, rank=3, refresh_every=5, basis=bad)
-    with pytest.raises(ValueError, match="step is a stage"):
+    with pytest.raises(ValueError, match="step must be a stage"):
         lro.fira(0.1, rank=3, refresh_every=5, step=bad)
 
 

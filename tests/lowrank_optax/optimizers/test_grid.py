@@ -83,14 +83,14 @@ def refusal(basis: str, step: str, back: str = "") -> str:
     """A part of the sentence that refuses this combination; "" if none should."""
     follows_momentum = basis in ("power_iterate", "correlation_aware")
     if follows_momentum and step == "adafactor_no_momentum":
-        return "follows the first moment of the step, and the step keeps none"
+        return "follows the first moment of the step, and the step stores none"
     turned = "rotated" in step or step == "orthogonalized"
     if turned and basis == "online_pca":
-        return "does not say how its basis turns"
+        return "this basis rule does not set `rotation`"
     if step == "adam_restarted" and basis == "online_pca":
         return "this basis rule moves its basis at every step"
     if step in ("adam_rotated", "adam_8bit_rotated") and basis in NOT_ORTHONORMAL:
-        return "a second moment turns with orthonormal bases only"
+        return "second moments rotate between orthonormal bases only"
     if back in ORTHONORMAL and basis in NOT_ORTHONORMAL:
         return "the basis is not orthonormal"
     if step == "accumulated" and back not in ("project_back", ""):
@@ -160,7 +160,7 @@ def test_every_combination_works_or_is_refused_with_a_reason(basis: str) -> None
             assert reason in said, (step, back)
             if said:  # a whole sentence, of the parameter and of what to do
                 assert said.startswith(("w: ", "layers: "))
-                assert "take project_back() alone" in said
+                assert "use project_back() alone" in said
 
 
 @pytest.mark.parametrize("basis", BASES)

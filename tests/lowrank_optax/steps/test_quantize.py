@@ -199,7 +199,7 @@ def test_a_state_without_a_rotation():
     assert np.isfinite(updates).all()
     assert optax.tree.get(state, "thing")["w"].dtype == jnp.uint8
     assert list(quantized_arrays(state)) == ["thing/w"]
-    with pytest.raises(ValueError, match="does not know how OddState turns"):
+    with pytest.raises(ValueError, match="cannot rotate OddState, which has"):
         bracket(eight_bit(odd()), s, wrap=lro.rotate_moments).init(grads[0])
     assert list(first_moments(eight_bit(odd()).init(grads[0]))) == []
 

@@ -412,7 +412,7 @@ def test_stacked_layers_turn_one_by_one(wrap):
 )
 def test_a_state_without_a_rotation_is_an_error_at_init(inner, name):
     tx = bracket(inner, bases(13).astype(np.float32))
-    with pytest.raises(ValueError, match=f"does not know how {name} turns") as caught:
+    with pytest.raises(ValueError, match=f"cannot rotate {name}, which has") as caught:
         tx.init(float32(gradients(1)[0]))
     assert "lowrank_optax.steps.register_moments" in str(caught.value)
     assert "in_subspace(inner)" in str(caught.value)

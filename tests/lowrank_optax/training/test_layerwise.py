@@ -377,7 +377,7 @@ def test_steps_compile_once_and_keep_types() -> None:
 )
 def test_leaves_without_one_number_of_layers(other: Any, axes: str) -> None:
     params, tx = {"a": jnp.ones((4, 2)), "b": other}, optax.sgd(RATE)
-    message = re.escape(f"found first axes of {axes}: keep what is not stacked apart")
+    message = re.escape(f"found {axes}; move other leaves out of this tree")
     for f in (
         lambda: lro.training.Layers.open(params, ()),
         lambda: lro.training.update_layers(tx, params, (), params),
