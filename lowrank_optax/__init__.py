@@ -6,6 +6,8 @@ low_rank(optax.chain(
     rotate_moments(optax.scale_by_adam()),     # step:  on G~, moments follow S
     recover_residual(limit=1.01),              # back:  S G~^O + rescaled residual
 ), rank=128, refresh_every=200)
+
+Examples use `import jax, jax.numpy as jnp, optax, lowrank_optax as lro`.
 """
 
 from lowrank_optax import (

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.aliases import Key
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.keys import canonical_key
 from lowrank_optax.core.layout import TRANSFORMER_MATRICES, path_of
@@ -20,9 +21,7 @@ _LARGEST = 127  # of the codes, of either sign
 _SCALE_BITS, _SMALLEST = 17, 2.0**-100
 
 
-def round_stochastically(
-    key: jax.Array | int, x: jax.Array, dtype: DTypeLike
-) -> jax.Array:
+def round_stochastically(key: Key, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x in bfloat16 or float16, one of its two neighbours there, with the mean x.
 
         P(x <- x+) = (x - x-) / (x+ - x-),   x- <= x < x+ neighbours in the dtype
@@ -49,7 +48,6 @@ def round_stochastically(
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> x = jnp.full(10_000, 1 + 2**-10)  # an eighth of the way from 1 to 1 + 2^-7
       >>> y = lro.weights.round_stochastically(jax.random.key(0), x, jnp.bfloat16)
       >>> jnp.unique(y).tolist(), round(float(jnp.mean(y == 1)), 2)
@@ -116,9 +114,7 @@ class QuantizedWeights(NamedTuple):
 
 
 def quantize(
-    x: jax.Array,
-    key: jax.Array | int | None = None,
-    block_size: int = 256,
+    x: jax.Array, key: Key | None = None, block_size: int = 256
 ) -> QuantizedWeights:
     """x (..., n) in 8 bits a number, to nearest or, with a key, stochastically.
 
@@ -152,7 +148,6 @@ def quantize(
         below 1.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> q = lro.weights.quantize(jnp.array([127.0, 1.25, 0.0, -60.0]))
       >>> q.codes.tolist(), q.scales.tolist(), q.dequantize().tolist()
       ([127, 1, 0, -60], [1.0], [127.0, 1.0, 0.0, -60.0])
@@ -188,7 +183,7 @@ def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWei
     return QuantizedWeights(from_blocks(codes, x).astype(jnp.int8), scales[..., 0])
 
 
-def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -> Any:
+def add_updates(params: Any, updates: Any, key: Key | None = None) -> Any:
     """`optax.apply_updates` for weights kept in few bits.
 
         W <- round(W + U)
@@ -215,7 +210,6 @@ def add_updates(params: Any, updates: Any, key: jax.Array | int | None = None) -
         no key; float8 weights.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"norm": jnp.ones(1000, jnp.bfloat16)}
       >>> updates = {"norm": jnp.full(1000, 2**-11)}
       >>> for step in range(64):  # each a sixteenth of the way to the next number
@@ -269,7 +263,6 @@ def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
       dtype: of those that were quantised.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> stored = {"w": lro.weights.quantize(jnp.eye(2) * 127), "b": jnp.zeros(2)}
       >>> lro.weights.dense(stored)["w"].tolist()
       [[127.0, 0.0], [0.0, 127.0]]
@@ -308,7 +301,6 @@ def store(
       ValueError: another dtype.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"mlp": {"kernel": jnp.ones((2, 64, 256))}, "norm": jnp.ones(64)}
       >>> stored = lro.weights.store(params, "int8")
       >>> jax.tree.map(lambda x: x.dtype.name, stored)["mlp"]["kernel"]

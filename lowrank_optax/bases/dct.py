@@ -29,7 +29,6 @@ def dct_columns() -> BasisRule:
       ValueError: at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.dct_columns(), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
     """

@@ -9,6 +9,7 @@ import optax
 from lowrank_optax.bases.refresh import Chosen, Refresh, on_subspaces, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, check_key, split
 from lowrank_optax.core.linalg import Decomposition
@@ -19,11 +20,11 @@ from lowrank_optax.core.trees import frames_of
 
 def basis_rule(
     choose: Choose,
-    key: jax.Array | int | None = None,
+    key: Key | None = None,
     *,
     orthonormal: bool = True,
     coordinates: bool = False,
-    svd_until: int | jax.Array = 0,
+    svd_until: Step = 0,
     decomposition: Decomposition | None = None,
     from_gradient: bool = True,
 ) -> BasisRule:
@@ -57,7 +58,6 @@ def basis_rule(
 
     Example:
       >>> # Keeps the first singular vector, and samples the rest by singular value.
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> def top_and_sample(frame, keys, clock):
       ...     u, s = lro.stages.left_singular(frame.gradient)
       ...     rest = 1 + lro.stages.sample_indices(keys, s[:, 1:], frame.rank - 1)

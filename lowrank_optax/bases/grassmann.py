@@ -7,6 +7,7 @@ from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.random import gaussian_matrix
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.keys import check_key
@@ -15,7 +16,7 @@ from lowrank_optax.core.stage import Clock
 
 
 def geodesic(
-    s: jax.Array, x: jax.Array, angle: float | jax.Array, rank: int | None = None
+    s: jax.Array, x: jax.Array, angle: Number, rank: int | None = None
 ) -> jax.Array:
     """The point at `angle` from span(S) on the geodesic towards X.
 
@@ -67,8 +68,8 @@ def _tangent(s: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def grassmann_walk(
-    key: jax.Array | int,
-    angle: float | jax.Array = 0.3,
+    key: Key,
+    angle: Number = 0.3,
     *,
     walk_rank: int | None = 1,
     decomposition: Decomposition | None = None,
@@ -97,7 +98,6 @@ def grassmann_walk(
         key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, angle=0.3),
       ...     lro.project(), lro.rotate_moments(optax.scale_by_adam()),
       ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
@@ -119,9 +119,7 @@ def grassmann_walk(
 
 
 def grassmann_track(
-    step_size: float | jax.Array | None = 10.0,
-    *,
-    decomposition: Decomposition | None = None,
+    step_size: Number | None = 10.0, *, decomposition: Decomposition | None = None
 ) -> BasisRule:
     """A step down the estimation error along a rank-one geodesic (SubTrack++).
 
@@ -149,7 +147,6 @@ def grassmann_track(
       ValueError: another decomposition.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.bases.grassmann_track(None), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
@@ -162,9 +159,7 @@ def grassmann_track(
     return basis_rule(choose, svd_until=1, decomposition=decomposition)
 
 
-def _track(
-    s: jax.Array, g: jax.Array, step_size: float | jax.Array | None
-) -> jax.Array:
+def _track(s: jax.Array, g: jax.Array, step_size: Number | None) -> jax.Array:
     # With G of unit size nothing here, which is of fourth order in G, leaves float32.
     scale = linalg.largest(g)
     g = linalg.unit_largest(g)

@@ -13,7 +13,7 @@ from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, rule_of
-from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split
@@ -34,7 +34,6 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
       ValueError: a stage that is no basis rule; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.frozen(lro.dominant_svd()), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.recover_residual())
     """
@@ -66,7 +65,7 @@ class LazyRefreshState(NamedTuple):
 def lazy_refresh(
     rule: optax.GradientTransformation,
     *,
-    threshold: float | jax.Array = 0.4,
+    threshold: Number = 0.4,
     window: int = 5,
     factor: int = 2,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +94,6 @@ def lazy_refresh(
         `gaussian`, or `frozen`; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.bases.lazy_refresh(lro.dominant_svd()))
     """
@@ -166,7 +164,7 @@ def lazy_refresh(
 def paced(
     now: Clock,
     overlap: jax.Array,
-    threshold: float | jax.Array,
+    threshold: Number,
     factor: int,
     cycle: jax.Array,
     interval: jax.Array,

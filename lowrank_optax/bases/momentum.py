@@ -7,6 +7,7 @@ import optax
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.linalg import Decomposition, average_weight, transpose
@@ -14,9 +15,9 @@ from lowrank_optax.core.stage import Clock
 
 
 def power_iterate(
-    rho: float | jax.Array = 0.908,
+    rho: Number = 0.908,
     *,
-    b1: float | jax.Array = 0.908,
+    b1: Number = 0.908,
     decomposition: Decomposition | None = None,
 ) -> BasisRule:
     """One block power step towards momentum and gradient (LDAdam).
@@ -40,7 +41,6 @@ def power_iterate(
       ValueError: another decomposition; at update, for a step without a first moment.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.low_rank(optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(0.9)), lro.project_back()),
       ...     rank=4, refresh_every=1)
@@ -58,7 +58,7 @@ def power_iterate(
 
 
 def correlation_aware(
-    step_size: float | jax.Array = 0.1,
+    step_size: Number = 0.1,
     *,
     recompute_every: int = 5,
     decomposition: Decomposition | None = None,
@@ -89,7 +89,6 @@ def correlation_aware(
         step without a first moment.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.correlation_aware(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
@@ -110,7 +109,7 @@ def correlation_aware(
 
 
 def _correlated(
-    s: jax.Array, g: jax.Array, m: jax.Array, step_size: float | jax.Array
+    s: jax.Array, g: jax.Array, m: jax.Array, step_size: Number
 ) -> jax.Array:
     """S after one gradient step, its norm clipped at 1, on COAP's loss."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
@@ -36,7 +37,7 @@ class OnlinePCAState(NamedTuple):
 def online_pca(
     optimizer: optax.GradientTransformation | None = None,
     *,
-    penalty: float | jax.Array = 0.0,
+    penalty: Number = 0.0,
     decomposition: Decomposition | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """P takes an optimizer's step on the reconstruction loss at every step.
@@ -66,7 +67,6 @@ def online_pca(
       ValueError: another decomposition; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.online_pca(optax.adam(1e-3)), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
@@ -148,7 +148,7 @@ def _started(
 
 
 def learn(
-    frame: Frame, p: jax.Array, penalty: float | jax.Array
+    frame: Frame, p: jax.Array, penalty: Number
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """grad L, L without its penalty, and the drift, of each matrix."""
     g = linalg.unit_largest(frame.gradient)

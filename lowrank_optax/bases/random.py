@@ -8,6 +8,7 @@ from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.redrawn import redraw
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
 from lowrank_optax.core.linalg import Decomposition, fence
@@ -25,7 +26,7 @@ def gaussian_matrix(frame: Frame, keys: jax.Array) -> jax.Array:
 
 
 def grassmann_jump(
-    key: jax.Array | int, *, decomposition: Decomposition | None = None
+    key: Key, *, decomposition: Decomposition | None = None
 ) -> BasisRule:
     """A random orthonormal basis at each refresh (GrassJump).
 
@@ -43,7 +44,6 @@ def grassmann_jump(
       ValueError: another decomposition, or a key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
@@ -53,10 +53,7 @@ def grassmann_jump(
 
 
 def random_after(
-    switch_step: int | jax.Array,
-    key: jax.Array | int,
-    *,
-    decomposition: Decomposition | None = None,
+    switch_step: Step, key: Key, *, decomposition: Decomposition | None = None
 ) -> BasisRule:
     """Leading singular vectors first, random orthonormal bases later (GoLore).
 
@@ -75,7 +72,6 @@ def random_after(
       ValueError: another decomposition, or a key that is neither an int nor typed.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.random_after(8000, key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
       ...     lro.project_back(0.25))
@@ -88,7 +84,7 @@ def random_after(
     )
 
 
-def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
+def gaussian(key: Key, *, stored: bool = False) -> BasisRule:
     """A Gaussian projection, drawn anew at each refresh: S_ij ~ N(0, 1 / r).
 
     E[S S^T] = I, so the projection preserves lengths in the mean, but S^T S is not I:
@@ -107,7 +103,6 @@ def gaussian(key: jax.Array | int, *, stored: bool = False) -> BasisRule:
       ValueError: a key that is neither an int nor typed; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_gradient())
     """

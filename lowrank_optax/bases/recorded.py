@@ -31,7 +31,6 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
       ValueError: for a matrix that has no bases, or bases of another shape.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(
       ...     lro.bases.replay({"w": jnp.eye(4, 2)[None]}), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.stage import Clock
@@ -15,9 +16,7 @@ from lowrank_optax.core.stage import Clock
 Order = Literal["random", "ascending", "descending"]
 
 
-def coordinates(
-    key: jax.Array | int | None = None, *, order: Order = "random"
-) -> BasisRule:
+def coordinates(key: Key | None = None, *, order: Order = "random") -> BasisRule:
     """r of the m rows of the gradient, others at each refresh (FRUGAL).
 
     S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With
@@ -41,7 +40,6 @@ def coordinates(
       ValueError: "random" without a key, another order with one, or an unknown order.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.coordinates(order="descending"), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=2, refresh_every=1)
@@ -70,7 +68,7 @@ def coordinates(
     return basis_rule(choose, key, coordinates=True, from_gradient=False)
 
 
-def sample_rows(key: jax.Array | int) -> BasisRule:
+def sample_rows(key: Key) -> BasisRule:
     """r rows of the gradient, sampled by their norm without replacement (Grass).
 
     q_i = ||G_i|| / sum_j ||G_j||, I_t = sort(sample r of m by q without replacement),
@@ -86,7 +84,6 @@ def sample_rows(key: jax.Array | int) -> BasisRule:
       ValueError: a key that is neither an int nor typed.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.sample_rows(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.project_back())
     """

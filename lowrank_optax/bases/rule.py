@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.stage import Clock
@@ -65,10 +66,10 @@ class Rule:
     """
 
     choose: Choose
-    key: jax.Array | int | None = None
+    key: Key | None = None
     orthonormal: bool = True
     coordinates: bool = False
-    svd_until: int | jax.Array = 0
+    svd_until: Step = 0
     decomposition: Decomposition | None = None
     from_gradient: bool = True
     storage: Storage = AS_IT_IS

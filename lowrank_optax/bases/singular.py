@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.rule import BasisRule, Rule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition
@@ -13,7 +14,7 @@ from lowrank_optax.core.stage import Clock
 
 
 def dominant_svd(
-    *, decomposition: Decomposition | None = None, key: jax.Array | int | None = None
+    *, decomposition: Decomposition | None = None, key: Key | None = None
 ) -> BasisRule:
     """The r leading left singular vectors of the gradient (GaLore).
 
@@ -34,7 +35,6 @@ def dominant_svd(
       ValueError: "randomized" without a key, or an unknown decomposition.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.identity()), lro.project_back())
       >>> tx = lro.low_rank(stages, rank=1, refresh_every=1)
@@ -58,9 +58,7 @@ def dominant_svd(
     return follow(Rule(choose=choose, batched=True))
 
 
-def sara_sample(
-    key: jax.Array | int, *, decomposition: Decomposition | None = None
-) -> BasisRule:
+def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> BasisRule:
     """r left singular vectors, sampled by singular value without replacement (SARA).
 
     G_t = U diag(s) V^T, w_i = s_i / sum_j s_j, I = sort(sample r of m by w without
@@ -82,7 +80,6 @@ def sara_sample(
         decomposition; a key that is neither an int nor typed.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(1e-2, rank=4, refresh_every=50,
       ...     basis=lro.sara_sample(key=0), dimension_numbers=None)
       >>> state = tx.init({"w": jnp.ones((8, 16))})

@@ -105,7 +105,6 @@ def quantize_basis(
         bases are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.bases.quantize_basis(lro.sara_sample(key=0)))
     """
@@ -140,7 +139,6 @@ def cast_basis(
         are coordinates, or that stores none; at update, outside `low_rank`.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.bases.cast_basis(lro.sara_sample(key=0)))
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((8, 16))}})

@@ -10,6 +10,7 @@ import optax
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
@@ -19,10 +20,7 @@ from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
 def switch_basis(
-    key: jax.Array | int,
-    *,
-    keep: float = 0.3125,
-    decomposition: Decomposition | None = None,
+    key: Key, *, keep: float = 0.3125, decomposition: Decomposition | None = None
 ) -> BasisRule:
     """The leading directions of one power step, and a draw from its complement (Alice).
 
@@ -58,7 +56,6 @@ def switch_basis(
         update, for a `keep` above the rank.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.switch_basis(key=0, keep=0.5), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
@@ -141,7 +138,7 @@ class TrackingState(NamedTuple):
 
 
 def track_gram(
-    stages: optax.GradientTransformation, *, decay: float | jax.Array = 0.999
+    stages: optax.GradientTransformation, *, decay: Number = 0.999
 ) -> optax.GradientTransformationExtraArgs:
     """A running mean of G~ G~^T, for a basis that follows all gradients (Alice).
 
@@ -165,7 +162,6 @@ def track_gram(
       ValueError: at update, for stages without a basis rule and `project`.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(
       ...     lro.bases.track_gram(
       ...         optax.chain(lro.bases.switch_basis(key=0), lro.project())),

@@ -83,7 +83,6 @@ def low_rank(
       TypeError: for a stock optax transformation between stages.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
       >>> tx = lro.low_rank(stages, rank=2, refresh_every=200)
@@ -124,7 +123,6 @@ def full_matrices(
       ValueError: as `low_rank` does for leaves and dimension numbers.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> sign = optax.stateless(lambda frames, _: lro.stages.map_frames(
       ...     lambda f: f.replace(step=jnp.sign(f.gradient)), frames))
       >>> tx = lro.full_rank.full_matrices(sign)

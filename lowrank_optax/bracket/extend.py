@@ -42,7 +42,6 @@ def add_stage(
       ValueError: any other transformation.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.subtrack(0.002, rank=2, refresh_every=100)
       >>> tx = lro.add_stage(tx, lro.measure_subspace())
       >>> params = {"mlp": {"kernel": jnp.ones((8, 16))}}

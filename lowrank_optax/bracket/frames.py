@@ -56,10 +56,7 @@ def map_leaves(f: Callable[..., Any], leaves: Tree, *trees: Tree) -> Tree:
 
 
 def _open(
-    leaf: Leaf,
-    x: jax.Array,
-    precision: jax.lax.PrecisionLike,
-    inside: Inside,
+    leaf: Leaf, x: jax.Array, precision: jax.lax.PrecisionLike, inside: Inside
 ) -> Frame | jax.Array:
     if leaf.layout is None:
         return at_least_f32(x)

@@ -44,10 +44,7 @@ class Leaf(NamedTuple):
 
 
 def decide_leaves(
-    tree: optax.Params,
-    dimension_numbers: DimensionNumbers,
-    rank: Rank,
-    square: Square,
+    tree: optax.Params, dimension_numbers: DimensionNumbers, rank: Rank, square: Square
 ) -> optax.Params:
     """The tree with a `Leaf` in place of each leaf."""
     specs = specs_of(dimension_numbers, tree)

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.core.aliases import Key
 
-def check_key(key: jax.Array | int) -> jax.Array | int:
+
+def check_key(key: Key) -> jax.Array | int:
     """`key`; ValueError unless it is a seed or a typed key.
 
     It creates no array, which would start a backend.
@@ -18,7 +20,7 @@ def check_key(key: jax.Array | int) -> jax.Array | int:
     return key
 
 
-def canonical_key(key: jax.Array | int) -> jax.Array:
+def canonical_key(key: Key) -> jax.Array:
     """A new typed key from a seed or a typed key; a copy, which can be donated."""
     check_key(key)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(
@@ -50,7 +52,6 @@ def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
       ValueError: a count above m.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> keys = jax.random.split(jax.random.key(0), 2)
       >>> scores = jnp.array([[0.0, 1.0, 0.0, 2.0], [5.0, 0.0, 0.0, 1.0]])
       >>> lro.stages.sample_indices(keys, scores, 2).tolist()

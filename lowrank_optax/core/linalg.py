@@ -254,7 +254,6 @@ def left_singular(
       ValueError: another decomposition.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> u, s = lro.stages.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
       >>> u.shape, [round(float(x), 3) for x in s]
       ((2, 2), [3.0, 1.0])

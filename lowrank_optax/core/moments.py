@@ -58,7 +58,7 @@ def register_moments(
       ValueError: a class without these fields.
 
     Example:
-      >>> import typing, lowrank_optax as lro
+      >>> import typing
       >>> class HeavyBallState(typing.NamedTuple):
       ...     velocity: typing.Any
       >>> lro.steps.register_moments(HeavyBallState, first="velocity")

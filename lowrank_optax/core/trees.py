@@ -19,7 +19,6 @@ def map_frames(
     """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
 
     Example:
-      >>> import optax, lowrank_optax as lro
       >>> negate = optax.stateless(lambda frames, params: lro.stages.map_frames(
       ...     lambda frame: frame.replace(low_step=-frame.low_step), frames))
     """
@@ -65,7 +64,6 @@ def update_frames(
     As many trees come back as went in. Other leaves and their states stay.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> def shrink(frame, factor):  # the body of a stage's update, with its state
       ...     return frame.replace(low_step=factor * frame.low_step), factor / 2
       >>> lro.stages.update_frames(shrink, {"bias": jnp.ones(2)}, {"bias": False})[1]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
@@ -26,7 +27,6 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
     The paper's learning rates belong to the released code.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.full_rank.full_matrices(lro.full_rank.normalize_by_output_rms())
       >>> g = jnp.array([[3.0, 0.1], [3.0, 0.1], [3.0, -0.1]])   # three inputs
       >>> tx.update(g, tx.init(g))[0].round(3).tolist()
@@ -56,7 +56,7 @@ class MomentumState(NamedTuple):
 
 
 def trace_matching(
-    pattern: str, decay: float | jax.Array = 0.9
+    pattern: str, decay: Number = 0.9
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by its momentum, for matrices whose path matches.
 
@@ -71,7 +71,6 @@ def trace_matching(
       ValueError: for a pattern that is not a regular expression.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> tx = lro.full_rank.full_matrices(optax.chain(
       ...     lro.full_rank.trace_matching("head/kernel$"),
       ...     lro.full_rank.normalize_by_output_rms()))

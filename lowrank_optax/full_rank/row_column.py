@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_along, spec_of
@@ -31,10 +32,10 @@ class RowColumnState(NamedTuple):
 
 
 def scale_by_racs(
-    limit: float | jax.Array = 1.01,
+    limit: Number = 1.01,
     *,
-    scale: float | jax.Array = 1.0,
-    decay: float | jax.Array = 0.9,
+    scale: Number = 1.0,
+    decay: Number = 0.9,
     iterations: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the gradient by the root of a rank-one fit of its squares (RACS).
@@ -70,7 +71,6 @@ def scale_by_racs(
       ValueError: for iterations below 1.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> tx = lro.full_rank.full_matrices(
       ...     lro.steps.with_rest(lro.full_rank.scale_by_racs()))
     """

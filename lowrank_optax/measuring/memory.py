@@ -93,7 +93,6 @@ def memory_report(
       A `MemoryReport`.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"mlp": {"kernel": jnp.ones((64, 256))}, "norm": jnp.ones(64)}
       >>> tx = lro.galore(0.01, rank=8, refresh_every=200)
       >>> report = lro.memory_report(tx, params)

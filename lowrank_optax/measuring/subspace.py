@@ -110,7 +110,6 @@ def measure_subspace(
         orthonormal, or for energy and spectrum of gradients summed in the subspace.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.galore(0.01, rank=2, refresh_every=1, dimension_numbers=None,
       ...     basis=optax.chain(lro.bases.coordinates(order="ascending"),
       ...                       lro.measure_subspace()))
@@ -323,7 +322,6 @@ def measurements(state: optax.OptState) -> dict[str, Measurement]:
       ValueError: if two stages measured the same quantity of one parameter.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.add_stage(lro.galore(0.01, rank=2, refresh_every=200,
       ...     dimension_numbers=None), lro.measure_subspace(spectrum=1))
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0), tx)

@@ -63,9 +63,7 @@ def apollo(
         `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.apollo(0.01, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
     back = scale_gradient(limit, scale=scale, variant=variant)
@@ -106,9 +104,7 @@ def apollo_mini(
       ValueError: as `apollo` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.apollo_mini(0.01, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
     back = scale_gradient(limit, per="matrix", scale=scale, variant=variant)

@@ -40,7 +40,6 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
       Their names, for `optax.inject_hyperparams`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> make = optax.inject_hyperparams(
       ...     lro.galore, static_args=lro.static_args(lro.galore))
       >>> tx = make(learning_rate=0.01, rank=4, refresh_every=200)
@@ -137,11 +136,9 @@ def low_rank_optimizer(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_lion()), lro.project_back())
       >>> tx = lro.low_rank_optimizer(stages, 1e-4, rank=4, weight_decay=0.1)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     bracket = low_rank(
         stages,

@@ -58,9 +58,7 @@ def fira(
       ValueError: as `low_rank` does, and for an unknown variant.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.fira(0.003, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = adam_or(step, b1, b2, eps, variant)
     back = recover_residual(limit, scale=scale, variant=variant)

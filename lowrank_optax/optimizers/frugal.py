@@ -56,9 +56,7 @@ def frugal(
       ValueError: an unknown residual; and as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.frugal(0.001, rank=0.25)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = reset_moments(optax.scale_by_adam(b1, b2, eps))
     back = sign_residual(residual_scale, step=residual)

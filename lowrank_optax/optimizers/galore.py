@@ -64,7 +64,6 @@ def galore(
         with a step.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=4, basis=lro.sara_sample(key=0))
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """

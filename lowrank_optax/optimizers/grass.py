@@ -53,9 +53,7 @@ def grass_jump(
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.grass_jump(0.002, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
     back = recover_residual(limit, scale=scale)
@@ -106,9 +104,7 @@ def grass_walk(
       ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.grass_walk(0.002, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = one_of(
         key, basis, lambda key: grassmann_walk(key, angle, walk_rank=walk_rank)

@@ -53,9 +53,7 @@ def ldadam(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.ldadam(0.002, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     where = optax.chain(power_iterate(rho, b1=b1), project())
     if feedback:

@@ -57,9 +57,7 @@ def spectral_adam(
       ValueError: iterations below 1; and as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.spectral_adam(4.5e-3, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = basis_or(basis, lambda: power_iterate(b1=b1))
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))

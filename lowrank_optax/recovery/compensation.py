@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
 from lowrank_optax.core.sharding import shard_along, spec_of
@@ -30,11 +31,11 @@ class CompensationState(NamedTuple):
 
 
 def compensate_columns(
-    limit: float | jax.Array = 1.01,
+    limit: Number = 1.01,
     *,
-    scale: float | jax.Array = 1.0,
-    residual_scale: float | jax.Array = 1.0,
-    decay: float | jax.Array = 0.9,
+    scale: Number = 1.0,
+    residual_scale: Number = 1.0,
+    decay: Number = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the step back and adds the residual, each column over its usual norm.
 
@@ -65,7 +66,6 @@ def compensate_columns(
         not orthonormal, if the step accumulates gradients, or inside error feedback.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.switch_basis(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()),
       ...     lro.compensate_columns(scale=0.3, residual_scale=0.4))

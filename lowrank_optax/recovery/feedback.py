@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
@@ -24,7 +25,7 @@ class ErrorFeedbackState(NamedTuple):
 
 
 def error_feedback(
-    stages: optax.GradientTransformation, *, b1: float | jax.Array = 0.908
+    stages: optax.GradientTransformation, *, b1: Number = 0.908
 ) -> optax.GradientTransformationExtraArgs:
     """Adds to each gradient what the last step's projection lost (LDAdam).
 
@@ -50,7 +51,6 @@ def error_feedback(
         recovers the residual too.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(
       ...     lro.error_feedback(optax.chain(lro.bases.power_iterate(), lro.project())),
       ...     lro.rotate_moments(optax.scale_by_adam(0.908, 0.99)), lro.project_back())
@@ -93,7 +93,7 @@ def error_feedback(
     return stage(init, update)
 
 
-def _lost(frame: Frame, b1: float | jax.Array) -> jax.Array:
+def _lost(frame: Frame, b1: Number) -> jax.Array:
     """E_t, from the gradient with the last error in it."""
     frame.check_residual("error_feedback()")
     # Both parts in one product each: E = (G + S_old M') - S (G~ + C M').

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import simple_stage
@@ -48,9 +49,7 @@ def limited_stage(
     return simple_stage(init, update)
 
 
-def clip_step_growth(
-    limit: float | jax.Array = 1.1,
-) -> optax.GradientTransformationExtraArgs:
+def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraArgs:
     """Limits how fast the norm of the step in the subspace grows.
 
     With the optimizer's output G~^O and zeta = `limit`:
@@ -69,7 +68,6 @@ def clip_step_growth(
       ValueError: at update, if no step stands before it in the chain.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.trace(0.9)), lro.recovery.clip_step_growth(),
       ...     lro.project_back())
@@ -89,9 +87,9 @@ def limit_growth(
     phi: jax.Array,
     norm: jax.Array,
     last: jax.Array,
-    limit: float | jax.Array,
+    limit: Number,
     arithmetic: Arithmetic = PAPER,
-    floor: float | jax.Array = 0.0,
+    floor: Number = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns phi after the limiter, and the norm that limits the next step.
 

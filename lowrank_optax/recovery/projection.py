@@ -1,9 +1,9 @@
 """In and back: the gradient into the subspace, the step out of it."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.trees import map_frames
 
@@ -17,7 +17,6 @@ def project() -> optax.GradientTransformation:
       ValueError: at update, if no basis rule stands before it in the chain.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
@@ -30,9 +29,7 @@ def project() -> optax.GradientTransformation:
     return optax.stateless(lambda frames, _: map_frames(down, frames))
 
 
-def project_back(
-    scale: float | jax.Array = 1.0,
-) -> optax.GradientTransformation:
+def project_back(scale: Number = 1.0) -> optax.GradientTransformation:
     """Projects the step back to full space: step = scale S G~^O (GaLore).
 
     (SARA paper, section 2: N = alpha P N~.) Reads a Frame's `low_step`, sets `step`.
@@ -46,7 +43,6 @@ def project_back(
         it in the chain.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """

@@ -51,9 +51,7 @@ def arithmetic_of(variant: Variant) -> Arithmetic:
 
 
 def scale_by_uncorrected_adam(
-    b1: float | jax.Array = 0.9,
-    b2: float | jax.Array = 0.999,
-    eps: float | jax.Array = 1e-6,
+    b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6
 ) -> optax.GradientTransformation:
     """Adam without bias correction: M / (sqrt(V) + eps).
 
@@ -80,7 +78,7 @@ class BiasCorrectionState(NamedTuple):
 
 
 def scale_by_bias_correction(
-    b1: float | jax.Array = 0.9, b2: float | jax.Array = 0.999
+    b1: Number = 0.9, b2: Number = 0.999
 ) -> optax.GradientTransformation:
     """Multiplies the update of step t = 1, 2, ... by sqrt(1 - b2^t) / (1 - b1^t)."""
 
@@ -107,7 +105,7 @@ class DecayState(NamedTuple):
 
 
 def decay_stepped_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float | jax.Array
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Number
 ) -> optax.GradientTransformation:
     """Decays the weights after their step: u <- u - lr weight_decay (W + u).
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio
 from lowrank_optax.core.trees import map_frames
@@ -15,10 +16,7 @@ from lowrank_optax.recovery.resolution import resolution
 
 
 def recover_residual(
-    limit: float | jax.Array = 1.01,
-    *,
-    scale: float | jax.Array = 1.0,
-    variant: Variant = "paper",
+    limit: Number = 1.01, *, scale: Number = 1.0, variant: Variant = "paper"
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the step back and adds the rescaled residual (Fira; GrassWalk's RS).
 
@@ -51,7 +49,6 @@ def recover_residual(
         inside error feedback.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01))
     """
@@ -85,7 +82,7 @@ def recover_residual(
 
 
 def sign_residual(
-    scale: float | jax.Array = 1.0, *, step: Literal["sign", "sgd"] = "sign"
+    scale: Number = 1.0, *, step: Literal["sign", "sgd"] = "sign"
 ) -> optax.GradientTransformation:
     """Projects the step back and adds a stateless step on the residual (FRUGAL).
 
@@ -106,7 +103,6 @@ def sign_residual(
         inside error feedback.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """

@@ -5,13 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 
 LOW_RESOLUTION = 0.02
 """The `resolution` where products round to TF32 or bfloat16."""
 
 
-def resolution(frame: Frame) -> float | jax.Array:
+def resolution(frame: Frame) -> Number:
     """The fraction of ||G diag(phi)|| below which a residual's norm is rounding.
 
     About 1e-3 with products in float32, and 2e-2 in TF32 or bfloat16, which is what

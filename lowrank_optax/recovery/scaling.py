@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared, ratio
 from lowrank_optax.core.trees import map_frames
@@ -15,10 +16,10 @@ from lowrank_optax.recovery.published import Variant, arithmetic_of
 
 
 def scale_gradient(
-    limit: float | jax.Array = 1.01,
+    limit: Number = 1.01,
     *,
     per: Literal["column", "matrix"] = "column",
-    scale: float | jax.Array = 1.0,
+    scale: Number = 1.0,
     variant: Variant = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient as the optimizer scales its projection (APOLLO).
@@ -47,7 +48,6 @@ def scale_gradient(
         it in the chain, if the step accumulates gradients, or inside error feedback.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.scale_gradient())
     """
@@ -77,9 +77,7 @@ def scale_gradient(
     return limited_stage(one)
 
 
-def scale_by_shape(
-    scale: float | jax.Array = 1.0,
-) -> optax.GradientTransformation:
+def scale_by_shape(scale: Number = 1.0) -> optax.GradientTransformation:
     """Multiplies the step by scale sqrt(max(m, n)); stands last in the chain.
 
     A step with orthonormal rows has entries of at most 1 / sqrt(n). Times sqrt(n) they
@@ -93,7 +91,6 @@ def scale_by_shape(
       ValueError: at update, if no way back stands before it in the chain.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> step = optax.chain(optax.trace(0.95), lro.steps.scale_by_polar_factor())
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.rotate_moments(step), lro.project_back(),

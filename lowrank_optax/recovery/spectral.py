@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.newton_schulz import newton_schulz
@@ -13,9 +14,9 @@ from lowrank_optax.recovery.resolution import resolution
 
 
 def spectral_residual(
-    residual_scale: float | jax.Array = 0.5,
+    residual_scale: Number = 0.5,
     *,
-    scale: float | jax.Array = 1.0,
+    scale: Number = 1.0,
     iterations: int = 5,
     dtype: DTypeLike | None = jnp.bfloat16,
 ) -> optax.GradientTransformation:
@@ -49,7 +50,6 @@ def spectral_residual(
         inside error feedback.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
     """

@@ -1,14 +1,12 @@
 """Step: Adafactor."""
 
-import jax
 import optax
+
+from lowrank_optax.core.aliases import Number
 
 
 def scale_by_adafactor(
-    b1: float | jax.Array | None = 0.9,
-    *,
-    decay_rate: float | jax.Array = 0.8,
-    clip: float | jax.Array = 1.0,
+    b1: Number | None = 0.9, *, decay_rate: Number = 0.8, clip: Number = 1.0
 ) -> optax.GradientTransformation:
     """Scales by Adafactor, for `in_subspace(per_matrix(scale_by_adafactor()))`.
 
@@ -26,7 +24,6 @@ def scale_by_adafactor(
       clip: the largest root mean square of a matrix's U.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> tx = lro.fira(0.003, rank=4, refresh_every=200,
       ...     step=lro.in_subspace(
       ...         lro.steps.per_matrix(lro.steps.scale_by_adafactor())))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.layout import Rules, match, path_of
 from lowrank_optax.core.moments import register_moments
 from lowrank_optax.core.sharding import shard_along, spec_of
@@ -41,9 +42,9 @@ class AdamMiniState(NamedTuple):
 
 
 def scale_by_adam_mini(
-    b1: float | jax.Array = 0.9,
-    b2: float | jax.Array = 0.95,
-    eps: float | jax.Array = 1e-8,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
     *,
     blocks: Blocks | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,7 +70,6 @@ def scale_by_adam_mini(
       ValueError: at init, for blocks that do not divide an array.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> state = lro.steps.scale_by_adam_mini().init({"kernel": jnp.ones((3, 8, 16))})
       >>> optax.tree.get(state, "nu")["kernel"].shape
       (3, 1, 16)
@@ -172,7 +172,6 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
       ValueError: for any other value.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> blocks = lro.steps.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])
       >>> blocks("layers/attn/q/kernel", (12, 128, 768))
       (1, 128, 64)
@@ -216,7 +215,6 @@ def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
         number of columns is not a multiple of h.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> heads = [("attn/[qk]", 4)]
       >>> step = lro.steps.scale_by_adam_mini(blocks=lro.steps.adam_mini_blocks(heads))
       >>> tx = lro.low_rank(optax.chain(lro.dominant_svd(), lro.project(),

@@ -35,7 +35,6 @@ def scale_by_polar_factor(
       ValueError: for another method, or iterations below 1.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.steps.scale_by_polar_factor()
       >>> m = jnp.array([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
       >>> tx.update(m, tx.init(m))[0].round(3).tolist()

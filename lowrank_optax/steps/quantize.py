@@ -176,10 +176,7 @@ register_storage(QuantizedState, unpack=_dequantized, pack=_quantized_like)
 
 
 def quantize_moments(
-    inner: optax.GradientTransformation,
-    *,
-    block_size: int = 256,
-    min_size: int = 4096,
+    inner: optax.GradientTransformation, *, block_size: int = 256, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
     """Stores `inner`'s state in 8 bits per number, block by block.
 
@@ -213,7 +210,6 @@ def quantize_moments(
       ValueError: for a block_size or min_size below 1.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = lro.quantize_moments(optax.scale_by_adam())
       >>> state = tx.init({"w": jnp.ones((64, 512)), "b": jnp.ones(512)})
       >>> mu = optax.tree.get(state, "mu")

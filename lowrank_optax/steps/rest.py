@@ -44,7 +44,6 @@ def with_rest(
       ValueError: whatever the two raise.
 
     Example:
-      >>> import lowrank_optax as lro, optax
       >>> step = optax.chain(optax.trace(0.95), lro.steps.scale_by_polar_factor())
       >>> stages = lro.steps.with_rest(optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.rotate_moments(step), lro.project_back()), optax.scale_by_adam())

@@ -18,9 +18,7 @@ from lowrank_optax.steps.subspace import in_subspace
 
 
 def rotate_moments(
-    inner: optax.GradientTransformation,
-    *,
-    moments: Literal["both", "first"] = "both",
+    inner: optax.GradientTransformation, *, moments: Literal["both", "first"] = "both"
 ) -> optax.GradientTransformationExtraArgs:
     """`in_subspace`, with `inner`'s moments rotated into the new basis at a refresh.
 
@@ -53,7 +51,6 @@ def rotate_moments(
         moment in bases that are not orthonormal, for which eq. 8 does not hold.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.project_back())
     """

@@ -35,7 +35,6 @@ def per_matrix(
       ValueError: at init, when the state's structure depends on the leaf.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.steps.per_matrix(
       ...     optax.scale_by_factored_rms(min_dim_size_to_factor=1))
       >>> tx.init({"w": jnp.ones((3, 4, 8))}).v_row["w"].shape
@@ -98,7 +97,6 @@ def in_subspace(
         (`optax.MultiSteps`) after an `error_feedback`.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
@@ -157,7 +155,6 @@ def reset_moments(
       ValueError: without `project` and a basis rule that sets `refreshed` before it.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """
@@ -211,7 +208,6 @@ def in_full_space(
       ValueError: what `inner` raises.
 
     Example:
-      >>> import lowrank_optax as lro
       >>> stages = optax.chain(
       ...     lro.steps.in_full_space(
       ...         lro.steps.per_matrix(optax.scale_by_factored_rms())),

@@ -7,10 +7,7 @@ from lowrank_optax.training.layerwise import (
     update_in_backward,
     update_layers,
 )
-from lowrank_optax.training.microbatches import (
-    LayerSums,
-    sum_in_backward,
-)
+from lowrank_optax.training.microbatches import LayerSums, sum_in_backward
 from lowrank_optax.training.projected import (
     Projected,
     project_gradient,

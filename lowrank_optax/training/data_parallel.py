@@ -38,7 +38,6 @@ def average_gradients(
         `sign_residual`, `scale_gradient`, `error_feedback`).
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((4, 8))}
       >>> state, each = tx.init(params), lro.training.average_gradients(tx, "devices")

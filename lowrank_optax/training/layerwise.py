@@ -45,7 +45,6 @@ def per_layer(
         raises.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params = {"mlp": {"kernel": jnp.ones((12, 16, 64))}}  # 12 layers
       >>> tx = lro.training.per_layer(lro.galore(0.01, rank=4, refresh_every=200))
       >>> state = tx.init(params)
@@ -162,7 +161,6 @@ def update_layers(
         raises.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params, tx = {"w": jnp.ones((12, 8, 8))}, optax.sgd(0.5)
       >>> state = lro.training.per_layer(tx).init(params)
       >>> new, state = lro.training.update_layers(tx, params, state, params, block=4)
@@ -293,7 +291,6 @@ class Layers(NamedTuple):
           ValueError: leaves without one number of layers along their first axes.
 
         Example:
-          >>> import jax.numpy as jnp, lowrank_optax as lro, optax
           >>> params = {"w": jnp.ones((12, 8, 8))}
           >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
           >>> layers = lro.training.Layers.open(params, state)
@@ -308,7 +305,6 @@ class Layers(NamedTuple):
         """The arrays with all updates in them; the references end here.
 
         Example:
-          >>> import jax.numpy as jnp, lowrank_optax as lro
           >>> layers = lro.training.Layers.open({"w": jnp.ones((12, 8, 8))}, ())
           >>> layers.close().params["w"].shape
           (12, 8, 8)
@@ -354,7 +350,6 @@ def update_in_backward(
       ValueError: what `tx` raises, in the backward pass.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> tx = optax.adamw(1e-3)
       >>> params = jnp.full((12, 8, 8), 0.1)
       >>> layers = lro.training.Layers.open(

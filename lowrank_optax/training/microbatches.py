@@ -49,7 +49,6 @@ class LayerSums(NamedTuple):
           ValueError: what `project_gradient` raises.
 
         Example:
-          >>> import jax.numpy as jnp, lowrank_optax as lro
           >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
           >>> params = {"w": jnp.ones((12, 4, 8))}
           >>> layers = lro.training.LayerSums.open(
@@ -72,7 +71,6 @@ class LayerSums(NamedTuple):
         """The arrays; the references end here.
 
         Example:
-          >>> import jax.numpy as jnp, lowrank_optax as lro
           >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
           >>> params = {"w": jnp.ones((12, 4, 8))}
           >>> layers = lro.training.LayerSums.open(
@@ -116,7 +114,6 @@ def sum_in_backward(
       ValueError: what `project_gradient` raises.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = jnp.full((12, 8, 8), 0.01)
       >>> layers = lro.training.LayerSums.open(

@@ -66,7 +66,6 @@ def project_gradient(
         Explicit axes.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((4, 8))}
       >>> state = tx.init(params)
@@ -127,7 +126,6 @@ def update_projected(
         `error_feedback`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = {"w": jnp.ones((4, 8))}
       >>> state, how = tx.init(params), {"refresh": True}

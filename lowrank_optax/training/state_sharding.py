@@ -56,7 +56,6 @@ def state_shardings(
       ValueError: for shardings of another kind, or on several meshes.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("fsdp",))
       >>> params = {"mlp": {"kernel": jnp.ones((16, 64))}}
@@ -129,7 +128,6 @@ def square_sides(
       ValueError: for `dimension_numbers` that `low_rank` refuses.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
       >>> params = {"q": jnp.ones((8, 8)), "o": jnp.ones((8, 8))}

@@ -76,9 +76,7 @@ def coap(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.coap(0.01, rank=4, refresh_every=40)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = correlation_aware(step_size, recompute_every=recompute_every)
     return galore(learning_rate, basis=rule, **options)
@@ -120,9 +118,7 @@ def dct_adamw(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.dct_adamw(0.002, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     where = optax.chain(dct_columns(), project())
     if feedback:
@@ -135,10 +131,7 @@ def dct_adamw(
 
 @passes_on(galore)
 def galore_2(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    key: Key,
-    **options: Unpack[GaloreOptions],
+    learning_rate: optax.ScalarOrSchedule, *, key: Key, **options: Unpack[GaloreOptions]
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore 2: GaLore with bases of a randomized SVD.
 
@@ -166,9 +159,7 @@ def galore_2(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.galore_2(0.01, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = dominant_svd(decomposition="randomized", key=key)
     return galore(learning_rate, basis=rule, **options)
@@ -211,9 +202,7 @@ def golore(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.golore(0.01, rank=4, switch_step=8000, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps), moments="first")
     rule = random_after(switch_step, key)
@@ -254,9 +243,7 @@ def grass_sparse(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.grass_sparse(0.01, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     step = reset_moments(optax.scale_by_adam(b1, b2, eps))
     return galore(learning_rate, basis=sample_rows(key), step=step, **options)
@@ -294,9 +281,7 @@ def online_subspace_descent(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.online_subspace_descent(0.01, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = online_pca(optimizer_of_basis, penalty=penalty)
     return galore(learning_rate, basis=rule, refresh_every=NEVER, **options)
@@ -340,9 +325,7 @@ def q_galore(
       ValueError: bits other than 4 and 8; and as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.q_galore(0.01, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)

@@ -65,9 +65,7 @@ def racs(
       ValueError: iterations below 1; and as `full_matrices` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.racs(0.02)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     stage = scale_by_racs(limit, scale=scale, decay=b2, iterations=iterations)
     stages = with_rest(stage, rest)
@@ -112,9 +110,7 @@ def scale_sgd(
         does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.scale_sgd(1e-3)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     stages = optax.chain(trace_matching(momentum, b1), normalize_by_output_rms())
     return full_rank_optimizer(with_rest(stages, rest), learning_rate, **options)

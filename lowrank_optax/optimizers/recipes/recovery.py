@@ -79,9 +79,7 @@ def alice(
       ValueError: neither or both of `key` and `basis`; and as `switch_basis` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.alice(0.02, rank=4, key=0)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = one_of(key, basis, lambda key: switch_basis(key, keep=keep))
     where = optax.chain(rule, project())
@@ -130,9 +128,7 @@ def subtrack(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.subtrack(0.002, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     rule = grassmann_track(step_size)
     return grass_jump(learning_rate, basis=rule, limit=limit, **options)
@@ -186,9 +182,7 @@ def sumo(
       ValueError: an unknown method; a basis that is not orthonormal.
 
     Example:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.recipes.sumo(0.002, rank=4)
-      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 64))}, "norm": jnp.ones(16)})
     """
     stages = optax.chain(
         basis_or(basis, dominant_svd),

@@ -487,8 +487,9 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
             first = lro.training.project_gradient(
                 tx, g, state, weights, refresh=t % T == 0
             )
-            how = {"projected": True, "refresh": t % T == 0, "bases": first.bases}
-            _, state = tx.update(first.low, state, weights, **how)
+            _, state = lro.training.update_projected(
+                tx, first, state, weights, refresh=t % T == 0
+            )
         return lro.measurements(state)["w"]
 
     plain = after_each_step(bracket(rule, lro.measure_subspace()), grads)[-1]["w"]

@@ -88,7 +88,7 @@ def refusal(basis: str, step: str, back: str = "") -> str:
     if turned and basis == "online_pca":
         return "this basis rule does not set `rotation`"
     if step == "adam_restarted" and basis == "online_pca":
-        return "this basis rule moves its basis at every step"
+        return "this basis rule changes its basis at every step"
     if step in ("adam_rotated", "adam_8bit_rotated") and basis in NOT_ORTHONORMAL:
         return "second moments rotate between orthonormal bases only"
     if back in ORTHONORMAL and basis in NOT_ORTHONORMAL:
