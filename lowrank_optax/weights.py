@@ -3,13 +3,13 @@
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.core.aliases import Key
+from lowrank_optax.core.aliases import Key, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.keys import canonical_key
 from lowrank_optax.core.layout import TRANSFORMER_MATRICES, path_of
@@ -183,7 +183,7 @@ def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWei
     return QuantizedWeights(from_blocks(codes, x).astype(jnp.int8), scales[..., 0])
 
 
-def add_updates(params: Any, updates: Any, key: Key | None = None) -> Any:
+def add_updates(params: Tree, updates: Tree, key: Key | None = None) -> Tree:
     """`optax.apply_updates` for weights kept in few bits.
 
         W <- round(W + U)
@@ -220,7 +220,7 @@ def add_updates(params: Any, updates: Any, key: Key | None = None) -> Any:
     """
     key = None if key is None else canonical_key(key)
 
-    def apply(keys: jax.tree_util.KeyPath, w: Any, u: Any) -> Any:
+    def apply(keys: jax.tree_util.KeyPath, w: Tree, u: Tree) -> Tree:
         if w is None or u is None:
             return w
         path, u = path_of(keys), jnp.asarray(u)
@@ -252,7 +252,7 @@ def _is_leaf(x: object) -> bool:
     return x is None or isinstance(x, QuantizedWeights)
 
 
-def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
+def dense(params: Tree, dtype: DTypeLike = jnp.float32) -> Tree:
     """`params` with every `QuantizedWeights` as an array of `dtype`, the rest as it is.
 
     What a model computes with, an optimizer's `init` and `update` take, and gradients
@@ -268,7 +268,7 @@ def dense(params: Any, dtype: DTypeLike = jnp.float32) -> Any:
       [[127.0, 0.0], [0.0, 127.0]]
     """
 
-    def unpack(w: Any) -> Any:
+    def unpack(w: Tree) -> Tree:
         return w.dequantize(dtype) if isinstance(w, QuantizedWeights) else w
 
     return jax.tree.map(unpack, params, is_leaf=_is_leaf)
@@ -280,10 +280,10 @@ def _is_transformer_matrix(path: str) -> bool:
 
 
 def store(
-    params: Any,
+    params: Tree,
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] = _is_transformer_matrix,
-) -> Any:
+) -> Tree:
     """`params` as they are kept: rounded to nearest, once, before training.
 
     With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
@@ -311,7 +311,7 @@ def store(
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"dtype={dtype!r}: choose float32, bfloat16 or int8")
 
-    def store(keys: jax.tree_util.KeyPath, w: Any) -> Any:
+    def store(keys: jax.tree_util.KeyPath, w: Tree) -> Tree:
         if _is_leaf(w) or not jnp.issubdtype(w.dtype, jnp.floating):
             return w
         if dtype == "int8" and w.ndim > 1 and mask(path_of(keys)):

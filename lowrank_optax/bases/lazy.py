@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,10 @@ class LazyRefreshState(NamedTuple):
     """
 
     rule_state: BasisState
-    cycle: Any
-    interval: Any
-    wait: Any
-    similarities: Any
+    cycle: Tree
+    interval: Tree
+    wait: Tree
+    similarities: Tree
 
 
 def lazy_refresh(
@@ -107,7 +107,7 @@ def lazy_refresh(
         )
 
     def init(params: optax.Params) -> LazyRefreshState:
-        def each(make: Callable[[], jax.Array]) -> Any:
+        def each(make: Callable[[], jax.Array]) -> Tree:
             return map_frames(lambda _: make(), params, plain=nothing)
 
         return LazyRefreshState(
@@ -144,7 +144,7 @@ def lazy_refresh(
 
         def pace(
             frame: Frame, rotation: jax.Array, *last: jax.Array
-        ) -> tuple[Any, ...]:
+        ) -> tuple[Tree, ...]:
             if frame.full_rank:
                 return frame, rotation, *last
             overlap = (

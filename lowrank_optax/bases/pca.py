@@ -1,14 +1,14 @@
 """Where: a basis trained by an optimizer of its own, every step (online PCA)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
-from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
@@ -28,10 +28,10 @@ class OnlinePCAState(NamedTuple):
       drift: (*batch,), max |P^T P - I| of the last step's P.
     """
 
-    basis: Any
-    inner_state: Any
-    loss: Any
-    drift: Any
+    basis: Tree
+    inner_state: Tree
+    loss: Tree
+    drift: Tree
 
 
 def online_pca(
@@ -116,12 +116,12 @@ def _number(frame: Frame) -> jax.Array:
     return shard_batch(frame, jnp.zeros(frame.batch, frame.gradient.dtype))
 
 
-def _on_subspaces(f: Callable[..., jax.Array], frames: Any, *rest: Any) -> Any:
+def _on_subspaces(f: Callable[..., jax.Array], frames: Tree, *rest: Tree) -> Tree:
     """A tree of f(frame, ...) with scalar zeros, which an optimizer can take, where
     there is no basis.
     """
 
-    def one(x: Any, *xs: Any) -> jax.Array:
+    def one(x: Tree, *xs: Tree) -> jax.Array:
         if isinstance(x, Frame):
             if not x.full_rank:
                 return f(x, *xs)

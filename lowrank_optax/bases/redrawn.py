@@ -1,13 +1,12 @@
 """Where: a basis that is drawn again at every step, from a key in the state."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bases.refresh import rotation_between
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, split
 from lowrank_optax.core.sharding import shard_batch
@@ -43,11 +42,11 @@ def redraw(rule: Rule) -> Redrawn:
             return frames, state
         due = both(now.refresh, now.step == 0) if rule.once else now.refresh
 
-        def basis(frame: Frame, key: Any) -> jax.Array:
+        def basis(frame: Frame, key: Tree) -> jax.Array:
             s = rule.choose(frame, frame.keys(key), now)
             return replicated(s.reshape(frame.basis_shape))
 
-        def refresh() -> tuple[Any, Any, optax.Updates]:
+        def refresh() -> tuple[Tree, Tree, optax.Updates]:
             key, drawn = split(state.rng_key)
 
             def rotation(frame: Frame) -> jax.Array:
@@ -56,7 +55,7 @@ def redraw(rule: Rule) -> Redrawn:
 
             return key, drawn, map_subspaces(rotation, frames, other=nothing)
 
-        def stay() -> tuple[Any, Any, optax.Updates]:
+        def stay() -> tuple[Tree, Tree, optax.Updates]:
             rotations = map_subspaces(Frame.no_rotation, frames, other=nothing)
             return state.rng_key, state.basis, rotations
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from lowrank_optax.bases.batching import Request
 from lowrank_optax.bases.rule import BasisState, Rule
-from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.aliases import Structure, Tree
 from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
 from lowrank_optax.core.linalg import product, select, transpose
 from lowrank_optax.core.spread import replicated
@@ -193,7 +193,7 @@ def on_subspaces(
     return in_turn(structure, inside, [*map(one, leaves, *columns)])
 
 
-def each_stored(rule: Rule, structure: Any, basis: Tree) -> list[Tree]:
+def each_stored(rule: Rule, structure: Structure, basis: Tree) -> list[Tree]:
     """The stored basis of each leaf, in a list."""
     return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
 

@@ -2,20 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
-from lowrank_optax.core.aliases import Key, Step
+from lowrank_optax.core.aliases import Key, Step, Tree
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.stage import Clock
 
 # The keys are None for a rule without a key.
-Choose = Callable[[Frame, Any, Clock], jax.Array]
+Choose = Callable[[Frame, Tree, Clock], jax.Array]
 
 
 class BasisState(NamedTuple):
@@ -30,8 +30,8 @@ class BasisState(NamedTuple):
     """
 
     rng_key: jax.Array | None
-    basis: Any
-    started: Any
+    basis: Tree
+    started: Tree
 
 
 class Storage(NamedTuple):
@@ -44,9 +44,9 @@ class Storage(NamedTuple):
       like: a tree of the structure of what is stored.
     """
 
-    pack: Callable[[Frame, jax.Array], Any]
-    unpack: Callable[[Frame, Any], jax.Array]
-    like: Any = 0
+    pack: Callable[[Frame, jax.Array], Tree]
+    unpack: Callable[[Frame, Tree], jax.Array]
+    like: Tree = 0
 
 
 AS_IT_IS = Storage(pack=lambda _, s: s, unpack=lambda _, s: s)

@@ -1,7 +1,7 @@
 """Where: bases stored in 4, 8 or 16 bits a number."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn
 from lowrank_optax.bases.rule import AS_IT_IS, BasisRule, Rule, Storage, rule_of
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 
@@ -24,9 +25,9 @@ class QuantizedBasis(NamedTuple):
       zero_points: uint8, (*batch, groups), the code of zero.
     """
 
-    codes: Any
-    scales: Any
-    zero_points: Any
+    codes: Tree
+    scales: Tree
+    zero_points: Tree
 
 
 def packing(bits: int, group_size: int) -> Storage:

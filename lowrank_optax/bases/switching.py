@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
-from lowrank_optax.core.aliases import Key, Number
+from lowrank_optax.core.aliases import Key, Number, Tree
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
@@ -133,8 +133,8 @@ class TrackingState(NamedTuple):
       inner_state: of the basis rule and the projection.
     """
 
-    gram: Any
-    inner_state: Any
+    gram: Tree
+    inner_state: Tree
 
 
 def track_gram(

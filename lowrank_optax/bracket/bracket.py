@@ -15,6 +15,7 @@ from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.layout import (
     DimensionNumbers,
     Rank,
@@ -40,7 +41,7 @@ class LowRankState(NamedTuple):
     count: jax.Array
     skipped: jax.Array
     refreshes: jax.Array
-    inner_state: Any
+    inner_state: Tree
 
 
 def low_rank(
@@ -139,7 +140,7 @@ def full_matrices(
 
 def _bracket(
     inner: optax.GradientTransformation,
-    decide: Callable[[optax.Params], Any],
+    decide: Callable[[optax.Params], Tree],
     refresh_every: int | None,
     precision: jax.lax.PrecisionLike,
 ) -> Extensible:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +49,7 @@ def close_frames(leaves: Tree, like: optax.Params, out: optax.Updates) -> optax.
     return map_leaves(_close, leaves, like, out)
 
 
-def map_leaves(f: Callable[..., Any], leaves: Tree, *trees: Tree) -> Tree:
+def map_leaves(f: Callable[..., Tree], leaves: Tree, *trees: Tree) -> Tree:
     """`jax.tree.map` over a tree of `Leaf`."""
     return jax.tree.map(f, leaves, *trees, is_leaf=is_leaf)
 
@@ -74,7 +73,7 @@ def _open(
 
 
 def _open_projected(
-    opened: Callable[..., Any], leaf: Leaf, x: jax.Array, low: jax.Array
+    opened: Callable[..., Tree], leaf: Leaf, x: jax.Array, low: jax.Array
 ) -> Frame | jax.Array:
     """The Frame of a parameter x, with S^T G (`low`) and without G.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.sharding import on_auto_axes
 
 
@@ -43,7 +44,7 @@ class Inside:
 NOTHING_INSIDE = Inside()
 
 
-def auto_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+def auto_update(update: Callable[..., tuple[Tree, Tree]]) -> Callable[..., Tree]:
     """A transformation's `update`, `on_auto_axes`."""
 
     def on_any_mesh(

@@ -18,5 +18,8 @@ Number = float | jax.Array
 Step = int | jax.Array
 """A number of steps that may be traced."""
 
+Structure = Any
+"""A `jax.tree_util.PyTreeDef`, which type checkers do not take for a type."""
+
 Tree = Any
 """A pytree; of arrays where nothing else is said."""

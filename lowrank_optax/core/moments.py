@@ -1,7 +1,7 @@
 """Moments: the fields of an optimizer's state that rotate with the basis."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
 _MOMENTS: dict[type, Moments] = {}
 # Wrappers' states that store another state in another form: (unpack, pack).
-_STORED: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
+_STORED: dict[type, tuple[Callable[[Tree], Tree], Callable[[Tree, Tree], Tree]]] = {}
 
 
 def register_moments(
@@ -80,16 +80,16 @@ register_moments(optax.ScaleByLionState, first="mu")
 
 def register_storage(
     state_type: type,
-    unpack: Callable[[Any], optax.OptState],
-    pack: Callable[[Any, optax.OptState], Any],
+    unpack: Callable[[Tree], optax.OptState],
+    pack: Callable[[Tree, optax.OptState], Tree],
 ) -> None:
     """Registers a wrapper's state that stores another: unpack(x), pack(x, new)."""
     _STORED[state_type] = unpack, pack
 
 
 def map_moments(
-    f: Callable[..., Any], state: Any, *others: Any, owner: str = ""
-) -> Any:
+    f: Callable[..., Tree], state: Tree, *others: Tree, owner: str = ""
+) -> Tree:
     """f(its fields, state, ...) on each registered state of a nest of them."""
     kind = type(state)
     if kind in _STORED:
@@ -120,7 +120,7 @@ def map_moments(
     return state
 
 
-def first_moments(state: Any) -> Iterator[Any]:
+def first_moments(state: Tree) -> Iterator[Tree]:
     """The trees of first moments in the stages' states."""
     kind = type(state)
     if kind in _MOMENTS:

@@ -51,14 +51,14 @@ def shard_basis(frame: Frame, x: jax.Array) -> jax.Array:
     return shard_batch(frame, x)
 
 
-def spec_of(x: Any) -> Spec:
+def spec_of(x: Tree) -> Spec:
     """The sharding in the type of x; none for a `ProjectedAway`."""
     if isinstance(x, ProjectedAway):
         return (None,) * len(x.shape)
     return padded_spec(jax.typeof(x).sharding.spec, jnp.ndim(x))
 
 
-def shard_along(x: jax.Array, spec: Spec, *, of: Any) -> jax.Array:
+def shard_along(x: jax.Array, spec: Spec, *, of: Tree) -> jax.Array:
     """x, its first axes sharded by `spec` where the number of shards divides them.
 
     `of` is an array on the mesh of `spec`.
@@ -85,7 +85,7 @@ def on_auto_axes(f: Callable[..., Any], *args: Any, like: Tree, **extra: Any) ->
     static = {k: x for k, x in extra.items() if k not in arrays}
     outputs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
 
-    def run(*parts: Any) -> Any:
+    def run(*parts: Tree) -> Tree:
         return f(*parts[:-1], **parts[-1], **static)
 
     run_on_auto: Any = jax.sharding.auto_axes(run, out_sharding=outputs)
@@ -96,7 +96,7 @@ def has_explicit_axes() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def _has_arrays(x: Any) -> bool:
+def _has_arrays(x: Tree) -> bool:
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from lowrank_optax.core.aliases import Tree
+
 
 class Clock(NamedTuple):
     """The time, which `low_rank` passes to its stages as the extra argument `clock`.
@@ -25,10 +27,10 @@ class Clock(NamedTuple):
 
 def branch(
     predicate: bool | jax.Array,
-    yes: Callable[..., Any],
-    no: Callable[..., Any],
-    *operands: Any,
-) -> Any:
+    yes: Callable[..., Tree],
+    no: Callable[..., Tree],
+    *operands: Tree,
+) -> Tree:
     """`lax.cond`, or the branch itself where the predicate is a Python bool."""
     if isinstance(predicate, bool):
         return yes(*operands) if predicate else no(*operands)
@@ -43,7 +45,7 @@ def both(static: bool | jax.Array, other: jax.Array) -> bool | jax.Array:
 
 
 def stage(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+    init: Callable[..., Tree], update: Callable[..., tuple[Tree, Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a `GradientTransformationExtraArgs`.
 
@@ -54,14 +56,14 @@ def stage(
 
 
 def simple_stage(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+    init: Callable[..., Tree], update: Callable[..., tuple[Tree, Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a stage from `update(frames, state)`."""
     return stage(init, lambda frames, state, params=None, **_: update(frames, state))
 
 
 def timed_stage(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+    init: Callable[..., Tree], update: Callable[..., tuple[Tree, Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a stage from `update(frames, state, clock)`; needs to be in `low_rank`."""
 

@@ -1,21 +1,21 @@
 """Trees of Frames and plain leaves."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Structure, Tree
 from lowrank_optax.core.frame import Frame, is_frame
 
 
 def map_frames(
-    f: Callable[..., Any],
+    f: Callable[..., Tree],
     tree: optax.Updates | Frame,
-    *rest: Any,
-    plain: Callable[..., Any] = lambda leaf, *_: leaf,
-) -> Any:
+    *rest: Tree,
+    plain: Callable[..., Tree] = lambda leaf, *_: leaf,
+) -> Tree:
     """`jax.tree.map` with `f` on Frames and `plain` (the identity) on other leaves.
 
     Example:
@@ -28,20 +28,20 @@ def map_frames(
 
 
 def map_subspaces(
-    f: Callable[..., Any],
+    f: Callable[..., Tree],
     tree: optax.Updates,
-    *rest: Any,
-    other: Callable[..., Any] = lambda leaf, *_: leaf,
-) -> Any:
+    *rest: Tree,
+    other: Callable[..., Tree] = lambda leaf, *_: leaf,
+) -> Tree:
     """`map_frames` with `f` on Frames below full rank, `other` on all other leaves."""
 
-    def one(frame: Frame, *xs: Any) -> Any:
+    def one(frame: Frame, *xs: Tree) -> Tree:
         return other(frame, *xs) if frame.full_rank else f(frame, *xs)
 
     return map_frames(one, tree, *rest, plain=other)
 
 
-def nothing(*_: Any) -> jax.Array:
+def nothing(*_: Tree) -> jax.Array:
     """The state of a leaf that needs none: () bool, False.
 
     An array instead of an `optax.MaskedNode`, so that every tree in the state has one
@@ -57,8 +57,8 @@ def frames_of(tree: optax.Updates) -> list[Frame]:
 
 
 def update_frames(
-    f: Callable[..., tuple[Any, ...]], tree: optax.Updates, *states: optax.OptState
-) -> tuple[Any, ...]:
+    f: Callable[..., tuple[Tree, ...]], tree: optax.Updates, *states: optax.OptState
+) -> tuple[Tree, ...]:
     """`f(frame, its states...) -> (frame, states...)` on every Frame.
 
     As many trees come back as went in. Other leaves and their states stay.
@@ -77,7 +77,7 @@ def update_frames(
     )
 
 
-def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
+def in_turn(structure: Structure, inside: Structure, parts: list[Tree]) -> Tree:
     """A tree of structure `inside` whose leaves are trees of structure `structure`.
 
     Transposes a list of trees of structure `inside`, one for each leaf of `structure`.
@@ -88,7 +88,9 @@ def in_turn(structure: Any, inside: Any, parts: list[Any]) -> Any:
     )
 
 
-def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
+def each_apart(
+    structure: Structure, inside: Structure, tree: optax.OptState
+) -> list[Tree]:
     """The inverse of `in_turn`: the tree of structure `inside` of each leaf."""
     columns = map(structure.flatten_up_to, inside.flatten_up_to(tree))
     rows = zip(*columns, strict=True) if inside.num_leaves else ()
@@ -97,13 +99,13 @@ def each_apart(structure: Any, inside: Any, tree: optax.OptState) -> list[Any]:
     ]
 
 
-def squared_norm(tree: Any) -> jax.Array:
+def squared_norm(tree: Tree) -> jax.Array:
     """The sum of the squares of all entries, () float32, summed in float32."""
     leaves = (x.astype(jnp.float32) for x in jax.tree.leaves(tree))
     return sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.float32(0))
 
 
-def count_of(tree: Any) -> int:
+def count_of(tree: Tree) -> int:
     """The number of layers; ValueError where leaves differ in it."""
     counts = {x.shape[:1] for x in jax.tree.leaves(tree)}
     if len(counts) != 1 or () in counts:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.linalg import fence
 from lowrank_optax.core.moments import register_storage
@@ -259,7 +260,7 @@ def quantize_moments(
     return stage(init, update)
 
 
-def _placeholder() -> Any:
+def _placeholder() -> Tree:
     """Returns what `optax.tree_map_params` passes to `init` for the parameters."""
     seen = []
     optax.tree_map_params(lambda tree: seen.append(tree) or tree, lambda x: x, {})

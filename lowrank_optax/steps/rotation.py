@@ -9,6 +9,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import BASIS_RULE, Frame
 from lowrank_optax.core.linalg import average_weight, product
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
@@ -109,7 +110,7 @@ class Rotation:
         self._frames = frames
         self._with_second = with_second
 
-    def moments(self, kind: Moments, state: Any, unit: Any) -> Any:
+    def moments(self, kind: Moments, state: Tree, unit: Tree) -> Tree:
         """The state with its moments rotated.
 
         Args:
@@ -152,8 +153,8 @@ class Rotation:
         mean = product(c, m_hat)
         return w_v * jnp.abs(product(jnp.square(c), variance) + jnp.square(mean))
 
-    def _map(self, f: Callable[..., jax.Array], moment: Any, *rest: Any) -> Any:
-        def one(frame: Frame, m: Any, *others: Any) -> Any:
+    def _map(self, f: Callable[..., jax.Array], moment: Tree, *rest: Tree) -> Tree:
+        def one(frame: Frame, m: Tree, *others: Tree) -> Tree:
             if frame.full_rank or isinstance(m, optax.MaskedNode):
                 return m
             return f(frame, m, *others).astype(m.dtype)
@@ -178,7 +179,7 @@ def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:
     )
 
 
-def _zeroed(kind: Moments, state: Any) -> Any:
+def _zeroed(kind: Moments, state: Tree) -> Tree:
     fields = [kind.first] if kind.second is None else [kind.first, kind.second]
     return state._replace(
         **{field: optax.tree.zeros_like(getattr(state, field)) for field in fields}
@@ -233,7 +234,7 @@ def _second_after(
         shape = x.low_shape if isinstance(x, Frame) else x.shape
         return jnp.full((1,) * (len(shape) - 1) + shape[-1:], g)
 
-    def start(kind: Moments, state: Any) -> Any:
+    def start(kind: Moments, state: Tree) -> Tree:
         if kind.second is None:
             return _zeroed(kind, state)
         started = {kind.second: v, kind.count: count}
@@ -246,7 +247,7 @@ def _second_after(
 
     seconds: list[jax.Array] = []
 
-    def see(kind: Moments, state: Any) -> Any:
+    def see(kind: Moments, state: Tree) -> Tree:
         if kind.second is not None:
             seconds.extend(jax.tree.leaves(getattr(state, kind.second)))
         return state

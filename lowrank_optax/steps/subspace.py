@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import BASIS_RULE, Frame, is_frame
 from lowrank_optax.core.linalg import select
 from lowrank_optax.core.moments import SubspaceState
@@ -62,7 +63,7 @@ def per_matrix(
         leaves, structure = jax.tree.flatten(updates)
         one = _state_of_one(inner)
 
-        def step(state: Any, update: Any, param: Any = None) -> tuple[Any, Any]:
+        def step(state: Tree, update: Tree, param: Tree = None) -> tuple[Tree, Tree]:
             return inner.update(update, state, param, **extra_args)
 
         columns = [each_apart(structure, one, state), leaves]
@@ -243,7 +244,7 @@ def _accumulates(state: optax.OptState) -> bool:
     return any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates)))
 
 
-def _state_of_one(inner: optax.GradientTransformation) -> Any:
+def _state_of_one(inner: optax.GradientTransformation) -> Tree:
     """The structure of the state of one array.
 
     Computed in init and update: building an optimizer must not start a backend, since
@@ -253,7 +254,7 @@ def _state_of_one(inner: optax.GradientTransformation) -> Any:
     return jax.tree.structure(jax.eval_shape(inner.init, number))
 
 
-def _vmapped(f: Callable[..., Any], leaf: jax.Array) -> Callable[..., Any]:
+def _vmapped(f: Callable[..., Tree], leaf: jax.Array) -> Callable[..., Tree]:
     """f under `jax.vmap` over all but the last two axes of the leaf."""
     for _ in leaf.shape[:-2]:
         f = jax.vmap(f)

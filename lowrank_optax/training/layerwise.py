@@ -1,6 +1,6 @@
 """Layers one at a time: states with a layer axis, and updates in the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from lowrank_optax.core.trees import count_of, frames_of, squared_norm
 from lowrank_optax.training.backward import Load, in_backward, read, write
 from lowrank_optax.training.projected import Projected
 
-Apply = Callable[..., Any]
+Apply = Callable[..., Tree]
 
 
 def per_layer(
@@ -57,7 +57,7 @@ def per_layer(
         index = jnp.arange(count_of(params))
         state = jax.vmap(inner.init)(params)
 
-        def own(x: Any) -> Any:
+        def own(x: Tree) -> Tree:
             if not _is_key(x):
                 return x  # an array, or a low_rank's state: its update gets the layer
             return jax.vmap(jax.random.fold_in)(x, index)
@@ -76,7 +76,9 @@ def per_layer(
             inner, updates, state, params, extra_args, inside
         )
 
-        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+        def one(
+            i: jax.Array, carry: tuple[Tree, Tree], other: Tree
+        ) -> tuple[Tree, Tree]:
             p, chosen = other
             own = inside.replace(layer=i, bases=chosen)
             return inner.update(*carry, p, inside=own, **extra_args)
@@ -90,8 +92,8 @@ def per_layer(
 
 
 def _in_blocks(
-    f: Callable[[jax.Array, Any, Any], Any], carry: Any, other: Any, block: int
-) -> Any:
+    f: Callable[[jax.Array, Tree, Tree], Tree], carry: Tree, other: Tree, block: int
+) -> Tree:
     """`carry` with layer i replaced by f(i, layer i of carry, layer i of other).
 
     `block` layers at a time under `jax.vmap`; without it where that is one.
@@ -100,7 +102,7 @@ def _in_blocks(
     if block >= count:
         return jax.vmap(f)(jnp.arange(count), carry, other)
 
-    def body(i: jax.Array, carry: Any) -> Any:
+    def body(i: jax.Array, carry: Tree) -> Tree:
         if block == 1:
             new = f(i, read(carry, i), read(other, i))
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
@@ -132,7 +134,7 @@ def update_layers(
     apply_updates: Apply = lambda params, updates, index: optax.apply_updates(
         params, updates
     ),
-    operands: tuple[Any, ...] = (),
+    operands: tuple[Tree, ...] = (),
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
     """The step of `update_in_backward` from the gradients of all layers.
@@ -176,7 +178,7 @@ def update_layers(
         gradient: Tree,
         state: Tree,
         params: Tree,
-        operands: tuple[Any, ...],
+        operands: tuple[Tree, ...],
         *,
         inside: Inside,
         **extra_args: Any,
@@ -185,7 +187,9 @@ def update_layers(
             tx, gradient, state, params, extra_args, inside, load
         )
 
-        def one(i: jax.Array, carry: tuple[Any, Any], other: Any) -> tuple[Any, Any]:
+        def one(
+            i: jax.Array, carry: tuple[Tree, Tree], other: Tree
+        ) -> tuple[Tree, Tree]:
             g, chosen = other
             own = inside.replace(bases=chosen)
             step = _step(tx, load, apply_updates, extra_args, own)
@@ -211,7 +215,7 @@ def _chosen_together(
     gradient: optax.Updates,
     state: optax.OptState,
     params: optax.Params | None,
-    extra_args: dict[str, Any],
+    extra_args: Mapping[str, object],
     inside: Inside,
     load: Load = lambda params: params,
 ) -> dict[str, jax.Array]:
@@ -223,7 +227,7 @@ def _chosen_together(
         return {}
     inner = optax.with_extra_args_support(tx)
 
-    def of_one(layer: Any, *, batched: bool) -> dict[str, Any]:
+    def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
         (i, g, s, stored), seen = layer, []
         own = inside.replace(layer=i, record=seen.append)
         inner.update(g, s, load(stored), inside=own, **extra_args)
@@ -232,10 +236,10 @@ def _chosen_together(
 
     # Only `tx` knows where its basis rule stands, so its whole update is traced; under
     # jit the compiler drops all that the bases do not need.
-    def is_batched(layers: Any) -> dict[str, Any]:
+    def is_batched(layers: Tree) -> dict[str, Tree]:
         return jax.vmap(partial(of_one, batched=True))(layers)
 
-    def all_of_some(layers: Any, _: Any) -> dict[str, Any]:
+    def all_of_some(layers: Tree, _: Tree) -> dict[str, Tree]:
         in_turn = jax.lax.map(partial(of_one, batched=False), layers)
         return is_batched(layers) | in_turn
 
@@ -247,13 +251,13 @@ def _step(
     tx: optax.GradientTransformation,
     load: Load,
     apply_updates: Apply,
-    extra_args: dict[str, Any],
+    extra_args: Mapping[str, object],
     inside: Inside,
-) -> Callable[..., tuple[Any, Any]]:
+) -> Callable[..., tuple[Tree, Tree]]:
     """step(i, G_i, stored W_i, state_i, *operands) to (new W_i, new state_i)."""
     inner = optax.with_extra_args_support(tx)
 
-    def step(i: jax.Array, g: Any, stored: Any, s: Any, *operands: Any) -> Any:
+    def step(i: jax.Array, g: Tree, stored: Tree, s: Tree, *operands: Tree) -> Tree:
         own = inside.replace(layer=i)
         updates, s = inner.update(g, s, load(stored), inside=own, **extra_args)
         return apply_updates(stored, updates, i, *operands), s
@@ -273,12 +277,12 @@ class Layers(NamedTuple):
 
     params: Tree
     state: Tree
-    squares: Any
-    operands: tuple[Any, ...] = ()
+    squares: Tree
+    operands: tuple[Tree, ...] = ()
 
     @classmethod
     def open(
-        cls, params: optax.Params, state: optax.OptState, *operands: Any
+        cls, params: optax.Params, state: optax.OptState, *operands: Tree
     ) -> "Layers":
         """References to the layers, for `update_in_backward`.
 
@@ -317,7 +321,7 @@ class Layers(NamedTuple):
 
 
 def update_in_backward(
-    apply: Callable[..., Any],
+    apply: Callable[..., Tree],
     tx: optax.GradientTransformation,
     *,
     load: Load = lambda params: params,
@@ -325,7 +329,7 @@ def update_in_backward(
         params, updates
     ),
     **extra_args: Any,
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A layer whose backward pass ends with its own update.
 
         U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
@@ -364,7 +368,7 @@ def update_in_backward(
     """
     step = _step(tx, load, apply_updates, extra_args, NOTHING_INSIDE)
 
-    def use(index: jax.Array, layers: Layers, gradient: Any) -> None:
+    def use(index: jax.Array, layers: Layers, gradient: Tree) -> None:
         stored, state = read((layers.params, layers.state), index)
         new = step(index, gradient, stored, state, *layers.operands)
         write((layers.params, layers.state), index, new)
@@ -373,5 +377,5 @@ def update_in_backward(
     return in_backward(apply, load, use)
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: Tree) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,7 +1,7 @@
 """Micro-batches: sums of projected gradients, added up by the backward pass."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class LayerSums(NamedTuple):
 
     params: Tree
     state: Tree
-    sums: Any
+    sums: Tree
 
     @classmethod
     def open(
@@ -82,13 +82,13 @@ class LayerSums(NamedTuple):
 
 
 def sum_in_backward(
-    apply: Callable[..., Any],
+    apply: Callable[..., Tree],
     tx: optax.GradientTransformation,
     *,
     load: Load = lambda params: params,
     refresh: bool = False,
     first: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A layer whose backward pass adds its projected gradient to a sum.
 
     Gradient accumulation without a sum of full gradients: one layer's gradient exists
@@ -127,7 +127,7 @@ def sum_in_backward(
       True
     """
 
-    def use(index: jax.Array, layers: LayerSums, gradient: Any) -> None:
+    def use(index: jax.Array, layers: LayerSums, gradient: Tree) -> None:
         stored, state, sums = read(layers, index)
         bases = sums.bases if refresh and not first else None
         own = project_gradient(
