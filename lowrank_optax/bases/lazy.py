@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import jax
@@ -12,7 +13,7 @@ from lowrank_optax.bases.batching import Request
 from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
-from lowrank_optax.bases.rule import BasisRule, BasisState, rule_of
+from lowrank_optax.bases.rule import BasisRule, BasisState, Rule, rule_of
 from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
@@ -126,34 +127,10 @@ def lazy_refresh(
         if key is not None:
             key, sub = branch(now.refresh, split, lambda k: (k, k), key)
 
-        def ask(
-            frame: Frame,
-            started: jax.Array,
-            stored: Tree,
-            cycle: jax.Array,
-            wait: jax.Array,
-        ) -> Chosen:
-            clock, due = now._replace(cycle=cycle), both(now.refresh, wait == 0)
-            own = Refresh(inside, frame, BasisState(sub, stored, started), clock)
-            request = Request(inside, sub, clock)
-            return branch(
-                own.wanted(due),
-                lambda: choose_anew(request, due, frame, started, stored),
-                lambda: unmoved(frame, started, stored),
-            )
-
-        def pace(
-            frame: Frame, rotation: jax.Array, *last: jax.Array
-        ) -> tuple[Tree, ...]:
-            if frame.full_rank:
-                return frame, rotation, *last
-            overlap = (
-                jnp.mean(jnp.sum(jnp.square(rotation), axis=(-2, -1))) / frame.rank
-            )
-            return frame, rotation, *paced(now, overlap, threshold, factor, *last)
-
         step = Refresh(inside, frames, old, now)
+        ask = partial(_ask, inside, sub, now)
         chosen = step.each(ask, state.cycle, state.wait)
+        pace = partial(_pace, now, threshold, factor)
         _, _, *paces = update_frames(pace, frames, chosen.rotation, *state[1:])
         rule_state = BasisState(key, chosen.stored, chosen.started)
         return step.with_bases(chosen), LazyRefreshState(rule_state, *paces)
@@ -161,17 +138,42 @@ def lazy_refresh(
     return timed_stage(init, update)
 
 
-def paced(
+def _ask(
+    rule: Rule,
+    key: jax.Array | None,
     now: Clock,
-    overlap: jax.Array,
+    frame: Frame,
+    started: jax.Array,
+    stored: Tree,
+    cycle: jax.Array,
+    wait: jax.Array,
+) -> Chosen:
+    """The basis of one leaf, new where its interval has passed."""
+    clock, due = now._replace(cycle=cycle), both(now.refresh, wait == 0)
+    own = Refresh(rule, frame, BasisState(key, stored, started), clock)
+    request = Request(rule, key, clock)
+    return branch(
+        own.wanted(due),
+        lambda: choose_anew(request, due, frame, started, stored),
+        lambda: unmoved(frame, started, stored),
+    )
+
+
+def _pace(
+    now: Clock,
     threshold: Number,
     factor: int,
+    frame: Frame,
+    rotation: jax.Array,
     cycle: jax.Array,
     interval: jax.Array,
     wait: jax.Array,
     similarities: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cycle, interval, wait and similarities of one leaf after a step."""
+) -> tuple[Tree, ...]:
+    """One leaf, its rotation, and its part of the `LazyRefreshState` after a step."""
+    if frame.full_rank:
+        return frame, rotation, cycle, interval, wait, similarities
+    overlap = jnp.mean(jnp.sum(jnp.square(rotation), axis=(-2, -1))) / frame.rank
     due = now.refresh & (wait == 0)  # an array, whatever `refresh` is
     compared = due & (now.step > 0)
     shifted = jnp.append(similarities[1:], overlap.astype(similarities.dtype))
@@ -180,4 +182,4 @@ def paced(
     grow = compared & full & (jnp.mean(similarities) >= threshold)
     interval = jnp.where(grow, factor * interval, interval)
     wait = jnp.where(due, interval - 1, wait - now.refresh)
-    return cycle + due, interval, wait, similarities
+    return frame, rotation, cycle + due, interval, wait, similarities

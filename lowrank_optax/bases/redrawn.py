@@ -1,5 +1,7 @@
 """Where: a basis that is drawn again at every step, from a key in the state."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,16 +26,6 @@ def redraw(rule: Rule) -> Redrawn:
 
     Its `BasisState.basis` is one typed key for all matrices.
     """
-    assert rule.key is not None, "a rule that draws has a key"
-    first = rule.key
-
-    def init(params: optax.Params) -> BasisState:
-        key = canonical_key(first)
-        started = map_subspaces(
-            lambda f: shard_batch(f, jnp.ones(f.batch, bool)), params, other=nothing
-        )
-        # A copy: one buffer in two places of a state could not be donated.
-        return BasisState(key, jax.random.clone(key), started)
 
     def update(
         frames: optax.Updates, state: BasisState, now: Clock
@@ -41,38 +33,51 @@ def redraw(rule: Rule) -> Redrawn:
         if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
         due = both(now.refresh, now.step == 0) if rule.once else now.refresh
+        basis = partial(_drawn, rule, now)
 
-        def basis(frame: Frame, key: Tree) -> jax.Array:
-            s = rule.choose(frame, frame.keys(key), now)
-            return replicated(s.reshape(frame.basis_shape))
+        def rotation(frame: Frame, drawn: Tree) -> jax.Array:
+            new, old = basis(frame, drawn), basis(frame, state.basis)
+            return rotation_between(new, old, frame.gradient.dtype)
 
-        def refresh() -> tuple[Tree, Tree, optax.Updates]:
+        def refresh() -> tuple[Tree, ...]:
             key, drawn = split(state.rng_key)
+            rotated = partial(rotation, drawn=drawn)
+            return key, drawn, map_subspaces(rotated, frames, other=nothing)
 
-            def rotation(frame: Frame) -> jax.Array:
-                new, old = basis(frame, drawn), basis(frame, state.basis)
-                return rotation_between(new, old, frame.gradient.dtype)
-
-            return key, drawn, map_subspaces(rotation, frames, other=nothing)
-
-        def stay() -> tuple[Tree, Tree, optax.Updates]:
+        def stay() -> tuple[Tree, ...]:
             rotations = map_subspaces(Frame.no_rotation, frames, other=nothing)
             return state.rng_key, state.basis, rotations
 
         key, drawn, rotations = branch(due, refresh, stay)
-
-        def with_basis(frame: Frame, rotation: jax.Array) -> Frame:
-            return frame.replace(
-                previous=basis(frame, state.basis),
-                basis=basis(frame, drawn),
+        new = map_subspaces(
+            lambda f, rotation: f.replace(
+                previous=basis(f, state.basis),
+                basis=basis(f, drawn),
                 rotation=rotation,
-                refreshed=jnp.full(frame.batch, due),
+                refreshed=jnp.full(f.batch, due),
                 orthonormal=rule.orthonormal,
-            )
+            ),
+            frames,
+            rotations,
+        )
+        return new, BasisState(key, drawn, state.started)
 
-        frames = map_subspaces(with_basis, frames, rotations)
-        return frames, BasisState(key, drawn, state.started)
-
-    made = Redrawn(*timed_stage(init, update))
+    made = Redrawn(*timed_stage(partial(_first_state, rule), update))
     made.rule = rule
     return made
+
+
+def _first_state(rule: Rule, params: optax.Params) -> BasisState:
+    assert rule.key is not None, "a rule that draws has a key"
+    key = canonical_key(rule.key)
+    started = map_subspaces(
+        lambda f: shard_batch(f, jnp.ones(f.batch, bool)), params, other=nothing
+    )
+    # A copy: one buffer in two places of a state could not be donated.
+    return BasisState(key, jax.random.clone(key), started)
+
+
+def _drawn(rule: Rule, now: Clock, frame: Frame, key: Tree) -> jax.Array:
+    """S of one leaf, (*batch, m, r)."""
+    s = rule.choose(frame, frame.keys(key), now)
+    return replicated(s.reshape(frame.basis_shape))

@@ -176,9 +176,8 @@ def track_gram(
             shape = *frame.batch, frame.rank, frame.rank
             return shard_batch(frame, jnp.zeros(shape, frame.gradient.dtype))
 
-        return TrackingState(
-            map_frames(zeros, params, plain=nothing), stages.init(params)
-        )
+        gram = map_frames(zeros, params, plain=nothing)
+        return TrackingState(gram, stages.init(params))
 
     def update(
         updates: optax.Updates,
@@ -188,8 +187,8 @@ def track_gram(
     ) -> tuple[optax.Updates, TrackingState]:
         def with_past(frame: Frame, gram: jax.Array) -> Frame:
             # Scaled so that G G^T has weight one; directions do not depend on size.
-            past = decay / (1 - decay)
-            return frame if frame.full_rank else frame.replace(tracked=past * gram)
+            past = decay / (1 - decay) * gram
+            return frame if frame.full_rank else frame.replace(tracked=past)
 
         def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
             if frame.full_rank:

@@ -1,5 +1,6 @@
 """`low_rank`: opens a Frame for every matrix leaf, runs the stages, and closes it."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def low_rank(
     decide = functools.partial(
         decide_leaves, dimension_numbers=dimension_numbers, rank=rank, square=square
     )
-    return _bracket(inner, decide, refresh_every, precision)
+    return _Bracket(inner, decide, refresh_every, precision).transformation()
 
 
 def full_matrices(
@@ -135,28 +136,36 @@ def full_matrices(
     decide = functools.partial(
         decide_leaves, dimension_numbers=dimension_numbers, rank=1.0, square=square
     )
-    return _bracket(inner, decide, None, None)
+    return _Bracket(inner, decide).transformation()
 
 
-def _bracket(
-    inner: optax.GradientTransformation,
-    decide: Callable[[optax.Params], Tree],
-    refresh_every: int | None,
-    precision: jax.lax.PrecisionLike,
-) -> Extensible:
+@dataclasses.dataclass(frozen=True)
+class _Bracket:
     """The bracket around `inner`; without subspaces where `refresh_every` is None."""
-    inner = optax.with_extra_args_support(inner)
 
-    def init(params: optax.Params) -> LowRankState:
-        leaves = decide(params)
-        if refresh_every is not None:
+    inner: optax.GradientTransformation
+    decide: Callable[[optax.Params], Tree]
+    refresh_every: int | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    def transformation(self) -> Extensible:
+        return extensible(stage(self.init, auto_update(self.update)), self.extended)
+
+    def extended(self, more: optax.GradientTransformation) -> Extensible:
+        inner = optax.chain(self.inner, more)
+        return dataclasses.replace(self, inner=inner).transformation()
+
+    def init(self, params: optax.Params) -> LowRankState:
+        leaves = self.decide(params)
+        if self.refresh_every is not None:
             warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
-        frames = open_frames(leaves, params, precision=precision)
+        frames = open_frames(leaves, params, precision=self.precision)
         # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
-        return LowRankState(count, skipped, refreshes, inner.init(frames))
+        return LowRankState(count, skipped, refreshes, self.inner.init(frames))
 
     def update(
+        self,
         updates: optax.Updates,
         state: LowRankState,
         params: optax.Params | None = None,
@@ -170,38 +179,29 @@ def _bracket(
         like = params if inside.low else updates
         if like is None:
             raise ValueError("projected gradients need the parameters: pass params")
-        leaves = decide(like)
-        clock = _clock_at(state, refresh, refresh_every)
+        leaves = self.decide(like)
+        clock = _clock_at(state, refresh, self.refresh_every)
         frames = open_frames(
-            leaves, updates, params, precision=precision, inside=inside
+            leaves, updates, params, precision=self.precision, inside=inside
         )
         # A basis rule runs before the step, and may follow its moment of the last step.
-        out, inner_state = inner.update(
+        out, inner_state = optax.with_extra_args_support(self.inner).update(
             with_momentum(frames, state.inner_state),
             state.inner_state,
             None if params is None else oriented(leaves, params),
             **{**extra_args, "clock": clock},
         )
-        if inside.record is not None and refresh_every is not None:
+        if inside.record is not None and self.refresh_every is not None:
             # `out` has the step of a leaf without a Frame; its gradient is recorded.
             inside.record(map_frames(lambda o, _: o, out, frames, plain=lambda _, g: g))
         # One flag for all leaves: a step is taken as a whole or not at all.
         if accept is None:
             accept = finite_in_subspace(updates, frames, out)
         steps = close_frames(leaves, like, out)
-        new = LowRankState(
-            count=state.count + 1,
-            skipped=state.skipped,
-            refreshes=state.refreshes + clock.refresh,
-            inner_state=inner_state,
-        )
+        refreshes = state.refreshes + clock.refresh
+        new = LowRankState(state.count + 1, state.skipped, refreshes, inner_state)
         skipped = state._replace(skipped=state.skipped + 1)
         return if_accepted(accept, steps), if_accepted(accept, new, skipped)
-
-    def extended(more: optax.GradientTransformation) -> Extensible:
-        return _bracket(optax.chain(inner, more), decide, refresh_every, precision)
-
-    return extensible(stage(init, auto_update(update)), extended)
 
 
 def _check_interval(refresh_every: int) -> int:

@@ -14,7 +14,7 @@ BASIS_RULE = "a basis rule such as dominant_svd()"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Frame:
-    """Takes the place of a matrix leaf, in the papers' orientation m <= n.
+    """Stands for a matrix leaf, in the papers' orientation m <= n.
 
     Each stage reads the fields of the stages before it and fills in its own:
     a basis rule `basis`, `rotation` and `refreshed`, `project` `low`, `in_subspace` or
@@ -22,11 +22,9 @@ class Frame:
     All arrays share the leading batch axes (the layers of a stacked kernel).
 
     A Frame is not a pytree: `jax.tree` sees a leaf, and arithmetic on it raises a
-    TypeError. So a stock optax transformation between two stages fails instead of
-    scaling a basis.
+    TypeError, so that a stock optax transformation between two stages fails.
 
-    At rank r = m the subspace is the whole space: S is the identity, is neither stored
-    nor chosen, and `basis` and `rotation` stay None.
+    At full rank, r = m, S is the identity: `basis` and `rotation` stay None.
 
     Attributes:
       gradient: (*batch, m, n), G.

@@ -27,6 +27,14 @@ def low_zeros(frame: Frame) -> jax.Array:
     return shard_along(zeros, spec_of(frame.gradient), of=frame.gradient)
 
 
+def zeros_along(frame: Frame, axis: int) -> jax.Array:
+    """Zeros (*batch, m) for axis -2 and (*batch, n) for -1, sharded as the gradient."""
+    (*batch, m, n), (*first, of_m, of_n) = frame.gradient.shape, spec_of(frame.gradient)
+    size, entry = (m, of_m) if axis == -2 else (n, of_n)
+    zeros = jnp.zeros((*batch, size), frame.gradient.dtype)
+    return shard_along(zeros, (*first, entry), of=frame.gradient)
+
+
 def shard_batch(frame: Frame, x: jax.Array) -> jax.Array:
     """x (*batch, ...), a few numbers for each matrix, with its batch axes sharded."""
     return shard_along(
@@ -51,14 +59,14 @@ def shard_basis(frame: Frame, x: jax.Array) -> jax.Array:
     return shard_batch(frame, x)
 
 
-def spec_of(x: Tree) -> Spec:
+def spec_of(x: jax.Array | ProjectedAway) -> Spec:
     """The sharding in the type of x; none for a `ProjectedAway`."""
     if isinstance(x, ProjectedAway):
         return (None,) * len(x.shape)
     return padded_spec(jax.typeof(x).sharding.spec, jnp.ndim(x))
 
 
-def shard_along(x: jax.Array, spec: Spec, *, of: Tree) -> jax.Array:
+def shard_along(x: jax.Array, spec: Spec, *, of: jax.Array) -> jax.Array:
     """x, its first axes sharded by `spec` where the number of shards divides them.
 
     `of` is an array on the mesh of `spec`.

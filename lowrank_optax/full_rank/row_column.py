@@ -1,5 +1,6 @@
 """Step: matrices of full rank, rows and columns scaled (RACS)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.sharding import shard_along, spec_of
+from lowrank_optax.core.sharding import zeros_along
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
@@ -77,16 +78,9 @@ def scale_by_racs(
     check_count("iterations", iterations)
 
     def init(params: optax.Params) -> RowColumnState:
-        def along(axis: int) -> optax.Params:
-            def zeros(frame: Frame) -> jax.Array:
-                shape, spec = frame.gradient.shape, spec_of(frame.gradient)
-                x = jnp.zeros((*shape[:-2], shape[axis]), frame.gradient.dtype)
-                return shard_along(x, (*spec[:-2], spec[axis]), of=frame.gradient)
-
-            return map_frames(zeros, params, plain=nothing)
-
-        norm = map_frames(no_norm_yet, params, plain=nothing)
-        return RowColumnState(along(-2), along(-1), norm)
+        rows, columns = (partial(zeros_along, axis=axis) for axis in (-2, -1))
+        first = rows, columns, no_norm_yet
+        return RowColumnState(*(map_frames(f, params, plain=nothing) for f in first))
 
     def one(
         frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array

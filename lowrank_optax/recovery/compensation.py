@@ -1,6 +1,7 @@
 """Back: the step, plus the residual with normalised columns (Alice)."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
-from lowrank_optax.core.sharding import shard_along, spec_of
+from lowrank_optax.core.sharding import zeros_along
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
@@ -72,13 +73,8 @@ def compensate_columns(
     """
 
     def init(params: optax.Params) -> CompensationState:
-        def columns(frame: Frame) -> jax.Array:
-            shape, spec = frame.gradient.shape, spec_of(frame.gradient)
-            zeros = jnp.zeros((*shape[:-2], shape[-1]), frame.gradient.dtype)
-            return shard_along(zeros, (*spec[:-2], spec[-1]), of=frame.gradient)
-
         return CompensationState(
-            map_frames(columns, params, plain=nothing),
+            map_frames(partial(zeros_along, axis=-1), params, plain=nothing),
             map_frames(no_norm_yet, params, plain=nothing),
         )
 

@@ -78,16 +78,7 @@ def scale_by_adam_mini(
 
     def init(params: optax.Params) -> AdamMiniState:
         def second(keys: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
-            path, shape = path_of(keys), tuple(jnp.shape(x))
-            block = tuple(blocks(path, shape))
-            if len(block) != len(shape) or any(
-                b < 1 or d % b for d, b in zip(shape, block, strict=True)
-            ):
-                raise ValueError(
-                    f"{path}: blocks of shape {block} do not divide the shape {shape}; "
-                    "return one divisor for each axis from `blocks`"
-                )
-            counts = [d // b for d, b in zip(shape, block, strict=True)]
+            counts = _counts(blocks, path_of(keys), tuple(x.shape))
             return shard_along(jnp.zeros(counts, x.dtype), spec_of(x), of=x)
 
         return AdamMiniState(
@@ -119,6 +110,19 @@ def scale_by_adam_mini(
         return steps, AdamMiniState(count, mu, nu)
 
     return simple_stage(init, update)
+
+
+def _counts(blocks: Blocks, path: str, shape: tuple[int, ...]) -> list[int]:
+    """The number of blocks along each axis of a leaf."""
+    block = tuple(blocks(path, shape))
+    if len(block) != len(shape) or any(
+        b < 1 or d % b for d, b in zip(shape, block, strict=True)
+    ):
+        raise ValueError(
+            f"{path}: blocks of shape {block} do not divide the shape {shape}; "
+            "return one divisor for each axis from `blocks`"
+        )
+    return [d // b for d, b in zip(shape, block, strict=True)]
 
 
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:

@@ -221,19 +221,7 @@ def quantize_moments(
     check_count("min_size", min_size)
     inner = optax.with_extra_args_support(inner)
 
-    def scales_of(x: jax.Array) -> jax.Array:
-        """Makes zero scales for an array to quantize, and False for any other."""
-        if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
-            return nothing()
-        blocks = blocks_of(x.shape[-1], block_size)
-        scales = x.size // max(x.shape[-1], 1) * blocks
-        smaller = x.size + x.dtype.itemsize * scales < x.size * x.dtype.itemsize
-        if x.size < min_size or not smaller:
-            return nothing()
-        zeros = jnp.zeros((*x.shape[:-1], blocks), x.dtype)
-        # Blocks of unequal length cannot be sharded as the numbers are.
-        spec = spec_of(x) if x.shape[-1] % blocks == 0 else spec_of(x)[:-1]
-        return shard_along(zeros, spec, of=x)
+    scales_of = partial(_zero_scales, block_size=block_size, min_size=min_size)
 
     def init(params: optax.Params) -> QuantizedState:
         state = inner.init(params)
@@ -258,6 +246,21 @@ def quantize_moments(
         return updates, _quantized_like(state, new)
 
     return stage(init, update)
+
+
+def _zero_scales(x: jax.Array, block_size: int, min_size: int) -> jax.Array:
+    """Zero scales for an array to quantize, and False for any other."""
+    if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+        return nothing()
+    blocks = blocks_of(x.shape[-1], block_size)
+    scales = x.size // max(x.shape[-1], 1) * blocks
+    smaller = x.size + x.dtype.itemsize * scales < x.size * x.dtype.itemsize
+    if x.size < min_size or not smaller:
+        return nothing()
+    zeros = jnp.zeros((*x.shape[:-1], blocks), x.dtype)
+    # Blocks of unequal length cannot be sharded as the numbers are.
+    spec = spec_of(x) if x.shape[-1] % blocks == 0 else spec_of(x)[:-1]
+    return shard_along(zeros, spec, of=x)
 
 
 def _placeholder() -> Tree:

@@ -59,17 +59,6 @@ def rotate_moments(
         raise ValueError(f'moments={moments!r}: choose "both" or "first"')
     inside = in_subspace(inner)
 
-    def rotate(frames: optax.Updates, state: optax.OptState) -> optax.OptState:
-        ones = map_frames(
-            lambda f: jnp.ones(f.low_shape, f.gradient.dtype),
-            frames,
-            plain=jnp.ones_like,
-        )
-        # From this state instead of a new one, for its hyperparameters.
-        _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
-        rotation = Rotation(frames, with_second=moments == "both")
-        return map_moments(rotation.moments, state, unit)
-
     def init(params: optax.Params) -> SubspaceState:
         state = cast(SubspaceState, inside.init(params))
         if frames_of(params):
@@ -93,7 +82,7 @@ def rotate_moments(
         if any(not frame.full_rank for frame in frames_of(frames)):
             inner_state = branch(
                 both(now.refresh, now.step > 0),  # step 0 has no moments to rotate
-                lambda s: rotate(frames, s),
+                lambda s: _rotated(inner, frames, s, with_second=moments == "both"),
                 lambda s: s,
                 state.inner_state,
             )
@@ -101,6 +90,23 @@ def rotate_moments(
         return inside.update(frames, state, params, clock=now, **extra_args)
 
     return stage(init, update)
+
+
+def _rotated(
+    inner: optax.GradientTransformation,
+    frames: optax.Updates,
+    state: optax.OptState,
+    *,
+    with_second: bool,
+) -> optax.OptState:
+    """The state of `inner` with its moments rotated."""
+    ones = map_frames(
+        lambda f: jnp.ones(f.low_shape, f.gradient.dtype), frames, plain=jnp.ones_like
+    )
+    # From this state instead of a new one, for its hyperparameters.
+    _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
+    rotation = Rotation(frames, with_second=with_second)
+    return map_moments(rotation.moments, state, unit)
 
 
 class Rotation:
