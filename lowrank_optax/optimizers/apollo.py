@@ -36,24 +36,24 @@ def apollo(
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: the gradient, each channel scaled as Adam scales it in a random subspace.
 
-    W <- W - lr sqrt(scale) G diag(phi), phi_i = ||G~^O_:,i|| / ||G~_:,i||, its norm
-    limited to grow by `limit` a step, G~ = S^T G with S Gaussian (Zhu et al. 2025,
-    "APOLLO"; equations in `scale_gradient`). State of a matrix: 2nr + 1 numbers, for S
-    is drawn from its key at every step; one product a step.
+        W <- W - lr sqrt(scale) G diag(phi),   phi_i = ||G~^O_:,i|| / ||G~_:,i||
 
-    When to choose it: no basis in the state, no factorisation, one product. When not:
-    if the gradient's directions themselves need preconditioning, for each column of
-    the step is a multiple of the raw gradient's; then `grass_jump`.
+    with a Gaussian S, and the step's norm limited to grow by `limit` (Zhu et al. 2025,
+    "APOLLO"; `scale_gradient`). State of a matrix: 2nr + 1 numbers, since S is drawn
+    from its key at every step; one product a step.
 
-    Deviations: the torch generator's bases are not reproduced. `variant="published"`
-    is apollo-torch 1.0.3 step for step otherwise: as for `fira`, bias correction on
-    the step size, eps 1e-6, the limiter on uncorrected norms. Like the released code,
-    both variants keep the moments when the projection is redrawn.
+    When to choose it: no basis in the state, no factorization, one product. When not:
+    where the gradient's directions need preconditioning, since each column of the step
+    is a multiple of the gradient's; then `grass_jump`.
+
+    Deviations: torch's random numbers are not reproduced. `variant="published"` is
+    apollo-torch 1.0.3 step for step otherwise, as for `fira`. Like the released code,
+    both variants keep the moments when S is redrawn.
 
     Args:
       key: a seed or a typed key for the projections; required unless `basis` is passed.
       basis: another basis rule; `gaussian(key, stored=True)` stores S in the state.
-      scale: alpha; its root multiplies the step.
+      scale: alpha; its square root multiplies the step.
       limit: zeta, the step's largest growth from step to step.
       learning_rate, b1, b2, eps, variant: as in `galore`.
       **options: as in `low_rank_optimizer`.
@@ -85,17 +85,16 @@ def apollo_mini(
     variant: Variant = "paper",
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO-Mini: `apollo` at rank 1, with one factor for the whole matrix.
+    """APOLLO-Mini: `apollo` at rank 1, with one factor for the matrix.
 
-    W <- W - lr sqrt(scale) phi G, phi = ||G~^O||_F / ||G~||_F (Zhu et al. 2025,
-    "APOLLO", equations in `scale_gradient`). State of a matrix: 2n + 1 numbers; one
-    product of rank one a step.
+        W <- W - lr sqrt(scale) phi G,   phi = ||G~^O||_F / ||G~||_F
 
-    When to choose it: SGD's memory. When not: where `apollo` fits, which scales the
-    channels apart. Deviations: those of `apollo`.
+    (Zhu et al. 2025, "APOLLO"; `scale_gradient`.) State of a matrix: 2n + 1 numbers;
+    one product of rank one a step. When to choose it: SGD's memory. When not: where
+    `apollo` fits, which scales each channel. Deviations: those of `apollo`.
 
     Args:
-      scale: alpha, 128 in the source; its root multiplies the step.
+      scale: alpha, 128 in the source; its square root multiplies the step.
       key, basis, limit: as in `apollo`.
       learning_rate, b1, b2, eps, variant: as in `galore`.
       **options: as in `low_rank_optimizer`; the rank is 1 in the source.

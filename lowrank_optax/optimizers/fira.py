@@ -36,18 +36,18 @@ def fira(
 ) -> optax.GradientTransformationExtraArgs:
     """Fira: GaLore plus the rescaled residual, so that the update has full rank.
 
-    W <- W - lr (scale S G~^O + phi (G - S G~)), phi_i = ||G~^O_i|| / ||G~_i||, with the
-    residual's norm limited to grow by `limit` a step (Chen et al. 2024, "Fira"; SARA
-    paper, section 2; equations in `recover_residual`). State: mr + 2nr + 1 numbers.
+        W <- W - lr (scale S G~^O + phi (G - S G~)),   phi_i = ||G~^O_i|| / ||G~_i||
 
-    When to choose it: as `galore`, at the cost of column norms and another pass over
-    the gradient; the products with S are the same two. When not: with random bases,
-    since phi is read off moments that are not rotated (GrassWalk paper, section 5);
-    then `grass_jump`.
+    with the residual's norm limited to grow by `limit` a step (Chen et al. 2024,
+    "Fira"; SARA paper, section 2; `recover_residual`). State of a matrix: mr + 2nr + 1
+    numbers.
 
-    Deviations: `variant="published"` is fira 1.0.2 step for step: as for `galore`, and
-    the residual is G - scale S G~, which leaves 1 - scale of the part inside the
-    subspace in it; the limiter sees the norms before bias correction.
+    When to choose it: as `galore`, for the cost of column norms and one more pass over
+    the gradient. When not: with random bases, since phi comes from moments that are not
+    rotated (GrassWalk paper, section 5); then `grass_jump`.
+
+    Deviations: `variant="published"` is fira 1.0.2 step for step: as for `galore`, with
+    the residual G - scale S G~ and a limiter on norms before bias correction.
 
     Args:
       limit: zeta, the residual's largest growth from step to step.
@@ -55,7 +55,7 @@ def fira(
       **options: as in `low_rank_optimizer`.
 
     Raises:
-      ValueError: as `low_rank` does, and for an unknown variant.
+      ValueError: as `galore` does.
 
     Example:
       >>> tx = lro.fira(0.003, rank=4)

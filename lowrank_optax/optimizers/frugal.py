@@ -27,20 +27,21 @@ def frugal(
     eps: Number = 1e-8,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """FRUGAL: Adam in the subspace, signSGD on all the rest.
+    """FRUGAL: Adam in the subspace, signSGD on the rest.
 
-    W <- W - lr (S G~^O + residual_scale sign(G - S G~)), Adam starting anew at every
-    refresh (Zmushko et al. 2025, "FRUGAL"; equations in `sign_residual`,
+        W <- W - lr (S G~^O + residual_scale sign(G - S G~))
+
+    Adam restarts at every refresh (Zmushko et al. 2025, "FRUGAL"; `sign_residual`,
     `reset_moments`). State of a matrix: mr + 2nr numbers, or 2nr and r integers with
     coordinates, and a count; three products a step, none with coordinates.
 
-    The source splits in three ways: `dominant_svd()`; `coordinates(key)`, rows chosen
-    at random ("columns" there); and whole matrices in turn, which is
-    `coordinates(order="descending")` with the dimension numbers `LAYERS` for stacked
-    kernels. A rank of 0.25 is the source's density.
+    The source has three splits: `dominant_svd()`; `coordinates(key)`, random rows
+    ("columns" there); and `coordinates(order="descending")` with the dimension numbers
+    `LAYERS`, which trains the layers of a stacked kernel in blocks. A rank of 0.25 is
+    the source's density.
 
     When to choose it: with `coordinates`, an update without products and a refresh
-    without a factorisation. When not: at the high learning rates of GaLore, since every
+    without a factorization. When not: at the high learning rates of GaLore, since every
     weight moves by lr at every step.
 
     Deviations: none; this is the released code step for step.
@@ -48,7 +49,7 @@ def frugal(
     Args:
       basis: the basis rule; `dominant_svd()` by default.
       residual: the optimizer of the rest, "sign" or "sgd".
-      residual_scale: the learning rate of the rest, as a part of the matrices'.
+      residual_scale: learning rate of the rest, as a fraction of the matrices'.
       learning_rate, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
 

@@ -34,18 +34,19 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam on the gradient's projection, its step projected back.
 
-    G~ = S^T G;  W <- W - lr scale S M^ / (sqrt(V^) + eps)   for attention and MLP
-    matrices, AdamW for everything else (Zhao et al. 2024, "GaLore"; SARA paper, section
-    2). State of a matrix: mr + 2nr numbers. The moments are not rotated at a refresh.
+        G~ = S^T G;   W <- W - lr scale S M^ / (sqrt(V^) + eps)
+
+    for attention and MLP matrices, AdamW for all other leaves (Zhao et al. 2024,
+    "GaLore"; SARA paper, section 2). Moments are not rotated at a refresh. State of a
+    matrix: mr + 2nr numbers.
 
     When to choose it: the least work per step, with `basis=sara_sample(key)` so that
-    the subspace does not freeze. When not: with a random basis, which alone misses
-    most of the gradient; `grass_jump` recovers that part.
+    the subspace does not freeze. When not: with a random basis, which alone misses most
+    of the gradient; `grass_jump` recovers that part.
 
-    Deviations: the signs of singular vectors are fixed (`linalg.fix_signs`); the paper
-    and the released package leave them to the SVD routine. `variant="published"` is
-    galore-torch 1.0 step for step: bias correction on the step size, eps 1e-6, weight
-    decay last, on the stepped weights, and never scaled.
+    Deviations: the signs of singular vectors are fixed (`linalg.fix_signs`).
+    `variant="published"` is galore-torch 1.0 step for step: bias correction on the step
+    size, eps 1e-6, weight decay last, on the stepped weights, and never scaled.
 
     Args:
       learning_rate: a number or a schedule.
@@ -60,8 +61,7 @@ def galore(
       **options: as in `low_rank_optimizer`.
 
     Raises:
-      ValueError: as `low_rank` does, for an unknown variant, and for the published one
-        with a step.
+      ValueError: as `low_rank` does; an unknown variant, or a step with "published".
 
     Example:
       >>> tx = lro.galore(0.01, rank=4, basis=lro.sara_sample(key=0))

@@ -31,21 +31,19 @@ def grass_jump(
 ) -> optax.GradientTransformationExtraArgs:
     """GrassJump: a random S at each refresh, moments rotated, residual recovered.
 
-    S is uniformly random and orthonormal; at a refresh Adam's moments rotate with it
+    S is uniformly random and orthonormal. At a refresh Adam's moments rotate with it
     (eqs. 7, 8); every step adds the rescaled residual (eqs. 9 to 11; GrassWalk paper,
     section 4, Algorithm 1). State of a matrix: mr + 2nr + 1 numbers.
 
-    When to choose it: a refresh that costs one small QR, and the subspace explores
-    fastest. When not: without the residual (a random subspace alone misses most of the
-    gradient).
-
-    Deviations: none that are known; no code is published.
+    When to choose it: a refresh costs one small QR, and the subspace explores fastest.
+    When not: without the residual, since a random subspace alone misses most of the
+    gradient. Deviations: none that are known; no code is published.
 
     Args:
       key: a seed or a typed key for the jumps; required unless `basis` is passed.
       basis: another basis rule in place of the jump.
       scale: on the part inside the subspace; 1 in the paper.
-      limit: zeta; the paper gives no value, 1.01 is Fira's.
+      limit: zeta; the paper names no value, 1.01 is Fira's.
       learning_rate, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
@@ -79,17 +77,17 @@ def grass_walk(
     """GrassWalk: `grass_jump` with a random walk of S in place of the jump.
 
     At a refresh S moves along a random geodesic (eq. 4; GrassWalk paper, Algorithm 1;
-    equations in `grassmann_walk`). State of a matrix: mr + 2nr + 1 numbers.
+    `grassmann_walk`). State of a matrix: mr + 2nr + 1 numbers.
 
-    When to choose it: the basis moves smoothly and needs no gradient, so a refresh is
-    cheap. When not: if the gradient's own subspace is worth following;
-    then `basis=sara_sample(key)` here.
+    When to choose it: the basis moves smoothly and needs no gradient, so that a refresh
+    is cheap. When not: where the gradient's own subspace is worth following; then
+    `basis=sara_sample(key)` here.
 
     Deviations: the paper names neither angle nor directions. By default one direction
-    moves: section 5 speaks of "controlled rank-1 rotations". On the README's 60M work
-    one direction (loss 3.939 at 0.3 rad, 3.942 at 1.0) and all (3.936 at 0.3) end
-    within the noise; all at 1.0 rad ended at 3.902, nearly a jump's 3.911: a longer
-    step explores more, and `walk_rank=None, angle=1.0` is worth a try.
+    moves, since section 5 speaks of "controlled rank-1 rotations". On the README's 60M
+    runs one direction (loss 3.939 at 0.3 rad, 3.942 at 1.0) and all (3.936 at 0.3) end
+    within the noise. All at 1.0 rad end at 3.902, near a jump's 3.911: a longer step
+    explores more, and `walk_rank=None, angle=1.0` is worth a try.
 
     Args:
       key: a seed or a typed key for the walk; required unless `basis` is passed.
@@ -101,7 +99,7 @@ def grass_walk(
       **options: as in `low_rank_optimizer`.
 
     Raises:
-      ValueError: neither or both of `key` and `basis`; and as `low_rank` does.
+      ValueError: as `grass_jump` does.
 
     Example:
       >>> tx = lro.grass_walk(0.002, rank=4, key=0)

@@ -30,14 +30,14 @@ def ldadam(
     """LDAdam: a basis that moves every step, moments that follow, error feedback.
 
     At every step S takes a block power step towards rho M^ + (1 - rho) G, both moments
-    rotate with it, and what the projection and the rotation lost is added to the next
-    gradient (Robert et al. 2025, "LDAdam"; equations in `power_iterate`,
-    `rotate_moments`, `error_feedback`). State of a matrix: mr + 2nr numbers, and mn for
-    the error; about seven products and one QR a step.
+    rotate with it, and the next gradient gets what the projection and the rotation lost
+    (Robert et al. 2025, "LDAdam"; `power_iterate`, `rotate_moments`, `error_feedback`).
+    State of a matrix: mr + 2nr numbers, and mn for the error; about seven products and
+    one QR a step.
 
     When to choose it: for the lowest loss where time and memory allow; small ranks.
-    When not: to save memory, with feedback (its error is as large as the gradient;
-    `memory_report` shows it). `feedback=False` saves, and loses.
+    When not: to save memory, since its error is as large as the gradient;
+    `feedback=False` saves memory and costs loss.
 
     Deviations: none; this is the released code step for step. Like that code, it
     projects the output side of a square matrix, unless `square` says otherwise.

@@ -31,9 +31,9 @@ def spectral_adam(
     """Adam inside the subspace, rotated with it; spectral descent outside (ours).
 
     Every T steps S takes LDAdam's power step (`power_iterate`) and Adam's moments
-    rotate with it (`rotate_moments`); what the projection lost is added as its polar
-    factor (`spectral_residual`), which needs no state. State of a matrix: mr + 2nr
-    numbers, GaLore's. Three products with S a step, and those of Newton-Schulz.
+    rotate with it (`rotate_moments`). Each step adds the polar factor of the residual
+    (`spectral_residual`), which needs no state. State of a matrix: mr + 2nr numbers,
+    GaLore's. Three products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest
@@ -43,7 +43,7 @@ def spectral_adam(
     a matrix), or where micro-batches are summed in the subspace.
 
     COSMOS (arXiv 2502.17410) is the nearest published method: it stores the full
-    momentum and orthogonalises what its subspace misses of that.
+    momentum and orthogonalizes what its subspace misses of that.
 
     Args:
       basis: another basis rule in place of the power step.

@@ -51,20 +51,17 @@ def coap(
     step_size: Number = 0.1,
     **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """COAP: GaLore with a basis that is corrected by gradient steps between sketches.
+    """COAP: GaLore with a basis that gradient steps correct between sketches.
 
     At a refresh the basis takes a gradient step that lowers the reconstruction error
-    and raises the momentum's correlation with the gradient; at every
-    `recompute_every`-th it is recomputed from a sketch (Xiao et al. 2025, "COAP";
-    equations and deviations in `correlation_aware`). The moments stay as they are,
-    the released default. State of a matrix: mr + 2nr numbers; two products a step.
+    and raises the momentum's correlation with the gradient; every `recompute_every`-th
+    refresh recomputes it from a sketch (Xiao et al. 2025, "COAP"; `correlation_aware`).
+    Moments are not rotated, the released default. State of a matrix: mr + 2nr numbers.
 
     When to choose it: a cheap refresh without an SVD. When not: with very small
-    gradients, whose squares scale its steps (the mean loss of a language model is such
-    a case; then only the recomputations move it).
-
-    Deviation: Adam's moments are corrected for bias before eps is added; the released
-    code corrects the step size.
+    gradients, whose squares scale its steps, as of a language model's mean loss; then
+    only the recomputations move it. Deviation: Adam's moments are corrected for bias
+    before eps is added; the released code corrects the step size.
 
     Args:
       recompute_every: refreshes from one recomputation to the next.
@@ -93,20 +90,18 @@ def dct_adamw(
     eps: Number = 1e-8,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """DCT-AdamW: Adam on the cosine transform's columns that the gradient is long in.
+    """DCT-AdamW: Adam on the DCT's columns along which the gradient is longest.
 
-    S_t = r columns of the DCT matrix, chosen by one product; Adam's moments go with
-    their columns (Modoranu et al. 2025, "FFT-based Dynamic Subspace Selection";
-    equations in `dct_columns`). State of a matrix: 2nr numbers and r integers, and mn
-    with feedback; two products a step, and at a refresh one of m x m and n.
+    One product chooses r columns of the DCT matrix; Adam's moments stay with their
+    columns (Modoranu et al. 2025, "FFT-based Dynamic Subspace Selection";
+    `dct_columns`). State of a matrix: 2nr numbers and r integers, and mn with feedback;
+    two products a step, and at a refresh one of m x m and n.
 
-    When to choose it: a basis that follows the gradient without any factorisation, and
-    is not stored. When not: where the top of the spectrum is what counts, which a fixed
-    matrix only comes near to.
-
-    Deviations: this is the released code with `rotate_subspace` (read, not run beside
-    it), on the smaller side of every matrix; that code can also store the feedback in 4
-    or 8 bits.
+    When to choose it: a basis that follows the gradient without a factorization, and is
+    not stored. When not: where the top of the spectrum counts, which a fixed matrix
+    only approximates. Deviations: this is the released code with `rotate_subspace`
+    (read, not run beside it), on the smaller side of every matrix; that code can also
+    store the feedback in 4 or 8 bits.
 
     Args:
       feedback: whether what the projection lost is added to the next gradient.
@@ -135,19 +130,13 @@ def galore_2(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore 2: GaLore with bases of a randomized SVD.
 
-        S_t = the r leading left singular vectors of G_t, from a random sketch
-        G~ = S^T G;  W <- W - lr scale S M^ / (sqrt(V^) + eps)
-
-    (Su et al. 2025, "GaLore 2: Large-Scale LLM Pre-Training by Gradient Low-Rank
-    Projection", arXiv 2504.20437; the sketch in `dominant_svd`.) State of a matrix:
-    mr + 2nr numbers; two products a step.
+    S_t are the r leading left singular vectors of G_t, from a random sketch (Su et al.
+    2025, "GaLore 2: Large-Scale LLM Pre-Training by Gradient Low-Rank Projection",
+    arXiv 2504.20437; `dominant_svd`). State of a matrix: mr + 2nr numbers.
 
     When to choose it: large matrices, whose SVD would dominate a refresh. When not: for
-    a subspace that does not freeze, which a sample of all singular vectors gives:
-    `galore(basis=sara_sample(key))`.
-
-    Deviations: the sketch is that of `dominant_svd`, with eight more columns than the
-    rank and two power steps, whatever the paper's code takes. What the paper does for
+    a subspace that does not freeze; then `galore(basis=sara_sample(key))`. Deviations:
+    the sketch has eight more columns than the rank and two power steps. The paper's
     FSDP is not part of this: `state_shardings` and `training` are for any optimizer.
 
     Args:
@@ -178,22 +167,20 @@ def golore(
 ) -> optax.GradientTransformationExtraArgs:
     """GoLore: GaLore whose subspace is random in the end.
 
-    At a refresh the basis is the gradient's leading singular vectors before
-    `switch_step` and uniformly random from it on; the first moment rotates with it,
-    M <- S_t^T S_{t-1} M, the second stays (He et al. 2025, "Subspace Optimization for
-    Large Language Models with Convergence Guarantees"; equations in `random_after`).
-    State of a matrix: mr + 2nr numbers; two products a step.
+    The basis is the gradient's leading singular vectors before `switch_step`, and
+    uniformly random from there on. The first moment rotates with it, M <- S_t^T S_{t-1}
+    M; the second does not (He et al. 2025, "Subspace Optimization for Large Language
+    Models with Convergence Guarantees"; `random_after`). State of a matrix: mr + 2nr
+    numbers.
 
     When to choose it: where GaLore stalls late because noise fills its subspace. When
-    not: for the whole run (a random subspace alone misses most of the gradient);
-    `grass_jump` recovers that part, `basis=sara_sample(key)` in `galore` samples.
-
-    Deviations: the released code rotates M for one step and forgets it; here it is
-    stored, as in the paper. Scale 0.25 is GaLore's; the released script takes 1.
+    not: for the whole run, since a random subspace alone misses most of the gradient;
+    then `grass_jump`. Deviations: the released code rotates M for one step and forgets
+    it; here it is stored, as in the paper. Scale 0.25 is GaLore's; the released script
+    takes 1.
 
     Args:
-      switch_step: the first step of random bases; the source takes a half to 0.8 of
-        the run.
+      switch_step: the first step of random bases; 0.5 to 0.8 of the run there.
       key: a seed or a typed key for the random bases.
       learning_rate, b1, b2, eps, scale: as in `galore`.
       **options: as in `low_rank_optimizer`.
@@ -221,18 +208,16 @@ def grass_sparse(
 ) -> optax.GradientTransformationExtraArgs:
     """Grass: Adam on r sampled rows of the gradient.
 
-    At a refresh r rows are drawn by their norm, without replacement, and Adam starts
-    anew on them; a step moves these rows alone (Muhamed et al. 2024, "Grass: Compute
-    Efficient Low-Memory LLM Training with Structured Sparse Gradients"; equations in
-    `sample_rows`). State of a matrix: 2nr numbers, r integers, a count; no
-    product.
+    A refresh draws r rows by their norm, without replacement, and restarts Adam on
+    them; a step moves these rows alone (Muhamed et al. 2024, "Grass: Compute Efficient
+    Low-Memory LLM Training with Structured Sparse Gradients"; `sample_rows`). State of
+    a matrix: 2nr numbers, r integers, a count; no product.
 
     When to choose it: the cheapest update, where most rows may wait. When not: for
-    speed per token: `frugal(basis=coordinates(key))` moves the other rows too.
-
+    speed per token; `frugal(basis=coordinates(key))` moves the other rows too.
     Deviations: the source projects to save gradient memory as well; here the full
-    gradient comes in. Rows are those of the canonical orientation, along the smaller
-    side. No code is published; scale 0.25 is GaLore's.
+    gradient comes in. Rows lie along the smaller side. No code is published; scale 0.25
+    is GaLore's.
 
     Args:
       key: a seed or a typed key for the samples.
@@ -259,20 +244,19 @@ def online_subspace_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Online subspace descent: GaLore with a basis trained by online PCA.
 
-    The basis P takes one step of an optimizer of its own on the reconstruction loss
-    ||P P^T G^ - G^||_F^2 at every step; nothing is ever factorised after step 0
-    (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent";
-    equations in `online_pca`, whose state reports loss and orthonormality drift).
-    State of a matrix: 3mr + 2nr + 2 numbers (P with Adam's moments; loss and drift);
-    four products a step.
+    At every step the basis P takes one step of its own optimizer on the reconstruction
+    loss ||P P^T G^ - G^||_F^2 (Liang et al. 2024, "Memory-Efficient LLM Training with
+    Online Subspace Descent"; `online_pca`, whose state reports loss and drift). State
+    of a matrix: 3mr + 2nr + 2 numbers: P with Adam's moments, loss and drift; four
+    products a step.
 
-    When to choose it: where no factorisation after the first step can be afforded. When
+    When to choose it: where no factorization after the first step can be afforded. When
     not: for stability (the SARA paper, Table 3, finds it unstable and below GoLore); P
     drifts from orthonormal without a penalty.
 
     Args:
       optimizer_of_basis: any optax optimizer for P, learning rate and sign included;
-        by default `optax.adamw(1 / 200, weight_decay=0.01)` (see `online_pca`).
+        by default `optax.adamw(1 / 200, weight_decay=0.01)`.
       penalty: lambda on ||P^T P - I||_F^2; 0 in the released code.
       learning_rate, scale, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
@@ -302,22 +286,21 @@ def q_galore(
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore: 4-bit bases, 8-bit moments, fewer refreshes where a basis stands still.
 
-    GaLore with its basis stored in `bits` bits, Adam's moments in eight, and each
-    leaf's refresh interval doubled while its bases stay similar (Zhang et al. 2024,
-    "Q-GaLore"; equations in `quantize_basis`, `quantize_moments`, `lazy_refresh`).
-    State of a matrix: bits mr / 8 + 2nr bytes, and scales; two products a step.
+    GaLore with its basis in `bits` bits, Adam's moments in eight, and each leaf's
+    refresh interval doubled while its bases stay similar (Zhang et al. 2024,
+    "Q-GaLore"; `quantize_basis`, `quantize_moments`, `lazy_refresh`). State of a
+    matrix: bits mr / 8 + 2nr bytes, and scales.
 
     When to choose it: GaLore at a quarter of its memory. When not: where the subspace
-    has to be left before it freezes, which a lazy refresh hastens.
-
-    Deviation: the source also stores weights in 8 bits with stochastic rounding;
-    `weights.store` and `weights.add_updates` do that for any optimizer.
+    must be left before it freezes, which a lazy refresh hastens. Deviation: the source
+    also stores weights in 8 bits with stochastic rounding; `weights.store` and
+    `weights.add_updates` do that for any optimizer.
 
     Args:
       basis: a basis rule to store in few bits; `dominant_svd()` by default.
       bits: 4 or 8.
       threshold: the mean similarity from which on a leaf's interval doubles.
-      min_size: moments with fewer numbers stay as they are.
+      min_size: moments with fewer numbers are not quantized.
       learning_rate, b1, b2, eps, scale: as in `galore`.
       **options: as in `low_rank_optimizer`.
 

@@ -36,19 +36,18 @@ def racs(
 ) -> optax.GradientTransformationExtraArgs:
     """RACS: the gradient with its rows and its columns scaled, and no momentum.
 
-    W <- W - lr scale diag(q)^(-1/2) G diag(s)^(-1/2), its norm limited to grow by
-    `limit` a step, q and s running means of a rank-one fit of the squared gradient
-    (Gong et al. 2025, "Structured Fisher Approximation", Algorithm 1; equations in
-    `scale_by_racs`). State of a matrix: m + n + 1 numbers; ten sums over the gradient a
-    step, and no product. Published: learning_rate=0.02 and the defaults; scale=0.02 at
-    1.3B.
+        W <- W - lr scale diag(q)^(-1/2) G diag(s)^(-1/2)
+
+    its norm limited to grow by `limit` a step; q and s are running means of a rank-one
+    fit of the squared gradient (Gong et al. 2025, "Structured Fisher Approximation",
+    Algorithm 1; `scale_by_racs`). State of a matrix: m + n + 1 numbers; ten sums over
+    the gradient a step, and no product. Published: learning_rate=0.02 and the defaults;
+    scale=0.02 at 1.3B.
 
     When to choose it: next to no state, as a baseline for what has more. When not:
     where micro-batches are summed in a subspace, for there is none; with small batches,
-    whose noise no momentum averages.
-
-    Deviations: leaves of full rank take Adam's step, as the last layer does in the
-    paper: so embedding, norms and head do by default.
+    whose noise no momentum averages. Deviations: leaves of full rank take Adam's step,
+    as the last layer does in the paper: by default embedding, norms and head.
 
     Args:
       iterations: of the fit.
@@ -56,8 +55,7 @@ def racs(
       limit: the step's largest growth from step to step.
       b2: decay rate of q and s, beta in the paper.
       rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
-      square: which side of a square matrix the fit begins with, its "input" or its
-        "output" axis (`low_rank`).
+      square: which side of a square matrix the fit begins with, "input" or "output".
       learning_rate: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
@@ -81,24 +79,24 @@ def scale_sgd(
     rest: optax.GradientTransformation | None = None,
     **options: Unpack[FullRankOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """SCALE: SGD with every output's weights normalised, and momentum on the head.
+    """SCALE: SGD with each output's gradient normalized, and momentum on the head.
 
-    W <- W - lr C(G), C(G)_ij = G_ij / sqrt(mean_i G_ij^2), i over the inputs of output
-    j; of the head C(M), M <- b1 M + (1 - b1) G (Glentis et al. 2025, "A Minimalist
-    Optimizer Design for LLM Pretraining"; equations in `normalize_by_output_rms` and
-    `trace_matching`). State of a matrix: none; of the head its mn numbers. No product.
+        W <- W - lr C(G),   C(G)_ij = G_ij / sqrt(mean_i G_ij^2)
 
-    When to choose it: a baseline that is hard to beat for how little it stores: compare
-    every method with more state to it. When not: with small batches, whose noise no
-    momentum averages.
+    i over the inputs of output j; the head takes C(M), M <- b1 M + (1 - b1) G (Glentis
+    et al. 2025, "A Minimalist Optimizer Design for LLM Pretraining";
+    `normalize_by_output_rms`, `trace_matching`). State of a matrix: none; of the head
+    mn numbers. No product.
 
-    Deviations: the paper divides by the norm; this and the released code, with its
-    learning rate of 1e-3, by the root mean square. As in that code, embedding and head
-    are matrices, and norms and biases take Adam's step.
+    When to choose it: as a baseline that is hard to beat for how little it stores. When
+    not: with small batches, whose noise no momentum averages. Deviations: the paper
+    divides by the norm; this and the released code, with its learning rate of 1e-3, by
+    the root mean square. As in that code, embedding and head are matrices, and norms
+    and biases take Adam's step.
 
     Args:
-      momentum: a regular expression: matrices by their paths that have momentum; by
-        default an output head. Without a match, as with tied embeddings, none has.
+      momentum: a regular expression: the paths of matrices with momentum; by default an
+        output head. Without a match, as with tied embeddings, none has.
       b1: decay rate of that momentum.
       rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
       learning_rate: as in `galore`.
@@ -106,7 +104,7 @@ def scale_sgd(
         and biases is a matrix.
 
     Raises:
-      ValueError: a `momentum` that is no regular expression; and as `full_matrices`
+      ValueError: a `momentum` that is not a regular expression; and as `full_matrices`
         does.
 
     Example:

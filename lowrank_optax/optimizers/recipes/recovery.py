@@ -44,23 +44,23 @@ def alice(
     rest: optax.GradientTransformation | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """Alice: leading directions and a draw of the others, the lost part normalised.
+    """Alice: leading directions and a draw of the others, the lost part normalized.
 
-    W <- W - lr scale (S M / sqrt(V) + residual_scale C): at a refresh S keeps the
-    leading directions of a power step and draws the others from its complement; Adam's
-    moments stay as they are; C is what the projection lost, each column over its
-    running norm (Gong et al. 2025, "Towards Efficient Optimizer Design for LLM via
-    Structured Fisher Approximation with a Low-Rank Extension", Algorithm 4; equations
-    in `switch_basis`, `track_gram`, `compensate_columns`). State of a matrix: mr + 2nr
-    + n + 1 numbers, and r^2 with tracking; two products a step. Published: rate 0.02
-    and the defaults; scale 0.25, residual_scale 0.2 at 1.3B.
+        W <- W - lr scale (S M / sqrt(V) + residual_scale C)
 
-    When to choose it: where the head is trained so too, for the lowest losses that its
-    paper reports; a refresh without an SVD. When not: where micro-batches are summed in
-    the subspace, for it needs the gradient; without tuning.
+    A refresh keeps the leading directions of a power step in S and draws the others
+    from its complement. C is what the projection lost, each column over its running
+    norm (Gong et al. 2025, "Towards Efficient Optimizer Design for LLM via Structured
+    Fisher Approximation with a Low-Rank Extension", Algorithm 4; `switch_basis`,
+    `track_gram`, `compensate_columns`). State of a matrix: mr + 2nr + n + 1 numbers,
+    and r^2 with tracking; two products a step. Published: rate 0.02 and the defaults;
+    scale 0.25, residual_scale 0.2 at 1.3B.
 
-    Deviations: eps is ours; as in the paper no moment is corrected for bias. Leaves of
-    full rank take Adam's step, as there, with `learning_rate`: the paper names none.
+    When to choose it: for the lowest losses that its paper reports, where it trains the
+    head too; a refresh without an SVD. When not: where micro-batches are summed in the
+    subspace, since it needs the gradient; without tuning. Deviations: eps is ours; as
+    in the paper no moment is corrected for bias. Leaves of full rank take Adam's step
+    with `learning_rate`, for which the paper names no value.
 
     Args:
       key: a seed or a typed key for the draws; required unless `basis` is passed.
@@ -104,19 +104,18 @@ def subtrack(
     """SubTrack++: a tracked subspace, rotated moments, the residual recovered.
 
     At a refresh S follows the gradient of the estimation error along a rank-one
-    geodesic, and Adam's moments rotate with it; every step adds the rescaled residual
+    geodesic, and Adam's moments rotate with it. Every step adds the rescaled residual
     (SubTrack++, as the GrassWalk paper compares with it, sections 2 and 5;
-    equations in `grassmann_track`, `rotate_moments`, `recover_residual`). State of a
-    matrix: mr + 2nr + 1 numbers; two products a step.
+    `grassmann_track`, `rotate_moments`, `recover_residual`). State of a matrix: mr +
+    2nr + 1 numbers.
 
     When to choose it: where the gradient's subspace moves slowly and is worth following
     with a cheap refresh. When not: for a basis that explores; then `grass_walk`.
 
-    Deviations: every matrix is tracked (the released code tracks only those with fewer
-    rows than columns); the moments rotate by eqs. 7 and 8 at the refresh itself (the
-    released code multiplies V by 1 - b2 at every interval, and M by S_t^T S_0); bias
-    correction, eps and the residual are the paper's (released: as `fira`'s published
-    variant).
+    Deviations: the released code tracks only matrices with fewer rows than columns,
+    multiplies V by 1 - b2 at every interval, and M by S_t^T S_0. Here every matrix is
+    tracked, and the moments rotate by eqs. 7 and 8 at the refresh. Bias correction, eps
+    and the residual are the paper's (released: as `fira`'s published variant).
 
     Args:
       step_size: eta of `grassmann_track`; None chooses the angle by a line search.
@@ -147,19 +146,19 @@ def sumo(
     rest: optax.GradientTransformation | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """SUMO: momentum in the subspace, orthogonalised, and the rest of the gradient.
+    """SUMO: momentum in the subspace, orthogonalized, and the rest of the gradient.
 
         M <- S_t^T S_{t-1} M   at a refresh
         M <- b1 M + S_t^T G_t,   O = (M M^T)^(-1/2) M, its norm limited
         W <- W - lr scale sqrt(max(m, n)) (S O + residual_scale (G - S S^T G))
 
     (Refael et al. 2025, "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating
-    Memory-Efficient LLM Training", Algorithm 1, section 3.2.) State of a matrix:
-    mr + nr + 1 numbers; three products a step, two r x r eigendecompositions.
+    Memory-Efficient LLM Training", Algorithm 1, section 3.2.) State of a matrix: mr +
+    nr + 1 numbers; three products a step, two r x r eigendecompositions.
 
     When to choose it: Muon's step at half of GaLore's moments, with small ranks. When
     not: at large ranks, for the eigendecompositions of every step; on micro-batches
-    summed in the subspace, for it needs the gradient.
+    summed in the subspace, since it needs the gradient.
 
     Deviations: Algorithm 1 takes m >= n and projects the m rows; here the smaller side
     is projected. sqrt(max(m, n)) is in the text alone; it scales the whole step. No
@@ -168,8 +167,7 @@ def sumo(
 
     Args:
       basis: the basis rule, of orthonormal bases; `dominant_svd()` by default.
-      method: of the polar factor, "eigh", "svd" or "newton_schulz", which needs no
-        eigendecomposition and is inexact for such moments (`scale_by_polar_factor`).
+      method: of the polar factor, as in `scale_by_polar_factor`.
       scale: on the matrices' step, together with sqrt(max(m, n)).
       residual_scale: a further factor on the part outside of the subspace.
       limit: the largest growth of the step's norm from step to step; the paper's 1.1.

@@ -36,7 +36,7 @@ def flora(
     scale: Number = 1.0,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """FLora: momentum compressed by a random projection that is redrawn now and then.
+    """FLora: momentum compressed by a random projection that is redrawn at refreshes.
 
         U = G / sqrt(V),  V Adafactor's factored second moment of G, in full space
         M <- S_t^T S_{t-1} M   at a refresh,    M <- b1 M + (1 - b1) S_t^T U
@@ -44,14 +44,12 @@ def flora(
 
     (Hao et al. 2024, "FLora: Low-Rank Adapters Are Secretly Gradient Compressors",
     section 2.4, with Adafactor as its experiments.) State of a matrix: nr + m + n
-    numbers; two products a step.
+    numbers.
 
     When to choose it: a first moment at Adafactor's memory. When not: with a small rank
-    and a large rate; a Gaussian projection of rank r is noisy, ||S S^T|| being about
-    m / r.
-
-    Deviation: the released optax code projects the transferred momentum with the old
-    key both ways; here it goes into the new projection, as the paper writes.
+    and a large rate, since ||S S^T|| is about m / r. Deviation: the released optax code
+    projects the transferred momentum with the old key both ways; here it enters the new
+    projection, as the paper writes.
 
     Args:
       key: a seed or a typed key for the projections.
@@ -87,16 +85,14 @@ def galore_adafactor(
     """GaLore-Adafactor: Adafactor on the gradient's projection.
 
     `galore` with `scale_by_adafactor` in the subspace, one matrix at a time (Zhao et
-    al. 2024, "GaLore"; SARA paper, section 4, with b1 = 0.9). State of a matrix:
-    mr + n + r numbers, and nr with b1; two products a step.
+    al. 2024, "GaLore"; SARA paper, section 4, with b1 = 0.9). State of a matrix: mr + n
+    + r numbers, and nr with b1.
 
     When to choose it: half of Adam's moments, or with b1 = None next to none, at full
     precision; better than GaLore-Adam in the SARA paper's Table 1. When not: on work
     like the README's 60M runs, where Adam's two moments were a little better.
-
     Deviations: with b1 = None this is galore-torch 1.0's GaLoreAdafactor step for step.
-    With b1 the released code averages after the learning rate, here before it; a
-    constant rate makes no difference.
+    With b1 the released code averages after the learning rate, here before it.
 
     Args:
       b1: decay rate of M; None for no momentum.
@@ -130,20 +126,19 @@ def galore_adam8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Adam 8-bit: the projection's moments stored in one byte each.
 
-    `galore` with `quantize_moments(optax.scale_by_adam())` (Dettmers et al. 2022,
-    "8-bit Optimizers via Block-wise Quantization"; SARA paper, section 4). Moments of
-    full-rank leaves are stored so too. State of a matrix: 4mr + 2nr (1 + 4 / b) bytes,
-    in blocks of b = block_size / 2 to block_size numbers; two products a step.
+    `galore` with `quantize_moments(optax.scale_by_adam())`, also for leaves of full
+    rank (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"; SARA
+    paper, section 4). State of a matrix: 4mr + 2nr (1 + 4 / b) bytes, in blocks of b =
+    block_size / 2 to block_size numbers.
 
-    When to choose it: most of what is left of the moments is saved, at little cost.
-    When not: while you compare methods: it rounds.
-
-    Deviation: the released code rounds the low-rank update to the weight's dtype, and
-    stores moments by bitsandbytes' kernels.
+    When to choose it: saves most of what is left of the moments, at little cost. When
+    not: while you compare methods, since it rounds. Deviation: the released code rounds
+    the low-rank update to the weight's dtype, and stores moments by bitsandbytes'
+    kernels.
 
     Args:
       block_size: numbers that share a scale.
-      min_size: arrays with fewer numbers stay as they are.
+      min_size: arrays with fewer numbers are not quantized.
       learning_rate, basis, b1, b2, eps, scale: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
@@ -174,20 +169,17 @@ def galore_adam_mini(
 
     `galore` with `scale_by_adam_mini` in the subspace (Zhang et al. 2024, "Adam-mini";
     SARA paper, section 4, with b2 = 0.95). A projected matrix (r, n) has one second
-    moment for each of its n columns, the axis that survives the projection, or for
-    each head of a query or key projection that `heads` names; `adam_mini_blocks` has
-    the other leaves' blocks. State of a matrix: mr + nr + n numbers; two products a
-    step.
+    moment for each of its n columns, or for each head that `heads` names. State of a
+    matrix: mr + nr + n numbers.
 
-    When to choose it: nearly half of Adam's state in the subspace is saved. When not:
-    where it must not cost loss (SARA paper, Table 1: behind GaLore-Adam).
-
-    Deviations: none that are known. No code of this combination is published, and the
-    SARA paper does not say which blocks it takes.
+    When to choose it: saves nearly half of Adam's state in the subspace. When not:
+    where it must not cost loss (SARA paper, Table 1: behind GaLore-Adam). Deviations:
+    none that are known; no code is published, and the SARA paper does not name the
+    blocks.
 
     Args:
-      heads: pairs (regular expression, size of a head) for projections whose output
-        axis survives, which is the larger side.
+      heads: pairs (regular expression, size of a head) for query and key projections
+        whose output axis is the larger side.
       learning_rate, basis, b1, b2, eps, scale: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
@@ -216,12 +208,10 @@ def msgd(
         M <- S_t^T S_{t-1} M   at a refresh
         M <- b1 M + (1 - b1) S_t^T G_t,    W <- W - lr scale S_t M
 
-    (SARA paper, section 3.3: the method of Theorem 3.4, which converges at
-    O(1 / T + 1 / sqrt(T)); its beta_1 is 1 - b1 here.) State of a matrix: mr + nr
-    numbers; two products a step.
-
-    When to choose it: to study convergence, and where SGD trains. When not: for
-    transformers, which need Adam's second moment; then `galore(basis=sara_sample)`.
+    (SARA paper, section 3.3: the method of Theorem 3.4, which converges at O(1 / T + 1
+    / sqrt(T)); its beta_1 is 1 - b1 here.) State of a matrix: mr + nr numbers. When to
+    choose it: to study convergence, and where SGD trains. When not: for transformers,
+    which need Adam's second moment; then `galore(basis=sara_sample(key))`.
 
     Args:
       key: a seed or a typed key for SARA's samples; required unless `basis` is passed.
