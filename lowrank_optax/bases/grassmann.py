@@ -9,7 +9,7 @@ from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.checks import check_count
-from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
 from lowrank_optax.core.linalg import Decomposition, fence
 from lowrank_optax.core.stage import Clock
@@ -113,7 +113,7 @@ def grassmann_walk(
                 "lower it, or pass None for all directions"
             )
         x = gaussian_matrix(frame, keys)
-        return geodesic(frame.need("basis", BASIS_RULE), x, angle, walk_rank)
+        return geodesic(frame.need("basis"), x, angle, walk_rank)
 
     return basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
 
@@ -154,7 +154,7 @@ def grassmann_track(
     """
 
     def choose(frame: Frame, _: None, __: Clock) -> jax.Array:
-        return _track(frame.need("basis", BASIS_RULE), frame.gradient, step_size)
+        return _track(frame.need("basis"), frame.gradient, step_size)
 
     return basis_rule(choose, svd_until=1, decomposition=decomposition)
 

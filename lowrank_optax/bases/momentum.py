@@ -9,7 +9,7 @@ from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
-from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import Decomposition, average_weight, transpose
 from lowrank_optax.core.stage import Clock
 
@@ -48,7 +48,7 @@ def power_iterate(
     """
 
     def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
-        s, m = frame.need("basis", BASIS_RULE), _momentum(frame, "power_iterate")
+        s, m = frame.need("basis"), _momentum(frame, "power_iterate")
         m_hat = rho * m / average_weight(1 - jnp.asarray(b1, m.dtype), clock.step)
         # Of unit size: the span is the same, and no product over- or underflows.
         b = linalg.unit_largest(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
@@ -95,7 +95,7 @@ def correlation_aware(
     check_count("recompute_every", recompute_every)
 
     def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
-        g, s = frame.gradient, frame.need("basis", BASIS_RULE)
+        g, s = frame.gradient, frame.need("basis")
         m = _momentum(frame, "correlation_aware")
         return jax.lax.cond(
             clock.cycle % recompute_every == 0,

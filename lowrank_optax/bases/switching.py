@@ -11,7 +11,7 @@ from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Number, Tree
-from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
 from lowrank_optax.core.sharding import shard_batch
@@ -96,7 +96,7 @@ def _kept(frame: Frame, keep: float) -> int:
 
 def leading_of_step(frame: Frame) -> jax.Array:
     """S' after one power step, its columns by their Rayleigh quotients, descending."""
-    s, g = frame.need("basis", BASIS_RULE), frame.gradient
+    s, g = frame.need("basis"), frame.gradient
     g, t = _of_unit_size(g, frame.tracked)
 
     def through(x: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ def track_gram(
         def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
             if frame.full_rank:
                 return frame, gram
-            low = frame.need("low", "project()")
+            low = frame.need("low")
             new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")
             return frame, decay * gram + (1 - decay) * new
 

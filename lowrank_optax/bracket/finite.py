@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core.frame import BASIS_RULE, Frame, are_coordinates, is_frame
+from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
 from lowrank_optax.core.trees import squared_norm
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def finite_in_subspace(
         if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
             seen = [x, o.gradient]
         elif is_frame(o) and o.low is not None and not o.full_rank:
-            seen = [x if are_coordinates(o.need("basis", BASIS_RULE)) else o.low]
+            seen = [x if are_coordinates(o.need("basis")) else o.low]
         squares = (jnp.sum(jnp.square(at_least_f32(x))) for x in seen)
         return functools.reduce(operator.and_, map(jnp.isfinite, squares))
 

@@ -106,5 +106,5 @@ def _close(leaf: Leaf, x: jax.Array, out: Frame | jax.Array) -> jax.Array:
             f"{leaf.path}: a stage returned {type(out).__name__} in place of its "
             "Frame; return frame.replace(...)"
         )
-    step = out.need("step", "project_back() or recover_residual() at the end,")
+    step = out.need("step")
     return leaf.layout.from_matrix(step).astype(x.dtype)

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-BASIS_RULE = "a basis rule such as dominant_svd()"
+_SET_BY = {
+    "low": "project()",
+    "low_step": "in_subspace() or rotate_moments()",
+    "step": "project_back() or another way back",
+}
+"""The stage that sets a field; a basis rule sets the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -96,10 +101,11 @@ class Frame:
     def replace(self, **changes: Any) -> "Frame":
         return dataclasses.replace(self, **changes)
 
-    def need(self, field: str, stage: str) -> jax.Array:
+    def need(self, field: str) -> jax.Array:
         """The field's value; ValueError that names the missing stage if it is None."""
         value = getattr(self, field)
         if value is None:
+            stage = _SET_BY.get(field, "a basis rule such as dominant_svd()")
             raise ValueError(
                 f"{self.path}: the Frame has no `{field}` yet; "
                 f"put {stage} before this stage in the chain inside low_rank()"
@@ -110,7 +116,7 @@ class Frame:
         """S^T x: (*batch, m, k) to (*batch, r, k)."""
         if self.full_rank:
             return x
-        basis = self.need("basis", BASIS_RULE)
+        basis = self.need("basis")
         if are_coordinates(basis):
             return jnp.take_along_axis(x, basis[..., None], axis=-2)
         return jnp.einsum(
@@ -121,7 +127,7 @@ class Frame:
         """(*batch,) bool, whether G is not zero, or S^T G where G is away."""
         seen = self.gradient
         if isinstance(seen, ProjectedAway):
-            seen = self.need("low", "project()")
+            seen = self.need("low")
         return jnp.any(seen != 0, axis=(-2, -1))
 
     def as_stored(self, x: jax.Array) -> jax.Array:
@@ -135,7 +141,7 @@ class Frame:
         """S y: (*batch, r, k) to (*batch, m, k)."""
         if self.full_rank:
             return y
-        basis = self.need("basis", BASIS_RULE)
+        basis = self.need("basis")
         if are_coordinates(basis):
             spread = self._spread
             for _ in self.batch:

@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.checks import check_count
-from lowrank_optax.core.frame import BASIS_RULE, Frame, ProjectedAway, are_coordinates
+from lowrank_optax.core.frame import Frame, ProjectedAway, are_coordinates
 from lowrank_optax.core.layout import path_of
 from lowrank_optax.core.linalg import column_norms_squared, ratio, select
 from lowrank_optax.core.sharding import shard_basis, shard_batch
@@ -213,7 +213,7 @@ def _check(frame: Frame, *, needs_gradient: bool) -> None:
     """Raises ValueError where a measurement is not defined."""
     if frame.full_rank:
         return
-    frame.need("basis", BASIS_RULE)
+    frame.need("basis")
     reason = ""
     if not frame.orthonormal:
         reason = (
@@ -243,7 +243,7 @@ def _any_refreshed(frames: optax.Updates, now: Clock) -> bool | jax.Array:
         return now.refresh
     # One predicate for all matrices: a cond for each would make the host wait for each.
     subspaces = [frame for frame in frames_of(frames) if not frame.full_rank]
-    refreshed = [jnp.any(frame.need("refreshed", BASIS_RULE)) for frame in subspaces]
+    refreshed = [jnp.any(frame.need("refreshed")) for frame in subspaces]
     return jnp.any(jnp.stack([now.refresh, *refreshed]))
 
 
@@ -261,11 +261,11 @@ def _energy(frame: Frame, _: _Values) -> _Values:
 def _compare(frame: Frame, old: _Values, now: Clock, anchor: int) -> _Values:
     """Compares a new basis with the one before it and with the anchor."""
     assert old.started is not None  # measured with each of the others
-    refreshed = frame.need("refreshed", BASIS_RULE)
+    refreshed = frame.need("refreshed")
     started = old.started | refreshed & frame.nonzero()
     comparable, new = refreshed & old.started, old._replace(started=started)
     if old.overlap is not None:
-        overlap = _overlap(frame, frame.need("rotation", BASIS_RULE))
+        overlap = _overlap(frame, frame.need("rotation"))
         new = new._replace(overlap=select(comparable, overlap, old.overlap))
     if old.spectrum is not None:
         values = _derivative(frame, old.spectrum.shape[-1])
@@ -288,7 +288,7 @@ def _overlap(frame: Frame, product: jax.Array) -> jax.Array:
 
 def _columns(frame: Frame) -> jax.Array:
     """S as a matrix (*batch, m, r), also where the basis is coordinates."""
-    basis = frame.need("basis", BASIS_RULE)
+    basis = frame.need("basis")
     return frame.up(frame.no_rotation()) if are_coordinates(basis) else basis
 
 
@@ -298,7 +298,7 @@ def _derivative(frame: Frame, count: int) -> jax.Array:
     D = 2 (I - S S^T) G A^T, which needs no residual of the gradient's size. A and D are
     scaled, because the Gram matrix of D is of fourth order in G and overflows float32.
     """
-    g, old = frame.gradient, frame.need("previous", BASIS_RULE)
+    g, old = frame.gradient, frame.need("previous")
     before = frame.replace(basis=old, precision="highest")
     a, s = before.down(g), _columns(before)
     d = linalg.matmul(g, linalg.transpose(linalg.unit_largest(a)))

@@ -83,8 +83,8 @@ def compensate_columns(
     ) -> tuple[Frame, jax.Array, jax.Array]:
         frame.check_residual("compensate_columns()")
         G, (m, r) = frame.gradient, frame.basis_shape[-2:]
-        low = frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        low = frame.need("low")
+        low_step = frame.need("low_step")
         # S is orthonormal, so the residual's column norms need no residual.
         squares = column_norms_squared(G)
         lost = squares - column_norms_squared(low)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
@@ -97,11 +97,11 @@ def _lost(frame: Frame, b1: Number) -> jax.Array:
     """E_t, from the gradient with the last error in it."""
     frame.check_residual("error_feedback()")
     # Both parts in one product each: E = (G + S_old M') - S (G~ + C M').
-    low, full = frame.need("low", "project()"), frame.gradient
+    low, full = frame.need("low"), frame.gradient
     if frame.momentum is not None:
         momentum = (b1 / (1 - b1)) * frame.momentum
-        rotation = frame.need("rotation", BASIS_RULE)
+        rotation = frame.need("rotation")
         low = low + jnp.matmul(rotation, momentum, precision="highest")
-        old = frame.replace(basis=frame.need("previous", BASIS_RULE))
+        old = frame.replace(basis=frame.need("previous"))
         full = full + old.up(momentum)
     return full - frame.up(low)

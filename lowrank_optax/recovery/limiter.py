@@ -74,7 +74,7 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
     """
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        low_step = frame.need("low_step")
         norm = jnp.sqrt(jnp.sum(jnp.square(low_step), axis=(-2, -1)))
         factor = jnp.ones_like(norm)[..., None]
         factor, norm = limit_growth(factor, norm, last, limit)

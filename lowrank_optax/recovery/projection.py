@@ -48,7 +48,7 @@ def project_back(scale: Number = 1.0) -> optax.GradientTransformation:
     """
 
     def back(frame: Frame) -> Frame:
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        low_step = frame.need("low_step")
         return frame.replace(step=frame.up(jnp.multiply(scale, low_step)))
 
     return optax.stateless(lambda frames, _: map_frames(back, frames))

@@ -58,8 +58,8 @@ def recover_residual(
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
         frame.check_residual("recover_residual()")
         G = frame.gradient
-        low = frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        low = frame.need("low")
+        low_step = frame.need("low_step")
         low_squares, squares = column_norms_squared(low), column_norms_squared(G)
         phi = ratio(
             jnp.sqrt(column_norms_squared(low_step)),
@@ -111,8 +111,8 @@ def sign_residual(
 
     def one(frame: Frame) -> Frame:
         frame.check_residual("sign_residual()")
-        low = frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or reset_moments()")
+        low = frame.need("low")
+        low_step = frame.need("low_step")
         G, s = frame.gradient, frame.basis
         if step == "sgd" and s is not None and not are_coordinates(s):
             # Linear in G, so that no residual of the gradient's size is formed.

@@ -64,8 +64,8 @@ def scale_gradient(
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
         frame.check_residual("scale_gradient()", orthonormal=False)
-        low = frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        low = frame.need("low")
+        low_step = frame.need("low_step")
         phi = ratio(norms(low_step), norms(low), arithmetic.norm_eps)
         squares = column_norms_squared(frame.gradient)
         norm = jnp.sqrt(jnp.sum(phi**2 * squares, axis=-1))
@@ -98,7 +98,7 @@ def scale_by_shape(scale: Number = 1.0) -> optax.GradientTransformation:
     """
 
     def one(frame: Frame) -> Frame:
-        step = frame.need("step", "project_back() or another way back")
+        step = frame.need("step")
         factor = scale * math.sqrt(max(step.shape[-2:]))
         return frame.replace(step=jnp.multiply(factor, step))
 

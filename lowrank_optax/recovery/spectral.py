@@ -57,8 +57,8 @@ def spectral_residual(
 
     def one(frame: Frame) -> Frame:
         frame.check_residual("spectral_residual()")
-        G, low = frame.gradient, frame.need("low", "project()")
-        low_step = frame.need("low_step", "in_subspace() or rotate_moments()")
+        G, low = frame.gradient, frame.need("low")
+        low_step = frame.need("low_step")
         R = G - frame.up(low)
         n = R.shape[-1]
         resolved = _norm(R) > resolution(frame) * _norm(G)

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import BASIS_RULE, Frame
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import average_weight, product
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
@@ -174,7 +174,7 @@ def _rotation_of(frame: Frame) -> jax.Array:
             f"{frame.path}: this basis rule does not set `rotation`; "
             "use in_subspace(inner), which does not rotate moments"
         )
-    return frame.need("rotation", BASIS_RULE)
+    return frame.need("rotation")
 
 
 def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:

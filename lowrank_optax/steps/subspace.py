@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import BASIS_RULE, Frame, is_frame
+from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.linalg import select
 from lowrank_optax.core.moments import SubspaceState
 from lowrank_optax.core.sharding import low_zeros
@@ -117,7 +117,7 @@ def in_subspace(
             params = map_frames(
                 lambda f, w: f.down(w), frames, params, plain=lambda _, w: w
             )
-        low = map_frames(lambda f: f.need("low", "project()"), frames)
+        low = map_frames(lambda f: f.need("low"), frames)
         steps, new = inner.update(low, state.inner_state, params, **extra_args)
         reason = ""
         if _accumulates(new):
@@ -182,7 +182,7 @@ def reset_moments(
                         "step, and reset_moments() would reset as often; use "
                         "in_subspace()"
                     )
-                refreshed = frame.need("refreshed", BASIS_RULE)
+                refreshed = frame.need("refreshed")
                 states[i] = jax.tree.map(
                     lambda new, old, refreshed=refreshed: select(refreshed, new, old),
                     news[i],

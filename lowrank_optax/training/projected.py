@@ -8,7 +8,6 @@ import optax
 
 from lowrank_optax.bracket.inside import Inside
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import BASIS_RULE
 from lowrank_optax.core.sharding import has_explicit_axes
 from lowrank_optax.core.trees import frames_of, map_frames
 
@@ -89,11 +88,11 @@ def project_gradient(
             f"{len(seen)}; sum full gradients"
         )
     chosen = {
-        f.path: f.need("basis", BASIS_RULE)
+        f.path: f.need("basis")
         for f in frames_of(seen[0])
         if refresh and not f.full_rank
     }
-    low = map_frames(lambda f: f.need("low", "project()"), seen[0])
+    low = map_frames(lambda f: f.need("low"), seen[0])
     return Projected(low, chosen)
 
 

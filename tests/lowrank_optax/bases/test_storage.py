@@ -211,7 +211,7 @@ def test_a_basis_that_a_refresh_keeps_does_not_drift_either():
 
     def keep(frame, keys, clock):
         start = jnp.asarray(s)
-        return jnp.where(clock.step == 0, start, frame.need("basis", "low_rank"))
+        return jnp.where(clock.step == 0, start, frame.need("basis"))
 
     tx = packed_bracket(lro.basis_rule(keep, orthonormal=False))
     g = {"w": np.ones((M, N), np.float32)}
