@@ -16,7 +16,7 @@ from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import Clock, stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.trees import map_subspaces, nothing, update_frames
 
 
 def switch_basis(
@@ -171,12 +171,10 @@ def track_gram(
 
     def init(params: optax.Params) -> TrackingState:
         def zeros(frame: Frame) -> jax.Array:
-            if frame.full_rank:
-                return nothing()
             shape = *frame.batch, frame.rank, frame.rank
             return shard_batch(frame, jnp.zeros(shape, frame.gradient.dtype))
 
-        gram = map_frames(zeros, params, plain=nothing)
+        gram = map_subspaces(zeros, params, other=nothing)
         return TrackingState(gram, stages.init(params))
 
     def update(
@@ -187,8 +185,7 @@ def track_gram(
     ) -> tuple[optax.Updates, TrackingState]:
         def with_past(frame: Frame, gram: jax.Array) -> Frame:
             # Scaled so that G G^T has weight one; directions do not depend on size.
-            past = decay / (1 - decay) * gram
-            return frame if frame.full_rank else frame.replace(tracked=past)
+            return frame.replace(tracked=decay / (1 - decay) * gram)
 
         def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
             if frame.full_rank:
@@ -198,7 +195,7 @@ def track_gram(
             return frame, decay * gram + (1 - decay) * new
 
         frames, inner_state = stages.update(
-            map_frames(with_past, updates, state.gram),
+            map_subspaces(with_past, updates, state.gram),
             state.inner_state,
             params,
             **extra_args,

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import linalg
+from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame, ProjectedAway, are_coordinates
 from lowrank_optax.core.layout import path_of
 from lowrank_optax.core.linalg import column_norms_squared, ratio, select
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.stage import Clock, branch, timed_stage
-from lowrank_optax.core.trees import frames_of, map_frames, nothing, update_frames
+from lowrank_optax.core.trees import frames_of, map_subspaces, nothing, update_frames
 
 NONE_YET = -1.0
 """Marks a missing value in the state; a NaN would trip `jax_debug_nans`."""
@@ -37,23 +38,12 @@ class MeasureState(NamedTuple):
       anchor: (*batch, m, r), the basis that later ones are compared with.
     """
 
-    energy: optax.Params | None = None
-    overlap: optax.Params | None = None
-    anchor_overlap: optax.Params | None = None
-    spectrum: optax.Params | None = None
-    started: optax.Params | None = None
-    anchor: optax.Params | None = None
-
-
-class _Values(NamedTuple):
-    """The arrays of one matrix in a `MeasureState`."""
-
-    energy: jax.Array | None = None
-    overlap: jax.Array | None = None
-    anchor_overlap: jax.Array | None = None
-    spectrum: jax.Array | None = None
-    started: jax.Array | None = None
-    anchor: jax.Array | None = None
+    energy: Tree = None
+    overlap: Tree = None
+    anchor_overlap: Tree = None
+    spectrum: Tree = None
+    started: Tree = None
+    anchor: Tree = None
 
 
 class Measurement(NamedTuple):
@@ -178,22 +168,15 @@ def _empty(params: optax.Params, fields: list[str], spectrum: int) -> MeasureSta
     makers = {"spectrum": values, "started": started, "anchor": anchor}
 
     def tree(make: Callable[..., jax.Array]) -> optax.Params:
-        return map_frames(
-            lambda frame: nothing() if frame.full_rank else make(frame),
-            params,
-            plain=nothing,
-        )
+        return map_subspaces(make, params, other=nothing)
 
     return MeasureState(**{name: tree(makers.get(name, number)) for name in fields})
 
 
 def _map(
-    f: Callable[..., _Values], frames: optax.Updates, state: MeasureState
+    f: Callable[..., MeasureState], frames: optax.Updates, state: MeasureState
 ) -> MeasureState:
-    """Applies f(frame, its values) to each Frame.
-
-    The values are a `_Values` of one frame's arrays, from the trees in `state`.
-    """
+    """Applies f(frame, values) to each Frame, the values its part of the state."""
     fields = {name: tree for name, tree in state._asdict().items() if tree is not None}
     if not fields:
         return state
@@ -201,7 +184,7 @@ def _map(
     def one(frame: Frame, *old: jax.Array) -> tuple[Frame | jax.Array, ...]:
         if frame.full_rank:
             return frame, *old
-        new = f(frame, _Values(**dict(zip(fields, old, strict=True))))
+        new = f(frame, MeasureState(**dict(zip(fields, old, strict=True))))
         values = (getattr(new, name) for name in fields)
         return frame, *(x.astype(y.dtype) for x, y in zip(values, old, strict=True))
 
@@ -247,7 +230,7 @@ def _any_refreshed(frames: optax.Updates, now: Clock) -> bool | jax.Array:
     return jnp.any(jnp.stack([now.refresh, *refreshed]))
 
 
-def _energy(frame: Frame, _: _Values) -> _Values:
+def _energy(frame: Frame, _: MeasureState) -> MeasureState:
     """Measures ||S^T G||_F / ||G||_F (eq. 3)."""
     low = frame.down(frame.gradient) if frame.low is None else frame.low
     inside = jnp.sum(jnp.square(low), axis=(-2, -1))
@@ -255,12 +238,11 @@ def _energy(frame: Frame, _: _Values) -> _Values:
     # Without it, it would merge both sums into one and read G a second time.
     columns = linalg.fence(column_norms_squared(frame.gradient))
     squared = ratio(inside, jnp.sum(columns, axis=-1), 0.0)
-    return _Values(energy=jnp.sqrt(jnp.minimum(squared, 1)))  # above 1 by rounding
+    return MeasureState(energy=jnp.sqrt(jnp.minimum(squared, 1)))  # above 1 by rounding
 
 
-def _compare(frame: Frame, old: _Values, now: Clock, anchor: int) -> _Values:
+def _compare(frame: Frame, old: MeasureState, now: Clock, anchor: int) -> MeasureState:
     """Compares a new basis with the one before it and with the anchor."""
-    assert old.started is not None  # measured with each of the others
     refreshed = frame.need("refreshed")
     started = old.started | refreshed & frame.nonzero()
     comparable, new = refreshed & old.started, old._replace(started=started)

@@ -9,7 +9,7 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.trees import map_subspaces, nothing, update_frames
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -58,10 +58,9 @@ def error_feedback(
     stages = optax.with_extra_args_support(stages)
 
     def init(params: optax.Params) -> ErrorFeedbackState:
-        def zero(frame: Frame) -> jax.Array:
-            return nothing() if frame.full_rank else jnp.zeros_like(frame.gradient)
-
-        errors = map_frames(zero, params, plain=nothing)
+        errors = map_subspaces(
+            lambda f: jnp.zeros_like(f.gradient), params, other=nothing
+        )
         return ErrorFeedbackState(errors, stages.init(params))
 
     def update(
@@ -71,8 +70,6 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         def add(frame: Frame, e: jax.Array) -> Frame:
-            if frame.full_rank:
-                return frame
             return frame.replace(gradient=frame.gradient + e)
 
         def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
@@ -82,7 +79,7 @@ def error_feedback(
             return frame.replace(no_residual=reason), e
 
         frames, inner_state = stages.update(
-            map_frames(add, updates, state.error),
+            map_subspaces(add, updates, state.error),
             state.inner_state,
             params,
             **extra_args,

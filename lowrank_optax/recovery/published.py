@@ -71,10 +71,14 @@ def scale_by_uncorrected_adam(
     return optax.GradientTransformation(adam.init, cast(Any, update))
 
 
-class BiasCorrectionState(NamedTuple):
-    """State of `scale_by_bias_correction`: count, () int32, the number of steps."""
+class StepCount(NamedTuple):
+    """The state of a transformation that counts its steps: () int32."""
 
     count: jax.Array
+
+    @classmethod
+    def first(cls, _: optax.Params) -> "StepCount":
+        return cls(jnp.zeros([], jnp.int32))
 
 
 def scale_by_bias_correction(
@@ -82,26 +86,16 @@ def scale_by_bias_correction(
 ) -> optax.GradientTransformation:
     """Multiplies the update of step t = 1, 2, ... by sqrt(1 - b2^t) / (1 - b1^t)."""
 
-    def init(params: optax.Params) -> BiasCorrectionState:
-        del params
-        return BiasCorrectionState(jnp.zeros([], jnp.int32))
-
     def update(
-        updates: optax.Updates, state: BiasCorrectionState
-    ) -> tuple[optax.Updates, BiasCorrectionState]:
+        updates: optax.Updates, state: StepCount
+    ) -> tuple[optax.Updates, StepCount]:
         count = jnp.asarray(optax.safe_increment(state.count))
         w_m, w_v = (average_weight(jnp.asarray(1.0 - b), count) for b in (b1, b2))
         factor = jnp.sqrt(w_v) / w_m
         scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
-        return scaled, BiasCorrectionState(count)
+        return scaled, StepCount(count)
 
-    return simple_stage(init, update)
-
-
-class DecayState(NamedTuple):
-    """State of `decay_stepped_weights`: count, () int32, the number of steps."""
-
-    count: jax.Array
+    return simple_stage(StepCount.first, update)
 
 
 def decay_stepped_weights(
@@ -115,16 +109,12 @@ def decay_stepped_weights(
       ValueError: if `update` is called without params.
     """
 
-    def init(params: optax.Params) -> DecayState:
-        del params
-        return DecayState(jnp.zeros([], jnp.int32))
-
     def update(
         updates: optax.Updates,
-        state: DecayState,
+        state: StepCount,
         params: optax.Params | None = None,
         **_: Any,
-    ) -> tuple[optax.Updates, DecayState]:
+    ) -> tuple[optax.Updates, StepCount]:
         if params is None:
             raise ValueError(
                 "weight decay needs params: call tx.update(grads, state, params)"
@@ -135,9 +125,9 @@ def decay_stepped_weights(
             updates,
             params,
         )
-        return decayed, DecayState(jnp.asarray(optax.safe_increment(state.count)))
+        return decayed, StepCount(jnp.asarray(optax.safe_increment(state.count)))
 
-    return stage(init, update)
+    return stage(StepCount.first, update)
 
 
 def decay_and_rate(

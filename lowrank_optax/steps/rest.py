@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core.frame import is_frame
+from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import map_frames
 
@@ -54,7 +55,9 @@ def with_rest(
     )
 
     def init(params: optax.Params) -> RestState:
-        return RestState(inner.init(_matrices(params)), other.init(_others(params)))
+        return RestState(
+            inner.init(_matrices(params, params)), other.init(_others(params, params))
+        )
 
     def update(
         updates: optax.Updates,
@@ -68,10 +71,10 @@ def with_rest(
             for hide in (_matrices, _others)
         )
         frames, inner_state = inner.update(
-            _matrices(updates), state.inner_state, matrices, **extra_args
+            _matrices(updates, updates), state.inner_state, matrices, **extra_args
         )
         steps, rest_state = other.update(
-            _others(updates), state.rest_state, others, **extra_args
+            _others(updates, updates), state.rest_state, others, **extra_args
         )
         out = map_frames(lambda f, _: f, frames, steps, plain=lambda _, step: step)
         return out, RestState(inner_state, rest_state)
@@ -79,25 +82,16 @@ def with_rest(
     return stage(init, update)
 
 
-def _matrices(frames: optax.Updates, like: optax.Params | None = None) -> optax.Updates:
-    """Returns `like` (`frames` by default) with a zero for each leaf of full rank."""
-    return map_frames(
-        lambda _, x: x,
-        frames,
-        frames if like is None else like,
-        plain=lambda _, x: _zero(x),
-    )
+def _matrices(frames: optax.Updates, tree: Tree) -> Tree:
+    """`tree` with a zero for each leaf of full rank."""
+    return map_frames(lambda _, x: x, frames, tree, plain=lambda _, x: _zero(x))
 
 
-def _others(frames: optax.Updates, like: optax.Params | None = None) -> optax.Updates:
-    """Returns `like` (`frames` by default) with a zero for each matrix."""
-    return map_frames(
-        lambda _, x: _zero(x.gradient if is_frame(x) else x),
-        frames,
-        frames if like is None else like,
-        plain=lambda _, x: x,
-    )
+def _others(frames: optax.Updates, tree: Tree) -> Tree:
+    """`tree` with a zero for each matrix."""
+    return map_frames(lambda _, x: _zero(x), frames, tree, plain=lambda _, x: x)
 
 
-def _zero(x: jax.Array) -> jax.Array:
+def _zero(x: Frame | jax.Array) -> jax.Array:
+    x = x.gradient if is_frame(x) else x
     return jnp.zeros([], jnp.promote_types(x.dtype, jnp.float32))

@@ -293,26 +293,13 @@ class Layers(NamedTuple):
 
         Raises:
           ValueError: leaves without one number of layers along their first axes.
-
-        Example:
-          >>> params = {"w": jnp.ones((12, 8, 8))}
-          >>> state = lro.training.per_layer(optax.sgd(0.1)).init(params)
-          >>> layers = lro.training.Layers.open(params, state)
-          >>> layers.params["w"].shape
-          (12, 8, 8)
         """
         squares = jnp.zeros(count_of(params), jnp.float32)
         refs = jax.tree.map(jax.new_ref, (params, state, squares))
         return cls(refs[0], refs[1], refs[2], operands)
 
     def close(self) -> "Layers":
-        """The arrays with all updates in them; the references end here.
-
-        Example:
-          >>> layers = lro.training.Layers.open({"w": jnp.ones((12, 8, 8))}, ())
-          >>> layers.close().params["w"].shape
-          (12, 8, 8)
-        """
+        """The arrays with all updates in them; the references end here."""
         return self._replace(
             params=jax.tree.map(jax.freeze, self.params),
             state=jax.tree.map(jax.freeze, self.state),

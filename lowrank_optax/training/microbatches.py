@@ -47,14 +47,6 @@ class LayerSums(NamedTuple):
 
         Raises:
           ValueError: what `project_gradient` raises.
-
-        Example:
-          >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
-          >>> params = {"w": jnp.ones((12, 4, 8))}
-          >>> layers = lro.training.LayerSums.open(
-          ...     tx, params, lro.training.per_layer(tx).init(params))
-          >>> layers.sums.low["w"].shape
-          (12, 2, 8)
         """
         count = count_of(params)
 
@@ -68,16 +60,7 @@ class LayerSums(NamedTuple):
         return cls(*jax.tree.map(jax.new_ref, (params, state, zeros)))
 
     def close(self) -> "LayerSums":
-        """The arrays; the references end here.
-
-        Example:
-          >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
-          >>> params = {"w": jnp.ones((12, 4, 8))}
-          >>> layers = lro.training.LayerSums.open(
-          ...     tx, params, lro.training.per_layer(tx).init(params))
-          >>> float(layers.close().sums.low["w"].max())
-          0.0
-        """
+        """The arrays; the references end here."""
         return jax.tree.map(jax.freeze, self)
 
 
