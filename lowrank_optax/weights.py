@@ -1,4 +1,4 @@
-"""Weights kept in few bits, and updates that still arrive: stochastic rounding."""
+"""Weights stored in few bits, and stochastic rounding of their updates."""
 
 import re
 import zlib
@@ -26,14 +26,14 @@ def round_stochastically(key: Key, x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
         P(x <- x+) = (x - x-) / (x+ - x-),   x- <= x < x+ neighbours in the dtype
 
-    so that a sum of many updates, each below half a bit of the weight, arrives in the
-    mean, where rounding to nearest loses every one of them (Gupta et al. 2015, "Deep
-    Learning with Limited Numerical Precision", section 3). In bfloat16, float32's upper
-    half: 16 random bits are added to the lower half, which is cut off then; elementwise
-    integer arithmetic, and the mean is x exactly.
+    so that many updates, each below half a bit of the weight, add up in the mean, where
+    rounding to nearest loses every one of them (Gupta et al. 2015, "Deep Learning with
+    Limited Numerical Precision", section 3). For bfloat16, float32's upper half, 16
+    random bits are added to the lower half, which is then dropped; the mean is x
+    exactly.
 
-    What the dtype holds exactly stays, NaN and Inf too. A finite x beyond the largest
-    finite number becomes that one: never Inf, where rounding to nearest may give it.
+    Numbers that the dtype holds exactly stay, NaN and Inf too. A finite x beyond the
+    largest finite number becomes that number, never Inf.
 
     Args:
       key: a typed key or a seed.
@@ -41,7 +41,7 @@ def round_stochastically(key: Key, x: jax.Array, dtype: DTypeLike) -> jax.Array:
       dtype: bfloat16 or float16.
 
     Returns:
-      x's shape, in `dtype`. The bits depend on the key and the shape alone, not on the
+      x's shape, in `dtype`. The bits depend on the key and the shape, not on the
       sharding.
 
     Raises:
@@ -79,7 +79,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _multiple(x: jax.Array, step: jax.Array, u: jax.Array | None) -> jax.Array:
-    """x / step as a whole number: the nearest or, with u uniform, of mean x / step.
+    """x / step as an integer: the nearest or, with u uniform, of mean x / step.
 
     What is left by the nearest is exact in float32 wherever multiples of the step are,
     however the compiler divides: a multiple stays one, whatever u.
@@ -122,19 +122,17 @@ def quantize(
 
         scale = round(max |x| / 127),   q = round(x / scale)  in [-127, 127]
 
-    where the scale is rounded to 17 significant bits and q to a whole number, each of
-    them stochastically with a key: E[q scale] = x, to 2^-23 of a scale (Zhang et al.
-    2024, "Q-GaLore"). Zero comes back exactly. To quantise what came back changes no
-    bit, with any key: 127 scale and every q scale are exact in float32, and the largest
-    number always gets 127, so that the scale is found again. A NaN or an Inf makes its
-    whole block NaN.
+    The scale is rounded to 17 significant bits and q to an integer, each stochastically
+    with a key: E[q scale] = x, to 2^-23 of a scale (Zhang et al. 2024, "Q-GaLore").
+    Zero is exact. Quantizing the result again changes no bit, with any key: 127 scale
+    and every q scale are exact in float32, and the largest number always gets 127. A
+    NaN or an Inf makes its block NaN.
 
-    Deviations: Q-GaLore's codes are affine, (max - min) / 255 apart with a whole zero
-    point, and clipped at both ends. By that formula a zero update moves the weights of
-    a third of normal blocks, whose next scale differs from the last, and half of a
-    small update of a block's largest arrives. Blocks lie along the last axis here,
-    theirs along the flattened array. What is within 2^-16 of a block's largest, and not
-    the largest itself, may be clipped here too.
+    Deviations: Q-GaLore's codes are affine, (max - min) / 255 apart with an integer
+    zero point, and clipped at both ends. By that formula a zero update moves the
+    weights of a third of normal blocks, and half of a small update of a block's largest
+    arrives. Numbers within 2^-16 of a block's largest may be clipped here too. Blocks
+    lie along the last axis here, theirs along the flattened array.
 
     Args:
       x: real numbers, taken as float32, of one axis or more. The axes before the last
@@ -184,14 +182,14 @@ def _quantized(x: jax.Array, blocks: int, key: jax.Array | None) -> QuantizedWei
 
 
 def add_updates(params: Tree, updates: Tree, key: Key | None = None) -> Tree:
-    """`optax.apply_updates` for weights kept in few bits.
+    """`optax.apply_updates` for weights stored in few bits.
 
         W <- round(W + U)
 
     with the sum in float32 at least. A bfloat16 or float16 leaf is rounded by
-    `round_stochastically`, `QuantizedWeights` by `quantize`, its scales found
-    anew (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest); others are
-    added to as by optax, and need no key. A zero update changes no stored bit.
+    `round_stochastically`, `QuantizedWeights` by `quantize`, its scales found anew
+    (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest); others are added
+    to as by optax, and need no key. A zero update changes no stored bit.
 
     Each leaf's key is derived from its path, so that its bits depend neither on the
     other leaves nor on the sharding.
@@ -259,7 +257,7 @@ def dense(params: Tree, dtype: DTypeLike = jnp.float32) -> Tree:
     are like.
 
     Args:
-      params: the weights, as they are kept.
+      params: the weights, as they are stored.
       dtype: of those that were quantised.
 
     Example:
@@ -284,7 +282,7 @@ def store(
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] = _is_transformer_matrix,
 ) -> Tree:
-    """`params` as they are kept: rounded to nearest, once, before training.
+    """`params` as they are stored: rounded to nearest, once, before training.
 
     With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
     number, and other real ones bfloat16 (Q-GaLore: the linear layers of attention and
@@ -293,7 +291,7 @@ def store(
     Args:
       params: the weights.
       dtype: "float32", "bfloat16" or "int8".
-      mask: whether the leaf of a path, "layers/mlp/up/kernel", is kept in int8; asked
+      mask: whether the leaf of a path, "layers/mlp/up/kernel", is stored in int8; called
         for those of two or more axes. By default those that `TRANSFORMER_MATRICES`
         calls matrices.
 

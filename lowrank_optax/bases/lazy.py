@@ -23,7 +23,7 @@ from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
-    """`rule`'s basis of step 0, for the whole run.
+    """`rule`'s basis of step 0, for the complete run.
 
     The ablation of the GrassWalk paper (section 5): S_0 comes from a matrix's first
     nonzero gradient.

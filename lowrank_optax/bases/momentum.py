@@ -73,11 +73,10 @@ def correlation_aware(
     singular vectors of G Q, Q an orthonormal basis of G^T S (Xiao et al. 2025, "COAP",
     section 3). The loss is in squared units of the gradient, and with it the step.
 
-    Deviations: the released code draws its first basis from a sketch with a fixed seed,
-    and takes the cosines along the input axis of torch's (out, in) weights; here they
-    are one per column of the canonical orientation, which is the same for weights with
-    more outputs than inputs. S is orthonormal at first and after a recomputation, not
-    after a gradient step; stages that need it so refuse this rule.
+    Deviations: the released code sketches its first basis with a fixed seed, and takes
+    cosines along the input axis; here they are one per column, which is the same for
+    weights with more outputs than inputs. S is orthonormal only at first and after a
+    recomputation; stages that need an orthonormal basis refuse this rule.
 
     Args:
       step_size: of the gradient step, 0.1 in the released code.

@@ -48,13 +48,12 @@ def online_pca(
         P_{t+1} = P_t + optimizer(grad L(P_t))
 
     (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent",
-    section 4). With A = P^T G^ the gradient of the first term is 2 (P A A^T + G^ A^T
-    P^T P - 2 G^ A^T), two large products more than the projection and the way back. At
-    step 0, where P_0 is already the minimum, P stays.
+    section 4). P stays at step 0, where it is the minimum. With A = P^T G^ the gradient
+    of the first term is 2 (P A A^T + G^ A^T P^T P - 2 G^ A^T).
 
     P is orthonormal only as far as L makes it so: the state reports `drift` and `loss`,
-    and stages that need an orthonormal basis raise. The released code has no penalty. P
-    changes at every step, so moments stay as they are (as in the source).
+    and stages that need an orthonormal basis raise. P changes at every step, and
+    moments do not rotate, as in the source; its released code has no penalty.
 
     Args:
       optimizer: any optax optimizer, learning rate and sign included; by default

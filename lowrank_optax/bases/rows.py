@@ -19,18 +19,16 @@ Order = Literal["random", "ascending", "descending"]
 def coordinates(key: Key | None = None, *, order: Order = "random") -> BasisRule:
     """r of the m rows of the gradient, others at each refresh (FRUGAL).
 
-    S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With
-    order "random", I_t is a uniform sample without replacement; "ascending" and
-    "descending" cycle through blocks of r neighbouring rows, from the first row or from
-    the last (Zmushko et al. 2025, "FRUGAL").
+    S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With order
+    "random", I_t is a uniform sample without replacement; "ascending" and "descending"
+    cycle through blocks of r neighbouring rows, from the first row or the last (Zmushko
+    et al. 2025, "FRUGAL").
 
-    The rows are those of the canonical orientation, so they lie along the weight's
-    smaller side. FRUGAL's "columns" are the input side of torch's (out, in) weights;
-    that is the same side for square matrices and for those with more outputs.
-
-    FRUGAL's block-wise mode takes the layers of a stacked kernel (layers, in, out) as
-    the rows, by the dimension numbers `LAYERS`: a rank of 0.25 then trains a quarter of
-    the layers with the stateful step, and others after each refresh.
+    Rows lie along the weight's smaller side. FRUGAL's "columns" are the input side of
+    torch's (out, in) weights, the same side for square matrices and for those with more
+    outputs. With the dimension numbers `LAYERS` the rows are the layers of a stacked
+    kernel (FRUGAL's block-wise mode): a rank of 0.25 trains a quarter of the layers
+    with the stateful step.
 
     Args:
       key: a seed or a typed key, for order "random" alone.

@@ -82,19 +82,14 @@ def quantize_basis(
         scale = (max(x) - min(x)) / (2^bits - 1),   zero = round(-min(x) / scale)
         q = clip(round(x / scale) + zero, 0, 2^bits - 1),   S <- (q - zero) scale
 
-    (Zhang et al. 2024, "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-
-    Adaptive Low-Rank Gradients"). Every stage after it gets this rounded S, from the
-    refresh on, and its rotation S_t^T S_{t-1}; between refreshes its bits do not
-    change. A basis takes bits / 32 of its float32 bytes and 5 bytes a group.
-
-    The rounded S is not orthonormal, so that `recover_residual` and eq. 8 of
-    `rotate_moments` refuse it: take `project_back`, and `in_subspace` or
-    `rotate_moments(inner, moments="first")`. A rule that goes on from the last basis
-    (`grassmann_walk`) goes on from the rounded one.
+    (Zhang et al. 2024, "Q-GaLore: Quantized GaLore with INT4 Projection and
+    Layer-Adaptive Low-Rank Gradients"). Every later stage sees this rounded S, and the
+    next basis starts from it. A basis takes bits / 32 of its float32 bytes and 5 bytes
+    a group. The rounded S is not orthonormal: use `project_back`, and `in_subspace` or
+    `rotate_moments(inner, moments="first")`.
 
     Deviations: two 4-bit codes share a byte, where q-galore-torch 1.0 stores one in
-    each; and min(x) <= 0 <= max(x) is made to hold, where theirs clips a group of one
-    sign. So such a group, and one of equal numbers, comes back to half a scale too.
+    each. Zero always lies in [min(x), max(x)], where theirs clips a group of one sign.
 
     Args:
       rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.
@@ -125,11 +120,10 @@ def cast_basis(
 ) -> BasisRule:
     """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
 
-    Every stage after it gets the rounded S, from the refresh on. In bfloat16 each entry
-    of S is off by at most 2^-9 of itself, and each of S^T S by about 2^-9, which is
-    what products of bfloat16 operands do to an exact S. So it counts as orthonormal
-    where its rule does, and stages may recover the residual. A rule that continues from
-    the last basis continues from the rounded one.
+    Every later stage sees the rounded S, and the next basis starts from it. In bfloat16
+    each entry of S is off by at most 2^-9 of itself, and each of S^T S by about 2^-9,
+    as products of bfloat16 operands are. So it counts as orthonormal where its rule
+    does, and stages may recover the residual.
 
     Args:
       rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.

@@ -31,16 +31,14 @@ def switch_basis(
         S' <- S' V,   S'^T Q S' = V diag(d) V^T,   d descending
         S_t = [S'[:, :l], C[:, I]]
 
-    C (m, m - r) being the columns by which a QR of S' completes it, and I a sorted
-    uniform sample of r - l of them without replacement (Gong et al. 2025, "Towards
-    Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
-    Low-Rank Extension", Algorithms 2 and 10). The basis never freezes: directions
-    outside of it get their turn. Q, m x m, is not formed; a refresh is two QRs and one
-    r x r eigendecomposition.
+    where C (m, m - r) are the columns by which a QR of S' completes it, and I is a
+    sorted uniform sample of r - l of them (Gong et al. 2025, "Towards Efficient
+    Optimizer Design for LLM via Structured Fisher Approximation with a Low-Rank
+    Extension", Algorithms 2 and 10). The basis never freezes. Q, m x m, is not formed;
+    a refresh is two QRs and one r x r eigendecomposition.
 
     Deviations: the paper starts from U_0 = 0, which a power step cannot leave, and
-    switches at once; here S_0 is as in all rules, and the first switch is at step T.
-    (It counts steps from 1 and refreshes at 1, K, 2K, ...) Algorithm 10 returns V where
+    switches at once; here the first switch is at step T. Algorithm 10 returns V where
     S' V must be meant. Where the complement has fewer than r - l directions, the basis
     takes all of them and more leading ones.
 
@@ -51,16 +49,15 @@ def switch_basis(
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
-      ValueError: a `keep` that is neither an int of at least 1 nor a fraction in
-        (0, 1], another decomposition, or a key that is neither an int nor typed; at
-        update, for a `keep` above the rank.
+      ValueError: a `keep` that is neither an int of at least 1 nor a fraction in (0,
+        1], another decomposition, or a bad key; at update, a `keep` above the rank.
 
     Example:
       >>> stages = optax.chain(lro.bases.switch_basis(key=0, keep=0.5), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
-    whole = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
-    if not (whole and keep >= 1) and not (
+    integer = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
+    if not (integer and keep >= 1) and not (
         isinstance(keep, float) and 0.0 < keep <= 1.0
     ):
         raise ValueError(
@@ -142,17 +139,14 @@ def track_gram(
 ) -> optax.GradientTransformationExtraArgs:
     """A running mean of G~ G~^T, for a basis that follows all gradients (Alice).
 
-    Around a basis rule and `project`:
-
         Q = decay S_{t-1} Q~_{t-1} S_{t-1}^T + (1 - decay) G_t G_t^T   at a refresh
         S_t, G~_t from the stages, S_t of this Q where the rule is `switch_basis`
         Q~_t = decay Q~_{t-1} + (1 - decay) G~_t G~_t^T
 
     (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
-    As there Q~ stays when the basis changes, although its coordinates do: with r - l of
-    them new and a decay of 0.999, much of it belongs to directions that have left. The
-    paper's own ablation finds little effect of tracking (Table 5). State of a matrix:
-    r^2 numbers.
+    As there Q~ stays when the basis changes, although its coordinates do: with a decay
+    of 0.999, much of it belongs to directions that have left. The paper's own ablation
+    finds little effect (Table 5). State of a matrix: r^2 numbers.
 
     Args:
       stages: a basis rule, then `project()`, chained.
@@ -162,9 +156,8 @@ def track_gram(
       ValueError: at update, for stages without a basis rule and `project`.
 
     Example:
-      >>> stages = optax.chain(
-      ...     lro.bases.track_gram(
-      ...         optax.chain(lro.bases.switch_basis(key=0), lro.project())),
+      >>> where = optax.chain(lro.bases.switch_basis(key=0), lro.project())
+      >>> stages = optax.chain(lro.bases.track_gram(where),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
     stages = optax.with_extra_args_support(stages)

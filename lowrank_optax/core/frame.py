@@ -87,7 +87,7 @@ class Frame:
 
     @property
     def full_rank(self) -> bool:
-        """Whether r = m: the subspace is the whole space, and S the identity."""
+        """Whether r = m: the subspace is the full space, and S the identity."""
         return self.rank == self.gradient.shape[-2]
 
     @property

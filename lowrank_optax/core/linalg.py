@@ -77,7 +77,7 @@ def gram(x: jax.Array) -> jax.Array:
 
 
 def orthonormality_error(s: jax.Array) -> jax.Array:
-    """max |S^T S - I| over the whole batch, a scalar."""
+    """max |S^T S - I| over the batch, a scalar."""
     return jnp.max(jnp.abs(gram(s) - jnp.eye(s.shape[-1], dtype=s.dtype)))
 
 
@@ -87,7 +87,7 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     CholeskyQR2 (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
     algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
     matrix products almost alone, but breaks down once the condition number passes
-    about 1 / sqrt(eps). The whole batch then goes through a Householder QR, which
+    about 1 / sqrt(eps). The batch then goes through a Householder QR, which
     gives an orthonormal basis of any input, rank-deficient and zero ones too.
     """
     x = x / largest(x)
@@ -116,7 +116,7 @@ def orthonormalize(x: jax.Array) -> jax.Array:
 
 
 # For TPUs XLA unrolls a triangular solve and a QR into code that grows with the square
-# of their size, and compiles it for minutes at rank 1024. So there they are kept to
+# of their size, and compiles it for minutes at rank 1024. So they are limited to
 # PANEL columns, and what is done twice is a loop.
 PANEL = 128
 

@@ -45,18 +45,16 @@ def scale_by_racs(
 
         s = (G^2)^T q / ||q||^2,    q = G^2 s / ||s||^2
 
-    This converges to the leading singular pair of G^2, so that q s^T fits it. Then
+    converges to the leading singular pair of G^2, so that q s^T fits it. Then
 
         s_t = decay s_{t-1} + (1 - decay) s,    q_t = decay q_{t-1} + (1 - decay) q
         G^ = diag(q_t)^(-1/2) G diag(s_t)^(-1/2)
         if ||G^_t|| > zeta ||G^_{t-1}||:   G^_t <- G^_t zeta ||G^_{t-1}|| / ||G^_t||
         step = scale G^
 
-    (Gong et al. 2025, "Structured Fisher Approximation", section 4, Algorithm 1: the
-    Kronecker product of two diagonals that is nearest to the Fisher matrix.) Neither
-    average is corrected for bias, as in the paper. So the first step is 1 / (1 - decay)
-    times as large as later ones. The stage stands alone inside `full_matrices` or
-    `low_rank`.
+    (Gong et al. 2025, "Structured Fisher Approximation", section 4, Algorithm 1.) As in
+    the paper, neither average is corrected for bias: the first step is 1 / (1 - decay)
+    times as large as later ones. Use it alone inside `full_matrices` or `low_rank`.
 
     Deviations where the paper is silent: a row or column whose gradients were all zero
     does not move. A zero gradient changes neither q nor s, nor the norm that limits the
@@ -69,7 +67,7 @@ def scale_by_racs(
       iterations: number of iterations of the fit, 5 in the paper.
 
     Raises:
-      ValueError: for iterations below 1.
+      ValueError: iterations below 1.
 
     Example:
       >>> tx = lro.full_rank.full_matrices(

@@ -80,12 +80,10 @@ def measure_subspace(
                    A = S_{t-1}^T G_t, at a refresh
 
     (Energy and spectrum: GrassWalk paper, section 3, eq. 3 and Figure 2. Overlap: SARA
-    paper, section 4.3, and Gur-Ari et al. 2018.) The stage
-    stands behind the basis rule in the chain; `add_stage` appends it to a named
-    optimizer. `measurements` reads the values from the state.
-
-    Deviations: the overlap is squared, as in Gur-Ari et al. Spectrum values below
-    sqrt(eps) times the largest are rounding, because it comes from a Gram matrix.
+    paper, section 4.3, and Gur-Ari et al. 2018, squared as there.) The stage stands
+    behind the basis rule; `add_stage` appends it to a named optimizer. `measurements`
+    reads the values. Spectrum values below sqrt(eps) times the largest are rounding,
+    because they come from a Gram matrix.
 
     Args:
       energy: whether to measure the energy; needs the full gradient.
@@ -95,18 +93,17 @@ def measure_subspace(
       spectrum: k, at most r; 0 for none. Needs the full gradient.
 
     Raises:
-      ValueError: if nothing is to be measured, for a negative anchor or spectrum; at
-        update, outside `low_rank`, before the basis rule, for a basis that is not
-        orthonormal, or for energy and spectrum of gradients summed in the subspace.
+      ValueError: nothing to measure, a negative anchor or spectrum; at update, outside
+        `low_rank`, before the basis rule, a basis that is not orthonormal, or energy
+        and spectrum of gradients summed in the subspace.
 
     Example:
       >>> tx = lro.galore(0.01, rank=2, refresh_every=1, dimension_numbers=None,
       ...     basis=optax.chain(lro.bases.coordinates(order="ascending"),
       ...                       lro.measure_subspace()))
       >>> g = {"w": jnp.ones((4, 6))}
-      >>> state = tx.init(g)
-      >>> for _ in range(2):  # rows 0 and 1, then rows 2 and 3
-      ...     updates, state = tx.update(g, state, g)
+      >>> updates, state = tx.update(g, tx.init(g), g)
+      >>> updates, state = tx.update(g, state, g)  # rows 0 and 1, then rows 2 and 3
       >>> found = lro.measurements(state)["w"]
       >>> round(float(found.energy) ** 2, 3), float(found.overlap)
       (0.5, 0.0)

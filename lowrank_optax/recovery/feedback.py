@@ -36,10 +36,10 @@ def error_feedback(
         E_t = G_t - S_t G~_t + b1 / (1 - b1) (S_{t-1} M_{t-1} - S_t C M_{t-1})
 
     The last term is what the first moment loses when it is rotated (Robert et al. 2025,
-    "LDAdam", section 3). The term is right for a step that rotates its first moment and
-    averages like Adam, such as `rotate_moments(optax.scale_by_adam())`. With other
-    steps E is off by that term. E has the gradient's size, so this saves no memory
-    against a momentum of full rank; `memory_report` shows it.
+    "LDAdam", section 3). It is right for a step that rotates its first moment and
+    averages like Adam, such as `rotate_moments(optax.scale_by_adam())`. E has the
+    gradient's size, so this saves no memory against a momentum of full rank;
+    `memory_report` shows it.
 
     Args:
       stages: a basis rule, then `project()`, chained.
@@ -51,8 +51,8 @@ def error_feedback(
         recovers the residual too.
 
     Example:
-      >>> stages = optax.chain(
-      ...     lro.error_feedback(optax.chain(lro.bases.power_iterate(), lro.project())),
+      >>> where = optax.chain(lro.bases.power_iterate(), lro.project())
+      >>> stages = optax.chain(lro.error_feedback(where),
       ...     lro.rotate_moments(optax.scale_by_adam(0.908, 0.99)), lro.project_back())
     """
     stages = optax.with_extra_args_support(stages)

@@ -29,29 +29,29 @@ def spectral_residual(
 
     The residual takes the steepest descent step in the spectral norm (Carlson et al.
     2015, "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024,
-    "Muon"). Combining it with a subspace is our own. U V^T is Muon's approximation
+    "Muon"); combining it with a subspace is our own. U V^T is Muon's approximation
     (`newton_schulz`). There is no state.
 
-    The root mean square entry of U V^T is sqrt((m - r) / (m n)). So the residual's step
-    has entries of about `residual_scale`, whatever the size of G; Adam's have at most
-    about one. A residual below the `resolution` of G gets no step, because normalising
-    it would amplify rounding.
+    The residual's step has entries of about `residual_scale`, whatever the size of G,
+    since the root mean square entry of U V^T is sqrt((m - r) / (m n)); Adam's have at
+    most about one. A residual below the `resolution` of G gets no step, because
+    normalizing it would amplify rounding.
 
     Args:
       residual_scale: size of the residual's step, as a fraction of the learning rate.
       scale: alpha, on the part inside the subspace only.
       iterations: number of Newton-Schulz iterations.
-      dtype: dtype of the factors of its products; None for the gradient's, multiplied
-        at the highest precision.
+      dtype: of the factors of its products; None for the gradient's, at the highest
+        precision.
 
     Raises:
-      ValueError: for iterations below 1; at update, if no step stands before it in the
+      ValueError: iterations below 1; at update, if no step stands before it in the
         chain, if the basis is not orthonormal, if the step accumulates gradients, or
         inside error feedback.
 
     Example:
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
-      ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual())
     """
     check_count("iterations", iterations)
 

@@ -148,22 +148,18 @@ register_moments(AdamMiniState, first="mu")
 def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Blocks:
     """Chooses Adam-mini's blocks by a leaf's path.
 
-    A rule's value is one of
-
-    - "element": one v per number, as in Adam;
-    - "row": one v per vector along the last axis;
-    - "column": one v per index of the last axis, over the axis before it;
-    - an int h: one v per h consecutive columns, an attention head of size h.
-
-    Axes before these are batch axes; each index has its own v. The first rule that
-    matches counts, `rules` before `heads`. A leaf that no rule matches is one "row" if
-    it is a vector, and "column" otherwise.
+    The value of a rule is "element", one v per number, as in Adam; "row", one v per
+    vector along the last axis; "column", one v per index of the last axis, over the
+    axis before it; or an int h, one v per h consecutive columns, an attention head of
+    size h. Axes before these are batch axes. The first rule that matches counts,
+    `rules` before `heads`; without one a vector is a "row", and any other leaf
+    "column".
 
     Deviation: the paper (Partition III) does not say how blocks combine with a
     projection. Here its "one v per output" becomes one v per column of a projected
     matrix (*batch, r, n), also where the columns are the weight's inputs. A projected
-    embedding needs the rule "column", because a leaf's shape does not tell whether it
-    was projected.
+    embedding needs the rule "column", since a leaf's shape does not show whether it was
+    projected.
 
     Args:
       heads: pairs (regular expression, h), for queries and keys.
@@ -173,7 +169,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
       A function from (path, shape) to the shape of a block, for `scale_by_adam_mini`.
 
     Raises:
-      ValueError: for any other value.
+      ValueError: any other value.
 
     Example:
       >>> blocks = lro.steps.adam_mini_blocks(heads=[(r"attn/[qk]/", 64)])

@@ -181,34 +181,33 @@ def quantize_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores `inner`'s state in 8 bits per number, block by block.
 
-    state <- Q(inner(G, D(state))), so that the step itself has full precision (Dettmers
-    et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2). A block is
-    stored as its largest magnitude a and a code q per number, that of the nearest value
-    to x / a in a table c of 256:
+    state <- Q(inner(G, D(state))), so that the step has full precision (Dettmers et al.
+    2022, "8-bit Optimizers via Block-wise Quantization", section 2). A block is stored
+    as its largest magnitude a and a code q per number, the nearest to x / a in a table
+    c of 256:
 
         D(q) = a c_q,   c = 0, 1 and the middles of 2^(b-k) equal parts of each decade
                         (10^-(k+1), 10^-k], k = 0 ... 6
 
     with b = 7 for blocks without negative numbers, and b = 6 with both signs otherwise.
     Zero and a are exact, and Q(D(Q(x))) = Q(x). A NaN or an Inf makes its block not
-    finite. Stands inside `in_subspace` or `rotate_moments`.
+    finite. Use it inside `in_subspace` or `rotate_moments`.
 
     Deviations from bitsandbytes: each block chooses its table by its signs; blocks lie
-    along the last axis, so that state has the array's shape; -1 is a value; a positive
-    number in a block without negative ones never becomes 0.
+    along the last axis; -1 is a value; a positive number in a block without negative
+    ones never becomes 0.
 
     Args:
       inner: any optax transformation, such as `optax.scale_by_adam()`.
       block_size: the most numbers along the last axis that share a scale. A block may
-        have half as many: wherever the axis allows, 2, 4, 8 ... devices then split no
-        block as long as each has that many numbers. 1376 numbers are 8 blocks of 172,
-        and 2048 are 16 of 128, on any number of devices.
+        have half as many, so that 2, 4, 8 ... devices split no block: 1376 numbers are
+        8 blocks of 172, and 2048 are 16 of 128, on any number of devices.
       min_size: arrays of fewer numbers are not quantized. Neither are scalars,
         integers, keys, arrays that would not shrink, or arrays that belong to no
         parameter.
 
     Raises:
-      ValueError: for a block_size or min_size below 1.
+      ValueError: a block_size or min_size below 1.
 
     Example:
       >>> tx = lro.quantize_moments(optax.scale_by_adam())

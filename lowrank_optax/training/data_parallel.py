@@ -20,9 +20,8 @@ def average_gradients(
         S^T mean_i G_i = mean_i (S^T G_i)
 
     So devices exchange r x n numbers for each matrix, where `jax.lax.pmean` before
-    `tx.update` exchanges m x n. At a refresh full gradients are averaged, and every
-    device chooses the same basis. The step is that of the mean gradient, up to
-    rounding. Leaves of full rank are averaged as they are.
+    `tx.update` exchanges m x n. A refresh averages full gradients, and every device
+    chooses the same basis. The step is that of the mean gradient, up to rounding.
 
     Between refreshes a transformation before `low_rank` in a chain sees S^T G, first
     each device's own and then the mean: `optax.clip_by_global_norm` clips both. Under
@@ -34,8 +33,8 @@ def average_gradients(
 
     Raises:
       ValueError: at update, without parameters, without a Python bool for `refresh`, or
-        for a stage that needs the gradient itself (`recover_residual`,
-        `sign_residual`, `scale_gradient`, `error_feedback`).
+        for a stage that needs the full gradient (`recover_residual`, `sign_residual`,
+        `scale_gradient`, `error_feedback`).
 
     Example:
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)

@@ -145,14 +145,13 @@ def update_layers(
     and products exist at any time.
 
     Args:
-      tx: any optax transformation.
       gradient: a tree of arrays (L, ...), or the `Projected` of `sum_in_backward`.
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are stored.
       block: how many layers are updated together, rounded down to a divisor of L; None
         for all. One at a time unless `refresh=False` (see `per_layer`).
-      load, apply_updates: as in `update_in_backward`.
       operands: arrays that `apply_updates` gets, such as this step's random key.
+      tx, load, apply_updates: as in `update_in_backward`.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
 
     Returns:
@@ -327,11 +326,11 @@ def update_in_backward(
     Args:
       apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
       tx: any optax transformation.
-      load: from one layer's part of `params` to the weights that `apply` takes and
-        `tx` sees; for weights that are stored in another form.
+      load: from one layer's part of `params` to the weights that `apply` takes and `tx`
+        sees; for weights that are stored in another form.
       apply_updates: (one layer's part of `params`, updates, i, *operands) to the new
-        part. Pass other arrays that it needs as the layers' `operands`: a function in a
-        backward pass cannot close over arrays.
+        part. A function in a backward pass cannot close over arrays: pass them as the
+        layers' `operands`.
       extra_args: static arguments of `tx.update`; `refresh`, for `low_rank`.
 
     Returns:
@@ -341,10 +340,9 @@ def update_in_backward(
       ValueError: what `tx` raises, in the backward pass.
 
     Example:
-      >>> tx = optax.adamw(1e-3)
-      >>> params = jnp.full((12, 8, 8), 0.1)
-      >>> layers = lro.training.Layers.open(
-      ...     params, lro.training.per_layer(tx).init(params))
+      >>> tx, params = optax.adamw(1e-3), jnp.full((12, 8, 8), 0.1)
+      >>> state = lro.training.per_layer(tx).init(params)
+      >>> layers = lro.training.Layers.open(params, state)
       >>> layer = lro.training.update_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(

@@ -81,13 +81,11 @@ def sum_in_backward(
         params, state = lro.training.update_layers(
             tx, done.sums, done.state, done.params, refresh=False)
 
-    At a refresh the first micro-batch chooses the bases (see `project_gradient`).
-
     Args:
       apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
       tx: a transformation with one `low_rank` in it.
       load: from one layer's part of `params` to the weights that `apply` takes.
-      refresh: whether the step is a refresh.
+      refresh: whether the step is a refresh; its first micro-batch chooses the bases.
       first: whether this is the step's first micro-batch; only read at a refresh.
 
     Returns:
@@ -99,8 +97,8 @@ def sum_in_backward(
     Example:
       >>> tx = lro.galore(0.01, rank=2, refresh_every=200, dimension_numbers=None)
       >>> params = jnp.full((12, 8, 8), 0.01)
-      >>> layers = lro.training.LayerSums.open(
-      ...     tx, params, lro.training.per_layer(tx).init(params))
+      >>> state = lro.training.per_layer(tx).init(params)
+      >>> layers = lro.training.LayerSums.open(tx, params, state)
       >>> layer = lro.training.sum_in_backward(lambda w, x: x + jnp.tanh(x @ w), tx)
       >>> def loss(x):
       ...     return jnp.sum(jax.lax.scan(

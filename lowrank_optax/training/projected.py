@@ -39,16 +39,16 @@ def project_gradient(
 ) -> Projected:
     """S^T G, which is all that GaLore's step needs of a gradient.
 
-    G~ = S^T G is linear in G, so the sum over k micro-batches can be stored as r rows
-    in place of m, and `update_projected` takes the step of the mean gradient:
+    G~ = S^T G is linear in G, so that the sum over k micro-batches takes r rows in
+    place of m, and `update_projected` takes the step of the mean gradient:
 
         G~ = (S^T G_1 + ... + S^T G_k) / k
 
     At a refresh the first micro-batch's gradient chooses the bases, where the paper
-    takes the whole batch's; random bases are the same. Pass the first one's `bases` to
-    the other micro-batches. Under jit only what S^T G needs is computed. A
-    transformation before `low_rank` in a chain sees each micro-batch's gradient here
-    and the sum of S^T G at the update; clip after the sum.
+    takes the whole batch's; pass its `bases` to the other micro-batches. Under jit only
+    what S^T G needs is computed. A transformation before `low_rank` in a chain sees
+    each micro-batch's gradient here and the sum of S^T G at the update; clip after the
+    sum.
 
     Args:
       tx: a transformation with one `low_rank` in it.
@@ -108,20 +108,16 @@ def update_projected(
     """`tx.update` from projected gradients that were summed.
 
     Args:
-      tx: a transformation with one `low_rank` in it.
       projected: what `project_gradient` returned, summed; its `bases` are the first
         micro-batch's.
-      state: the state before the step.
-      params: the parameters.
-      refresh: whether the step is a refresh.
-      extra_args: for `tx.update`.
+      tx, state, params, refresh, extra_args: as in `project_gradient`.
 
     Returns:
       Updates like the parameters, and the new state.
 
     Raises:
-      ValueError: no parameters; arrays of another shape; a stage that needs the
-        gradient itself: `recover_residual`, `sign_residual`, `scale_gradient`,
+      ValueError: no parameters; arrays of another shape; a stage that needs the full
+        gradient: `recover_residual`, `sign_residual`, `scale_gradient`,
         `error_feedback`.
 
     Example:

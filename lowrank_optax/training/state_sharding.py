@@ -27,22 +27,21 @@ def state_shardings(
     params: optax.Params,
     param_shardings: Shardings | None = None,
 ) -> optax.OptState:
-    """Returns the shardings for `tx.init(params)`, given those of the parameters.
+    """The shardings of `tx.init(params)`, from those of the parameters.
 
         state = jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
 
-    For a gradient G (m, n) sharded along n, the state is sharded so that a step without
-    a refresh communicates little more than AdamW's:
+    For a gradient G (m, n) sharded along n, a step without a refresh then communicates
+    little more than AdamW's:
 
         moments (r, n)   n as G's n; r as G's m where that divides r
         basis (m, r)     along m, or r, over all mesh axes that shard G
         error (m, n)     as G
 
     Leaves of full rank have moments sharded like themselves. `tx.init` is traced on
-    parameters whose types have the shardings (JAX's Explicit axes), and the types of
-    the result are read. So this works for every chain and wrapper of optax
-    transformations. On a mesh of Explicit axes it is not needed: `tx.init(params)`
-    itself returns sharded arrays.
+    parameters whose types have the shardings (JAX's Explicit axes), so that this works
+    for every chain and wrapper of optax transformations. On a mesh of Explicit axes
+    `tx.init(params)` itself returns sharded arrays.
 
     Args:
       tx: any optax transformation.
@@ -53,7 +52,7 @@ def state_shardings(
       A tree like the state, of `NamedSharding` on the same mesh.
 
     Raises:
-      ValueError: for shardings of another kind, or on several meshes.
+      ValueError: shardings of another kind, or on several meshes.
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
@@ -107,14 +106,13 @@ def square_sides(
     param_shardings: Shardings,
     dimension_numbers: DimensionNumbers = None,
 ) -> Rules:
-    """Chooses the unsharded side of each square matrix, for `low_rank(square=...)`.
+    """The unsharded side of each square matrix, for `low_rank(square=...)`.
 
     Megatron's tensor parallelism shards the inputs of `o` and `down`, and the outputs
-    of q, k, v, gate and up. The projection should remove the other side. Shapes decide
-    that for every matrix that is not square.
-
-    The projected side changes what is trained. So store the rules with a run, and pass
-    the same rules when it resumes on another mesh.
+    of q, k, v, gate and up. The projection should remove the other side, which shapes
+    decide for every matrix that is not square. The projected side changes what is
+    trained: store the rules with a run, and pass the same rules when it resumes on
+    another mesh.
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -125,7 +123,7 @@ def square_sides(
       Pairs (regular expression, side); the last one matches all other matrices.
 
     Raises:
-      ValueError: for `dimension_numbers` that `low_rank` refuses.
+      ValueError: `dimension_numbers` that `low_rank` refuses.
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
