@@ -291,8 +291,8 @@ def store(
     Args:
       params: the weights.
       dtype: "float32", "bfloat16" or "int8".
-      mask: whether the leaf of a path, "layers/mlp/up/kernel", is stored in int8; called
-        for those of two or more axes. By default those that `TRANSFORMER_MATRICES`
+      mask: whether the leaf of a path, "layers/mlp/up/kernel", is stored in int8; for
+        leaves of two or more axes. By default those that `TRANSFORMER_MATRICES`
         calls matrices.
 
     Raises:
