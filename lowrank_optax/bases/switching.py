@@ -1,7 +1,7 @@
 """Where: the leading directions, and others drawn from the complement (Alice)."""
 
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
 from lowrank_optax.core.sharding import shard_batch
-from lowrank_optax.core.stage import Clock, stage
-from lowrank_optax.core.trees import map_subspaces, nothing, update_frames
+from lowrank_optax.core.stage import Clock, around
 
 
 def switch_basis(
@@ -160,40 +159,20 @@ def track_gram(
       >>> stages = optax.chain(lro.bases.track_gram(where),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.compensate_columns())
     """
-    stages = optax.with_extra_args_support(stages)
 
-    def init(params: optax.Params) -> TrackingState:
-        def zeros(frame: Frame) -> jax.Array:
-            shape = *frame.batch, frame.rank, frame.rank
-            return shard_batch(frame, jnp.zeros(shape, frame.gradient.dtype))
+    def zeros(frame: Frame) -> jax.Array:
+        shape = *frame.batch, frame.rank, frame.rank
+        return shard_batch(frame, jnp.zeros(shape, frame.gradient.dtype))
 
-        gram = map_subspaces(zeros, params, other=nothing)
-        return TrackingState(gram, stages.init(params))
+    def with_past(frame: Frame, gram: jax.Array) -> Frame:
+        # Scaled so that G G^T has weight one; directions do not depend on size.
+        return frame.replace(tracked=decay / (1 - decay) * gram)
 
-    def update(
-        updates: optax.Updates,
-        state: TrackingState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackingState]:
-        def with_past(frame: Frame, gram: jax.Array) -> Frame:
-            # Scaled so that G G^T has weight one; directions do not depend on size.
-            return frame.replace(tracked=decay / (1 - decay) * gram)
+    def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
+        if frame.full_rank:
+            return frame, gram
+        low = frame.need("low")
+        new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")
+        return frame, decay * gram + (1 - decay) * new
 
-        def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
-            if frame.full_rank:
-                return frame, gram
-            low = frame.need("low")
-            new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")
-            return frame, decay * gram + (1 - decay) * new
-
-        frames, inner_state = stages.update(
-            map_subspaces(with_past, updates, state.gram),
-            state.inner_state,
-            params,
-            **extra_args,
-        )
-        frames, gram = update_frames(average, frames, state.gram)
-        return frames, TrackingState(gram, inner_state)
-
-    return stage(init, update)
+    return around(stages, TrackingState, zeros, with_past, average)

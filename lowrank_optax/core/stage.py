@@ -7,6 +7,8 @@ import jax
 import optax
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.trees import map_frames, map_subspaces, nothing, update_frames
 
 
 class Clock(NamedTuple):
@@ -79,6 +81,68 @@ def timed_stage(
         return update(frames, state, clock_of(clock))
 
     return stage(init, with_clock)
+
+
+def frame_stage(
+    state_type: type[Tree],
+    one: Callable[..., tuple[Tree, ...]],
+    *first: Callable[[Frame], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a stage from `one(frame, its arrays...) -> (frame, arrays...)`.
+
+    Args:
+      state_type: the NamedTuple class of the state, with a tree for each array.
+      one: the update of one Frame; other leaves stay.
+      *first: each makes the first array of a Frame.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return state_type(*(map_frames(f, params, plain=nothing) for f in first))
+
+    def update(
+        frames: optax.Updates, state: Tree
+    ) -> tuple[optax.Updates, optax.OptState]:
+        frames, *trees = update_frames(one, frames, *state)
+        return frames, state_type(*trees)
+
+    return simple_stage(init, update)
+
+
+def around(
+    stages: optax.GradientTransformation,
+    state_type: type[Tree],
+    first: Callable[[Frame], jax.Array],
+    before: Callable[[Frame, jax.Array], Frame],
+    after: Callable[[Frame, jax.Array], tuple[Frame, jax.Array]],
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a stage that runs `stages` between two functions of a Frame and its array.
+
+    Args:
+      stages: the stages.
+      state_type: the NamedTuple class of the state: the arrays, the state of `stages`.
+      first: makes the first array of a Frame below full rank.
+      before: what `stages` get, of a Frame below full rank.
+      after: the Frame and its new array, of every Frame.
+    """
+    stages = optax.with_extra_args_support(stages)
+
+    def init(params: optax.Params) -> optax.OptState:
+        arrays = map_subspaces(first, params, other=nothing)
+        return state_type(arrays, stages.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: Tree,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        arrays, inner_state = state
+        frames = map_subspaces(before, updates, arrays)
+        frames, inner_state = stages.update(frames, inner_state, params, **extra_args)
+        frames, arrays = update_frames(after, frames, arrays)
+        return frames, state_type(arrays, inner_state)
+
+    return stage(init, update)
 
 
 def clock_of(clock: Clock | None) -> Clock:

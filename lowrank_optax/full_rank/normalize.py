@@ -9,8 +9,8 @@ import optax
 
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.stage import simple_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import frame_stage
+from lowrank_optax.core.trees import map_frames, nothing
 
 
 def normalize_by_output_rms() -> optax.GradientTransformation:
@@ -82,13 +82,8 @@ def trace_matching(
             f"pattern={pattern!r} is not a regular expression: {error}"
         ) from error
 
-    def init(params: optax.Params) -> MomentumState:
-        def zeros(frame: Frame) -> jax.Array:
-            if matches(frame.path):
-                return jnp.zeros_like(frame.gradient)
-            return nothing()
-
-        return MomentumState(map_frames(zeros, params, plain=nothing))
+    def zeros(frame: Frame) -> jax.Array:
+        return jnp.zeros_like(frame.gradient) if matches(frame.path) else nothing()
 
     def one(frame: Frame, m: jax.Array) -> tuple[Frame, jax.Array]:
         if not matches(frame.path):
@@ -96,10 +91,4 @@ def trace_matching(
         m = decay * m + (1 - decay) * frame.gradient
         return frame.replace(gradient=m), m
 
-    def update(
-        frames: optax.Updates, state: MomentumState
-    ) -> tuple[optax.Updates, MomentumState]:
-        frames, momentum = update_frames(one, frames, state.momentum)
-        return frames, MomentumState(momentum)
-
-    return simple_stage(init, update)
+    return frame_stage(MomentumState, one, zeros)

@@ -12,8 +12,7 @@ from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import simple_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
 
 
@@ -75,11 +74,6 @@ def scale_by_racs(
     """
     check_count("iterations", iterations)
 
-    def init(params: optax.Params) -> RowColumnState:
-        rows, columns = (partial(zeros_along, axis=axis) for axis in (-2, -1))
-        first = rows, columns, no_norm_yet
-        return RowColumnState(*(map_frames(f, params, plain=nothing) for f in first))
-
     def one(
         frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array, jax.Array]:
@@ -96,13 +90,8 @@ def scale_by_racs(
         step = jnp.multiply(scale, factor)[..., None] * scaled
         return frame.replace(step=step), rows, columns, norm
 
-    def update(
-        frames: optax.Updates, state: RowColumnState
-    ) -> tuple[optax.Updates, RowColumnState]:
-        frames, *rest = update_frames(one, frames, *state)
-        return frames, RowColumnState(*rest)
-
-    return simple_stage(init, update)
+    rows, columns = (partial(zeros_along, axis=axis) for axis in (-2, -1))
+    return frame_stage(RowColumnState, one, rows, columns, no_norm_yet)
 
 
 def fitted(g: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:

@@ -12,8 +12,7 @@ from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import simple_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
 from lowrank_optax.recovery.resolution import resolution
 
@@ -72,12 +71,6 @@ def compensate_columns(
       ...     lro.compensate_columns(scale=0.3, residual_scale=0.4))
     """
 
-    def init(params: optax.Params) -> CompensationState:
-        return CompensationState(
-            map_frames(partial(zeros_along, axis=-1), params, plain=nothing),
-            map_frames(no_norm_yet, params, plain=nothing),
-        )
-
     def one(
         frame: Frame, p: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array]:
@@ -102,10 +95,5 @@ def compensate_columns(
         inside, G, phi = map(frame.as_stored, (inside, G, phi))
         return frame.replace(step=frame.as_stored(inside + G * phi)), p, norm
 
-    def update(
-        frames: optax.Updates, state: CompensationState
-    ) -> tuple[optax.Updates, CompensationState]:
-        frames, lost, norm = update_frames(one, frames, state.lost, state.norm)
-        return frames, CompensationState(lost, norm)
-
-    return simple_stage(init, update)
+    lost_before = partial(zeros_along, axis=-1)
+    return frame_stage(CompensationState, one, lost_before, no_norm_yet)

@@ -1,6 +1,6 @@
 """Where and back at once: adds what the projection loses to the next gradient."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import optax
 
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.stage import stage
-from lowrank_optax.core.trees import map_subspaces, nothing, update_frames
+from lowrank_optax.core.stage import around
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -55,39 +54,20 @@ def error_feedback(
       >>> stages = optax.chain(lro.error_feedback(where),
       ...     lro.rotate_moments(optax.scale_by_adam(0.908, 0.99)), lro.project_back())
     """
-    stages = optax.with_extra_args_support(stages)
 
-    def init(params: optax.Params) -> ErrorFeedbackState:
-        errors = map_subspaces(
-            lambda f: jnp.zeros_like(f.gradient), params, other=nothing
-        )
-        return ErrorFeedbackState(errors, stages.init(params))
+    def add(frame: Frame, e: jax.Array) -> Frame:
+        return frame.replace(gradient=frame.gradient + e)
 
-    def update(
-        updates: optax.Updates,
-        state: ErrorFeedbackState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ErrorFeedbackState]:
-        def add(frame: Frame, e: jax.Array) -> Frame:
-            return frame.replace(gradient=frame.gradient + e)
+    def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
+        if not frame.full_rank:
+            e = _lost(frame, b1)
+        reason = "error_feedback() adds the residual to the next gradient already"
+        return frame.replace(no_residual=reason), e
 
-        def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
-            if not frame.full_rank:
-                e = _lost(frame, b1)
-            reason = "error_feedback() adds the residual to the next gradient already"
-            return frame.replace(no_residual=reason), e
+    def zero(frame: Frame) -> jax.Array:
+        return jnp.zeros_like(frame.gradient)
 
-        frames, inner_state = stages.update(
-            map_subspaces(add, updates, state.error),
-            state.inner_state,
-            params,
-            **extra_args,
-        )
-        frames, errors = update_frames(lost, frames, state.error)
-        return frames, ErrorFeedbackState(errors, inner_state)
-
-    return stage(init, update)
+    return around(stages, ErrorFeedbackState, zero, add, lost)
 
 
 def _lost(frame: Frame, b1: Number) -> jax.Array:

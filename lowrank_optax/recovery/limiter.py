@@ -1,6 +1,5 @@
 """Back: Fira's norm-growth limiter, which the residual, APOLLO and others share."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,8 +9,7 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_batch
-from lowrank_optax.core.stage import simple_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.recovery.published import PAPER, Arithmetic
 
 
@@ -30,23 +28,6 @@ def no_norm_yet(frame: Frame) -> jax.Array:
     """-1 for each matrix, (*batch,): the limiter's norm before the first step."""
     none = jnp.full(frame.batch, -1.0, frame.gradient.dtype)
     return shard_batch(frame, none)
-
-
-def limited_stage(
-    one: Callable[[Frame, jax.Array], tuple[Frame, jax.Array]],
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a stage from `one(frame, last_norm) -> (frame, norm)`."""
-
-    def init(params: optax.Params) -> LimiterState:
-        return LimiterState(map_frames(no_norm_yet, params, plain=nothing))
-
-    def update(
-        frames: optax.Updates, state: LimiterState
-    ) -> tuple[optax.Updates, LimiterState]:
-        frames, norm = update_frames(one, frames, state.norm)
-        return frames, LimiterState(norm)
-
-    return simple_stage(init, update)
 
 
 def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraArgs:
@@ -80,7 +61,7 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
         factor, norm = limit_growth(factor, norm, last, limit)
         return frame.replace(low_step=factor[..., None] * low_step), norm
 
-    return limited_stage(one)
+    return frame_stage(LimiterState, one, no_norm_yet)
 
 
 def limit_growth(

@@ -9,8 +9,9 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio
+from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.core.trees import map_frames
-from lowrank_optax.recovery.limiter import limit_growth, limited_stage
+from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
 from lowrank_optax.recovery.resolution import resolution
 
@@ -78,7 +79,7 @@ def recover_residual(
         inside, G, phi = map(frame.as_stored, (inside, G, phi))
         return frame.replace(step=frame.as_stored(inside + G * phi)), norm
 
-    return limited_stage(one)
+    return frame_stage(LimiterState, one, no_norm_yet)
 
 
 def sign_residual(

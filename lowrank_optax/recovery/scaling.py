@@ -10,8 +10,9 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared, ratio
+from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.core.trees import map_frames
-from lowrank_optax.recovery.limiter import limit_growth, limited_stage
+from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
 
 
@@ -74,7 +75,7 @@ def scale_gradient(
         G, phi = map(frame.as_stored, (frame.gradient, phi[..., None, :]))
         return frame.replace(step=frame.as_stored(G * phi)), norm
 
-    return limited_stage(one)
+    return frame_stage(LimiterState, one, no_norm_yet)
 
 
 def scale_by_shape(scale: Number = 1.0) -> optax.GradientTransformation:
