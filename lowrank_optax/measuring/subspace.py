@@ -29,10 +29,7 @@ class MeasureState(NamedTuple):
     Numbers are float32 (float64 for float64 leaves); -1 stands for no value yet.
 
     Attributes:
-      energy: (*batch,), at the last step.
-      overlap: (*batch,), overlap of the last basis with the one before it.
-      anchor_overlap: (*batch,), overlap of the last basis with the anchor.
-      spectrum: (*batch, k), at the last refresh.
+      energy, overlap, anchor_overlap, spectrum: as in `Measurement`.
       started: (*batch,) bool, whether a basis was chosen from a nonzero gradient yet;
         an earlier basis is only a placeholder.
       anchor: (*batch, m, r), the basis that later ones are compared with.
