@@ -118,7 +118,7 @@ def test_what_needs_the_gradient_itself_is_refused_at_the_first_step():
 def test_it_must_be_told_when_and_of_what():
     tx = galore()
     state, each = tx.init(weights()), lro.training.average_gradients(tx, "d")
-    with pytest.raises(ValueError, match="refresh=None: say by True or False"):
+    with pytest.raises(ValueError, match="refresh=None: pass True or False"):
         each.update(weights(), state, weights())
     with pytest.raises(ValueError, match="parameters"):
         by_shard_map(each)(shares(0), state, None, refresh=False)

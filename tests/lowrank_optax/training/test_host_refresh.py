@@ -186,7 +186,7 @@ def test_a_numpy_bool_is_a_bool() -> None:
 )
 def test_a_refresh_that_is_no_bool(refresh: Any) -> None:
     tx, _ = compiled("galore")
-    with pytest.raises(ValueError, match="give True or False, best as a static"):
+    with pytest.raises(ValueError, match="pass True or False, best as a static"):
         tx.update(tree_of(1), tx.init(tree_of()), tree_of(), refresh=refresh)
 
 
