@@ -60,8 +60,8 @@ def average_gradients(
     ) -> tuple[optax.Updates, optax.OptState]:
         if not isinstance(refresh, bool):
             raise ValueError(
-                f"average_gradients(): refresh={refresh!r}: pass True or False, a "
-                "static argument of the step: at a refresh full gradients are averaged"
+                f"average_gradients(): refresh={refresh!r}: say by True or False, a "
+                "static argument of the step, whether full gradients are averaged"
             )
 
         def ordinary() -> tuple[optax.Updates, optax.OptState]:
