@@ -340,6 +340,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(train.main, "make_mesh", lambda config: mesh)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(one_device, folder, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     main(flags_of(folder, "text", whole))
