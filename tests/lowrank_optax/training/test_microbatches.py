@@ -16,7 +16,7 @@ COUNT, WIDTH, HIDDEN, ROWS, PARTS = 4, 16, 24, 8, 3
 RATE, EVERY = 0.01, 4
 SUMMED = [
     *("galore", "galore_adafactor", "galore_adam_mini", "galore_adam8bit", "q_galore"),
-    *("golore", "msgd", "grass_sparse", "coap", "dct_adamw"),
+    *("galore_2", "golore", "msgd", "grass_sparse", "coap", "dct_adamw"),
 ]
 REFUSED = [
     *("fira", "grass_jump", "grass_walk", "subtrack", "ldadam", "apollo"),
