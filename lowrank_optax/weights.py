@@ -186,13 +186,12 @@ def add_updates(params: Tree, updates: Tree, key: Key | None = None) -> Tree:
 
         W <- round(W + U)
 
-    with the sum in float32 at least. A bfloat16 or float16 leaf is rounded by
-    `round_stochastically`, `QuantizedWeights` by `quantize`, its scales found anew
-    (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest); others are added
-    to as by optax, and need no key. A zero update changes no stored bit.
-
-    Each leaf's key is derived from its path, so that its bits depend neither on the
-    other leaves nor on the sharding.
+    with the sum in float32 at least. `round_stochastically` rounds a bfloat16 or
+    float16 leaf, `quantize` rounds `QuantizedWeights` and finds their scales anew
+    (Zhang et al. 2024, "Q-GaLore", which rounds bfloat16 to nearest). Other leaves are
+    added to as by optax, and need no key. A zero update changes no stored bit. Each
+    leaf's key derives from its path: its bits depend neither on the other leaves nor on
+    the sharding.
 
     Args:
       params: the weights.
@@ -292,8 +291,8 @@ def store(
       params: the weights.
       dtype: "float32", "bfloat16" or "int8".
       mask: whether the leaf of a path, "layers/mlp/up/kernel", is stored in int8; for
-        leaves of two or more axes. By default those that `TRANSFORMER_MATRICES`
-        calls matrices.
+        leaves of two or more axes. By default those that `TRANSFORMER_MATRICES` calls
+        matrices.
 
     Raises:
       ValueError: another dtype.

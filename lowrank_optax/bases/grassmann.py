@@ -76,32 +76,31 @@ def grassmann_walk(
 ) -> BasisRule:
     """A step of fixed length in a random direction from the last basis (GrassWalk).
 
-    S_0 = U[:, :r] of G_0; then at each refresh a Gaussian X (m, r) and the geodesic
-    of eq. 4 (GrassWalk paper, section 4, Algorithm 1; see `geodesic`).
+    S_0 = U[:, :r] of G_0; then at each refresh a Gaussian X (m, r) and the geodesic of
+    eq. 4 (GrassWalk paper, section 4, Algorithm 1; see `geodesic`).
 
-    Deviations, where the paper is silent or would lose orthonormality: X is made
-    tangent, X <- (I - S S^T) X, without which eq. 4 does not keep S orthonormal; its
-    spectral norm is scaled to one, so that `angle` is an angle whatever m and r; its
-    decomposition is exact (an r x r eigenproblem) instead of a randomized SVD.
+    Deviations: X is made tangent, X <- (I - S S^T) X, without which eq. 4 does not keep
+    S orthonormal. Its spectral norm is scaled to one, so that `angle` is an angle for
+    every m and r. Its decomposition is exact (an r x r eigenproblem) instead of a
+    randomized SVD.
 
     Args:
       key: a seed or a typed key.
       angle: eta in radians, the largest principal angle between two bases; at 0 the
         basis stays, at pi / 2 the fastest direction leaves the subspace.
-      walk_rank: the rank of X's decomposition, 1 to r, and the number of directions
-        that rotate, the fastest by `angle`; None for all r. The default is the paper's
-        "controlled rank-1 rotations" (section 5); `grass_walk` reports measurements.
+      walk_rank: the number of directions that rotate, 1 to r, the fastest by `angle`;
+        None for all r. The default is the paper's "controlled rank-1 rotations"
+        (section 5); `grass_walk` reports measurements.
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
       ValueError: a walk_rank below 1 or, at update, above r; another decomposition; a
-        key that is neither an int nor typed.
+        bad key.
 
     Example:
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_walk(key=0, angle=0.3),
       ...     lro.project(), lro.rotate_moments(optax.scale_by_adam()),
       ...     lro.recover_residual(limit=1.01)), rank=4, refresh_every=100)
-      >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
     if walk_rank is not None:
         check_count("walk_rank", walk_rank)
@@ -132,15 +131,15 @@ def grassmann_track(
     (SubTrack++, the tracking that the GrassWalk paper compares with in section 5). One
     Newton-Schulz step removes rounding, so that it does not add up.
 
-    Deviations: the released code tracks nothing where rows >= columns, which is most
-    of a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side);
-    here every matrix is tracked, in its canonical orientation.
+    Deviations: the released code tracks nothing where rows >= columns, which is most of
+    a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side); here
+    every matrix is tracked.
 
     Args:
       step_size: eta, in radians per squared gradient: the angle grows with the
-        gradient's scale, and 10 is what the released scripts take for the mean loss
-        of a language model. None rotates by the angle that makes ||S^T G|| largest in
-        the plane of S v and u, whatever the scale (ours).
+        gradient's scale, and 10 is the released scripts' for the mean loss of a
+        language model. None rotates by the angle that makes ||S^T G|| largest in the
+        plane of S v and u (ours).
       decomposition: of G_0, "svd", "gram" or None, as in `dominant_svd`.
 
     Raises:
@@ -150,7 +149,6 @@ def grassmann_track(
       >>> tx = lro.low_rank(optax.chain(lro.bases.grassmann_track(None), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
-      >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
 
     def choose(frame: Frame, _: None, __: Clock) -> jax.Array:

@@ -72,17 +72,16 @@ def lazy_refresh(
 ) -> optax.GradientTransformationExtraArgs:
     """Refreshes a basis less often while it hardly moves (Q-GaLore).
 
-    At a refresh that is done, the similarity of the new basis to the last one,
+    At a refresh, the similarity of the new basis to the last one,
 
         cos(S_t S_t^T, S_{t-1} S_{t-1}^T) = ||S_t^T S_{t-1}||_F^2 / r,
 
     enters a window. Once the mean of a full window is at least `threshold`, every
     refresh multiplies the leaf's interval by `factor` (Zhang et al. 2024, "Q-GaLore",
-    section 3.2). The interval never shrinks. A stacked kernel is one leaf with one
-    interval, by the mean over its layers.
-
-    Deviation: the released q-galore-torch compares only the first singular vector, with
-    its sign, which the SVD leaves open. The threshold is the paper's.
+    section 3.2). The interval never shrinks. A stacked kernel has one interval, by the
+    mean over its layers. Deviation: the released q-galore-torch compares only the first
+    singular vector, with its sign, which the SVD leaves open. The threshold is the
+    paper's.
 
     Args:
       rule: a basis rule that stores its bases.

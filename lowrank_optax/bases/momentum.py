@@ -22,8 +22,8 @@ def power_iterate(
 ) -> BasisRule:
     """One block power step towards momentum and gradient (LDAdam).
 
-    S_0 = U[:, :r] of G_0; then at each refresh, with the bias-corrected first moment
-    M^ = M_{t-1} / (1 - b1^t) in the coordinates of S_{t-1},
+    S_0 = U[:, :r] of G_0; then at each refresh, with the bias-corrected first moment M^
+    = M_{t-1} / (1 - b1^t) in the coordinates of S_{t-1},
 
         B = rho S_{t-1} M^ + (1 - rho) G_t
         S_t = Q of B B^T S_{t-1} = Q R
@@ -44,7 +44,6 @@ def power_iterate(
       >>> tx = lro.low_rank(optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam(0.9)), lro.project_back()),
       ...     rank=4, refresh_every=1)
-      >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
 
     def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:

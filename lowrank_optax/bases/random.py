@@ -31,10 +31,9 @@ def grassmann_jump(
     """A random orthonormal basis at each refresh (GrassJump).
 
     S_0 = U[:, :r] of G_0; then S_t = Q of a Gaussian X = Q R (m, r), uniform on the
-    Grassmannian (GrassWalk paper, section 4, Algorithm 1).
-
-    Algorithm 1 makes S_0 from G_0 and then tests `step mod T = 0`, which holds at step
-    0 too. Here the first jump is at step T.
+    Grassmannian (GrassWalk paper, section 4, Algorithm 1). Algorithm 1 makes S_0 from
+    G_0 and then tests `step mod T = 0`, which holds at step 0 too; here the first jump
+    is at step T.
 
     Args:
       key: a seed or a typed key.
@@ -47,7 +46,6 @@ def grassmann_jump(
       >>> tx = lro.low_rank(optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01)),
       ...     rank=4, refresh_every=100)
-      >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
     return random_after(1, key, decomposition=decomposition)
 

@@ -62,18 +62,16 @@ def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> Basi
     """r left singular vectors, sampled by singular value without replacement (SARA).
 
     G_t = U diag(s) V^T, w_i = s_i / sum_j s_j, I = sort(sample r of m by w without
-    replacement), S_t = U[:, I]    (SARA paper, section 3.2, Algorithm 2)
-
-    The first index is drawn with probabilities w, each next one with the weights of
-    those that are left. Sorting keeps moments that are not rotated aligned. If fewer
-    than r singular values are nonzero, all of those are taken and the basis is filled
-    up with orthonormal vectors of singular value zero, the first in order.
+    replacement), S_t = U[:, I] (SARA paper, section 3.2, Algorithm 2). The first index
+    is drawn with probabilities w, each next one with the weights of those that are
+    left. Sorting keeps moments that are not rotated aligned. If fewer than r singular
+    values are nonzero, the first vectors of singular value zero fill the basis.
 
     Args:
       key: a seed or a typed key.
-      decomposition: "svd", "gram" or None, as in `dominant_svd`. "gram" rounds
-        singular values under sqrt(eps) times the largest to about that, which moves
-        their probability by less than 1e-3 of the largest one's in float32.
+      decomposition: "svd", "gram" or None, as in `dominant_svd`. "gram" rounds singular
+        values under sqrt(eps) times the largest to about that, which moves their
+        probability by less than 1e-3 of the largest one's in float32.
 
     Raises:
       ValueError: "randomized" (a sketch has no tail to sample from) or an unknown
@@ -82,7 +80,6 @@ def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> Basi
     Example:
       >>> tx = lro.galore(1e-2, rank=4, refresh_every=50,
       ...     basis=lro.sara_sample(key=0), dimension_numbers=None)
-      >>> state = tx.init({"w": jnp.ones((8, 16))})
     """
     if decomposition not in (None, "svd", "gram"):
         raise ValueError(

@@ -47,23 +47,22 @@ def compensate_columns(
         step = scale (S G~^O + residual_scale C)
 
     (Gong et al. 2025, "Structured Fisher Approximation", Algorithm 3 and Theorem 5.1.)
-    p is not corrected for bias, as in the paper. So C is larger in the first steps, by
-    up to 1 / sqrt(1 - decay).
+    As in the paper p is not corrected for bias: C is larger in the first steps, by up
+    to 1 / sqrt(1 - decay).
 
-    Deviations: a column that loses nothing at this step, or less than the difference of
-    two squares resolves (`resolution`), gets no residual, because that residual is
-    rounding. A step with C = 0 leaves the norm that limits the next step unchanged; in
-    the paper the step after it has no limit.
+    Deviations: a column gets no residual where it loses nothing, or less than the
+    difference of two squares resolves (`resolution`), since that residual is rounding.
+    A step with C = 0 leaves the norm that limits the next step unchanged; in the paper
+    the step after it has no limit.
 
     Args:
       limit: zeta, the largest growth of C's norm from step to step.
-      scale: alpha, on the whole step.
+      scale: alpha, on step and residual.
       residual_scale: alpha_c, a further factor on C.
       decay: beta, the decay rate of p.
 
     Raises:
-      ValueError: at update, if no step stands before it in the chain, if the basis is
-        not orthonormal, if the step accumulates gradients, or inside error feedback.
+      ValueError: at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.switch_basis(key=0), lro.project(),

@@ -30,14 +30,13 @@ def recover_residual(
         step = scale S G~^O + Lambda_t                                   (eq. 11)
 
     (GrassWalk paper, section 4; with a scale, Fira in the SARA paper, section 2.)
-    `variant="published"` computes what fira 1.0.2 computes: the residual is G - scale
-    S G~, 1e-8 is added to ||G~_i|| and to ||Lambda_{t-1}||, and a zero Lambda is stored
-    like any other.
+    `variant="published"` is fira 1.0.2: the residual is G - scale S G~, 1e-8 is added
+    to ||G~_i|| and to ||Lambda_{t-1}||, and a zero Lambda is stored like any other.
 
     Deviations where the papers are silent: a column with G~_i = 0 gets phi_i = 0. The
-    first step has no limit. A zero Lambda leaves the norm that limits the next step
-    unchanged, and so does a Lambda below the `resolution` of its norm. A Lambda whose
-    squared norm overflows is left out of that step.
+    first step has no limit. A Lambda that is zero, or below the `resolution` of its
+    norm, does not change the norm that limits the next step. A Lambda whose squared
+    norm overflows is dropped.
 
     Args:
       limit: zeta, the largest growth of the residual's norm from step to step.
@@ -45,8 +44,8 @@ def recover_residual(
       variant: "paper" or "published".
 
     Raises:
-      ValueError: for an unknown variant; at update, if no step stands before it in the
-        chain, if the basis is not orthonormal, if the step accumulates gradients, or
+      ValueError: an unknown variant; at update, without a step before it in the chain,
+        for a basis that is not orthonormal, a step that accumulates gradients, or
         inside error feedback.
 
     Example:
@@ -90,18 +89,16 @@ def sign_residual(
         step = S G~^O + scale sign(G - S G~)        or  scale (G - S G~), "sgd"
 
     (Zmushko et al. 2025, "FRUGAL", section 3.) A residual of exactly zero moves
-    nothing. With `coordinates` the rows inside the subspace are exact zeros. With other
-    bases a gradient inside the subspace leaves a residual of rounding errors, and their
-    signs move weights, as in the released code.
+    nothing, such as the rows inside the subspace of `coordinates`. With other bases a
+    gradient inside the subspace leaves a residual of rounding errors, and their signs
+    move weights, as in the released code.
 
     Args:
       scale: the residual's learning rate, as a fraction of the matrices'.
       step: "sign" (signSGD) or "sgd".
 
     Raises:
-      ValueError: for an unknown step; at update, if no step stands before it in the
-        chain, if the basis is not orthonormal, if the step accumulates gradients, or
-        inside error feedback.
+      ValueError: an unknown step; at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),

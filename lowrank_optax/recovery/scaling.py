@@ -33,10 +33,10 @@ def scale_gradient(
         step = sqrt(scale) Lambda_t
 
     (Zhu et al. 2025, "APOLLO", section 4; the limiter is Fira's.) The step has the
-    gradient's directions: nothing is projected back, and the basis need not be
-    orthonormal. APOLLO-Mini uses rank 1 and scale=128, because ||G~|| is much smaller
-    than ||G|| there. Zero columns, the first step and zero gradients are handled as in
-    `recover_residual`. `variant="published"` adds 1e-8 to ||G~|| and ||Lambda_{t-1}||.
+    gradient's directions: the basis need not be orthonormal. APOLLO-Mini uses rank 1
+    and scale=128, because ||G~|| is much smaller than ||G|| there. Zero columns, the
+    first step and zero gradients are handled as in `recover_residual`.
+    `variant="published"` adds 1e-8 to ||G~|| and ||Lambda_{t-1}||.
 
     Args:
       limit: zeta, the largest growth of the step's norm from step to step.
@@ -45,8 +45,8 @@ def scale_gradient(
       variant: "paper" or "published".
 
     Raises:
-      ValueError: for an unknown `per` or variant; at update, if no step stands before
-        it in the chain, if the step accumulates gradients, or inside error feedback.
+      ValueError: an unknown `per` or variant; at update, without a step before it in
+        the chain, for a step that accumulates gradients, or inside error feedback.
 
     Example:
       >>> stages = optax.chain(lro.bases.gaussian(key=0), lro.project(),

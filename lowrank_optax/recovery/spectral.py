@@ -45,13 +45,11 @@ def spectral_residual(
         precision.
 
     Raises:
-      ValueError: iterations below 1; at update, if no step stands before it in the
-        chain, if the basis is not orthonormal, if the step accumulates gradients, or
-        inside error feedback.
+      ValueError: iterations below 1; at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
-      ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual())
+      ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
     """
     check_count("iterations", iterations)
 

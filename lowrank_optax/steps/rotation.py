@@ -33,23 +33,23 @@ def rotate_moments(
     from one step of `inner` from zero moments. docs/methods/steps.md says when to
     choose moments="first" or `in_subspace` instead.
 
-    It handles `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
+    Works with `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
     `ScaleByLionState`, also inside `chain`, `masked`, `partition` and
-    `inject_hyperparams`. `register_moments` adds others.
+    `inject_hyperparams`; `register_moments` adds others.
 
-    Deviation: eq. 8 is written without hats. With raw moments the factor
-    1 - beta2^{t-1} would enter twice; with bias-corrected ones it is the rule of LDAdam
-    (Robert et al. 2025), which the paper builds on.
+    Deviation: eq. 8 is written without hats. With raw moments the factor 1 -
+    beta2^{t-1} would enter twice; with bias-corrected ones it is the rule of LDAdam
+    (Robert et al. 2025).
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
       moments: "first" rotates M alone and leaves V as it is (GoLore).
 
     Raises:
-      ValueError: at init, when `inner` keeps arrays in a state whose moments are not
-        registered, or a second moment that is no running average of squares from zero
-        (Adamax, Yogi, ADOPT); at update, without `project` before it, or for a second
-        moment in bases that are not orthonormal, for which eq. 8 does not hold.
+      ValueError: at init, for a state whose moments are not registered, or a second
+        moment that is no running average of squares from zero (Adamax, Yogi, ADOPT); at
+        update, without `project` before it, or for a second moment in bases that are
+        not orthonormal.
 
     Example:
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),

@@ -22,12 +22,10 @@ def per_matrix(
     """`inner` on each matrix by itself: the last two axes of a leaf are the matrix.
 
     `inner` gets one leaf at a time, under `jax.vmap` over the axes before its last two.
-    For an `inner` that works entry by entry (Adam, Lion, momentum) that changes
-    nothing. One that takes means or norms over a leaf (Adafactor, clipping by block,
-    trust ratios) would otherwise mix the layers of a stacked kernel.
-
-    The state is `inner`'s with a tree like the parameters in place of every array,
-    counts included; a leaf of three or more axes has the batch axes in front.
+    One that takes means or norms over a leaf (Adafactor, clipping by block, trust
+    ratios) would otherwise mix the layers of a stacked kernel. The state is `inner`'s
+    with a tree like the parameters in place of every array, counts included; a leaf of
+    three or more axes has the batch axes in front.
 
     Args:
       inner: any transformation whose state has the same structure for every leaf.
@@ -84,11 +82,10 @@ def in_subspace(
     """Takes `inner`'s step on the low-rank gradients: G~^O = inner(G~).
 
     `inner` is any optax transformation. It sees a tree with the (*batch, r, n) array of
-    each Frame; leaves of full rank stay as they are, and `params` are S^T W (dead code
-    under jit unless `inner` reads them). At a refresh the moments stay as they are, now
-    in other coordinates, as in GaLore and Fira. `rotate_moments` rotates them,
-    `reset_moments` sets them to zero. Wrap an `inner` that takes means or norms over a
-    leaf in `per_matrix`.
+    each Frame; leaves of full rank stay as they are, and `params` are S^T W. At a
+    refresh the moments stay as they are, now in other coordinates, as in GaLore and
+    Fira. `rotate_moments` rotates them, `reset_moments` sets them to zero. Wrap an
+    `inner` that takes means or norms over a leaf in `per_matrix`.
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.

@@ -26,16 +26,16 @@ def per_layer(
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on each layer of stacked parameters by itself.
 
-    Every leaf has the layers along its first axis. So has every array of the state,
+    Every leaf has the layers along its first axis, and so has every array of the state,
     which is `jax.vmap(tx.init)` of the parameters. What `tx` computes over a tree (a
     norm, a finite flag, a mean) is that of one layer. Layers draw different random
     numbers (docs/guides/layer_by_layer.md).
 
-    With `refresh=False` (see `low_rank`) all layers are updated together, by
-    `jax.vmap`. Otherwise they are updated in a loop: under `vmap` both branches of a
-    conditional would run, and a batch of factorizations takes longer than a loop. With
-    `refresh=True` the singular vectors of small matrices, which are faster in a batch,
-    are computed for all layers before the loop.
+    With `refresh=False` (see `low_rank`) `jax.vmap` updates all layers together.
+    Otherwise a loop does: under `vmap` both branches of a conditional would run, and a
+    batch of factorizations takes longer than a loop. With `refresh=True` the singular
+    vectors of small matrices, which are faster in a batch, are computed for all layers
+    before the loop.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
