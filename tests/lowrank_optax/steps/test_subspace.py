@@ -284,7 +284,8 @@ def test_outside_of_low_rank_nothing_is_reset() -> None:
     found, states = run(lro.reset_moments(adam), gradients, params)
     expected, _ = run(adam, gradients, params)
     check_close(found, expected)
-    assert states.count["layers"].tolist() == [[t + 1] * 3 for t in range(STEPS)]
+    count = states.inner_state.count["layers"]
+    assert count.tolist() == [[t + 1] * 3 for t in range(STEPS)]
 
 
 # ------------------------------------------------------------------ in_full_space
