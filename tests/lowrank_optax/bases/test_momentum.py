@@ -73,7 +73,7 @@ def test_they_need_a_first_moment(name: str, inner: Any) -> None:
         ValueError, match=rf"mlp/kernel: {name}\(\) follows the first moment"
     ) as caught:
         jax.eval_shape(tx.update, tree, tx.init(tree), tree)
-    assert "take optax.scale_by_adam()" in str(caught.value)
+    assert "use optax.scale_by_adam()" in str(caught.value)
 
 
 @pytest.mark.parametrize(

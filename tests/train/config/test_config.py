@@ -141,7 +141,7 @@ def test_a_bad_flag_is_a_clear_error(argv, message, capsys):
         ("--rank 200", "rank 200 is above the smaller side, 128, of layers/"),
         ("--rank attn=8", r"'attn' decides for no matrix .*layers/attention/k/k"),
         ("--precision foo", "precision='foo' is none that a cpu has here; it has def"),
-        ("--walk-rank 99 --optimizer grass_walk", "walk_rank=99 directions of a b"),
+        ("--walk-rank 99 --optimizer grass_walk", "walk_rank=99 is above the rank 32"),
         ("--distributed", "did not find each other .* --coordinator HOST:PORT"),
         ("--init-from nowhere", "nowhere holds no run"),
     ],

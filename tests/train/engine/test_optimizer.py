@@ -85,8 +85,8 @@ def test_every_optimizer_steps_at_the_rank_asked_for(name):
 @pytest.mark.parametrize("basis", ["default", *BASES])
 def test_methods_take_every_basis(name, basis):
     refused = {
-        "coordinates": "take the rule without it",
-        "frozen": r"nothing to do around .*frozen\(\), which is never asked",
+        "coordinates": "use the rule without it",
+        "frozen": r"lazy_refresh\(\) compares .*frozen\(\), which chooses only one",
     }
     if name == "q_galore" and basis in refused:
         with pytest.raises(ValueError, match=refused[basis]):
