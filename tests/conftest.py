@@ -18,12 +18,15 @@ os.environ["XLA_FLAGS"] = (
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
+# How long an example takes says nothing on a machine that other workers keep busy.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # Traced programs are many objects that live on: to look through them for cycles as
 # often as Python does by itself takes a twentieth of the time.
@@ -57,12 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_programs() -> Iterator[None]:
-    """Let compiled programs go before they fill the process's memory maps.
+    """Frees the compiled programs of a module with it.
 
     Each maps memory several times, and Linux allows a process 65,530 maps: a worker
-    that has compiled for half an hour would crash.
+    that has compiled for half an hour would crash. It is faster too: a large heap
+    costs more to search than the few programs that another module compiles again.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or len(maps.read_bytes().splitlines()) > 20_000:
-        jax.clear_caches()
+    jax.clear_caches()

@@ -374,6 +374,6 @@ def test_a_method_without_a_subspace_has_no_side() -> None:
         check_meant(given, [given])
     config = Config(optimizer=OptimizerConfig(name="adamw"), mesh=MeshConfig(1, 2))
     assert resolve(config).optimizer.square == "method"
-    assert dataclasses.respecs_of_weight(config, mesh=MeshConfig()) == Config(
+    assert dataclasses.replace(config, mesh=MeshConfig()) == Config(
         optimizer=OptimizerConfig(name="adamw")
     )
