@@ -25,7 +25,9 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
 # How long an example takes says nothing on a machine that other workers keep busy.
-hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize="CI" in os.environ
+)
 hypothesis.settings.load_profile("tests")
 
 # Traced programs are many objects that live on: to look through them for cycles as
