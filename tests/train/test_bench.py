@@ -98,6 +98,7 @@ def test_memory_alone_is_compiled_and_not_run(monkeypatch):
     assert table(rows).count("\n") == 3
 
 
+@pytest.mark.slow
 def test_the_update_alone_has_no_model():
     rows = bench(config_of("msgd", update_alone=True))
     assert [row["optimizer"] for row in rows] == ["adamw", "msgd"]

@@ -12,7 +12,7 @@ import train.compile
 from models import SIZES, LlamaConfig
 from train.compile import CompileConfig, CompiledWork, main, table
 from train.config.config import MeshConfig, ModelConfig
-from train.engine.memory import GIB
+from train.engine.memory import GIB, tree_bytes
 from train.tpu.topology import chips_of, memory_of, refusal
 
 needs_libtpu = pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_weights_and_state_are_a_chip_s_part():
         "cut": jax.ShapeDtypeStruct((3, 8), "float32", sharding=cut),
         "whole": jax.ShapeDtypeStruct((5,), "bfloat16", sharding=whole),
     }
-    assert train.compile.shard_bytes(tree) == 3 * 2 * 4 + 5 * 2
+    assert tree_bytes(tree) == 3 * 2 * 4 + 5 * 2
 
 
 @pytest.mark.slow

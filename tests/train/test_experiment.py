@@ -255,6 +255,7 @@ def test_a_picture_has_the_names_of_runs(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -233,6 +233,7 @@ TO_ROUNDING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OTHER_RULES, *TO_ROUNDING])
 def test_the_other_rules_over_a_mesh(name):
     stages = optax.chain(

@@ -38,6 +38,7 @@ from tests.helpers.battery import (
     unstack,
     zeros,
 )
+from tests.helpers.marks import slow_but
 from tests.helpers.stages import normal
 
 
@@ -53,7 +54,7 @@ def test_every_named_optimizer_is_here() -> None:
     assert named == {"low_rank_optimizer", *(make.__name__ for make, _ in ALL.values())}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_the_state_of_a_model(name: str) -> None:
     """One `init` for what a state must be, and steps that keep it as it was."""
     tx, params = build(name), full_tree()
@@ -401,7 +402,7 @@ def injected(name: str) -> tuple[Any, Any]:
     return tx, jax.jit(tx.update)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_inject_hyperparams_changes_nothing_and_makes_all_schedulable(
     name: str,
 ) -> None:

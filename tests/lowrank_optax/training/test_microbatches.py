@@ -11,6 +11,7 @@ import pytest
 
 import lowrank_optax as lro
 from tests.helpers.battery import ALL, build
+from tests.helpers.marks import slow_but
 
 COUNT, WIDTH, HIDDEN, ROWS, PARTS = 4, 16, 24, 8, 3
 RATE, EVERY = 0.01, 4
@@ -114,7 +115,7 @@ def whole(tx: Any, refresh: bool, params: Any, state: Any, parts: Any) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("name", slow_but(["galore", "golore"], SUMMED))
 def test_the_step_is_that_of_the_whole_batch(name: str) -> None:
     tx, params = optimizer(name), layers_of()
     ours = theirs = params, jax.jit(lro.training.per_layer(tx).init)(params)

@@ -198,10 +198,13 @@ def check_same(name, seen, state):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
-        *("alice_0", "sumo"),
-    ],
+    slow_but(
+        ["grass_jump", "ldadam"],
+        [
+            *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
+            *("alice_0", "sumo"),
+        ],
+    ),
 )
 def test_the_same_steps_on_a_mesh(name):
     tx, mesh = named(name), mesh_of("both")
@@ -218,7 +221,7 @@ def test_the_same_steps_on_a_mesh_of_one_kind(mesh):
     check_same("galore", *steps(named("galore"), mesh_of(mesh)))
 
 
-@pytest.mark.parametrize("name", ["galore_adam8bit", "ldadam"])
+@pytest.mark.parametrize("name", slow_but(["ldadam"], ["galore_adam8bit", "ldadam"]))
 def test_the_same_steps_on_explicit_axes(name):
     """What jax.make_mesh gives: `init` itself returns a state that is cut."""
     tx, mesh = named(name), mesh_of("both", AxisType.Explicit)
@@ -255,6 +258,7 @@ def steps_by_layer(tx, mesh):
         return seen
 
 
+@pytest.mark.slow
 def test_layers_on_a_mesh():
     tx = named("grass_walk")
     expected = steps_by_layer(tx, None)

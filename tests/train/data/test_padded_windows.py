@@ -300,6 +300,7 @@ def step_of(config: Config, devices: int = 1) -> Callable[[dict], list[float]]:
     return run
 
 
+@pytest.mark.slow
 def test_padding_has_no_part_in_a_step(micro):
     """Whatever the token that pads is, and however the batch is cut."""
     rng = np.random.default_rng(0)

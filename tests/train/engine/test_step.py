@@ -169,7 +169,12 @@ def test_the_loss_in_blocks_is_that_of_all_logits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [{"microbatches": 2}, {"layerwise": True}], ids=["whole", "layerwise"]
+    "how",
+    [
+        pytest.param({"microbatches": 2}, marks=pytest.mark.slow),
+        {"layerwise": True},
+    ],
+    ids=["whole", "layerwise"],
 )
 def test_eight_devices_take_the_steps_of_one(how):
     work = work_of("grass_jump", **how)

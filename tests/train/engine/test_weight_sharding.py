@@ -162,7 +162,7 @@ def device_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in shards)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["adamw", "layerwise"], CASES))
 def test_weights_and_state_are_cut_from_the_first_and_stay_so(case: str) -> None:
     runner = spread(case)
     after, _ = runner.go_on(copied(runner), 0, 1)

@@ -156,6 +156,7 @@ def write_documents(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_to_other_devices_and_only_the_latest_stay(tmp_path):
     source = str(write_documents(tmp_path))
     flags = ("--rank", "4", "--vocab-size", "300", "--seq-len", "16")

@@ -89,6 +89,7 @@ def test_a_run_writes_what_it_measures(measured):
         assert name.encode() in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_it_changes_no_bit_of_a_run(measured, flags, tmp_path):
     main([*flags, "--out", str(tmp_path)])
     plain = [[r["loss"], r["grad_norm"]] for r in read_metrics(tmp_path)]

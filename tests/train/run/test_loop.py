@@ -172,6 +172,7 @@ def test_a_stop_without_checkpoints_says_that_the_steps_are_lost(
     assert "stopped after 2 steps; they are lost" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_gives_each_optimizer_the_same_work(finished, flags, tmp_path):
     argv = ("--optimizers", "adamw", "grass_jump+sara@5e-3", "--rank", "4")
     train.compare.main([*flags, *argv, "--out", str(tmp_path)])
