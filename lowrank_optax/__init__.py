@@ -14,6 +14,7 @@ from lowrank_optax import (
     bases,
     full_rank,
     measuring,
+    recipes,
     recovery,
     stages,
     steps,
@@ -29,7 +30,6 @@ from lowrank_optax.bracket.extend import add_stage
 from lowrank_optax.core.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
 from lowrank_optax.measuring.memory import memory_report
 from lowrank_optax.measuring.subspace import measure_subspace, measurements
-from lowrank_optax.optimizers import recipes
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
 from lowrank_optax.optimizers.fira import fira

@@ -15,6 +15,15 @@ from lowrank_optax.core.keys import canonical_key
 from lowrank_optax.core.layout import TRANSFORMER_MATRICES, path_of
 from lowrank_optax.steps.quantize import blocks_of, from_blocks, in_blocks
 
+__all__ = [
+    "QuantizedWeights",
+    "add_updates",
+    "dense",
+    "quantize",
+    "round_stochastically",
+    "store",
+]
+
 _LARGEST = 127  # of the codes, of either sign
 # A scale has 17 significant bits, so that its product with a code is exact in float32,
 # and is no smaller than this, so that it can divide.

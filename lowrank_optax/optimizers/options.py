@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -79,6 +80,10 @@ def passes_on(inner: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
 
         @functools.wraps(make)
         def optimizer(*args: Any, **kwargs: Any) -> Any:
+            for name in sorted(kwargs.keys() - signature.parameters.keys()):
+                close = difflib.get_close_matches(name, signature.parameters)
+                hint = f"did you mean {close[0]}" if close else "see help() for options"
+                raise TypeError(f"{make.__name__}(): no argument {name!r}; {hint}")
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
