@@ -194,7 +194,7 @@ class Llama(nnx.Module):
         self.head = output_head(config, rngs)
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head reads: int (B, T) -> float32 (B, T, D)."""
+        """Computes the head's input: int (B, T) -> float32 (B, T, D)."""
         x_BTD = self.embed(tokens_BT).astype(self.config.compute_dtype)
         angle_TP = rotary_angles(
             tokens_BT.shape[1], self.config.head_size, self.config.rope_theta

@@ -115,7 +115,7 @@ def run_layer(
     x: jax.Array,
     gather: Callable[[Params], Params] | None = None,
 ) -> jax.Array:
-    """One layer, its part of `params["layers"]` without the layer axis: (B, T, D).
+    """Runs one layer, given its part of `params["layers"]`: (B, T, D).
 
     `gather` gathers weights that are sharded over devices, by sharding
     constraints: the backward pass does it again, and gathered ones are never stored.

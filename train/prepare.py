@@ -304,7 +304,7 @@ class Progress:
 
 
 def conclusion(config: PrepareConfig, manifest: Json) -> str:
-    """What there is now, and how to train on it."""
+    """Says what was written, and how to train on it."""
     out, kind = Path(config.out).expanduser(), manifest["tokenizer"]
     suffix = ".u16" if kind["vocab_size"] <= 2**16 else ".u32"
     return (

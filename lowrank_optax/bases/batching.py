@@ -76,7 +76,7 @@ class Request:
         return spread or self.rule.is_batched(frame)
 
     def _rows(self, frame: Frame, stored: Tree, started: jax.Array) -> Rows:
-        """What the rule looks at, of each matrix of a leaf, with one batch axis."""
+        """Returns a rule's inputs for each matrix of a leaf, with one batch axis."""
         count = math.prod(frame.batch)
         each = {
             "gradient": frame.gradient,
@@ -109,7 +109,7 @@ class Request:
 
 
 def _kind(frame: Frame) -> object:
-    """What Frames have in common that share a call."""
+    """Returns a key that is equal for Frames that can share a call."""
     absent = frame.momentum is None, frame.tracked is None
     return *frame.gradient.shape[-2:], frame.rank, frame.gradient.dtype, absent
 

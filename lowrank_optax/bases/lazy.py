@@ -169,7 +169,7 @@ def _pace(
     wait: jax.Array,
     similarities: jax.Array,
 ) -> tuple[Tree, ...]:
-    """One leaf, its rotation, and its part of the `LazyRefreshState` after a step."""
+    """Returns a leaf, its rotation, and its `LazyRefreshState` after a step."""
     if frame.full_rank:
         return frame, rotation, cycle, interval, wait, similarities
     overlap = jnp.mean(jnp.sum(jnp.square(rotation), axis=(-2, -1))) / frame.rank

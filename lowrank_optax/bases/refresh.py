@@ -38,7 +38,7 @@ class Chosen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """One rule, one tree, one step.
+    """Applies one rule to one tree at one step.
 
     Attributes:
       rule: the rule.

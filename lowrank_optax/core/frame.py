@@ -179,7 +179,7 @@ class Frame:
         return jnp.broadcast_to(eye, (*self.batch, self.rank, self.rank))
 
     def keys(self, key: jax.Array) -> jax.Array:
-        """One key for each matrix of the batch, shape (L,), L = prod(batch).
+        """Derives a key for each matrix of the batch, shape (L,), L = prod(batch).
 
         Derived from the leaf's path and the matrix's index in the batch. They depend on
         neither the other leaves, the host nor the sharding, and are the same whether

@@ -59,7 +59,7 @@ def _take_out(pull: Tree, weights: Tree) -> tuple[list[jax.Array], Callable[...,
 
 
 def read(tree: Tree, index: jax.Array | int) -> Tree:
-    """One layer's part of a tree of arrays or references."""
+    """Reads one layer from a tree of arrays or references."""
     return jax.tree.map(lambda x: x[index], tree)
 
 

@@ -13,7 +13,7 @@ from lowrank_optax.core.trees import frames_of, map_frames
 
 
 class Projected(NamedTuple):
-    """What a step needs of a gradient.
+    """The parts of a gradient that a step needs.
 
     Attributes:
       low: a tree like the gradient: S^T G (*batch, r, n) where a matrix is projected,

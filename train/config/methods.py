@@ -58,7 +58,7 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its options, with their defaults; None if required."""
+        """Lists the options with their defaults; None if required."""
         return options_of(self.make)
 
     @property

@@ -13,7 +13,7 @@ FORMS = (
 
 
 def parse_rank(rank: int | float | str) -> int | float | list[tuple[str, Number]]:
-    """What `lowrank_optax` takes as a rank, from 64, 0.25 or "attention=64,mlp=0.25".
+    """Parses a rank for `lowrank_optax` from 64, 0.25 or "attention=64,mlp=0.25".
 
     Raises:
       ValueError: it is none of these, or out of range.

@@ -59,7 +59,7 @@ def with_folder(config: Config) -> Config:
 
 
 def _begun(config: Config) -> Config | None:
-    """What a run that goes on began with, for choices that the mesh of then made."""
+    """Reads the config with which a resumed run began."""
     if not config.resume:
         return None
     try:
@@ -71,7 +71,7 @@ def _begun(config: Config) -> Config | None:
 def _on_mesh(
     config: Config, optimizer: OptimizerConfig, begun: Config | None
 ) -> OptimizerConfig:
-    """Which side of square matrices is projected: as the run began, on any mesh."""
+    """Chooses the projected side of square matrices; a resumed run keeps its own."""
     if optimizer.square != "auto":
         return optimizer
     tensor = config.mesh.tensor > 1 and "square" in METHODS[optimizer.name].reads()

@@ -27,7 +27,7 @@ from train.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Data:
-    """What `open_data` opens."""
+    """The data of a run, as `open_data` opens it."""
 
     train: Batches
     """Endless {"tokens": int32 (B / process_count, T)}, and of documents as windows

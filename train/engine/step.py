@@ -50,7 +50,7 @@ class TrainState(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a step is bound to.
+    """The static parts of a step.
 
     Attributes:
       model: the model's configuration.
@@ -193,7 +193,7 @@ class Taken(NamedTuple):
 def train_step(
     work: Work, state: TrainState, batch: Batch, *, refresh: bool
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; bind `work`, jit with `refresh` static, donate the state.
+    """Takes one step; bind `work`, jit with `refresh` static, donate the state.
 
     A step whose gradient is not finite changes nothing but the counts. `refresh` says
     whether new bases are chosen. Returns the new state, and the metrics.

@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def words(self) -> list[str]:
-        """Its flags as a command line."""
+        """Formats the flags as a command line."""
         flags = {**self.flags, "out": self.folder}
         pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items())
         return [word for pair in pairs for word in pair]

@@ -49,7 +49,7 @@ class MetricsWriter:
 
 
 class _Output:
-    """One output, and the records that are still to be written there."""
+    """An output, and the records that are still to be written there."""
 
     def __init__(self, target: "_Lines | Board") -> None:
         self._target = target

@@ -73,7 +73,7 @@ class Program(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a run writes to, and the signals that stop it."""
+    """The outputs of a run, and the signals that stop it."""
 
     writer: MetricsWriter
     checkpoints: Checkpoints

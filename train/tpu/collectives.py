@@ -88,7 +88,7 @@ class Traffic(NamedTuple):
 
 
 def traffic_of(text: str) -> Traffic:
-    """That of the program whose compiled HLO is given (`Compiled.as_text()`)."""
+    """Reads the traffic of a program from its HLO text (`Compiled.as_text()`)."""
     program: Computations = {}
     name = entry = ""
     for line in text.splitlines():
@@ -101,7 +101,7 @@ def traffic_of(text: str) -> Traffic:
 
 
 def _of(program: Computations, name: str) -> Traffic:
-    """That of one run of a computation."""
+    """Sums the traffic of one run of a computation."""
     moved: dict[str, Moved] = {}
     unknown: set[str] = set()
     for part in _parts(program, name):
@@ -155,7 +155,7 @@ def _operation(text: str) -> str:
 
 
 def _shape_when_done(body: Mapping[str, str], start: str, done: str) -> str:
-    """What a "-done" of that start gives; "" if there is none."""
+    """Finds the shape of a start's "-done"; "" if there is none."""
     end = re.compile(rf"(.*) {done}\(%?{re.escape(start)}[,)]")
     found = (end.match(text) for text in body.values())
     return next((x[1] for x in found if x), "")
