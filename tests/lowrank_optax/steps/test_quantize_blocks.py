@@ -1,6 +1,7 @@
 """Numbers in 8-bit blocks: how far they are off, and what is exact."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowrank_optax.steps import quantize as stored
 from lowrank_optax.steps.quantize import (
     QuantizedArray,
     quantize_array,
 )
+from models import SIZES, LlamaConfig
 from tests.helpers.numpy_quantize import MAPS, block_count, blocks_of, half_gap
 
 LIMIT: Any = functools.partial(settings, derandomize=True, deadline=None)
@@ -160,3 +163,24 @@ def test_nothing_positive_becomes_zero():
     x = jnp.asarray([1.0, 1e-6, 1e-9, 1e-30, 0.0])
     back = np.asarray(quantize_array(x, 1).dequantize())
     np.testing.assert_allclose(back[2:], [MAPS[False][1]] * 2 + [0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("devices", [2, 4, 8, 16, 32])
+def test_devices_split_no_block_of_a_llama(config: LlamaConfig, devices: int) -> None:
+    for n in (config.hidden_size, config.mlp_size):
+        if n % devices == 0 and n // devices >= 128:
+            assert stored.blocks_of(n, 256) % devices == 0
+
+
+@given(n=st.integers(1, 4096), size=st.sampled_from([64, 256]))
+def test_blocks_are_equal_and_as_many_devices_as_can_be_split_none(
+    n: int, size: int
+) -> None:
+    count = stored.blocks_of(n, size)
+    assert math.ceil(n / count) <= size
+    possible = [n // x for x in range(size // 2, min(size, n) + 1) if n % x == 0]
+    for devices in (2, 4, 8, 16, 32, 64):
+        if any(other % devices == 0 for other in possible):
+            assert n % count == 0
+            assert count % devices == 0
