@@ -27,7 +27,8 @@ from lowrank_optax.bases.random import grassmann_jump
 from lowrank_optax.bases.singular import dominant_svd, sara_sample
 from lowrank_optax.bracket.bracket import low_rank
 from lowrank_optax.bracket.extend import add_stage
-from lowrank_optax.core.layout import LAYERS, STACKED, TRANSFORMER_MATRICES
+from lowrank_optax.core.dimensions import print_rules
+from lowrank_optax.core.layout import LAYERS, STACKED
 from lowrank_optax.measuring.memory import memory_report
 from lowrank_optax.measuring.subspace import measure_subspace, measurements
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
@@ -54,7 +55,6 @@ __version__ = "0.2.0"
 __all__ = [
     "LAYERS",
     "STACKED",
-    "TRANSFORMER_MATRICES",
     "add_stage",
     "apollo",
     "apollo_mini",
@@ -79,6 +79,7 @@ __all__ = [
     "measurements",
     "measuring",
     "memory_report",
+    "print_rules",
     "project",
     "project_back",
     "quantize_moments",

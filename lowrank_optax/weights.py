@@ -1,6 +1,5 @@
 """Weights stored in few bits, and stochastic rounding of their updates."""
 
-import re
 import zlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax.core.aliases import Key, Tree
+from lowrank_optax.core.by_name import decide_by_name
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.keys import canonical_key
-from lowrank_optax.core.layout import TRANSFORMER_MATRICES, path_of
+from lowrank_optax.core.paths import map_with_paths, with_paths
 from lowrank_optax.steps.quantize import blocks_of, from_blocks, in_blocks
 
 __all__ = [
@@ -226,10 +226,10 @@ def add_updates(params: Tree, updates: Tree, key: Key | None = None) -> Tree:
     """
     key = None if key is None else canonical_key(key)
 
-    def apply(keys: jax.tree_util.KeyPath, w: Tree, u: Tree) -> Tree:
+    def apply(path: str, w: Tree, u: Tree) -> Tree:
         if w is None or u is None:
             return w
-        path, u = path_of(keys), jnp.asarray(u)
+        u = jnp.asarray(u)
         quantized = isinstance(w, QuantizedWeights)
         w = w if quantized else jnp.asarray(w)
         if u.shape != w.shape:
@@ -247,7 +247,7 @@ def add_updates(params: Tree, updates: Tree, key: Key | None = None) -> Tree:
             return _quantized(w.dequantize() + u, w.scales.shape[-1], own)
         return round_stochastically(own, w.astype(jnp.float32) + u, w.dtype)
 
-    return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=_is_leaf)
+    return map_with_paths(apply, params, updates, is_leaf=_is_leaf)
 
 
 def _in_few_bits(dtype: jnp.dtype) -> bool:
@@ -280,15 +280,10 @@ def dense(params: Tree, dtype: DTypeLike = jnp.float32) -> Tree:
     return jax.tree.map(unpack, params, is_leaf=_is_leaf)
 
 
-def _is_transformer_matrix(path: str) -> bool:
-    values = (value for rule, value in TRANSFORMER_MATRICES if re.search(rule, path))
-    return next(values, None) is not None
-
-
 def store(
     params: Tree,
     dtype: Literal["float32", "bfloat16", "int8"],
-    mask: Callable[[str], bool] = _is_transformer_matrix,
+    mask: Callable[[str], bool] | None = None,
 ) -> Tree:
     """`params` as they are stored: rounded to nearest, once, before training.
 
@@ -300,8 +295,8 @@ def store(
       params: the weights.
       dtype: "float32", "bfloat16" or "int8".
       mask: whether the leaf of a path, "layers/mlp/up/kernel", is stored in int8; for
-        leaves of two or more axes. By default those that `TRANSFORMER_MATRICES` calls
-        matrices.
+        leaves of two or more axes. By default the matrices of the default rules
+        (docs/concepts/layout.md).
 
     Raises:
       ValueError: another dtype.
@@ -317,11 +312,16 @@ def store(
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"dtype={dtype!r}: choose float32, bfloat16 or int8")
 
-    def store(keys: jax.tree_util.KeyPath, w: Tree) -> Tree:
+    if mask is None:
+        rows = with_paths(params, is_leaf=_is_leaf)
+        kinds = decide_by_name({path: jnp.shape(w) for path, w in rows})
+        mask = {path: kind.kind == "matrix" for path, kind in kinds.items()}.__getitem__
+
+    def store(path: str, w: Tree) -> Tree:
         if _is_leaf(w) or not jnp.issubdtype(w.dtype, jnp.floating):
             return w
-        if dtype == "int8" and w.ndim > 1 and mask(path_of(keys)):
+        if dtype == "int8" and w.ndim > 1 and mask(path):
             return quantize(w)
         return w.astype(jnp.float32 if dtype == "float32" else jnp.bfloat16)
 
-    return jax.tree_util.tree_map_with_path(store, params, is_leaf=_is_leaf)
+    return map_with_paths(store, params, is_leaf=_is_leaf)

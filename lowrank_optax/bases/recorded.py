@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.bases.follow import basis_rule, follow
 from lowrank_optax.bases.rule import BasisRule, BasisState
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.paths import with_paths
 from lowrank_optax.core.stage import Clock, stage
 from lowrank_optax.core.trees import frames_of
 
@@ -39,7 +39,7 @@ def replay(bases: optax.Params, *, orthonormal: bool = True) -> BasisRule:
       >>> tx.update(g, tx.init(g))[0]["w"][:, 0].tolist()
       [1.0, 1.0, 0.0, 0.0]
     """
-    by_path = {path_of(k): s for k, s in jax.tree_util.tree_leaves_with_path(bases)}
+    by_path = dict(with_paths(bases))
 
     def bases_of(path: str, shape: tuple[int, ...]) -> jax.Array:
         if path not in by_path:

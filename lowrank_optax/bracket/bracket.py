@@ -17,14 +17,10 @@ from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.layout import (
-    DimensionNumbers,
-    Rank,
-    Square,
-    check_rank,
-    check_square,
-)
+from lowrank_optax.core.dimensions import DimensionNumbers
 from lowrank_optax.core.moments import with_momentum
+from lowrank_optax.core.paths import boxed, unboxed
+from lowrank_optax.core.rules import Rank, Square, check_rank, check_square
 from lowrank_optax.core.stage import Clock, stage
 from lowrank_optax.core.trees import map_frames
 
@@ -144,7 +140,7 @@ class _Bracket:
     """The bracket around `inner`; without subspaces where `refresh_every` is None."""
 
     inner: optax.GradientTransformation
-    decide: Callable[[optax.Params], Tree]
+    decide: Callable[..., Tree]
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
 
@@ -156,6 +152,7 @@ class _Bracket:
         return dataclasses.replace(self, inner=inner).transformation()
 
     def init(self, params: optax.Params) -> LowRankState:
+        params = _arrays(params)
         leaves = self.decide(params)
         if self.refresh_every is not None:
             warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
@@ -175,11 +172,12 @@ class _Bracket:
         inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
+        boxes, (updates, params) = updates, _arrays((updates, params))
         # S^T G has lost the shape that says how a leaf is a matrix.
         like = params if inside.low else updates
         if like is None:
             raise ValueError("projected gradients need the parameters: pass params")
-        leaves = self.decide(like)
+        leaves = self.decide(like, sliced=inside.layer is not None)
         clock = _clock_at(state, refresh, self.refresh_every)
         frames = open_frames(
             leaves, updates, params, precision=self.precision, inside=inside
@@ -201,7 +199,13 @@ class _Bracket:
         refreshes = state.refreshes + clock.refresh
         new = LowRankState(state.count + 1, state.skipped, refreshes, inner_state)
         skipped = state._replace(skipped=state.skipped + 1)
-        return if_accepted(accept, steps), if_accepted(accept, new, skipped)
+        steps = boxed(if_accepted(accept, steps), boxes)
+        return steps, if_accepted(accept, new, skipped)
+
+
+def _arrays(tree: Tree) -> Tree:
+    """The tree without boxes, and with arrays for Python numbers."""
+    return jax.tree.map(jnp.asarray, unboxed(tree))
 
 
 def _check_interval(refresh_every: int) -> int:

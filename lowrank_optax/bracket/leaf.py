@@ -7,19 +7,13 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
-from lowrank_optax.core.layout import (
-    DimensionNumbers,
-    Layout,
-    Rank,
-    Square,
-    layout_of,
-    path_of,
-    rank_of,
-    side_of,
-    specs_of,
-)
+from lowrank_optax.core.dimensions import DimensionNumbers, specs_of
+from lowrank_optax.core.layout import Layout, layout_of
+from lowrank_optax.core.paths import map_with_paths
+from lowrank_optax.core.rules import Rank, Square, rank_of, side_of
 
 
 class Leaf(NamedTuple):
@@ -44,20 +38,28 @@ class Leaf(NamedTuple):
 
 
 def decide_leaves(
-    tree: optax.Params, dimension_numbers: DimensionNumbers, rank: Rank, square: Square
+    tree: optax.Params,
+    dimension_numbers: DimensionNumbers,
+    rank: Rank,
+    square: Square,
+    *,
+    sliced: bool = False,
 ) -> optax.Params:
-    """The tree with a `Leaf` in place of each leaf."""
-    specs = specs_of(dimension_numbers, tree)
+    """The tree, which has no boxes, with a `Leaf` in place of each leaf.
 
-    def leaf(keys: jax.tree_util.KeyPath, x: jax.Array) -> Leaf:
-        path = path_of(keys)
+    `sliced` says that the layers' axis is gone (`Inside.layer`).
+    """
+    specs = specs_of(dimension_numbers, tree, sliced=sliced)
+
+    def leaf(path: str, x: jax.Array) -> Leaf:
+        shape = np.shape(x)
         if (spec := specs[path]) is not None:
-            layout = layout_of(path, x.shape, spec, side_of(square, path))
+            layout = layout_of(path, shape, spec, side_of(square, path))
             if (r := rank_of(rank, path, layout)) is not None:
-                return Leaf(path, x.shape, layout, r)
-        return Leaf(path, x.shape, None, 0)
+                return Leaf(path, shape, layout, r)
+        return Leaf(path, shape, None, 0)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    return map_with_paths(leaf, tree)
 
 
 # Only `init` knows the leaves, and optax may have wrapped it. So memory_report runs it
@@ -81,6 +83,12 @@ def warn_of_full_rank(leaves: list[Leaf]) -> None:
     if (seen := _decided.get()) is not None:
         seen.extend(leaves)
         return
+    if leaves and all(len(x.shape) < 2 for x in leaves):
+        warnings.warn(
+            "low_rank projects nothing: no parameter has two axes, as after "
+            "optax.flatten() or ravel_pytree(); pass the parameters as they are",
+            stacklevel=3,
+        )
     # A matrix of one row is a vector, and has full rank as one.
     matrices = [x for x in leaves if len(x.shape) > 1 and _rows(x) > 1]
     full_rank = [x for x in matrices if x.full_rank]

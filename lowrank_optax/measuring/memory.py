@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.leaf import decisions
-from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.paths import path_of, with_paths
 
 SHARED = "(shared)"
 
@@ -105,10 +105,7 @@ def memory_report(
       (shared)                             16               4
       total               14.4%        18,963         131,588
     """
-    shapes = {
-        path_of(k): tuple(x.shape)
-        for k, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    shapes = {path: np.shape(x) for path, x in with_paths(params)}
     with decisions() as decided:
         # A new function each time: JAX caches the trace of a known one, and `low_rank`
         # would then not run and report its decisions.

@@ -12,8 +12,8 @@ from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame, ProjectedAway, are_coordinates
-from lowrank_optax.core.layout import path_of
 from lowrank_optax.core.linalg import column_norms_squared, ratio, select
+from lowrank_optax.core.paths import with_paths
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.stage import Clock, branch, timed_stage
 from lowrank_optax.core.trees import frames_of, map_subspaces, nothing, update_frames
@@ -313,13 +313,13 @@ def measurements(state: optax.OptState) -> dict[str, Measurement]:
     rows: dict[str, dict[str, jax.Array]] = {}
     for part in filter(is_measured, jax.tree.leaves(state, is_leaf=is_measured)):
         for name in Measurement._fields:
-            for keys, x in jax.tree_util.tree_leaves_with_path(getattr(part, name)):
+            for path, x in with_paths(getattr(part, name)):
                 if x.dtype == jnp.bool_:  # `nothing`
                     continue
-                row = rows.setdefault(path_of(keys), {})
+                row = rows.setdefault(path, {})
                 if name in row:
                     raise ValueError(
-                        f"{path_of(keys)}: two measure_subspace() stages measured its "
+                        f"{path}: two measure_subspace() stages measured its "
                         f"{name}; remove one, or pass the part of the state with one"
                     )
                 row[name] = jnp.where(x == NONE_YET, jnp.nan, x)

@@ -7,18 +7,15 @@ from collections.abc import Callable
 from typing import Any, Unpack, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import if_accepted
 from lowrank_optax.core.aliases import Key, Mask, Number
-from lowrank_optax.core.layout import (
-    TRANSFORMER_MATRICES,
-    DimensionNumbers,
-    Rank,
-    Square,
-)
+from lowrank_optax.core.dimensions import DimensionNumbers
+from lowrank_optax.core.rules import Rank, Square
 from lowrank_optax.core.stage import stage
 from lowrank_optax.optimizers.options import Options
 from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
@@ -108,7 +105,7 @@ def low_rank_optimizer(
     refresh_every: int = 200,
     weight_decay: Number = 0.0,
     mask: Mask = None,
-    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    dimension_numbers: DimensionNumbers = "auto",
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
     after: optax.GradientTransformation | None = None,
@@ -174,7 +171,7 @@ def full_rank_optimizer(
     square: Square = "input",
     weight_decay: Number = 0.0,
     mask: Mask = None,
-    dimension_numbers: DimensionNumbers = TRANSFORMER_MATRICES,
+    dimension_numbers: DimensionNumbers = "auto",
 ) -> Extensible:
     """`low_rank_optimizer` without subspaces, in `full_matrices`."""
     bracket = full_matrices(stages, dimension_numbers=dimension_numbers, square=square)
@@ -203,7 +200,7 @@ def _skip_together(
         accept = extra_args.get("accept")
         if accept is not True:
             accept = cast(LowRankState, new).skipped == old.skipped
-        steps = jax.tree.map(lambda u, g: u.astype(g.dtype), steps, updates)
+        steps = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), steps, updates)
         new_rest = if_accepted(accept, new_rest, old_rest)
         return if_accepted(accept, steps), (new, new_rest)
 

@@ -11,7 +11,8 @@ from typing import Any, TypedDict, TypeVar, cast, get_args, get_type_hints
 import jax
 
 from lowrank_optax.core.aliases import Mask, Number
-from lowrank_optax.core.layout import DimensionNumbers, Rank, Square
+from lowrank_optax.core.dimensions import DimensionNumbers
+from lowrank_optax.core.rules import Rank, Square
 
 F = TypeVar("F", bound=Callable[..., Any])
 

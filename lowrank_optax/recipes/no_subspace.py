@@ -7,7 +7,7 @@ from typing import Unpack
 import optax
 
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.layout import TRANSFORMER_MATRICES, Rules, Square
+from lowrank_optax.core.rules import Rules, Square
 from lowrank_optax.full_rank.normalize import normalize_by_output_rms, trace_matching
 from lowrank_optax.full_rank.row_column import scale_by_racs
 from lowrank_optax.optimizers.assemble import full_rank_optimizer
@@ -16,10 +16,15 @@ from lowrank_optax.steps.rest import with_rest
 
 __all__ = ["racs", "scale_sgd"]
 
-# Norms and biases have full rank, everything else is a matrix: embedding and head too.
-WEIGHT_MATRICES: Rules = (*TRANSFORMER_MATRICES[:2], ("", "matrix"))
-
 HEAD = r"(?i)(^|/)(lm_)?(head|logits)(_dense)?(/(kernel|weight|w))?$"
+
+# Embedding and head are matrices too.
+WEIGHT_MATRICES: Rules = (
+    (HEAD, "matrix"),
+    (r"(?i)(^|/)(\w+_)?embed(ding|dings|der|s)?(_?\d+|_\w+)?(/|$)", "matrix"),
+    (r"(?i)(^|/)w[tp]e(/|$)", "matrix"),
+    ("", "auto"),
+)
 
 
 @passes_on(full_rank_optimizer)
@@ -100,8 +105,8 @@ def scale_sgd(
       b1: decay rate of that momentum.
       rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
       learning_rate: as in `galore`.
-      **options: as in `low_rank_optimizer`; by default every leaf of two axes but norms
-        and biases is a matrix.
+      **options: as in `low_rank_optimizer`; by default embedding and head are matrices
+        too.
 
     Raises:
       ValueError: a `momentum` that is not a regular expression; and as `full_matrices`

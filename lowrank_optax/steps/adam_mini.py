@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.layout import Rules, match, path_of
 from lowrank_optax.core.moments import register_moments
+from lowrank_optax.core.paths import map_with_paths
+from lowrank_optax.core.rules import Rules, match
 from lowrank_optax.core.sharding import shard_along, spec_of
 from lowrank_optax.core.stage import simple_stage
 from lowrank_optax.core.trees import frames_of
@@ -77,14 +78,14 @@ def scale_by_adam_mini(
     blocks = adam_mini_blocks() if blocks is None else blocks
 
     def init(params: optax.Params) -> AdamMiniState:
-        def second(keys: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
-            counts = _counts(blocks, path_of(keys), tuple(x.shape))
+        def second(path: str, x: jax.Array) -> jax.Array:
+            counts = _counts(blocks, path, tuple(x.shape))
             return shard_along(jnp.zeros(counts, x.dtype), spec_of(x), of=x)
 
         return AdamMiniState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params),
-            nu=jax.tree_util.tree_map_with_path(second, params),
+            nu=map_with_paths(second, params),
         )
 
     def update(

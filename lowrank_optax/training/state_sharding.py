@@ -9,13 +9,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank_optax.core.layout import (
-    DimensionNumbers,
-    Rules,
-    layout_of,
-    path_of,
-    specs_of,
-)
+from lowrank_optax.core.dimensions import DimensionNumbers, specs_of
+from lowrank_optax.core.layout import layout_of
+from lowrank_optax.core.paths import with_paths
+from lowrank_optax.core.rules import Rules
 from lowrank_optax.core.sharding import mesh_axes_of, padded_spec, shards_of
 
 # A tree like the parameters, of `NamedSharding`.
@@ -155,12 +152,10 @@ def square_sides(
         outputs = shards(spec.output_axis, sharding, ndim)
         return layout.m == layout.n and inputs > outputs
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shardings = jax.tree.leaves(param_shardings)
     rows = [
-        (path_of(keys), x, sharding)
-        for (keys, x), sharding in zip(
-            leaves, jax.tree.leaves(param_shardings), strict=True
-        )
+        (path, x, sharding)
+        for (path, x), sharding in zip(with_paths(params), shardings, strict=True)
     ]
     found = [row[0] for row in rows if is_sharded_along_input(*row)]
     return [*((f"^{re.escape(path)}$", "output") for path in found), ("", "input")]

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Unpack
 
-import jax
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax.core.layout import path_of, specs_of
+from lowrank_optax.core.dimensions import specs_of
+from lowrank_optax.core.paths import map_with_paths
 from lowrank_optax.optimizers.options import Options, passes_on
 
 Make = Callable[..., optax.GradientTransformation]
@@ -142,7 +142,7 @@ def muon(
     scale: float = 0.2,
     weight_decay: float = 0.0,
     mask: Any = None,
-    dimension_numbers: Any = lro.TRANSFORMER_MATRICES,
+    dimension_numbers: Any = "auto",
 ) -> optax.GradientTransformation:
     """optax's Muon for the matrices that others project, its NAdam for the rest.
 
@@ -152,7 +152,7 @@ def muon(
 
     def matrices(params: optax.Params) -> Any:
         specs = specs_of(dimension_numbers, params)
-        return jax.tree_util.tree_map_with_path(lambda p, _: specs[path_of(p)], params)
+        return map_with_paths(lambda path, _: specs[path], params)
 
     return optax.contrib.muon(
         learning_rate,

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax.core.layout import Square, layout_of, path_of, specs_of
+from lowrank_optax.core.dimensions import specs_of
+from lowrank_optax.core.layout import layout_of
+from lowrank_optax.core.paths import with_paths
+from lowrank_optax.core.rules import Square
 from lowrank_optax.core.trees import squared_norm
 from models import init_params
 from train.config.config import Config, OptimizerConfig, label, model_config, resolved
@@ -327,11 +330,10 @@ def check_optimizer(config: Config) -> None:
 
 def smaller_sides(params: Any) -> dict[str, int]:
     """The smaller side of each matrix that has a subspace, by its path."""
-    shapes = jax.tree_util.tree_leaves_with_path(params)
     specs = specs_of(MATRICES, params)
     return {
         path: layout_of(path, x.shape, spec).m
-        for path, x in ((path_of(keys), x) for keys, x in shapes)
+        for path, x in with_paths(params)
         if (spec := specs[path]) is not None
     }
 

@@ -16,7 +16,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from lowrank_optax.core.layout import Square, path_of, side_of
+from lowrank_optax.core.paths import path_of
+from lowrank_optax.core.rules import Square, side_of
 from lowrank_optax.core.sharding import mesh_axes_of, shards_of
 from models import Params
 from models.cross_entropy import Spread

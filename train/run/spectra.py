@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import lowrank_optax as lro
-from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.paths import with_paths
 from models import Params
 from train.engine.layer_metrics import kind_of
 from train.engine.optimizer import parted, smaller_sides
@@ -106,5 +106,4 @@ def spectra(before: Any, after: Any) -> dict[str, Spectrum]:
 
 
 def _by_path(tree: Any) -> dict[str, np.ndarray]:
-    rows = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_of(keys): np.asarray(x, np.float32) for keys, x in rows}
+    return {path: np.asarray(x, np.float32) for path, x in with_paths(tree)}

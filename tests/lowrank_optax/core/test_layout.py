@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
-from lowrank_optax.core.layout import check_rank, layout_of, rank_of, specs_of
+from lowrank_optax.core.dimensions import specs_of
+from lowrank_optax.core.layout import layout_of
+from lowrank_optax.core.rules import check_rank, rank_of
 from tests.helpers.stages import M, N, chain_of, normal
 
 
@@ -180,23 +182,20 @@ def test_dimension_numbers_that_do_not_fit(spec, message):
     ],
 )
 def test_transformer_matrices(path, shape, low):
-    seen = open_at(
-        nest(path, struct(*shape)), rank=3, dimension_numbers=lro.TRANSFORMER_MATRICES
-    )
+    seen = open_at(nest(path, struct(*shape)), rank=3, dimension_numbers="auto")
     assert seen == {path: low}
 
 
 def test_a_kernel_of_three_axes_is_an_error_that_says_what_to_do():
-    path = "block/MultiHeadDotProductAttention_0/query/kernel"
+    path = "block/unheard_of/kernel"
     tree = nest(path, struct(8, 2, 4))
-    with pytest.raises(ValueError, match=re.escape(path)) as caught:
-        open_at(tree, rank=3, dimension_numbers=lro.TRANSFORMER_MATRICES)
-    for part in ("(8, 2, 4)", "3 axes", "MuonDimensionNumbers", "STACKED", "None"):
-        assert part in str(caught.value)
-    with pytest.raises(ValueError, match=re.escape(path)):
-        open_at(tree, rank=3)
+    for numbers in ("auto", None):
+        with pytest.raises(ValueError, match=re.escape(path)) as caught:
+            open_at(tree, rank=3, dimension_numbers=numbers)
+        for part in ("(8, 2, 4)", "print_rules", "STACKED", "None"):
+            assert part in str(caught.value)
 
-    rules = [("query/kernel", MuonDimensionNumbers(0, (1, 2)))]
+    rules = [("unheard_of/kernel", MuonDimensionNumbers(0, (1, 2)))]
     assert open_at(tree, rank=3, dimension_numbers=rules) == {path: (3, 8)}
     stacked = open_at(tree, rank=1, dimension_numbers=lro.STACKED)
     assert stacked == {path: (8, 1, 4)}
@@ -204,9 +203,11 @@ def test_a_kernel_of_three_axes_is_an_error_that_says_what_to_do():
 
 def test_a_parameter_that_no_rule_covers():
     tree = {"mlp": {"kernel": struct(8, 32)}, "dense": {"kernel": struct(8, 8)}}
-    with pytest.raises(ValueError, match="dense/kernel: no dimension_numbers rule"):
-        open_at(tree, rank=3, dimension_numbers=lro.TRANSFORMER_MATRICES)
-    rules = [*lro.TRANSFORMER_MATRICES, ("dense", None)]
+    with pytest.raises(ValueError, match=r"dense/kernel \(8, 8\): its name"):
+        open_at(tree, rank=3, dimension_numbers="auto")
+    with pytest.raises(ValueError, match=r"dense/kernel \(8, 8\): no dim.* rule"):
+        open_at(tree, rank=3, dimension_numbers=[("mlp", "matrix")])
+    rules = [("dense", None), ("", "auto")]
     seen = open_at(tree, rank=3, dimension_numbers=rules)
     assert seen == {"mlp/kernel": (3, 32), "dense/kernel": (8, 8)}
 
@@ -219,6 +220,8 @@ def test_the_first_rule_that_is_found_decides():
         ([("mlp", "matrix"), ("up", None)], (3, 32)),
         ([("^up", None), ("kernel$", "matrix")], (3, 32)),
         ((("mlp", lro.STACKED),), (3, 32)),
+        ([["up", None], ["mlp", "matrix"]], (8, 32)),  # as JSON and YAML have them
+        ([[re.compile("UP", re.IGNORECASE), None], ["", "matrix"]], (8, 32)),
     ]:
         seen = open_at(tree, rank=3, dimension_numbers=rules)
         assert seen == {"mlp/up/kernel": shape}
@@ -240,7 +243,7 @@ def test_a_tree_and_a_function_of_dimension_numbers():
     numbers["b"] = (0, 1)
     with pytest.raises(ValueError, match=r"no entry for \['b'\]"):
         open_at(tree, rank=2, dimension_numbers=numbers)
-    with pytest.raises(ValueError, match=r'a: 7 is not MuonDimensionNumbers, "matrix"'):
+    with pytest.raises(ValueError, match=r"a: 7 is none of MuonDimensionNumbers"):
         open_at(tree, rank=2, dimension_numbers=[("", 7)])
 
 

@@ -40,7 +40,7 @@ each_optimizer = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:
-    options = {"dimension_numbers": lro.TRANSFORMER_MATRICES, "weight_decay": 0.1}
+    options = {"dimension_numbers": "auto", "weight_decay": 0.1}
     return build(name, **{**options, **changes})
 
 
