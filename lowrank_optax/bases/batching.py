@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax.bases.rule import Rule
@@ -50,32 +51,61 @@ class Request:
           started: as in `BasisState`.
         """
         leaves, structure = jax.tree.flatten(frames)
-        starts = structure.flatten_up_to(started)
+        starts, keys = structure.flatten_up_to(started), self._keys(leaves)
+        joins = [i for i, x in enumerate(leaves) if is_frame(x) and self._joins(x)]
+        rows = {
+            i: self._rows(leaves[i], stored[i], starts[i], keys.get(i)) for i in joins
+        }
         groups: dict[object, list[int]] = {}
-        for i, frame in enumerate(leaves):
-            if is_frame(frame) and self._joins(frame):
-                groups.setdefault(_kind(frame), []).append(i)
+        for i in joins:
+            groups.setdefault(_kind(leaves[i]), []).append(i)
+        chosen: dict[int, jax.Array] = {}
         for group in groups.values():
-            rows = [self._rows(leaves[i], stored[i], starts[i]) for i in group]
-            joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
-            counts = [len(row["started"]) for row in rows]
-            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-            parts = jnp.split(self._ask(leaves[group[0]], joined), ends[:-1])
-            for i, s in zip(group, parts, strict=True):
-                s = s.reshape(leaves[i].batch + s.shape[1:])
-                leaves[i] = leaves[i].replace(chosen=s)
+            ask = self._ask if self._wholly(leaves[group[0]]) else self._ask_later
+            ends = np.cumsum([len(rows[i]["started"]) for i in group])[:-1]
+            joined = jax.tree.map(
+                lambda *xs: jnp.concatenate(xs), *(rows[i] for i in group)
+            )
+            parts = jnp.split(ask(leaves[group[0]], joined), ends)
+            chosen |= zip(group, parts, strict=True)
+        late = [i for i in joins if not self._wholly(leaves[i])]
+        late_rows = [(leaves[i].rank, rows[i], chosen[i]) for i in late]
+        chosen |= zip(late, _with_early(self.rule, self.now, late_rows), strict=True)
+        for i, s in chosen.items():
+            s = s.reshape(leaves[i].batch + s.shape[1:])
+            leaves[i] = leaves[i].replace(chosen=s)
         return structure.unflatten(leaves)
 
+    def _keys(self, leaves: Sequence[Tree]) -> dict[int, jax.Array]:
+        """`Frame.keys` by the leaf's index, derived in one call for all leaves."""
+        frames = {i: frame for i, frame in enumerate(leaves) if is_frame(frame)}
+        if self.key is None or not frames:
+            return {}
+        numbers = jnp.array([frame.number for frame in frames.values()], jnp.uint32)
+        own = jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
+        return {
+            i: f.keys_below(k) for (i, f), k in zip(frames.items(), own, strict=True)
+        }
+
     def _joins(self, frame: Frame) -> bool:
-        """Whether a leaf shares the call with other leaves of its shape."""
-        if frame.full_rank or frame.chosen is not None:
+        """Whether a leaf shares a call with other leaves of its shape."""
+        if frame.full_rank or frame.chosen is not None or self.rule.by_path:
             return False
+        return self._wholly(frame) or not self.rule.reads_gradient
+
+    def _wholly(self, frame: Frame) -> bool:
+        """Whether that call is for gradients too, which it copies."""
         # On a mesh one leaf may have fewer matrices than there are devices. In one
         # device's share a call for each leaf would compile a factorisation for each.
-        spread = (spreads() or sharing()) and not self.rule.by_path
-        return spread or self.rule.is_batched(frame)
+        return spreads() or sharing() or self.rule.is_batched(frame)
 
-    def _rows(self, frame: Frame, stored: Tree, started: jax.Array) -> Rows:
+    def _rows(
+        self,
+        frame: Frame,
+        stored: Tree,
+        started: jax.Array,
+        keys: jax.Array | None = None,
+    ) -> Rows:
         """Returns a rule's inputs for each matrix of a leaf, with one batch axis."""
         count = math.prod(frame.batch)
         each = {
@@ -90,7 +120,13 @@ class Request:
             for name, x in each.items()
             if x is not None
         }
-        return each if self.key is None else each | {"keys": frame.keys(self.key)}
+        if self.key is None:
+            return each
+        return each | {"keys": frame.keys(self.key) if keys is None else keys}
+
+    def _ask_later(self, frame: Frame, rows: Rows) -> jax.Array:
+        """What a rule that looks at keys and bases alone chooses: (L, m, r)."""
+        return self.rule.choose(_seen(frame, rows), rows.get("keys"), self.now)
 
     def _ask(self, frame: Frame, rows: Rows) -> jax.Array:
         """S_t of matrices like those of a Frame: (L, m, r)."""
@@ -116,23 +152,63 @@ def _kind(frame: Frame) -> object:
 
 def _answer(rule: Rule, frame: Frame, rows: Rows, now: Clock) -> jax.Array:
     """S_t of the rows' matrices: singular vectors first, then the rule's choice."""
-    seen = frame.replace(
+    later = _later(rule, _seen(frame, rows), rows, now)
+    (s,) = _with_early(rule, now, [(frame.rank, rows, later)])
+    return s
+
+
+def _seen(frame: Frame, rows: Rows) -> Frame:
+    return frame.replace(
         gradient=rows["gradient"],
         momentum=rows.get("momentum"),
         tracked=rows.get("tracked"),
         basis=rows["basis"],
     )
-    keys, old = rows.get("keys"), rows["basis"]
+
+
+def _early(rule: Rule, rows: Rows, now: Clock) -> jax.Array | None:
+    """(L,) bool: whether S_t is of singular vectors; None where that is never so."""
     if isinstance(rule.svd_until, int) and rule.svd_until == 0:
+        return None
+    return ~rows["started"] | (now.step < rule.svd_until)
+
+
+def _later(rule: Rule, seen: Frame, rows: Rows, now: Clock) -> jax.Array:
+    """The rule's choice, needed unless all matrices are early."""
+    early, keys = _early(rule, rows, now), rows.get("keys")
+    if early is None:
         return rule.choose(seen, keys, now)
+    return jax.lax.cond(
+        jnp.all(early),
+        lambda: rows["basis"],
+        lambda: rule.choose(seen, keys, now),
+    )
+
+
+def _with_early(
+    rule: Rule, now: Clock, leaves: Sequence[tuple[int, Rows, jax.Array]]
+) -> list[jax.Array]:
+    """Singular vectors for the matrices that are early, the rule's choice for others.
+
+    Args:
+      rule: the rule.
+      now: the time.
+      leaves: rank, rows and the rule's choice of each leaf.
+    """
+    flags = [_early(rule, rows, now) for _, rows, _ in leaves]
+    early = [flag for flag in flags if flag is not None]
+    if not early:
+        return [later for _, _, later in leaves]
     # Layers of one kernel may start at different steps; then both branches run.
-    early = ~rows["started"] | (now.step < rule.svd_until)
     first = jax.lax.cond(
-        jnp.any(early),
-        lambda: linalg.leading(seen.gradient, seen.rank, rule.decomposition),
-        lambda: old,
+        jnp.any(jnp.concatenate(early)),
+        lambda: [
+            linalg.leading(rows["gradient"], rank, rule.decomposition)
+            for rank, rows, _ in leaves
+        ],
+        lambda: [rows["basis"] for _, rows, _ in leaves],
     )
-    later = jax.lax.cond(
-        jnp.all(early), lambda: old, lambda: rule.choose(seen, keys, now)
-    )
-    return select(early, first, later)
+    return [
+        select(flag, s, later)
+        for flag, s, (_, _, later) in zip(early, first, leaves, strict=True)
+    ]

@@ -76,6 +76,7 @@ def basis_rule(
             svd_until=svd_until,
             decomposition=decomposition,
             from_gradient=from_gradient,
+            reads_gradient=from_gradient,
         )
     )
 

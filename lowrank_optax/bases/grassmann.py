@@ -1,9 +1,11 @@
 """Where: walks, jumps and tracking on the Grassmannian."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.follow import basis_rule, follow
 from lowrank_optax.bases.random import gaussian_matrix
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
@@ -114,7 +116,8 @@ def grassmann_walk(
         x = gaussian_matrix(frame, keys)
         return geodesic(frame.need("basis"), x, angle, walk_rank)
 
-    return basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
+    made = basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
+    return follow(dataclasses.replace(made.rule, reads_gradient=False))
 
 
 def grassmann_track(

@@ -1,10 +1,11 @@
 """Where: random bases, orthonormal ones and Gaussian ones."""
 
+import dataclasses
 import math
 
 import jax
 
-from lowrank_optax.bases.follow import basis_rule
+from lowrank_optax.bases.follow import basis_rule, follow
 from lowrank_optax.bases.redrawn import redraw
 from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.core import linalg
@@ -74,12 +75,13 @@ def random_after(
       ...     lro.rotate_moments(optax.scale_by_adam(), moments="first"),
       ...     lro.project_back(0.25))
     """
-    return basis_rule(
+    made = basis_rule(
         lambda frame, keys, _: random_basis(frame, keys),
         check_key(key),
         svd_until=switch_step,
         decomposition=decomposition,
     )
+    return follow(dataclasses.replace(made.rule, reads_gradient=False))
 
 
 def gaussian(key: Key, *, stored: bool = False) -> BasisRule:

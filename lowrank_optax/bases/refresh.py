@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from lowrank_optax.bases.batching import Request
-from lowrank_optax.bases.rule import BasisState, Rule
+from lowrank_optax.bases.rule import AS_IT_IS, BasisState, Rule
 from lowrank_optax.core.aliases import Structure, Tree
 from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
 from lowrank_optax.core.linalg import product, select, transpose
@@ -158,9 +158,11 @@ def choose_anew(
     s = frame.chosen
     if s is None:
         s = request.of_leaf(frame, stored, started)
-    # A rule may return the old basis. Packing it again would round it again, and so
-    # move it; a matrix whose basis is the same keeps its stored numbers.
-    stays = ~refreshed | jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
+    stays = ~refreshed
+    if rule.storage is not AS_IT_IS:
+        # A rule may return the old basis. Packing it again would round it again, and so
+        # move it; a matrix whose basis is the same keeps its stored numbers.
+        stays |= jnp.all(s == old, axis=tuple(range(len(frame.batch), s.ndim)))
     new = jax.tree.map(lambda x, y: select(stays, x, y), stored, pack(frame, s))
     # The rotation is of the unpacked bases, which are what the moments were taken in;
     # replicated, so that its sums round the same way on every sharding.

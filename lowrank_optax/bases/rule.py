@@ -63,6 +63,8 @@ class Rule:
       batched: whether one call for many small matrices is faster than a loop
         (`is_batched`); `choose` has no conditional, and reads only gradients and keys.
       by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
+      reads_gradient: whether `choose` reads gradients; where it does not, only the
+        singular vectors of `svd_until` do.
     """
 
     choose: Choose
@@ -76,6 +78,7 @@ class Rule:
     once: bool = False
     batched: bool = False
     by_path: bool = False
+    reads_gradient: bool = True
 
     def is_batched(self, frame: Frame) -> bool:
         """Whether the matrices of a leaf take less time in one batch than in a loop."""

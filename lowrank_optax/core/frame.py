@@ -185,7 +185,15 @@ class Frame:
         neither the other leaves, the host nor the sharding, and are the same whether
         the layers of a stack come together or one at a time.
         """
-        key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+        return self.keys_below(jax.random.fold_in(key, self.number))
+
+    @property
+    def number(self) -> int:
+        """A number that stands for the leaf's path in random keys."""
+        return zlib.crc32(self.path.encode())
+
+    def keys_below(self, key: jax.Array) -> jax.Array:
+        """`keys`, from a key of this leaf's own."""
         if not self.batch and self.layer is None:
             return key[None]
         count = math.prod(self.batch)

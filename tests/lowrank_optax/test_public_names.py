@@ -25,7 +25,8 @@ NAMES = {
         basis_rule compensate_columns dominant_svd error_feedback fira frugal
         full_rank galore grass_jump grass_walk grassmann_jump grassmann_walk
         in_subspace ldadam low_rank low_rank_optimizer measure_subspace measurements
-        measuring memory_report print_rules project project_back quantize_moments recipes
+        measuring memory_report print_rules project
+        project_back quantize_moments recipes
         recover_residual recovery reset_moments rotate_moments sara_sample
         scale_gradient sign_residual spectral_adam spectral_residual stages
         state_shardings static_args steps training weights

@@ -16,7 +16,6 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-import lowrank_optax as lro
 from tests.helpers.battery import (
     ALL,
     build,
