@@ -11,7 +11,7 @@ from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.keys import canonical_key, check_key, split
+from lowrank_optax.core.keys import check_key, split, stored_key
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.stage import Clock, branch, timed_stage
@@ -85,7 +85,7 @@ def follow(rule: Rule) -> BasisRule:
     """The stage of a rule."""
 
     def init(params: optax.Params) -> BasisState:
-        key = None if rule.key is None else canonical_key(rule.key)
+        key = None if rule.key is None else stored_key(rule.key)
 
         def first(frame: Frame) -> Chosen:
             started = jnp.full(frame.batch, not rule.from_gradient)
@@ -105,7 +105,9 @@ def follow(rule: Rule) -> BasisRule:
         step = Refresh(rule, frames, state, now)
 
         def refresh() -> tuple[jax.Array | None, Chosen]:
-            key, sub = split(state.rng_key)
+            if state.rng_key is None or rule.key is None:  # a rule that draws nothing
+                return None, step.chosen(None)
+            key, sub = split(state.rng_key, rule.key)
             return key, step.chosen(sub)
 
         # One predicate for all matrices: a conditional for each, with a factorization

@@ -17,7 +17,7 @@ from lowrank_optax.bases.rule import BasisRule, BasisState, Rule, rule_of
 from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.keys import split
+from lowrank_optax.core.keys import split, typed_key
 from lowrank_optax.core.stage import Clock, both, branch, timed_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
@@ -123,8 +123,13 @@ def lazy_refresh(
     ) -> tuple[optax.Updates, LazyRefreshState]:
         old = state.rule_state
         key, sub = old.rng_key, None
-        if key is not None:
-            key, sub = branch(now.refresh, split, lambda k: (k, k), key)
+        if key is not None and (seed := inside.key) is not None:
+            key, sub = branch(
+                now.refresh,
+                lambda k: split(k, seed),
+                lambda k: (k, typed_key(k, seed)),
+                key,
+            )
 
         step = Refresh(inside, frames, old, now)
         ask = partial(_ask, inside, sub, now)

@@ -10,7 +10,7 @@ from lowrank_optax.bases.refresh import rotation_between
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.keys import canonical_key, split
+from lowrank_optax.core.keys import split, stored_key, typed_key
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both, branch, timed_stage
@@ -24,7 +24,7 @@ class Redrawn(BasisRule):
 def redraw(rule: Rule) -> Redrawn:
     """The stage that draws S at every step, by a rule that looks at keys alone.
 
-    Its `BasisState.basis` is one typed key for all matrices.
+    Its `BasisState.basis` is the data of one key for all matrices.
     """
 
     def update(
@@ -40,7 +40,10 @@ def redraw(rule: Rule) -> Redrawn:
             return rotation_between(new, old, frame.gradient.dtype)
 
         def refresh() -> tuple[Tree, ...]:
-            key, drawn = split(state.rng_key)
+            assert rule.key is not None, "a rule that draws has a key"
+            assert state.rng_key is not None
+            key, sub = split(state.rng_key, rule.key)
+            drawn = jax.random.key_data(sub)
             rotated = partial(rotation, drawn=drawn)
             return key, drawn, map_subspaces(rotated, frames, other=nothing)
 
@@ -69,15 +72,16 @@ def redraw(rule: Rule) -> Redrawn:
 
 def _first_state(rule: Rule, params: optax.Params) -> BasisState:
     assert rule.key is not None, "a rule that draws has a key"
-    key = canonical_key(rule.key)
+    key = stored_key(rule.key)
     started = map_subspaces(
         lambda f: shard_batch(f, jnp.ones(f.batch, bool)), params, other=nothing
     )
     # A copy: one buffer in two places of a state could not be donated.
-    return BasisState(key, jax.random.clone(key), started)
+    return BasisState(key, jnp.copy(key), started)
 
 
-def _drawn(rule: Rule, now: Clock, frame: Frame, key: Tree) -> jax.Array:
+def _drawn(rule: Rule, now: Clock, frame: Frame, stored: Tree) -> jax.Array:
     """S of one leaf, (*batch, m, r)."""
-    s = rule.choose(frame, frame.keys(key), now)
+    assert rule.key is not None, "a rule that draws has a key"
+    s = rule.choose(frame, frame.keys(typed_key(stored, rule.key)), now)
     return replicated(s.reshape(frame.basis_shape))

@@ -22,10 +22,11 @@ class BasisState(NamedTuple):
     """State of a basis rule; its trees have one array for each parameter.
 
     Attributes:
-      rng_key: a typed key, split at every refresh; None for a rule that draws nothing.
+      rng_key: the data of a key, uint32, split at every refresh; None for a rule that
+        draws nothing.
       basis: the stored S: (*batch, m, r), or (*batch, r) integers where its columns are
         coordinates; a `QuantizedBasis` of trees for `quantize_basis`; for `gaussian`
-        one typed key that all bases are drawn from.
+        the data of one key that all bases are drawn from.
       started: (*batch,) bool, whether the matrix has had a nonzero gradient.
     """
 

@@ -13,6 +13,7 @@ import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
+from lowrank_optax.bracket.fits import check_state
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
@@ -22,7 +23,7 @@ from lowrank_optax.core.moments import with_momentum
 from lowrank_optax.core.paths import boxed, unboxed
 from lowrank_optax.core.rules import Rank, Square, check_rank, check_square
 from lowrank_optax.core.stage import Clock, stage
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.trees import frames_of, map_frames
 
 
 class LowRankState(NamedTuple):
@@ -143,6 +144,9 @@ class _Bracket:
     decide: Callable[..., Tree]
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
+    known: dict[object, set[object]] = dataclasses.field(
+        default_factory=dict[object, set[object]]
+    )
 
     def transformation(self) -> Extensible:
         return extensible(stage(self.init, auto_update(self.update)), self.extended)
@@ -161,6 +165,23 @@ class _Bracket:
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
         return LowRankState(count, skipped, refreshes, self.inner.init(frames))
 
+    def check(self, state: LowRankState, leaves: Tree, like: optax.Params) -> None:
+        """ValueError for the state of another optimizer."""
+        if not isinstance(state, LowRankState):
+            raise ValueError(
+                f"update() got a {type(state).__name__} for its state; restore states "
+                "into the structure of tx.init(params)"
+            )
+
+        def expected() -> Tree:
+            frames = open_frames(leaves, like, precision=self.precision)
+            return self.inner.init(frames)
+
+        key = tuple(
+            (leaf.path, leaf.shape) for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf)
+        )
+        check_state(state.inner_state, expected, self.known.setdefault(key, set()))
+
     def update(
         self,
         updates: optax.Updates,
@@ -178,6 +199,7 @@ class _Bracket:
         if like is None:
             raise ValueError("projected gradients need the parameters: pass params")
         leaves = self.decide(like, sliced=inside.layer is not None)
+        self.check(state, leaves, like)
         clock = _clock_at(state, refresh, self.refresh_every)
         frames = open_frames(
             leaves, updates, params, precision=self.precision, inside=inside
@@ -195,6 +217,8 @@ class _Bracket:
         # One flag for all leaves: a step is taken as a whole or not at all.
         if accept is None:
             accept = finite_in_subspace(updates, frames, out)
+        if accept is not True and clock.refresh is False and _waits(out):
+            accept &= state.refreshes > 0  # no step in a basis that nobody chose
         steps = close_frames(leaves, like, out)
         refreshes = state.refreshes + clock.refresh
         new = LowRankState(state.count + 1, state.skipped, refreshes, inner_state)
@@ -206,6 +230,11 @@ class _Bracket:
 def _arrays(tree: Tree) -> Tree:
     """The tree without boxes, and with arrays for Python numbers."""
     return jax.tree.map(jnp.asarray, unboxed(tree))
+
+
+def _waits(out: optax.Updates) -> bool:
+    """Whether bases wait for a refresh: not those that move at every step."""
+    return any(f.refreshed is not None and not f.full_rank for f in frames_of(out))
 
 
 def _check_interval(refresh_every: int) -> int:

@@ -1,6 +1,7 @@
 """Which gradients are finite, and steps that are not taken."""
 
 import functools
+import operator
 from typing import TypeVar
 
 import jax
@@ -40,7 +41,8 @@ def finite_in_subspace(
             seen = [x, o.gradient]
         elif is_frame(o) and o.low is not None and not o.full_rank:
             seen = [x if are_coordinates(o.need("basis")) else o.low]
-        return sum(jnp.sum(jnp.square(at_least_f32(x))) for x in seen)
+        squares = (jnp.sum(jnp.square(at_least_f32(x))) for x in seen)
+        return functools.reduce(operator.add, squares)
 
     return _all_finite(jax.tree.leaves(jax.tree.map(square, updates, frames, out)))
 

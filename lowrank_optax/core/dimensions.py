@@ -94,36 +94,45 @@ def _decide(
     shapes = {path: np.shape(x) for path, x in by_path(tree).items()}
     by_name = functools.cache(lambda: decide_by_name(shapes, sliced=sliced))
     values, own = _values(dimension_numbers, tree, list(shapes))
+    # Without leaves of three axes STACKED means a matrix of two.
+    stacks = not own and any(len(shape) > 2 for shape in shapes.values())
+    one = isinstance(dimension_numbers, MuonDimensionNumbers)
     specs: Specs = dict.fromkeys(shapes)
     undecided: dict[str, str] = {}
     for path, value in values.items():
-        shape = shapes[path]
+        shape, why = shapes[path], None
         # Scalars, vectors and what is empty have full rank whatever is said of them.
-        if len(shape) < 2 or not math.prod(shape) or value is None:
+        if len(shape) < 2 or not math.prod(shape):
             continue
         if value == "auto":
-            specs[path] = by_name()[path].spec
-            why = by_name()[path].kind == "unknown" and "its name and shape do not say"
+            value, why = _by_name(by_name()[path])
         elif value == "matrix":
-            specs[path] = MuonDimensionNumbers()
-            why = (
-                len(shape) > 2 and f'"matrix" has two axes, and this leaf {len(shape)}'
-            )
+            value, why = _two_axes(shape)
         elif value is _NO_RULE:
-            why = "no dimension_numbers rule covers it"
-        elif isinstance(value, MuonDimensionNumbers):
-            specs[path] = value
-            stacked = value == STACKED and not own
-            one = isinstance(dimension_numbers, MuonDimensionNumbers)
-            why = stacked and _why_not_stacked(path, shape, by_name()[path], one)
-        else:
+            value, why = None, "no dimension_numbers rule covers it"
+        elif value == STACKED and stacks:
+            why = _why_not_stacked(path, shape, by_name()[path], one)
+        if not isinstance(value, MuonDimensionNumbers | None):
             raise ValueError(
                 f'{path}: {value!r} is none of MuonDimensionNumbers, "auto", '
                 '"matrix" and None'
             )
-        if why:
-            undecided[path], specs[path] = why, None
+        if why is None:
+            specs[path] = value
+        else:
+            undecided[path] = why
     return specs, undecided
+
+
+def _by_name(seen: Decision) -> tuple[MuonDimensionNumbers | None, str | None]:
+    unknown = "its name and shape do not say"
+    return seen.spec, unknown if seen.kind == "unknown" else None
+
+
+def _two_axes(shape: Shape) -> tuple[MuonDimensionNumbers | None, str | None]:
+    if len(shape) == 2:
+        return MuonDimensionNumbers(), None
+    return None, f'"matrix" has two axes, and this leaf {len(shape)}'
 
 
 def _values(

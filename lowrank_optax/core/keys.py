@@ -29,9 +29,28 @@ def canonical_key(key: Key) -> jax.Array:
     return jax.random.clone(key) if typed else jax.random.key(key)
 
 
-def split(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """The next key and a key to draw from; None for a rule that draws nothing."""
-    return (None, None) if key is None else tuple(jax.random.split(key))
+def stored_key(key: Key) -> jax.Array:
+    """A key as a state has it: its data, uint32.
+
+    Wrappers and serializers do arithmetic on states, or write their bytes, which typed
+    keys refuse.
+    """
+    return jax.random.key_data(canonical_key(key))
+
+
+def typed_key(data: jax.Array, key: Key) -> jax.Array:
+    """The typed key of `stored_key(key)`, or of what followed it."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    impl = jax.random.key_impl(key) if typed else None
+    return jax.random.wrap_key_data(data, impl=impl)
+
+
+def split(data: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:
+    """The next stored key, and a typed one to draw from."""
+    following, drawn = jax.random.split(typed_key(data, key))
+    return jax.random.key_data(following), drawn
 
 
 def sample_indices(keys: jax.Array, scores: jax.Array, count: int) -> jax.Array:
