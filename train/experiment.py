@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.config.command_line import parse
-from train.config.config import Config, from_json
+from train.config.config import Config
 from train.config.presets import with_flags
 from train.experiments.cells import (
     Cell,
@@ -37,6 +37,7 @@ from train.records.plots import (
 )
 from train.records.tables import Row, table, to_csv
 from train.run.spectra import spectra, weights_of
+from train.run.stored import read_config
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 
@@ -139,7 +140,7 @@ def check_same(cells: Sequence[Cell]) -> None:
         path = cell.folder / "config.json"
         if not path.exists():
             continue
-        stored = from_json(path.read_text())
+        stored = read_config(cell.folder)
         wanted = with_flags(Config(), cell.flags)
         if changed := differences(stored, wanted):
             raise ValueError(
