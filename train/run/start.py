@@ -9,10 +9,11 @@ from jax.experimental import multihost_utils
 from models import Params
 from train.config.config import Config, resolved
 from train.data.dataset import Data, open_data
-from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.data.tokenizer import Tokenizer
 from train.engine.optimizer import make_schedule
 from train.host.paths import AnyPath, to_path
 from train.records.metrics import Record, read_metrics
+from train.run.own_tokenizer import own_tokenizer
 from train.run.restore import load_weights
 from train.run.stored import (
     checked_step,
@@ -104,17 +105,18 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
             )
-    theirs = stored_tokenizer(folder)
+    theirs = own_tokenizer(folder)
     if theirs is None or tokenizer is None:
         if jax.process_index() == 0:
             print(
                 f"init_from: {folder} or this run has no tokenizer, so whether a token "
                 "means the same in both is not known"
             )
-    elif open_tokenizer(theirs).content != tokenizer.content:
+    elif theirs.content != tokenizer.content:
         raise ValueError(
             f"init_from: {folder} has another tokenizer than this run, so its weights "
-            f"would read other tokens; leave out --tokenizer, or give {theirs}"
+            f"would read other tokens; leave out --tokenizer, or give "
+            f"{stored_tokenizer(folder)}"
         )
 
 

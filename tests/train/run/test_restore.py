@@ -21,13 +21,19 @@ from tests.helpers.checkpoints import store
 from train.config.command_line import parse
 from train.config.config import Config, from_json, model_config, to_json
 from train.config.resolve import resolve
-from train.data.tokenizer import BytePairTokenizer, Tokenizer, train_tokenizer
+from train.data.fingerprint import of_tokenizer
+from train.data.tokenizer import (
+    BytePairTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
 from train.engine.mesh import make_mesh
 from train.engine.optimizer import make_optimizer, make_schedule
 from train.engine.step import TrainState, Work
 from train.host.atomic import check_writable
 from train.run.checkpoint import Checkpoints
-from train.run.folder import check_folder
+from train.run.folder import check_folder, own_folder
 from train.run.loop import initial
 from train.run.restore import load_run, load_weights
 from train.run.start import (
@@ -256,6 +262,53 @@ def test_the_tokenizer_of_a_run_stays_with_it(tmp_path, tokenizer):
     other = config_of(tmp_path / "b", *given, "--tokenizer", "other.json")
     assert tokenizer_file(other) == "other.json"
     assert tokenizer_file(config_of(tmp_path / "b")) is None
+
+
+def exchanged(folder: Path, source: Path, tmp_path: Path) -> None:
+    """A run's folder whose tokenizer is another one's, of as many tokens."""
+    shutil.copytree(source, folder)
+    own = open_tokenizer(folder / "tokenizer.json")
+    data = {"source": {}, "eval_source": None, "tokenizer": of_tokenizer(own)}
+    (folder / "data.json").write_text(json.dumps(data))
+    load_run(folder)
+    cache = str(tmp_path / "cache")
+    words = ["lazy lakes keep owls awake while " * 5]
+    other = train_tokenizer(words, vocab_size=280, cache_dir=cache)
+    (folder / "tokenizer.json").write_bytes(other.content)
+
+
+def test_an_exchanged_tokenizer_is_refused_wherever_it_is_read(tmp_path, saved):
+    folder = tmp_path / "run"
+    exchanged(folder, saved("float32").config.out, tmp_path)
+    message = r"tokenizer.json is not the tokenizer that the run was trained with"
+    with pytest.raises(ValueError, match=message):
+        load_run(folder)
+    with pytest.raises(SystemExit, match=message):
+        train.sample.main([str(folder), "--prompt", "an owl"])
+    new = config_of(tmp_path / "new", "--init-from", str(folder))
+    with pytest.raises(ValueError, match=message):
+        check_start(new, open_tokenizer(folder / "tokenizer.json"))
+    (folder / "data.json").unlink()
+    assert load_run(folder).tokenizer is not None  # nothing to compare it with
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"source": {}}', "", "[" * 10**5])
+def test_a_fingerprint_of_another_shape_is_an_error(text, tmp_path, saved):
+    folder = tmp_path / "run"
+    shutil.copytree(saved("float32").config.out, folder)
+    (folder / "data.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"data.json .*: put it back, or start a new"):
+        train.sample.main([str(folder), "--prompt", "an owl"])
+    config = dataclasses.replace(load_config(folder), out=folder, resume=True)
+    with (
+        pytest.raises(ValueError, match=r"data.json .*: put it back, or start a new"),
+        own_folder(config, {"source": {}, "eval_source": None, "tokenizer": None}),
+    ):
+        pass
+
+
+def load_config(folder: Path) -> Config:
+    return from_json((folder / "config.json").read_text())
 
 
 CONSTANT = ("--warmup", "0", "--final", "1")
