@@ -18,6 +18,7 @@ from train.config.optimizer import OptimizerConfig, steps_of
 from train.config.optimizer import OptimizerName as OptimizerName
 from train.config.presets import PRESETS
 from train.data.dataset import DataConfig
+from train.data.secrets import check_no_password
 from train.host.paths import RunFolder, to_path
 from train.host.processes import ProcessConfig
 
@@ -163,6 +164,8 @@ class Config:
         if self.steps >= 2**31:
             raise ValueError(f"steps={self.steps} must be below 2**31")
         check_seed(self.seed)
+        check_no_password("init_from", self.init_from)
+        check_no_password("out", self.out and str(self.out))
         scheduled = sum(steps_of(self.optimizer, self.steps))
         left = 1 if self.optimizer.schedule == "cosine" else 0
         if scheduled + left > self.steps:

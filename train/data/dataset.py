@@ -101,7 +101,7 @@ def open_data(
     share = slice(process_index * rows, (process_index + 1) * rows)
     tokens, documents = holds_tokens(config.source), config.windows == "documents"
     if not tokens:
-        opened = open_text(config, vocab_size)
+        opened = open_text(config, seq_len, vocab_size)
     elif documents:
         opened = open_token_documents(config, seq_len, vocab_size)
     else:
@@ -117,7 +117,7 @@ def open_data(
         evaluation = finite_batches(held_out.map(window), batch_size, share)
     else:
         evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
-        if tokens:
+        if opened.in_windows:
             windows = shuffled.map(lambda x: {"tokens": x})
             train = endless_batches(windows, batch_size, share)
         else:
