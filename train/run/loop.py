@@ -313,7 +313,7 @@ def fit(
         state, metrics = program.step(state, put_next(program, batches), refresh)
         if every != 1:
             until = int(state.until_refresh) if refresh else until - 1
-        meter.add(metrics)
+        meter.add(metrics, refresh)
         progress.step(metrics)
         evaluating = step == last or is_due(step, report.eval_every)
         saving = is_due(step, report.checkpoint_every, last)

@@ -82,6 +82,8 @@ def test_metrics_are_a_line_for_each_logged_step(finished):
             *("loss", "grad_norm", "learning_rate", "refreshes"),
             *("skipped", "skipped_in_a_row", "ms_per_step", "tokens_per_s"),
         }
+    assert lines[0]["ms_per_step"] is lines[0]["tokens_per_s"] is None
+    for line in lines[1:]:
         seconds = line["ms_per_step"] / 1e3
         assert line["tokens_per_s"] == pytest.approx(8 * 16 / seconds)
     # Uniform guesses among 300 tokens cost log 300 = 5.7 nats.
@@ -108,6 +110,7 @@ def test_summary_agrees_with_the_metrics(finished):
     times = [r["ms_per_step"] for r in read_metrics(finished)]
     expected = (3 * times[1] + 2 * times[2] + 2 * times[3] + 4 * times[4]) / 11
     assert summary["ms_per_step"] == pytest.approx(expected)
+    assert summary["train_s"] == pytest.approx(12 * expected / 1e3)
 
 
 def test_the_folder_is_the_run_s_own(finished, flags, capsys):
