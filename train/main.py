@@ -23,9 +23,12 @@ DESCRIPTION = """Train a LLaMA on text with a low-rank optimizer, or with AdamW.
 
 Examples:
   python -m train                                    a small model, minutes on a CPU
+  python -m train --optimizer spectral_adam          the lowest loss of those measured
   python -m train --optimizer adamw --out runs/adamw
   python -m train --optimizer galore --basis sara --rank 32 --refresh-every 50
-  python -m train --out runs/tiny-grass_jump --resume
+  python -m train --out runs/tiny-grass_jump --resume  with the run's own flags
+  python -m train --schedule wsd --steps 200 --out runs/w
+  python -m train --out runs/w --resume-from 180 --steps 400
   python -m train --init-from runs/tiny-grass_jump --source more.txt --out runs/more
   python -m train --size 60m --batch-size 128 --seq-len 256 --microbatches 4
   mpirun -n 2 python -m train --distributed          two processes

@@ -2,8 +2,14 @@
 
 import optax
 
-from train.config.config import resolved
+from train.config.config import Config, resolved
 from train.config.optimizer import OptimizerConfig, steps_of
+
+
+def last_stable_step(config: Config) -> int | None:
+    """The step of wsd before the decay, from which a run can be made longer."""
+    lengths = steps_of(config.optimizer, config.steps)
+    return config.steps - lengths.decay if lengths.decay else None
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
