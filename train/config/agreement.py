@@ -58,12 +58,12 @@ def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
 
 def why_steps_matter(optimizer: Json) -> str | None:
     """Why a run, by its optimizer as JSON, cannot have more steps; None if it can."""
-    name = optimizer["name"]
+    name = optimizer.get("name")
     if name in METHODS and "switch" in METHODS[name].reads():
         return f"{name} changes its subspace after a part of the steps"
     if optimizer.get("schedule", "cosine") != "cosine":
         return None
-    if optimizer["warmup"] == 0 and optimizer["final"] == 1:
+    if optimizer.get("warmup") == 0 and optimizer.get("final") == 1:
         return None
     return (
         "a cosine ends at the last step; steps can be added to runs that began with "

@@ -25,8 +25,8 @@ def _by_method(option: str, default: Callable[[Method], float | None]) -> object
     names: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         if (value := method.own.get(option, default(method))) is not None:
-            said = "once" if value == ONCE else f"{value:g}"
-            said = f"always {said}" if option in method.own else said
+            said = f"always {value:g}" if option in method.own else f"{value:g}"
+            said = "once" if value == ONCE else said
             names.setdefault(said, []).append(name)
     said = "; ".join(f"{value}: {', '.join(of)}" for value, of in names.items())
     return tyro.conf.arg(help_behavior_hint=f"(default: {{}}; {said})".format)
@@ -59,8 +59,8 @@ class OptimizerConfig:
         found in its path (layers/attention/q/kernel), and =full for full rank. Default:
         a quarter of the model's hidden size.
       refresh_every: steps between two choices of the subspace. Default: by optimizer,
-        with --schedule cosine at most a sixth of the steps: the rates of the table were
-        found with six subspaces or more.
+        with --schedule cosine at most a sixth of the steps: with fewer subspaces no
+        rate was measured.
       learning_rate: the peak. Default: by optimizer.
       schedule: the learning rate after the warm-up. cosine: down to the last step;
         constant: the peak; wsd (warm-up, stable, decay): the peak, then a straight line
