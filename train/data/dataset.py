@@ -67,7 +67,8 @@ def open_data(
     Documents are visited in an order shuffled anew each epoch, each ended by the
     tokenizer's end token, joined into one stream and split into windows. Token files
     are split into windows first (the last tokens of a file, fewer than a window, are
-    left out of training) and the windows shuffled. With `windows="documents"` each
+    left out of training) and the windows shuffled, and so is a text that is a single
+    document, whose last tokens are held out. With `windows="documents"` each
     document is a window (see `document_window`). The seed does not change what is held
     out.
 

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 import train.data.tokenizer
+from train.config.config import Config
 from train.data import text_fields, text_formats
 from train.data.dataset import DataConfig, open_data
 from train.data.text_fields import LONGEST, text_at
@@ -182,6 +183,8 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url, field):
     with pytest.raises(ValueError, match=f"{field}: the URL has a password") as raised:
         DataConfig(**{field: url})
     assert "s3cr3t" not in str(raised.value)
+    with pytest.raises(ValueError, match="init_from: the URL has a password"):
+        Config(init_from=url)
     with pytest.raises(ValueError, match="the URL has a password"):
         PrepareConfig((url,), tokenizer="a.json", out="out")
 
