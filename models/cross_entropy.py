@@ -67,8 +67,8 @@ def head_cross_entropy(
     Args:
       x_BTD: float (B, T, D), what the head reads.
       kernel_DV: float (D, V).
-      targets_BT: int (B, T). An id of V or more makes the loss NaN; a negative one
-        counts from the end.
+      targets_BT: int (B, T). A negative id counts from the end. One outside of the
+        vocabulary (Hugging Face's -100) makes the loss NaN, but where its weight is 0.
       weights_BT: (B, T), the weight of each token.
       compute_dtype: dtype of the product's inputs.
       block_tokens: about how many of the B * T tokens have their logits at a time;
@@ -156,6 +156,11 @@ def _block_losses(
     return (normalizer_BS1 - target_BS1)[..., 0], normalizer_BS1, logits_BSV
 
 
+def _weighted_sum(losses_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Without the losses of weight 0: one may be NaN, of an id that there is not."""
+    return jnp.sum(jnp.where(weights_BT == 0, 0, losses_BT * weights_BT))
+
+
 def _narrow(kernel_DV: jax.Array, dtype: jnp.dtype, spread: Spread) -> jax.Array:
     """The kernel as the product takes it: rounded first, then it travels."""
     kernel_DV = spread.put(kernel_DV, spread.kernel).astype(dtype)
@@ -181,7 +186,7 @@ def _loss(
         return write(losses_BT, losses_BS)
 
     losses_BT = _fold(x_BTD.shape[1], S, step, jnp.zeros_like(weights_BT))
-    return jnp.sum(losses_BT * weights_BT)
+    return _weighted_sum(losses_BT, weights_BT)
 
 
 def _forward(
@@ -233,7 +238,7 @@ def _forward(
     losses_BT, dx_BTD, dkernel_GDV = _fold(x_BTD.shape[1], S, step, zeros)
     dkernel_DV = spread.put(jnp.sum(dkernel_GDV, axis=0), spread.kernel)
     gradients = dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT
-    return jnp.sum(losses_BT * weights_BT), gradients
+    return _weighted_sum(losses_BT, weights_BT), gradients
 
 
 def _backward(

@@ -133,9 +133,9 @@ def expand(comparison: Comparison, folder: AnyPath) -> list[Config]:
 def run(config: Config, data: Data, mesh: Mesh) -> Result:
     """Trains; one result in the form of a published-optimizer benchmark line.
 
-    `wall_s` is the time of the training steps alone, `ms_per_step` leaves out the first
-    one, `peak_gib` is what the compiled step needs on one device, and `curve` holds
-    (steps done, training loss since the point before).
+    `wall_s` is the time of the training steps alone, without compilation, `peak_gib` is
+    what the compiled step needs on one device, and `curve` holds (steps done, training
+    loss since the point before).
     """
     name = title(config.optimizer)
     try:
@@ -149,8 +149,8 @@ def run(config: Config, data: Data, mesh: Mesh) -> Result:
         "steps": summary["steps"],
         "eval_loss": round(summary["eval_loss"], 4),
         "ppl": round(summary["ppl"], 2),
-        "wall_s": round(summary["train_s"], 1),
-        "ms_per_step": round(summary["ms_per_step"], 1),
+        "wall_s": summary["train_s"] and round(summary["train_s"], 1),
+        "ms_per_step": summary["ms_per_step"] and round(summary["ms_per_step"], 1),
         "peak_gib": peak and round(peak / 2**30, 2),
         "state_bytes": summary["state_bytes"],
         "curve": [[step, round(loss, 4)] for step, loss in summary["curve"]],
@@ -165,7 +165,11 @@ def table(results: Sequence[Result]) -> str:
         if "error" in result:
             return {**name, "eval_loss": "not finite", "ppl": "-", "ms_per_step": "-"}
         digits = {"eval_loss": 3, "ppl": 1, "ms_per_step": 1}
-        return name | {key: f"{result[key]:.{n}f}" for key, n in digits.items()}
+        numbers = {key: result[key] for key in digits}
+        return name | {
+            key: "-" if x is None else f"{x:.{digits[key]}f}"
+            for key, x in numbers.items()
+        }
 
     best_first = sorted(results, key=lambda r: r.get("eval_loss", math.inf))
     columns = {

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.config.command_line import parse
-from train.config.config import Config, from_json
+from train.config.config import Config
 from train.config.presets import with_flags
 from train.experiments.cells import (
     Cell,
@@ -34,9 +34,11 @@ from train.records.plots import (
     draw_measured,
     draw_runs,
     draw_spectra,
+    styles_of,
 )
 from train.records.tables import Row, table, to_csv
 from train.run.spectra import spectra, weights_of
+from train.run.stored import read_config
 
 _LISTED = "\n".join(f"  {name:19}{e.about}" for name, e in EXPERIMENTS.items())
 
@@ -139,7 +141,7 @@ def check_same(cells: Sequence[Cell]) -> None:
         path = cell.folder / "config.json"
         if not path.exists():
             continue
-        stored = from_json(path.read_text())
+        stored = read_config(cell.folder)
         wanted = with_flags(Config(), cell.flags)
         if changed := differences(stored, wanted):
             raise ValueError(
@@ -167,7 +169,12 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
     experiment = config.experiment
     text = table(rows, axes, experiment.against)
     write_text(config.folder / "results.csv", to_csv(rows))
-    heading = f"{experiment.about}\n(scale: {config.scale})"
+    about = experiment.about
+    if config.only is not None:  # what is left out is not in the pictures
+        source = about.partition(":")[0]
+        about = f"{source}: {config.name}, the runs named {config.only!r}"
+    heading = f"{about}\n(scale: {config.scale})"
+    styles = styles_of(name_of(cell.axes) for cell in cells)
     write_text(config.folder / "table.md", f"{heading}\n\n{text}\n")
     runs = {
         name_of(cell.axes): read_metrics(cell.folder)
@@ -175,17 +182,17 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
         if cell.done
     }
     if runs:
-        draw_runs(runs, config.folder / "losses.png", heading)
-        draw_by_time(runs, config.folder / "time.png", heading)
+        draw_runs(runs, config.folder / "losses.png", heading, styles)
+        draw_by_time(runs, config.folder / "time.png", heading, styles)
         losses: dict[str, list[float]] = {}
         for cell, row in zip(cells, rows, strict=True):
             if cell.done:
                 losses.setdefault(name_of(cell.axes), []).append(row["eval_loss"])
-        draw_losses(losses, config.folder / "final.png", heading)
+        draw_losses(losses, config.folder / "final.png", heading, styles)
         for prefix in experiment.measured:
             draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
     if moved:
-        draw_spectra(moved, config.folder / "spectrum.png", heading)
+        draw_spectra(moved, config.folder / "spectrum.png", heading, styles)
     print(text)
     return all(cell.done for cell in cells)
 

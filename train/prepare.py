@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from train.config.command_line import check_numbers, parse
 from train.data.fingerprint import Fingerprint, of_tokenizer
+from train.data.secrets import check_no_password
 from train.data.text_formats import BadLines, OnBadLines
 from train.data.tokenize_shards import (
     Counts,
@@ -70,8 +71,8 @@ class PrepareConfig:
 
     Attributes:
       sources: files, as paths, globs or URLs (gs://, s3://): .jsonl or .json (a
-        document a line), .txt (a document each), all plain, .gz, .xz or .zst, or
-        Parquet (a document a row); or tfds:NAME, tfds:NAME@SPLIT.
+        document a line; .json also an array), .txt (a document each), all plain, .gz,
+        .xz or .zst, or Parquet (a document a row); or tfds:NAME, tfds:NAME@SPLIT.
       tokenizer: a SentencePiece .model or tokenizers .json file.
       out: folder for the token files.
       text_field: the field that holds the text, in files of records and TFDS data sets.
@@ -101,6 +102,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: name at least one")
+        for name in (*self.sources, self.tokenizer):
+            check_no_password("sources and tokenizer", name)
         if "://" in self.out:
             raise ValueError(
                 f"out: {self.out} is not on this machine; give a folder here, and copy "

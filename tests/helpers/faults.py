@@ -488,8 +488,9 @@ def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
         ),
         "a fingerprint that is lost": lambda out: (out / "data.json").unlink(),
         "an empty fingerprint": lambda out: (out / "data.json").write_text(""),
+        # In what the command says: of what it does not say, config.json decides.
         "another's config": lambda out: (out / "config.json").write_text(
-            config.replace('"seed": 0', '"seed": 3')
+            config.replace('"rank": 8', '"rank": 9')
         ),
         "no folder": shutil.rmtree,
     }

@@ -164,6 +164,23 @@ def test_ids_may_be_of_any_integer_type(dtype):
     )
 
 
+@pytest.mark.parametrize("target", [V, -V - 1, -100, 2**31 - 1])
+@pytest.mark.parametrize("block_tokens", [6, 100])
+def test_a_target_out_of_range_is_not_read_where_its_weight_is_0(target, block_tokens):
+    x, kernel, targets, weights = draw()
+    f = loss_and_gradients("float32", block_tokens)
+    expected, gradients = f(x, kernel, targets, weights)
+    changed = jnp.where(weights == 0, target, targets)
+    assert int((weights == 0).sum()) > 3
+    got, others = f(x, kernel, changed, weights)
+    assert got == expected
+    for a, b in zip(gradients[:2], others[:2], strict=True):
+        assert (a == b).all()
+    assert loss("float32", block_tokens, x, kernel, changed, weights) == loss(
+        "float32", block_tokens, x, kernel, targets, weights
+    )
+
+
 def test_gradients_have_the_dtypes_of_what_they_are_for():
     x, kernel, targets, weights = draw()
     kernel = kernel.astype(jnp.bfloat16)

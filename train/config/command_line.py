@@ -18,11 +18,15 @@ C = TypeVar("C", bound="DataclassInstance")
 
 
 def parse(
-    config_type: type[C], description: str, argv: Sequence[str] | None, prog: str
+    config_type: type[C],
+    description: str,
+    argv: Sequence[str] | None,
+    prog: str,
+    default: C | None = None,
 ) -> C:
     """Returns a config dataclass from the command line's short flags.
 
-    A `--preset` among them sets the defaults of the others.
+    A `--preset` among them sets the defaults of the others; `default` has them without.
     """
     words = sys.argv[1:] if argv is None else argv
     read = functools.partial(
@@ -39,7 +43,7 @@ def parse(
     )
     if "preset" not in {field.name for field in dataclasses.fields(config_type)}:
         return read()
-    return read(default=from_preset(config_type(), words))
+    return read(default=from_preset(default or config_type(), words))
 
 
 def check_numbers(

@@ -2,43 +2,34 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from models import SIZES, LlamaConfig
 from train.config.command_line import check_numbers, check_seed
-from train.config.methods import BACKS, BASES, METHODS, ONCE
+from train.config.optimizer import Basis as Basis
+from train.config.optimizer import OptimizerConfig, steps_of
+from train.config.optimizer import OptimizerName as OptimizerName
 from train.config.presets import PRESETS
-from train.config.ranks import parse_rank
 from train.data.dataset import DataConfig
+from train.data.secrets import check_no_password
 from train.host.paths import RunFolder, to_path
 from train.host.processes import ProcessConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    OptimizerName = str
-    Back = str
-    Basis = str
     Size = str
     Preset = str
 else:  # the names in the tables, which a type checker cannot know
-    OptimizerName = Literal[tuple(METHODS)]
-    Basis = Literal[("default", *BASES)]
-    Back = Literal[tuple(BACKS)]
     Size = Literal[tuple(SIZES)]
     Preset = Literal[tuple(PRESETS)]
-
-
-def _unless_own(option: str) -> object:
-    """A flag whose help says which methods decide the option for themselves."""
-    own = {name: m.own[option] for name, m in METHODS.items() if option in m.own}
-    said = ", ".join(
-        f"{name}: {'never again' if value == ONCE else f'always {value}'}"
-        for name, value in own.items()
-    )
-    return tyro.conf.arg(help_behavior_hint=f"(default: {{}}; {said})".format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,113 +58,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("vocab_size",))
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its schedule. What is None gets the optimizer's own default.
-
-    Attributes:
-      name: adamw, or the method for the matrices of attention and MLP; all other
-        weights then get full-rank AdamW (scale_sgd: embedding and head do not).
-      basis: how the subspace is chosen at a refresh. svd: the dominant singular
-        vectors; sketch: the same from a random sketch, much faster for large matrices;
-        sara: a sample of them; walk: a step of a random walk; jump: a fresh
-        random subspace; track: SubTrack++'s step along the estimation error; power:
-        LDAdam's power step towards momentum and gradient; frozen: the first gradient's,
-        for good; coordinates: rows chosen at random; default:
-        the optimizer's own rule.
-      basis_dtype: dtype in which a named basis is stored; the other states are float32.
-      rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
-        matrix' smaller side; attention=64,mlp=0.25: by the first regular expression
-        found in its path (layers/attention/q/kernel), and =full for full rank. Default:
-        a quarter of the model's hidden size.
-      refresh_every: steps between two choices of the subspace.
-      learning_rate: the peak. Default: by optimizer.
-      warmup: part of the steps with a linearly rising learning rate.
-      final: learning rate of the last step, as a part of the peak; cosine in between.
-        With 1, and no warmup, the rate is constant.
-      b1: decay of the first moment. Default: by optimizer, 0.9 for most.
-      b2: decay of the second moment. Default: by optimizer, 0.999 for most.
-      scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
-        those that follow galore or fira.
-      rotate: which moments of subspace_adam rotate with the subspace: both, the first.
-      back: what subspace_adam gives back of the gradient outside of the subspace.
-        project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
-        signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
-        factor; feedback: all of it, in the next gradient (LDAdam).
-      residual_scale: factor on what sign, compensate or spectral give back, and on
-        what alice, frugal, spectral_adam and sumo do. Default: by optimizer.
-      angle: the largest angle, in radians, of a step of the walk (grass_walk, or the
-        basis walk).
-      walk_rank: directions that a step of the walk rotates. Default: the walk's own.
-      precision: of the products with the subspace: JAX's default for the device,
-        highest, or a dot algorithm that it knows, such as BF16_BF16_F32 (bfloat16
-        operands, float32 sums).
-      switch: part of the steps after which golore's subspace is random.
-      square: which side of a square matrix has the subspace. method: the one that the
-        method takes, of most the inputs; megatron: the outputs of o and the inputs of
-        q, k and v, which --tensor does not shard. auto: megatron with --tensor above 1.
-        A run that goes on has what it began with, on any mesh.
-      measure: what is measured of the subspaces, as the metrics overlap/q, energy/up
-        and so on, means over the layers, and in subspace.png. overlap: of a basis with
-        the one before it (SARA, section 4.3), which costs nothing between refreshes;
-        all: also the gradient's share in the subspace at each step (GrassWalk, eq. 3),
-        and at refreshes the 20 leading singular values of the estimation error's
-        derivative (derivative/q/1 and so on, the largest of the layers'). No step
-        changes.
-      anchor: the refresh, from 0, whose basis later ones are compared with
-        (anchor/q): r numbers for each row of a matrix' smaller side.
-      weight_decay: decoupled weight decay of matrices and embedding, not norm scales.
-      clip_norm: largest global norm of a gradient; None leaves gradients as they are.
-      max_skipped: a step whose gradient is NaN or infinite is skipped and counted; this
-        many in a row end the run.
-    """
-
-    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "grass_jump"
-    basis: Basis = "default"
-    basis_dtype: Literal["float32", "bfloat16"] = "float32"
-    rank: Annotated[int | float | str | None, _unless_own("rank")] = None
-    refresh_every: Annotated[int, _unless_own("refresh_every")] = 50
-    learning_rate: float | None = None
-    warmup: float = 0.1
-    final: float = 0.1
-    b1: float | None = None
-    b2: float | None = None
-    scale: float | None = None
-    rotate: Literal["on", "first", "off"] = "on"
-    back: Back = "rescale"
-    residual_scale: float | None = None
-    angle: float = 0.3
-    walk_rank: int | None = None
-    precision: str = "default"
-    switch: float = 0.5
-    square: Literal["auto", "method", "megatron"] = "auto"
-    measure: Literal["none", "overlap", "all"] = "none"
-    anchor: int | None = None
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    max_skipped: int = 20
-
-    def __post_init__(self) -> None:
-        above_0 = ("refresh_every", "learning_rate", "scale", "residual_scale")
-        above_0 += ("angle", "walk_rank", "clip_norm", "max_skipped")
-        not_negative = ("weight_decay", "anchor")
-        check_numbers(self, positive=above_0, not_negative=not_negative)
-        if self.rank is not None:
-            parse_rank(self.rank)
-        for field in ("warmup", "b1", "b2"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{field}={value} must lie in [0, 1)")
-        for field in ("final", "switch"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field}={getattr(self, field)} must lie in [0, 1]")
-        if self.basis != "default" and not METHODS[self.name].low_rank:
-            raise ValueError(
-                f"{self.name} has no subspace, so basis={self.basis!r} means nothing; "
-                "leave it out or name a low-rank optimizer"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +116,8 @@ class Config:
         it. The data are yours to name: --source, --tokenizer, --windows documents.
       out: folder of the run, or gs://BUCKET/FOLDER. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
-        if it was stopped before its first. Give the same flags; steps may be more if
-        the learning rate is constant (warmup 0, final 1).
+        if it was stopped before its first. Its config.json has all flags that are not
+        given. More steps may be given if the schedule is constant or wsd.
       resume_or_start: the same if `out` holds a run, and start one if it holds none:
         for a command that a scheduler runs again as it is.
       resume_from: step of the checkpoint to go on from, rather than the latest; later
@@ -242,7 +126,7 @@ class Config:
         newest checkpoint, or of that one, and its tokenizer; everything else is new.
       seed: fixes the weights at the start, the order of the data and every random
         subspace.
-      steps: optimizer steps. The schedule ends at the last one.
+      steps: optimizer steps. Schedules of cosine and wsd end at the last one.
       batch_size: windows of text in a step, over all devices and processes.
       seq_len: tokens in a window.
       microbatches: parts of a batch that go through the model one after the other, to
@@ -280,6 +164,14 @@ class Config:
         if self.steps >= 2**31:
             raise ValueError(f"steps={self.steps} must be below 2**31")
         check_seed(self.seed)
+        check_no_password("init_from", self.init_from)
+        check_no_password("out", self.out and str(self.out))
+        scheduled = sum(steps_of(self.optimizer, self.steps))
+        left = 1 if self.optimizer.schedule == "cosine" else 0
+        if scheduled + left > self.steps:
+            raise ValueError(
+                f"warmup and decay take {scheduled} of steps={self.steps}: lower them"
+            )
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len}: a window needs 2 tokens or more")
         sources = (self.data.source, self.data.eval_source or "")
@@ -332,16 +224,53 @@ def from_json(text: str) -> Config:
     """The config that `to_json` wrote; a field that is not there has its default.
 
     Raises:
-      ValueError: it is not JSON, or has fields or values that no config has.
+      ValueError: it is not JSON, lacks a part, or has fields or values that no config
+        has.
     """
     try:
         stored = json.loads(text)
-        parts: dict[str, Any] = {}
-        for field in dataclasses.fields(Config):
-            make: Any = field.default_factory
-            if make is not dataclasses.MISSING:
-                parts[field.name] = make(**stored.pop(field.name, {}))
-        out = stored.pop("out", None)
-        return Config(**stored, **parts, out=out and to_path(out))
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"it is no config of this version ({error})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    whole = {field.name: field for field in dataclasses.fields(Config)}
+    if not isinstance(stored, dict):
+        raise ValueError(f"it is {stored!r:.40}, not the object that a run stores")
+    if unknown := sorted(stored.keys() - whole.keys()):
+        raise ValueError(
+            f"it is no run's of this version: no run has {', '.join(unknown[:5])}"
+        )
+    parts: dict[str, Any] = {}
+    for name, field in whole.items():
+        make: Any = field.default_factory
+        if make is not dataclasses.MISSING:
+            if name not in stored:
+                raise ValueError(f"it lacks {name}, which all runs have")
+            parts[name] = _built(make, stored.pop(name), name)
+    out = stored.pop("out", None)
+    if not isinstance(out, str | None):
+        raise ValueError(f"out: {out!r} is no folder")
+    return _built(Config, stored, "it", **parts, out=out and to_path(out))
+
+
+def _built(make: Any, values: Any, name: str, **others: Any) -> Any:
+    """Makes a config dataclass of JSON; ValueError for what it cannot be."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {values!r:.40}, not the object that a run stores")
+    kinds = get_type_hints(make)
+    for field, value in values.items():
+        if field not in kinds:
+            raise ValueError(f"{name} has {field}, which no run of this version has")
+        if not _fits(value, kinds[field]):
+            raise ValueError(f"{name} has {field}={value!r:.40}, which no run has")
+    return make(**values, **others)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, as annotations have it."""
+    if get_origin(kind) is Literal:
+        return value in (tuple(SIZES) if kind == Size else get_args(kind))
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        numbers = int if kind is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)

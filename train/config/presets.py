@@ -124,13 +124,17 @@ PRESETS: dict[str, Flags] = {
 
 
 def from_preset(default: C, argv: Sequence[str]) -> C:
-    """A config with its defaults, or with those of the `--preset` in a command line."""
+    """A config with its defaults, or with those of the `--preset` in a command line.
+
+    Defaults that are of a run with this preset stay: some may be its own flags.
+    """
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     look.add_argument("--preset")
     name = look.parse_known_args(argv)[0].preset
     # A name that is none is refused by whoever parses all of it.
-    flags = {"preset": name, **PRESETS[name]} if name in PRESETS else {}
-    return with_flags(default, flags)
+    if name not in PRESETS or vars(default).get("preset") == name:
+        return default
+    return with_flags(default, {"preset": name, **PRESETS[name]})
 
 
 def with_flags(config: C, flags: Flags) -> C:

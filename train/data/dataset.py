@@ -67,7 +67,8 @@ def open_data(
     Documents are visited in an order shuffled anew each epoch, each ended by the
     tokenizer's end token, joined into one stream and split into windows. Token files
     are split into windows first (the last tokens of a file, fewer than a window, are
-    left out of training) and the windows shuffled. With `windows="documents"` each
+    left out of training) and the windows shuffled, and so is a text that is a single
+    document, whose last tokens are held out. With `windows="documents"` each
     document is a window (see `document_window`). The seed does not change what is held
     out.
 
@@ -101,7 +102,7 @@ def open_data(
     share = slice(process_index * rows, (process_index + 1) * rows)
     tokens, documents = holds_tokens(config.source), config.windows == "documents"
     if not tokens:
-        opened = open_text(config, vocab_size)
+        opened = open_text(config, seq_len, vocab_size)
     elif documents:
         opened = open_token_documents(config, seq_len, vocab_size)
     else:
@@ -117,7 +118,7 @@ def open_data(
         evaluation = finite_batches(held_out.map(window), batch_size, share)
     else:
         evaluation = packed_evaluation(held_out, seq_len, batch_size, share)
-        if tokens:
+        if opened.in_windows:
             windows = shuffled.map(lambda x: {"tokens": x})
             train = endless_batches(windows, batch_size, share)
         else:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from train.data.files import find_files
 from train.data.fingerprint import Fingerprint, of_files, of_parts
+from train.data.text_fields import text_at
 from train.data.text_formats import BadLines, read_texts
 from train.host.paths import AnyPath
 
@@ -95,7 +96,7 @@ class TfdsDocuments(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         try:
-            return self._records[index][self._field].decode()
+            return text_at(self._records[index], self._field)
         except Exception as error:  # Of the many that damage in a record can cause.
             raise ValueError(
                 f"record {index} of TFDS {self.name} cannot be read as UTF-8 text "
@@ -148,11 +149,10 @@ def _check_is_text(records: Sequence[Any], field: str, where: str) -> None:
             f"the first record of {where} cannot be read ({error}): choose a data set "
             "of text, or prepare it again"
         ) from error
-    if not isinstance(first.get(field), bytes):
-        raise ValueError(
-            f"{where} has no text in field {field!r}, of {sorted(first)}: "
-            "set text_field, or choose a data set of text"
-        )
+    try:
+        text_at(first, field)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}, or choose a data set of text") from error
 
 
 def fingerprint_of(source: str, documents: Documents) -> Fingerprint:

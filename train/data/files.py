@@ -112,8 +112,12 @@ def read_file(path: AnyPath, on_bytes: OnBytes | None = None) -> bytes:
     return content
 
 
-def read_lines(path: AnyPath, on_bytes: OnBytes) -> Iterator[bytes]:
+def read_lines(
+    path: AnyPath, on_bytes: OnBytes, longest: int = sys.maxsize // 2
+) -> Iterator[bytes | None]:
     """The lines of a file one by one, decompressed, without their line feeds.
+
+    A line of more than `longest` bytes is None, and never all in memory.
 
     Raises:
       DamagedError, ModuleNotFoundError, ValueError: as `read_file`; the lines before
@@ -121,11 +125,28 @@ def read_lines(path: AnyPath, on_bytes: OnBytes) -> Iterator[bytes]:
     """
     number = 0
     with read_errors(path), _opened(path, on_bytes) as stream:
-        for line in stream:
-            yield line.removesuffix(b"\n")
+        while line := stream.readline(longest + 1):
             number += 1
+            fits = len(line) <= longest or line.endswith(b"\n")
+            yield line.removesuffix(b"\n") if fits else None
+            while not line.endswith(b"\n") and not fits:
+                if not (line := stream.readline(longest + 1)):
+                    break
     if not number:
         raise empty(path)
+
+
+def read_start(path: AnyPath, count: int) -> bytes:
+    """The first bytes of a file, decompressed; fewer if it has no more, or is damaged.
+
+    Raises:
+      ModuleNotFoundError, ValueError: as `read_file`.
+    """
+    try:
+        with read_errors(path), _opened(path, lambda _: None) as stream:
+            return stream.read(count)
+    except DamagedError:
+        return b""
 
 
 def empty(path: AnyPath) -> DamagedError:

@@ -17,6 +17,8 @@ from train.host.paths import AnyPath
 Fingerprint = dict[str, Any]
 """What JSON gives back as it was."""
 
+_SOURCES = ("source", "eval_source", "tokenizer")
+_PUT_BACK = "put it back, or start a new run in another --out"
 _BLOCK = 2**16
 _LISTED = 100
 _REPORTED = 5
@@ -69,6 +71,35 @@ def of_tokenizer(tokenizer: Tokenizer) -> Fingerprint:
         "vocab_size": tokenizer.vocab_size,
         "sha256": hashlib.sha256(tokenizer.content).hexdigest(),
     }
+
+
+def read_fingerprint(path: AnyPath) -> Fingerprint:
+    """The `Data.fingerprint` that a run has stored.
+
+    Raises:
+      ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {_PUT_BACK}") from error
+    if not _is_fingerprint(stored):
+        raise ValueError(f"{path} is not what a run knows its data by: {_PUT_BACK}")
+    return stored
+
+
+def _is_fingerprint(stored: Any) -> bool:
+    if not isinstance(stored, dict) or stored.keys() != {*_SOURCES}:
+        return False
+    sources = [stored[name] for name in _SOURCES]
+    if stored["source"] is None or not all(isinstance(x, dict | None) for x in sources):
+        return False
+    parts = [x.get("parts", []) for x in sources if x is not None]
+    return all(
+        isinstance(listed, list)
+        and all(isinstance(part, dict) and "name" in part for part in listed)
+        for listed in parts
+    )
 
 
 def changed(stored: Fingerprint, now: Fingerprint) -> list[str]:

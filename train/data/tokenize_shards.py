@@ -13,7 +13,7 @@ from train.data.documents import TfdsDocuments, fingerprint_of, open_tfds, text_
 from train.data.files import content_suffix
 from train.data.fingerprint import Fingerprint, of_files
 from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines, read_texts
-from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.data.tokenizer import Tokenizer, document_tokens, open_tokenizer
 from train.host.atomic import written_whole
 from train.host.paths import AnyPath
 
@@ -165,7 +165,7 @@ def tokenize(job: Job, shard: TextShard, on_part: OnPart) -> Counts:
 
     with written_whole(path) as file:
         for text in itertools.islice(_texts(job, shard, bad, report), job.documents):
-            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype)
+            ids = document_tokens(tokenizer, text).astype(dtype)
             file.write(ids.tobytes())
             documents += 1
             tokens += len(ids)

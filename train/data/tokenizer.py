@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -19,6 +20,9 @@ _END = "<|endoftext|>"
 _END_NAMES = (_END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _SAMPLE_CHARACTERS = 2**25
 _LONGEST_WORD = 1000
+_PIECE = 2**22
+_SEARCHED = 2**12
+_LONE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 
 
@@ -112,6 +116,30 @@ class SentencePieceTokenizer:
         return self._model.decode([int(token) for token in tokens])
 
 
+def document_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text and the end token, (n,) int32.
+
+    A text of more than 4 Mi characters is encoded in pieces, which end before a space:
+    tokenizing takes many times its size in memory.
+    """
+    begin, ids, start = tokenizer.encode(""), [], 0
+    while start < len(text) or not start:
+        stop = _piece_end(text, start)
+        piece = np.asarray(tokenizer.encode(text[start:stop]), np.int32)
+        ids.append(piece[len(begin) :] if start else piece)
+        start = stop or 1
+    return np.concatenate([*ids, np.asarray([tokenizer.eos_id], np.int32)])
+
+
+def _piece_end(text: str, start: int) -> int:
+    """Where a piece ends: before a lone space, which begins a token, if any."""
+    stop = start + _PIECE
+    if stop >= len(text):
+        return len(text)
+    spaces = [m.start() for m in _LONE_SPACE.finditer(text, stop - _SEARCHED, stop)]
+    return spaces[-1] if spaces else stop
+
+
 def open_tokenizer(path: str | AnyPath) -> Tokenizer:
     """The tokenizer in a SentencePiece `.model` or a `tokenizers` `.json` file.
 
@@ -174,7 +202,7 @@ def train_tokenizer(
 def _sample(documents: Iterable[str]) -> list[str]:
     sample, characters = [], 0
     for text in documents:
-        sample.append(text)
+        sample.append(text[: _SAMPLE_CHARACTERS - characters])
         characters += len(text)
         if characters >= _SAMPLE_CHARACTERS:
             break

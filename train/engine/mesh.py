@@ -34,7 +34,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if len(devices) % (fsdp * tensor):
         raise ValueError(
             f"fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices "
-            "that there are; change either"
+            "that there are; change either (--fsdp, --tensor)"
         )
     model = SIZES[config.model.size]
     for heads in (model.num_heads, model.kv_heads):

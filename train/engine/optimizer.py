@@ -17,11 +17,18 @@ from lowrank_optax.core.paths import with_paths
 from lowrank_optax.core.rules import Square
 from lowrank_optax.core.trees import squared_norm
 from models import init_params
-from train.config.config import Config, OptimizerConfig, label, model_config, resolved
+from train.config.config import (
+    Config,
+    OptimizerConfig,
+    label,
+    model_config,
+    resolved,
+)
 from train.config.methods import METHODS, NUMBERS, OF_THE_BASIS, basis_of
 from train.config.ranks import check_ranks, parse_rank
 from train.config.unread import unread
 from train.engine.layer_metrics import check_measured, measured
+from train.engine.schedule import make_schedule
 
 Tree = Any
 """A pytree of arrays."""
@@ -216,39 +223,10 @@ def skip_not_finite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine to `final` of it.
-
-    The first step (count 0) has a learning rate above 0, the last warm-up step has the
-    peak, and the last step exactly `final` of the peak.
-    """
-    peak = resolved(config, "learning_rate")
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=round(config.warmup * steps),
-        decay_steps=steps,
-        end_value=config.final * peak,
-    )
-    return lambda count: schedule(count + 1)
-
-
-def why_steps_matter(config: Mapping[str, Any]) -> str | None:
-    """Why a run, by its config as JSON, cannot be given more steps; None if it can."""
-    name = config["name"]
-    if name in METHODS and "switch" in METHODS[name].reads():
-        return f"{name} changes its subspace after a part of the steps"
-    if config["warmup"] == 0 and config["final"] == 1:
-        return None
-    return (
-        "the learning rate goes by the number of steps and ends at the last; only with "
-        "--warmup 0 --final 1, from the start, can steps be added"
-    )
-
-
 def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optimizer:
     """Builds the optimizer of a resolved config; `key` decides every random basis."""
     method = METHODS[config.name]
+    every = config.refresh_every or method.interval
     schedule = make_schedule(config, steps)
     clip = (
         optax.identity()
@@ -260,6 +238,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
         {
             **vars(config),
             "learning_rate": schedule,
+            "refresh_every": every,
             "dimension_numbers": MATRICES,
             "rank": parse_rank(resolved(config, "rank")),
             "switch": round(config.switch * steps),
@@ -271,7 +250,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
     )
     if not method.low_rank:
         return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON_SQUARES)
-    refresh_every = method.own.get("refresh_every", config.refresh_every)
+    refresh_every = method.own.get("refresh_every", every)
     square = (
         MEGATRON_SQUARES if config.square == "megatron" else method.options["square"]
     )

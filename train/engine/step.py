@@ -108,10 +108,20 @@ def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return targets, weights.at[:, -1].set(0.0)
 
 
-def embedded(work: Work, rest: Params, tokens: jax.Array) -> jax.Array:
-    """The input of the first layer: int (B, T) -> (B, T, D)."""
+def inputs_of(work: Work, batch: Batch) -> jax.Array:
+    """The tokens that the model reads, padding outside of its vocabulary as token 0."""
+    tokens = batch["tokens"]
+    if "weights" not in batch:
+        return tokens
+    outside = (tokens < 0) | (tokens >= work.model.vocab_size)
+    return jnp.where(outside & (batch["weights"] == 0), 0, tokens)
+
+
+def embedded(work: Work, rest: Params, batch: Batch) -> jax.Array:
+    """The input of the first layer, (B, T, D)."""
     weights = work.shards.gather({"embed": rest["embed"]})
     embedding = weights["embed"]["embedding"]
+    tokens = inputs_of(work, batch)
     return look_up(partial(embed, work.model, weights), embedding, tokens)
 
 
@@ -146,7 +156,7 @@ def loss_sums(work: Work, params: Params, batch: Batch) -> tuple[jax.Array, jax.
         return through_layer(work, dense(work, layer), x), None
 
     rest = dense(work, parted(params).rest)
-    x = embedded(work, rest, batch["tokens"])
+    x = embedded(work, rest, batch)
     x, _ = jax.lax.scan(body, x, params["layers"])
     loss = head_loss(work, rest, finish(work.model, rest, x), batch)
     return loss, jnp.sum(targets_of(batch)[1])
@@ -330,7 +340,7 @@ def loss_through(
     def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         return layer(index, layers, x), None
 
-    x = embedded(work, rest, batch["tokens"])
+    x = embedded(work, rest, batch)
     x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
     return head_loss(work, rest, finish(work.model, rest, x), batch)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from train.config.command_line import check_numbers
-from train.config.config import Config, OptimizerConfig
+from train.config.config import Config, OptimizerConfig, resolved
 from train.config.presets import PRESETS, with_flags
 from train.config.unread import unread
 from train.data.dataset import DataConfig
@@ -173,7 +173,8 @@ def saved(config: ExperimentConfig, flags: Flags) -> Flags:
     """Flags for checkpoints: to resume, or for the change of weights at the end."""
     run = with_flags(Config(), {**PRESETS.get(flags.get("preset", ""), {}), **flags})
     if subspaces := config.experiment.weights_over:
-        most = min(subspaces * run.optimizer.refresh_every, run.steps // 2)
+        interval = resolved(run.optimizer, "refresh_every")
+        most = min(subspaces * interval, run.steps // 2)
         # A part of the steps, so that one of its multiples is where it begins.
         window = next(n for n in range(most, 0, -1) if run.steps % n == 0)
         return {"checkpoint_every": window, "keep": 2}

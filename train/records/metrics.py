@@ -121,6 +121,17 @@ def read_metrics(folder: AnyPath) -> list[Record]:
     return [record for record in records if record is not None]
 
 
+def mean_ms(records: Sequence[Record]) -> float | None:
+    """The mean time of a step, each record's weighing as its steps; None if unknown."""
+    steps = [0, *(record["step"] for record in records)]
+    known = [
+        (step - before, record["ms_per_step"])
+        for record, before, step in zip(records, steps, steps[1:], strict=False)
+        if record.get("ms_per_step") is not None
+    ]
+    return sum(n * ms for n, ms in known) / sum(n for n, _ in known) if known else None
+
+
 def is_healthy(record: Record) -> bool:
     """Whether a record's losses are finite, and its step was taken."""
     losses = [record[x] for x in ("loss", "eval_loss") if x in record]
@@ -134,8 +145,10 @@ class Meter:
     `add` stores a step's metrics on the device. `log` closes a record, and returns the
     one before, which is computed by now; `flush` waits for the last one. In a record
     the loss is the mean over its steps, other metrics are those of its last step, and
-    the time is the mean since the record before, pauses left out. A thread waits for
-    the end of the record's last step on the device, as the host is some steps ahead.
+    the time is the mean since the record before, pauses left out. The time begins after
+    the first step of each kind, which also loads its program: that one is waited for. A
+    record without another step has NaN for a time. A thread waits for the end of the
+    record's last step on the device, as the host is some steps ahead.
     """
 
     def __init__(
@@ -145,14 +158,21 @@ class Meter:
         self._losses: list[Any] = list(losses)
         self._waiter = ThreadPoolExecutor(1)
         self._pending: tuple[int, Future[tuple[Metrics, Any, float]]] | None = None
+        self._loaded: dict[bool, tuple[int, float]] = {}
+        self._added = step
         self.resume(step)
 
     def resume(self, step: int) -> None:
         """Starts the clock (again): `step` steps are done, and the device is idle."""
         self._since, self._step = time.perf_counter(), step
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, metrics: Metrics, refresh: bool = False) -> None:
+        """Takes the metrics of the next step, which was a refresh or not."""
         self._losses.append(metrics["loss"])
+        self._added += 1
+        if refresh not in self._loaded:
+            jax.block_until_ready(metrics["loss"])
+            self._loaded[refresh] = self._added, time.perf_counter()
 
     @property
     def losses(self) -> list[float]:
@@ -171,7 +191,9 @@ class Meter:
         step, fetched = self._pending
         metrics, losses, when = fetched.result()
         self._pending = None
-        seconds = (when - self._since) / (step - self._step)
+        starts = [(self._step, self._since), *self._loaded.values()]
+        before, since = max(start for start in starts if start[0] <= step)
+        seconds = (when - since) / (step - before) if before < step else math.nan
         self._since, self._step = when, step
         return {
             "step": step,

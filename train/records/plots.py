@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from statistics import fmean
+from typing import Any
 
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
@@ -12,27 +13,46 @@ from matplotlib.rcsetup import cycler
 
 from train.host.atomic import write_bytes
 from train.host.paths import AnyPath
-from train.records.metrics import Record
+from train.records.metrics import Record, mean_ms
+
+Styles = Mapping[str, Mapping[str, Any]]
+"""The color and the kind of line of each run."""
 
 
 def draw_run(records: Sequence[Record], path: AnyPath, title: str) -> None:
     """Draws training loss, raw and smoothed, and evaluation loss of one run."""
     figure, axes = _figure(title)
     steps, losses = _series(records, "loss")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    pale = {"alpha": 0.3, "linewidth": 1, "label": "training, as logged"}
+    axes.plot(steps, losses, color="tab:blue", **pale)
     axes.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
     axes.plot(*_series(records, "eval_loss"), "o", color="tab:red", label="held out")
     _save(figure, axes, path)
 
 
-def draw_runs(runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str) -> None:
+def styles_of(names: Iterable[str]) -> Styles:
+    """A style for each run, which it has in every picture of an experiment."""
+    ten = rcParams["axes.prop_cycle"]
+    # Ten colors, then the same ones dashed.
+    styles = cycle(cycler(linestyle=["-", "--", ":"]) * ten)
+    return dict(zip(dict.fromkeys(names), styles, strict=False))
+
+
+def draw_runs(
+    runs: Mapping[str, Sequence[Record]],
+    path: AnyPath,
+    title: str,
+    styles: Styles | None = None,
+) -> None:
     """Draws smoothed training losses of runs; dots are final evaluation losses."""
+    styles = styles or styles_of(runs)
     figure, axes = _figure(f"{title}\nlines: training, smoothed; dots: held out")
     for name, records in runs.items():
         steps, losses = _series(records, "loss")
-        (line,) = axes.plot(steps, _smooth(losses), label=name)
+        axes.plot(steps, _smooth(losses), label=name, **styles[name])
         eval_steps, eval_losses = _series(records, "eval_loss")
-        axes.plot(eval_steps[-1:], eval_losses[-1:], "o", color=line.get_color())
+        color = styles[name]["color"]
+        axes.plot(eval_steps[-1:], eval_losses[-1:], "o", color=color)
     _save(figure, axes, path)
 
 
@@ -66,47 +86,65 @@ def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None
 
 
 def draw_spectra(
-    values: Mapping[str, Sequence[float]], path: AnyPath, title: str
+    values: Mapping[str, Sequence[float]],
+    path: AnyPath,
+    title: str,
+    styles: Styles | None = None,
 ) -> None:
-    """Draws normalised singular values, descending, a line for each kind of layer."""
+    """Draws normalised singular values, descending, a line for each kind or run."""
+    styles = styles or styles_of(values)
     figure, axes = _figure(title)
     for kind, line in values.items():
-        axes.plot(range(1, len(line) + 1), line, label=kind)
+        axes.plot(range(1, len(line) + 1), line, label=kind, **styles[kind])
     axes.set_xlabel("index")
     axes.set_ylabel("singular value over the largest, mean of layers")
     _save(figure, axes, path)
 
 
 def draw_by_time(
-    runs: Mapping[str, Sequence[Record]], path: AnyPath, title: str
+    runs: Mapping[str, Sequence[Record]],
+    path: AnyPath,
+    title: str,
+    styles: Styles | None = None,
 ) -> None:
     """`draw_runs` over the time that the steps took, compilation left out."""
+    styles = styles or styles_of(runs)
     figure, axes = _figure(f"{title}\nlines: training, smoothed")
     for name, records in runs.items():
         _, losses = _series(records, "loss")
-        axes.plot(_minutes(records), _smooth(losses), label=name)
-    axes.set_xlabel("minutes of training steps")
+        axes.plot(_minutes(records), _smooth(losses), label=name, **styles[name])
+    axes.set_xlabel("minutes of training steps, compilation left out")
     _save(figure, axes, path)
 
 
 def _minutes(records: Sequence[Record]) -> list[float]:
-    """Minutes up to each record with a loss; its time is the mean of its steps."""
-    steps, times = _series([r for r in records if r.get("loss")], "ms_per_step")
-    taken = (b - a for a, b in pairwise([0, *steps]))
+    """Minutes up to each record with a loss; its time is the mean of its steps.
+
+    A record whose steps loaded their programs has no time: it counts as the mean.
+    """
+    shown = [record for record in records if record.get("loss") is not None]
+    mean = mean_ms(records) or 0.0
+    taken = (b - a for a, b in pairwise([0, *(r["step"] for r in shown)]))
+    times = (r.get("ms_per_step") or mean for r in shown)
     return [*accumulate(n * ms / 6e4 for n, ms in zip(taken, times, strict=True))]
 
 
 def draw_losses(
-    losses: Mapping[str, Sequence[float]], path: AnyPath, title: str
+    losses: Mapping[str, Sequence[float]],
+    path: AnyPath,
+    title: str,
+    styles: Styles | None = None,
 ) -> None:
     """Draws final held-out losses, best on top: a dot a run, a bar for their mean."""
+    styles = styles or styles_of(losses)
     best_last = sorted(losses.items(), key=lambda item: -fmean(item[1]))
     size = 6 + 0.09 * max(map(len, losses)), 1.5 + 0.3 * len(losses)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    for height, (_, values) in enumerate(best_last):
-        (dots,) = axes.plot(values, [height] * len(values), "o", alpha=0.6)
-        axes.plot(fmean(values), height, "|", color=dots.get_color(), markersize=14)
+    for height, (name, values) in enumerate(best_last):
+        color = styles[name]["color"]
+        axes.plot(values, [height] * len(values), "o", alpha=0.6, color=color)
+        axes.plot(fmean(values), height, "|", color=color, markersize=14)
     axes.set_yticks(range(len(best_last)), [name for name, _ in best_last])
     axes.set_xlabel("held-out loss, nats per token")
     axes.set_title(title)
@@ -158,9 +196,6 @@ def _of(group: str, names: Iterable[str]) -> list[str]:
 def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    # Ten colours, then the same ones dashed.
-    colors = rcParams["axes.prop_cycle"]
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * colors)
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token")

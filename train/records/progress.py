@@ -1,5 +1,6 @@
 """Progress of a run on the screen: a bar on a terminal, lines elsewhere."""
 
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -76,8 +77,9 @@ def line(record: Record, last: int) -> str:
         f"step {record['step']}/{last}",
         f"loss {record['loss']:.4f}",
         f"learning rate {record['learning_rate']:.3g}",
-        f"{record['tokens_per_s']:.0f} tokens/s",
     ]
+    if math.isfinite(record["tokens_per_s"]):
+        parts.append(f"{record['tokens_per_s']:.0f} tokens/s")
     if "eval_loss" in record:
         parts.append(f"held-out loss {record['eval_loss']:.4f}")
     if record["skipped"]:

@@ -43,11 +43,13 @@ class KeepHealthy(PreservationPolicy):
     """Preserves the newest checkpoint at which the run was healthy.
 
     That is the newest with a finite held-out loss, if any, else with a finite gradient
-    at its step: a run that diverged may have only broken newer ones.
+    at its step: a run that diverged may have only broken newer ones. And what else is
+    asked for, `also`.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = {record["step"]: record for record in records}
+        self.also: set[int] = set()
 
     def add(self, record: Record) -> None:
         self._records[record["step"]] = record
@@ -65,7 +67,7 @@ class KeepHealthy(PreservationPolicy):
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         newest = self.newest(steps)
-        return [step == newest for step in steps]
+        return [step == newest or step in self.also for step in steps]
 
 
 class Checkpoints:
@@ -105,6 +107,11 @@ class Checkpoints:
     def healthy(self) -> int | None:
         """The newest checkpoint at which the run was healthy."""
         return self._healthy.newest(self.steps)
+
+    def preserve(self, step: int | None) -> None:
+        """Preserves the checkpoint of a step, if there is one to be made."""
+        if step is not None:
+            self._healthy.also.add(step)
 
     def has(self, step: int) -> bool:
         """Whether `step` has a checkpoint; waits for what is pending."""

@@ -4,33 +4,19 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import filelock
 import jax
 from jax.experimental import multihost_utils
 from upath import UPath
 
+from train.config.agreement import check_same_run
 from train.config.config import Config, resolved, to_json
-from train.data.fingerprint import Fingerprint, changed
-from train.engine.optimizer import why_steps_matter
+from train.data.fingerprint import Fingerprint, changed, read_fingerprint
 from train.host.atomic import write_text
 from train.host.console import say
 from train.host.paths import AnyPath
-
-# What may differ between a run and its resumption: where and how it is run, and what
-# it reports. All else decides what the next step does. Data may have moved: whether it
-# is the same is known by its fingerprint.
-FREE = ("preset", "out", "resume", "report.", "mesh.", "processes.")
-MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
-FREE += (*MOVED, "data.cache_dir")
-# How many documents were read is in the fingerprint.
-FREE += ("data.bad_lines",)
-# And whether it is taken layer by layer, if nothing is clipped: the checkpoints are
-# alike, and the steps the same to rounding (but for one that is skipped).
-CLIP = "optimizer.clip_norm"
-
-Json = dict[str, Any]
+from train.run.stored import read_config
 
 
 @contextmanager
@@ -84,12 +70,17 @@ def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:
     check_folder(config)
     data = folder / "data.json"
     if config.resume:
-        check_same_data(_stored(data), fingerprint, data)
+        check_same_data(read_fingerprint(data), fingerprint, data)
     else:
         write_text(data, json.dumps(fingerprint, indent=2) + "\n")
-    path = folder / "config.json"
-    if not config.resume or _stored(path)["steps"] != config.steps:
-        write_text(path, to_json(config))
+    if not config.resume or _is_extended(read_config(folder), config):
+        write_text(folder / "config.json", to_json(config))
+
+
+def _is_extended(stored: Config, config: Config) -> bool:
+    """Whether a run that goes on ends, or slows down, at another step."""
+    decay = stored.optimizer.decay != config.optimizer.decay
+    return decay or stored.steps != config.steps
 
 
 def _lock(folder: AnyPath, stack: ExitStack) -> None:
@@ -135,60 +126,13 @@ def check_folder(config: Config) -> None:
             raise FileNotFoundError(
                 f"{folder} holds no run to resume; leave out --resume to start one"
             )
-        check_same_run(_stored(path), json.loads(to_json(config)), path)
+        read_config(folder)
+        check_same_run(json.loads(path.read_text()), json.loads(to_json(config)), path)
     elif path.exists() and jax.process_index() == 0:
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume, or give "
             "another folder to --out"
         )
-
-
-def _stored(path: AnyPath) -> Json:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): put it back, or start a new run in "
-            "another --out"
-        ) from error
-
-
-def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
-    """ValueError unless the two configs agree on all that is not FREE."""
-    old, new = _flat(stored), _flat(given)
-    same = all(x.get(CLIP, ...) is None for x in (old, new))
-    same &= all(x.get("microbatches") == 1 for x in (old, new))
-    free = (*FREE, "layerwise") if same else FREE
-    fixed = why_steps_matter(stored["optimizer"])
-    if fixed is None and old.get("steps", 0) <= new["steps"]:
-        free = (*free, "steps")
-    why = {
-        "steps": f" ({fixed or 'a run can be made longer, not shorter'}; begin a new "
-        f"one with the weights of this: --init-from {path.parent} --out ANOTHER)",
-        "layerwise": " (a layer is clipped by its own norm, or all by one; and of "
-        "microbatches the first chooses the bases, or all do)",
-    }
-    differences = [
-        f"  {field}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
-        + why.get(field, "")
-        for field in sorted(old.keys() | new.keys())
-        if not field.startswith(free) and old.get(field) != new.get(field)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} is of a run with another configuration; give the same values, or "
-            "start a new run in another --out:\n" + "\n".join(differences)
-        )
-
-
-def _flat(config: Json, prefix: str = "") -> Json:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def check_same_data(stored: Fingerprint, given: Fingerprint, path: AnyPath) -> None:

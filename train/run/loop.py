@@ -20,6 +20,7 @@ from train.data.dataset import Data
 from train.engine.memory import StepMemory, step_memory
 from train.engine.mesh import by_row, like_batch, on_mesh, replicated, to_devices
 from train.engine.optimizer import Optimizer, make_optimizer
+from train.engine.schedule import last_stable_step
 from train.engine.step import (
     Batch,
     LossSums,
@@ -305,6 +306,8 @@ def fit(
     _, checkpoints, progress, stop = outputs
     report, last, state = config.report, config.steps, begun.state
     start, every = int(state.step), program.refresh_every
+    stable = last_stable_step(config)
+    checkpoints.preserve(stable)
     meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
     write = partial(outputs.write, max_skipped=config.optimizer.max_skipped)
     until = int(state.until_refresh)
@@ -313,10 +316,10 @@ def fit(
         state, metrics = program.step(state, put_next(program, batches), refresh)
         if every != 1:
             until = int(state.until_refresh) if refresh else until - 1
-        meter.add(metrics)
+        meter.add(metrics, refresh)
         progress.step(metrics)
         evaluating = step == last or is_due(step, report.eval_every)
-        saving = is_due(step, report.checkpoint_every, last)
+        saving = is_due(step, report.checkpoint_every, last, stable)
         if step == 1 or evaluating or saving or is_due(step, report.log_every):
             write(meter.log(step, metrics))
         if evaluating or saving:
@@ -344,9 +347,9 @@ def put_next(program: Program, batches: grain.DatasetIterator) -> Batch:
     return program.put(rows)
 
 
-def is_due(step: int, every: int, last: int | None = None) -> bool:
-    """Whether something is due every so many steps, 0 for never, and at `last`."""
-    return every > 0 and (step % every == 0 or step == last)
+def is_due(step: int, every: int, *also: int | None) -> bool:
+    """Whether something is due every so many steps, 0 for never, and at some others."""
+    return every > 0 and (step % every == 0 or step in also)
 
 
 def evaluate(program: Program, params: Params, batches: Iterable[HostBatch]) -> Record:

@@ -21,7 +21,7 @@ from train.engine.layer_metrics import measures
 from train.engine.memory import describe, device_peak
 from train.host.atomic import write_text
 from train.host.paths import AnyPath
-from train.records.metrics import read_metrics
+from train.records.metrics import mean_ms, read_metrics
 from train.records.perplexity import perplexity, published_perplexity
 from train.records.plots import draw_run, draw_subspaces
 from train.run.loop import Trained
@@ -31,10 +31,10 @@ from train.run.sampling import continued, prompt_tokens
 def summarize(config: Config, trained: Trained) -> dict[str, Any]:
     """The numbers of a finished run, from its metrics file and its state.
 
-    `train_s` is the time of all steps, without compilation, evaluation and saving;
-    `ms_per_step` and `tokens_per_s` leave out the first step, which also loads the
-    program. The bytes of a state are those of all devices together, the others those of
-    one.
+    `ms_per_step`, `tokens_per_s` and `train_s`, the time of all steps, know nothing of
+    compilation, evaluation, saving, and of the first step of each kind, which also
+    loads its program; None if there were no others. The bytes of a state are those of
+    all devices together, the others those of one.
     """
     records = read_metrics(resolved(config, "out"))
     if not records or records[-1]["step"] != config.steps:
@@ -43,19 +43,14 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
             "could not be written: make room, and go on from the checkpoint before, by "
             "--resume-from"
         )
-    steps = [0, *(r["step"] for r in records)]
-    took = [
-        r["ms_per_step"] / 1e3 * (step - before)
-        for r, before, step in zip(records, steps, steps[1:], strict=False)
-    ]
-    timed = slice(1 if len(records) > 1 else 0, None)
-    ms_per_step = 1e3 * sum(took[timed]) / (steps[-1] - steps[timed][0])
+    last, ms_per_step = records[-1]["step"], mean_ms(records)
+    tokens = config.batch_size * config.seq_len
     weights = jax.eval_shape(lambda: trained.weights)
     memory = lro.memory_report(trained.work.optimizer.tx, weights)
     return {
         "optimizer": label(config.optimizer),
         "learning_rate": config.optimizer.learning_rate,
-        "steps": steps[-1],
+        "steps": last,
         "train_loss": records[-1]["loss"],
         "eval_loss": records[-1]["eval_loss"],
         "ppl": perplexity(records[-1]["eval_loss"]),
@@ -67,9 +62,9 @@ def summarize(config: Config, trained: Trained) -> dict[str, Any]:
         "step_bytes": trained.program.step_bytes,
         "device_peak_bytes": device_peak(),
         "compile_s": trained.program.compile_s,
-        "train_s": sum(took),
+        "train_s": ms_per_step and ms_per_step / 1e3 * last,
         "ms_per_step": ms_per_step,
-        "tokens_per_s": 1e3 * config.batch_size * config.seq_len / ms_per_step,
+        "tokens_per_s": ms_per_step and 1e3 * tokens / ms_per_step,
         "skipped": records[-1]["skipped"],
         "curve": [[r["step"], r["loss"]] for r in records],
     }
@@ -102,10 +97,12 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
         write_text(folder / "sample.txt", sample + "\n")
     print(memory)
     print(f"\n{f'no text sample: {why}' if sample is None else sample}\n")
+    speed = summary["tokens_per_s"]
     print(
         f"{summary['optimizer']}: {summary['steps']} steps, held-out loss "
         f"{summary['eval_loss']:.4f} (perplexity {summary['ppl']:.2f}), "
-        f"{summary['tokens_per_s']:.0f} tokens/s, {wall_s:.0f} s in all; see {folder}"
+        f"{'' if speed is None else f'{speed:.0f} tokens/s, '}"
+        f"{wall_s:.0f} s in all; see {folder}"
     )
 
 

@@ -11,18 +11,13 @@ import lowrank_optax as lro
 from models import LlamaConfig, Params
 from models.params import draw_params
 from train.config.config import Config, model_config
-from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.data.tokenizer import Tokenizer
 from train.host.paths import AnyPath, for_orbax
 from train.host.quiet import quiet
 from train.run.checkpoint import brief, stored_checksums
 from train.run.checksum import checksums
-from train.run.stored import (
-    checked_step,
-    read_config,
-    run_and_step,
-    saved_steps,
-    stored_tokenizer,
-)
+from train.run.own_tokenizer import own_tokenizer
+from train.run.stored import checked_step, read_config, run_and_step, saved_steps
 
 
 class LoadedRun(NamedTuple):
@@ -55,25 +50,27 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
 
     Raises:
       FileNotFoundError: the folder holds no run, or no such checkpoint.
-      ValueError: its config is of another version.
+      ValueError: its config is of another version, its tokenizer is not the one that
+        it was trained with, or the checkpoint is damaged.
 
     Example:
+      import jax.numpy as jnp
+      from models import forward
+      from train.run.restore import load_run
+
       run = load_run("runs/tiny-grass_jump")
       tokens = jnp.asarray([run.tokenizer.encode("The American people")])
-      logits = models.forward(run.model, run.weights, tokens)
+      logits = forward(run.model, run.weights, tokens)
     """
     folder, named = run_and_step(str(folder))
     step = checked_step(folder, named if step is None else step)
-    config = read_config(folder)
+    config, tokenizer = read_config(folder), own_tokenizer(folder)
     model = model_config(config.model)
     stored = load_weights(folder, step)
     weights = lro.weights.dense(
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
-    tokenizer = stored_tokenizer(folder)
-    return LoadedRun(
-        config, model, weights, tokenizer and open_tokenizer(tokenizer), step
-    )
+    return LoadedRun(config, model, weights, tokenizer, step)
 
 
 def load_weights(folder: AnyPath, step: int) -> Params:

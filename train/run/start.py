@@ -3,13 +3,17 @@
 import dataclasses
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from models import Params
 from train.config.config import Config, resolved
 from train.data.dataset import Data, open_data
-from train.data.tokenizer import Tokenizer, open_tokenizer
+from train.data.tokenizer import Tokenizer
+from train.engine.optimizer import make_schedule
 from train.host.paths import AnyPath, to_path
+from train.records.metrics import Record, read_metrics
+from train.run.own_tokenizer import own_tokenizer
 from train.run.restore import load_weights
 from train.run.stored import (
     checked_step,
@@ -101,18 +105,59 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
             )
-    theirs = stored_tokenizer(folder)
+    theirs = own_tokenizer(folder)
     if theirs is None or tokenizer is None:
         if jax.process_index() == 0:
             print(
                 f"init_from: {folder} or this run has no tokenizer, so whether a token "
                 "means the same in both is not known"
             )
-    elif open_tokenizer(theirs).content != tokenizer.content:
+    elif theirs.content != tokenizer.content:
         raise ValueError(
             f"init_from: {folder} has another tokenizer than this run, so its weights "
-            f"would read other tokens; leave out --tokenizer, or give {theirs}"
+            f"would read other tokens; leave out --tokenizer, or give "
+            f"{stored_tokenizer(folder)}"
         )
+
+
+def check_rates(config: Config) -> None:
+    """Checks whether the steps done had the learning rates that they would have now.
+
+    Of a run that is resumed with more steps, those of its decay did not.
+
+    Raises:
+      ValueError: the checkpoint to go on from is of such a step; it names another.
+    """
+    if not config.resume or config.optimizer.schedule != "wsd":
+        return
+    folder: AnyPath = resolved(config, "out")
+    rate = make_schedule(config.optimizer, config.steps)
+    records = [r for r in read_metrics(folder) if "learning_rate" in r]
+    rates = np.array([record["learning_rate"] for record in records])
+    done = np.array([record["step"] for record in records], int)
+    suspect = np.flatnonzero(~np.isclose(rates, rate(done - 1), 1e-4))
+
+    def was_another(record: Record) -> bool:
+        # Of the steps before it, some that were skipped did not move the schedule.
+        counts = np.arange(record["step"] - 1 - record["skipped"], record["step"])
+        return not np.isclose(record["learning_rate"], rate(counts), 1e-4).any()
+
+    differ = [records[i]["step"] for i in suspect if was_another(records[i])]
+    first, steps = min(differ, default=config.steps + 1), saved_steps(folder)
+    begin = max(steps, default=0) if config.resume_from is None else config.resume_from
+    if begin < first:
+        return
+    earlier = max((step for step in steps if step < first), default=None)
+    raise ValueError(
+        f"{folder}: step {first} was taken with another learning rate than a run of "
+        f"{config.steps} steps has there, so it cannot go on from step {begin}; "
+        + (
+            "no checkpoint is from before that: begin a new run with the weights of "
+            f"this, --init-from {folder} --out ANOTHER"
+            if earlier is None
+            else f"go on from the last checkpoint before, --resume-from {earlier}"
+        )
+    )
 
 
 def weights_for(config: Config) -> Params:

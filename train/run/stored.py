@@ -22,9 +22,11 @@ def checked_step(folder: AnyPath, step: int | None) -> int:
 
     Raises:
       FileNotFoundError: the folder holds no run, or no such checkpoint.
+      ValueError: its config.json is not a run's, but a model's of other code, say.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no run: it has no config.json")
+    read_config(folder)
     there = saved_steps(folder)
     if not there:
         raise FileNotFoundError(
@@ -48,7 +50,11 @@ def read_config(folder: AnyPath) -> Config:
     try:
         return from_json(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}; give the folder of a run, which "
+            "python -m train made by --out (weights of other programs are not "
+            "converted), or put its own config.json back"
+        ) from error
 
 
 def stored_tokenizer(folder: AnyPath) -> AnyPath | None:

@@ -44,8 +44,11 @@ def test_help_teaches(capsys):
     ):
         assert example in shown
     said = " ".join(shown.replace("│", " ").split())
-    assert "(default: None; apollo_mini: always 1)" in said
-    assert "(default: 50; ldadam: always 1, dct_adamw: always 1, online_" in said
+    assert "(default: None; always 1: apollo_mini)" in said
+    assert "40: subspace_adam, coap; " in said
+    assert "100: grass_walk, grass_jump; 10: spectral_adam; " in said
+    assert "always 1: ldadam, dct_adamw; once: online_" in said
+    assert "(default: None; 0.002: adamw, grass_walk, " in said
     assert "--layerwise {auto,on,off}" in said
     assert "each layer is clipped by its own norm, and skipped by itself" in said
     assert "--weight-dtype {float32,bfloat16,int8}" in said
@@ -54,9 +57,8 @@ def test_help_teaches(capsys):
         assert group in shown
     # Every field is explained: a class docstring without one leaves a bare default.
     for config in (Config, *(f.default_factory for f in dataclasses.fields(Config))):
-        if (
-            dataclasses.is_dataclass(config)
-            and config.__module__ == "train.config.config"
+        if dataclasses.is_dataclass(config) and config.__module__.startswith(
+            "train.config"
         ):
             for field in dataclasses.fields(config):
                 nested = dataclasses.is_dataclass(field.default_factory)
@@ -88,6 +90,12 @@ def test_short_flags_reach_their_groups():
         ("--rank 1.5", "rank=1.5 is a fraction"),
         ("--rank attention", "it is no REGULAR_EXPRESSION=RANK"),
         ("--warmup 1.5", "warmup=1.5"),
+        ("--warmup -1", "warmup=-1 must be a whole number of steps, or a part"),
+        ("--warmup 300", "warmup and decay take 300 of steps=300"),
+        ("--schedule wsd --warmup 200 --decay 101", "take 301 of steps=300"),
+        ("--schedule constant --final 0.5", "final means nothing with schedule=const"),
+        ("--decay 0.2", "decay means nothing with schedule=cosine"),
+        ("--schedule linear", "invalid choice"),
         ("--final -1", "final=-1.0 must lie in [0, 1]"),
         ("--final 2", "final=2.0 must lie in [0, 1]"),
         ("--switch 2", "switch=2.0 must lie in [0, 1]"),
@@ -204,6 +212,40 @@ def test_defaults_go_by_optimizer(name):
         config_of("--optimizer", name, "--learning-rate", "7", "--rank", "5")
     )
     assert (given.optimizer.learning_rate, given.optimizer.rank) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "long", "short"),
+    [
+        ("galore", 200, 50),
+        ("coap", 40, 40),
+        ("grass_jump", 100, 50),
+        ("spectral_adam", 10, 10),
+        ("ldadam", 1, 1),
+        ("online_subspace_descent", 2**31 - 1, 2**31 - 1),
+        ("adamw", None, None),
+    ],
+)
+def test_intervals_go_by_optimizer_and_a_short_cosine_has_six(name, long, short):
+    def interval(*argv: str) -> int | None:
+        return resolve(config_of("--optimizer", name, *argv)).optimizer.refresh_every
+
+    assert interval("--steps", "1200") == long
+    assert interval() == short  # of 300 steps
+    for schedule in ("constant", "wsd"):  # may be given more steps
+        assert interval("--schedule", schedule) == long
+    if "refresh_every" in METHODS[name].reads():
+        assert interval("--refresh-every", "7") == 7
+        library = METHODS[name].options["refresh_every"]
+        assert METHODS[name].interval == METHODS[name].measured_every or library
+
+
+def test_steps_of_a_schedule_that_can_be_extended_are_whole_numbers():
+    optimizer = resolve(config_of("--schedule", "wsd", "--decay", "0.2")).optimizer
+    assert (optimizer.warmup, optimizer.decay) == (30, 60)
+    optimizer = resolve(config_of("--schedule", "constant", "--warmup", "7")).optimizer
+    assert (optimizer.warmup, optimizer.decay) == (7, 0.1)
+    assert resolve(config_of()).optimizer.warmup == 0.1
 
 
 def test_model_config_has_the_size_s_vocabulary_or_the_given_one():

@@ -124,8 +124,10 @@ def test_too_few_windows_for_a_batch(tmp_path):
 
 def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "a.txt").write_text("the only one")
-    with pytest.raises(ValueError, match="single document"):
-        open_files(tmp_path, "a.txt")
+    with pytest.raises(ValueError, match=r"document, of 4 tokens .* a window has"):
+        open_files(tmp_path, "a.txt", seq_len=16)
+    with pytest.raises(ValueError, match="single document, so none can be held out"):
+        open_files(tmp_path, "a.txt", windows="documents")
 
 
 def test_eval_source_must_be_apart_and_of_the_same_kind(tmp_path):
@@ -210,7 +212,7 @@ def open_tfds(folder, name="letters"):
 
 def test_tfds_that_is_not_text(tmp_path):
     write_tfds(tmp_path, label=(tfds.features.ClassLabel(num_classes=10), 3))
-    with pytest.raises(ValueError, match=r"'letters' .*no text in .* of \['label'\]"):
+    with pytest.raises(ValueError, match=r"'letters' .*no text in .* only \['label'\]"):
         open_tfds(tmp_path)
     image = np.zeros(4, np.uint8)  # which cannot be decoded without TensorFlow
     write_tfds(

@@ -123,10 +123,13 @@ GOOD = [b'{"text": "a"}', b'{"text": "b"}', b'{"text": "c"}']
 BAD_LINES = {
     "broken": (b'{"text": ', "not valid JSON"),
     "blank": (b"", "not valid JSON"),
-    "list": (b'["text"]', "no text in field 'text'; the line has list"),
-    "number": (b"3", "no text in field 'text'; the line has int"),
-    "other field": (b'{"body": "b"}', r".*the line has \['body'\]: set text_field"),
-    "null": (b'{"text": null}', r".*the line has \['text'\]"),
+    "list": (b'["text"]', "no text in field 'text'; there is a list, and no fields"),
+    "number": (b"3", "no text in field 'text'; there is int, and no fields"),
+    "other field": (b'{"body": "b"}', r".*there is only \['body'\]: set text_field"),
+    "null": (b'{"text": null}', "no text in field 'text'; it holds null"),
+    "object": (b'{"text": {"b": 1, "a": 2}}', r".*'b'\]: .* one of them, as text\.a"),
+    "numbers": (b'{"text": ["a", 1]}', "no text in field 'text'; it holds int"),
+    "empty list": (b'{"text": []}', "no text in field 'text'; it holds a list"),
     "latin-1": (b'{"text": "\xe9"}', "not valid JSON .*'utf-8' codec"),
     "half": (b'{"text": "\\ud800"}', "half a surrogate"),
     "deep": (b'{"text": %s}' % (b"[" * 99_999), "not valid JSON"),
@@ -150,7 +153,7 @@ def test_a_bad_line_is_an_error_or_counted(tmp_path, case, packer):
 
 
 BAD_ROWS = {
-    "null": (None, "row 3: no text in field 'text'; the row has NoneType"),
+    "null": (None, "row 3: no text in field 'text'; it holds null"),
     "latin-1": (b"\xe9", "row 3: not UTF-8 text"),
 }
 
@@ -172,7 +175,7 @@ def test_a_bad_row_is_an_error_or_counted(tmp_path, case):
 def test_a_column_of_numbers_or_none_of_the_name(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_of([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"row 1: no text .*; the row has int"):
+    with pytest.raises(ValueError, match=r"row 1: no text .*; it holds int"):
         texts_in(path)
     for choice in "error", "skip":
         with pytest.raises(

@@ -40,6 +40,24 @@ def test_schedule_warms_up_linearly_and_ends_at_a_tenth():
     assert rates[-1] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_stable_schedules_keep_the_peak_and_wsd_falls_in_a_straight_line(warmup):
+    rise = [(i + 1) / warmup for i in range(warmup)]
+    stable = [1.0] * (8 - warmup)
+    for fields, end in (
+        ({"schedule": "constant"}, [1.0] * 4),
+        ({"schedule": "wsd", "decay": 4, "final": 0.2}, [0.8, 0.6, 0.4, 0.2]),
+        ({"schedule": "wsd", "decay": 0}, [1.0] * 4),
+    ):
+        config = resolved_optimizer(learning_rate=0.3, warmup=warmup, **fields)
+        schedule = make_schedule(config, 12)
+        rates = [float(schedule(count)) for count in range(12)]
+        expected = 0.3 * np.array([*rise, *stable, *end])
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+        # To the last bit: a run that is extended has taken the same steps.
+        assert {*rates[warmup:8]} == {float(np.float32(0.3))}
+
+
 def test_a_schedule_without_warm_up_falls_from_near_the_peak():
     config = resolved_optimizer(learning_rate=1.0, warmup=0.0, final=0.0)
     schedule = make_schedule(config, 10)

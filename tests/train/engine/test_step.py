@@ -102,6 +102,30 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_padding_outside_of_the_vocabulary_changes_nothing(layerwise):
+    work = work_of("grass_jump", layerwise=layerwise)
+    step = jax.jit(partial(train_step, work, refresh=True))
+    state = init_state(work, init_weights(work, jax.random.key(0)))
+    tokens, weights = tokens_of(0), np.ones((16, 12), np.float32)
+    weights[:, 7:] = 0
+
+    def after(padding: int) -> tuple[TrainState, Any]:
+        padded = np.where(weights > 0, tokens, padding)
+        return step(state, {"tokens": padded, "weights": weights})
+
+    expected = after(0)
+    for padding in (MODEL.vocab_size, -100, 2**31 - 1):
+        assert same_bits(after(padding), expected)
+    assert float(expected[1]["loss"]) > 0
+    # A prompt, which is read and not to be predicted, is not padding.
+    weights = np.roll(weights, 5, axis=1)
+    assert not same_bits(
+        step(state, {"tokens": tokens, "weights": weights}),
+        step(state, {"tokens": tokens * (weights > 0), "weights": weights}),
+    )
+
+
 def numpy_losses(params, tokens: np.ndarray) -> np.ndarray:
     """-log p of each next token, (B, T - 1), by numpy in float64."""
     logits = jax.jit(partial(forward, MODEL))(params, tokens)

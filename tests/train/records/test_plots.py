@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import train.compare
 import train.engine.step
@@ -54,6 +55,53 @@ def test_what_is_drawn_is_a_picture(tmp_path: Path) -> None:
     picture.draw_losses({"a": [4.0, 4.1], "b": [3.0]}, tmp_path / "final.png", "title")
     for name in ("time", "overlap", "values", "subspace", "many", "final"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    figures = []
+    write = picture._write
+
+    def keep(figure, path):
+        figures.append(figure)
+        write(figure, path)
+
+    monkeypatch.setattr(picture, "_write", keep)
+    return figures
+
+
+def test_a_run_has_one_color_in_all_pictures(tmp_path, monkeypatch) -> None:
+    figures, names = drawn(monkeypatch), [f"run {i}" for i in range(12)]
+    styles = picture.styles_of(names)
+    some = ["run 11", "run 3", "run 0"]
+    picture.draw_runs(dict.fromkeys(some, RECORDS), tmp_path / "a.png", "a", styles)
+    picture.draw_by_time(dict.fromkeys(names, RECORDS), tmp_path / "b.png", "b", styles)
+    losses = {n: [4.0 - i] for i, n in enumerate(names)}
+    picture.draw_losses(losses, tmp_path / "c.png", "c", styles)
+    picture.draw_spectra({n: [1.0, 0.5] for n in some}, tmp_path / "d.png", "d", styles)
+    colors = [
+        {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+        for figure in figures
+    ]
+    for name in some:
+        assert {colors[i][name] for i in (0, 1, 3)} == {styles[name]["color"]}
+    # Best on top, and the dots before the bar.
+    ends = [line.get_color() for line in figures[2].axes[0].get_lines()[::2]]
+    assert ends == [styles[name]["color"] for name in names]
+    assert len({tuple(style.values()) for style in styles.values()}) == 12
+
+
+def test_every_line_of_a_run_is_in_the_legend(tmp_path, monkeypatch) -> None:
+    figures = drawn(monkeypatch)
+    draw_run([{**RECORDS[0], "eval_loss": 5.0}, RECORDS[1]], tmp_path / "a.png", "a")
+    (axes,) = figures[0].axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["training, as logged", "training, smoothed", "held out"]
+    assert len(axes.get_lines()) == len(names)
+
+
+def test_a_record_without_a_time_counts_as_the_mean() -> None:
+    records = [{"step": 1, "loss": 5.0, "ms_per_step": None}, {**RECORDS[1], "step": 2}]
+    assert picture._minutes(records) == pytest.approx([0.01, 0.02])
 
 
 def test_pictures_say_what_is_drawn(monkeypatch, tmp_path):

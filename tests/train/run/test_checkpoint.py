@@ -57,15 +57,16 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
 def test_another_configuration_is_an_error_that_names_the_fields(tmp_path):
     store(config_of(tmp_path))
     changed = ("--steps", "400", "--optimizer", "galore", "--rank", "16")
-    with pytest.raises(ValueError, match="another configuration") as raised:
+    with pytest.raises(ValueError, match="other flags") as raised:
         check_folder(config_of(tmp_path, "--resume", *changed))
     lines = str(raised.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
-        "optimizer.learning_rate",
-        "optimizer.name",
-        "optimizer.rank",
-        "optimizer.scale",
-        "steps",
+        "--learning-rate",
+        "--optimizer",
+        "--rank",
+        "--refresh-every",
+        "--scale",
+        "--steps",
     ]
     assert "steps: 300 there, 400 here" in lines[-1]
 
@@ -83,20 +84,20 @@ def test_a_run_may_go_on_layer_by_layer_if_nothing_is_clipped(tmp_path, there, h
     check_folder(config_of(tmp_path / "unclipped", "--resume", *unclipped, here))
     store(config_of(tmp_path / "clipped", "--layerwise", there))
     changed = config_of(tmp_path / "clipped", "--resume", "--layerwise", here)
-    with pytest.raises(ValueError, match="another configuration") as raised:
+    with pytest.raises(ValueError, match="other flags") as raised:
         check_folder(changed)
     assert str(raised.value).splitlines()[1:] == [
-        f"  layerwise: {there} there, {here} here "
+        f"  --layerwise: {there} there, {here} here "
         "(a layer is clipped by its own norm, or all by one; and of microbatches the "
         "first chooses the bases, or all do)"
     ]
     parts = (*unclipped[:2], "--microbatches", "2", "--layerwise")
     store(config_of(tmp_path / "parts", *parts, there))
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="other flags"):
         check_folder(config_of(tmp_path / "parts", "--resume", *parts, here))
     # Nor while the clipping itself is changed.
     changed = config_of(tmp_path / "clipped", "--resume", *unclipped, here)
-    with pytest.raises(ValueError, match=r"clip_norm: 1\.0 there, None here"):
+    with pytest.raises(ValueError, match=r"--clip-norm: 1\.0 there, None here"):
         check_folder(changed)
 
 
@@ -105,7 +106,7 @@ def test_a_field_that_one_version_lacks_is_a_difference(tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["optimizer"]["b2"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"optimizer.b2: absent there, 0.999 here"):
+    with pytest.raises(ValueError, match=r"--b2: absent there, 0.999 here"):
         check_folder(config_of(tmp_path, "--resume"))
 
 

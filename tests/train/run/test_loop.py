@@ -21,6 +21,7 @@ from train.engine.mesh import make_mesh
 from train.host.errors import STOPPED
 from train.main import main
 from train.records.metrics import read_metrics
+from train.run.checkpoint import stored_checksums
 from train.run.loop import evaluate
 
 
@@ -81,6 +82,8 @@ def test_metrics_are_a_line_for_each_logged_step(finished):
             *("loss", "grad_norm", "learning_rate", "refreshes"),
             *("skipped", "skipped_in_a_row", "ms_per_step", "tokens_per_s"),
         }
+    assert lines[0]["ms_per_step"] is lines[0]["tokens_per_s"] is None
+    for line in lines[1:]:
         seconds = line["ms_per_step"] / 1e3
         assert line["tokens_per_s"] == pytest.approx(8 * 16 / seconds)
     # Uniform guesses among 300 tokens cost log 300 = 5.7 nats.
@@ -107,6 +110,7 @@ def test_summary_agrees_with_the_metrics(finished):
     times = [r["ms_per_step"] for r in read_metrics(finished)]
     expected = (3 * times[1] + 2 * times[2] + 2 * times[3] + 4 * times[4]) / 11
     assert summary["ms_per_step"] == pytest.approx(expected)
+    assert summary["train_s"] == pytest.approx(12 * expected / 1e3)
 
 
 def test_the_folder_is_the_run_s_own(finished, flags, capsys):
@@ -287,19 +291,40 @@ def test_a_sample_that_fails_leaves_all_the_rest(
     assert "none was asked for (--sample-tokens 0)" in capsys.readouterr().out
 
 
-def test_a_longer_run_takes_the_steps_it_would_have_taken(flags, tmp_path):
-    argv = ("--optimizer", "adamw", "--warmup", "0", "--final", "1")
+@pytest.mark.parametrize(
+    ("schedule", "resumed"),
+    [
+        (("--warmup", "0", "--final", "1"), ()),
+        (("--schedule", "constant", "--warmup", "1"), ()),
+        (
+            ("--schedule", "wsd", "--warmup", "1", "--decay", "2", "--keep", "1"),
+            ("--resume-from", "2"),
+        ),
+    ],
+    ids=["no decay", "constant", "wsd"],
+)
+def test_a_longer_run_takes_the_steps_it_would_have_taken(
+    schedule, resumed, flags, tmp_path, capsys
+):
+    argv = (*flags, *schedule, "--optimizer", "grass_jump", "--rank", "4")
     argv += ("--sample-tokens", "0", "--eval-every", "4", "--checkpoint-every", "4")
-    whole, grown = (str(tmp_path / name) for name in ("whole", "grown"))
-    main([*flags, *argv, "--out", whole, "--steps", "8"])
-    main([*flags, *argv, "--out", grown, "--steps", "4"])
-    main([*flags, *argv, "--out", grown, "--steps", "8", "--resume"])
+    argv += ("--refresh-every", "3")
+    whole, grown = (tmp_path / name for name in ("whole", "grown"))
+    main([*argv, "--out", str(whole), "--steps", "8"])
+    main([*argv, "--out", str(grown), "--steps", "4"])
+    longer = ["--out", str(grown), "--steps", "8", "--resume"]
+    if resumed:
+        with pytest.raises(SystemExit, match=r"step 4 .* --resume-from 2"):
+            main(longer)
+    main([*longer, *resumed])  # config.json has all other flags
     losses = [
-        [(r["step"], r["loss"], r.get("eval_loss")) for r in read_metrics(Path(folder))]
+        [(r["step"], r["loss"], r.get("eval_loss")) for r in read_metrics(folder)]
         for folder in (whole, grown)
     ]
-    assert losses[0] == losses[1]
-    assert [step for step, _, _ in losses[0]] == [1, 4, 8]
+    # Of wsd, the checkpoint before its decay ends a record.
+    assert losses[0][-1 if resumed else 0 :] == losses[1][-1 if resumed else 0 :]
+    ends = [stored_checksums(x / "checkpoints" / "8") for x in (whole, grown)]
+    assert ends[0] == ends[1]  # every bit of weights and optimizer
 
 
 def test_a_run_begins_where_another_ended(finished, flags, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A run's checkpoint in use: in a notebook, as a new run's start, for text, longer."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,16 +21,28 @@ from tests.helpers.checkpoints import store
 from train.config.command_line import parse
 from train.config.config import Config, from_json, model_config, to_json
 from train.config.resolve import resolve
-from train.data.tokenizer import BytePairTokenizer, Tokenizer, train_tokenizer
+from train.data.fingerprint import of_tokenizer
+from train.data.tokenizer import (
+    BytePairTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
 from train.engine.mesh import make_mesh
-from train.engine.optimizer import make_optimizer
+from train.engine.optimizer import make_optimizer, make_schedule
 from train.engine.step import TrainState, Work
 from train.host.atomic import check_writable
 from train.run.checkpoint import Checkpoints
-from train.run.folder import check_folder
+from train.run.folder import check_folder, own_folder
 from train.run.loop import initial
 from train.run.restore import load_run, load_weights
-from train.run.start import check_start, pinned, tokenizer_file, weights_for
+from train.run.start import (
+    check_rates,
+    check_start,
+    pinned,
+    tokenizer_file,
+    weights_for,
+)
 from train.run.stored import run_and_step, store_tokenizer, stored_tokenizer
 
 TEXTS = ["a quick brown fox jumps over the lazy dog " * 4, "and an owl sleeps " * 9]
@@ -200,7 +213,7 @@ def test_the_step_is_pinned_at_the_start_and_stays_when_resumed(tmp_path):
     other = pinned(
         config_of(tmp_path / "b", "--resume", *given[:1], f"{source.out}@30")
     )
-    with pytest.raises(ValueError, match=r"init_from: .*@10 there, .*@30 here"):
+    with pytest.raises(ValueError, match=r"--init-from: .*@10 there, .*@30 here"):
         check_folder(other)
     with pytest.raises(FileNotFoundError, match=r"of step 7; it has \[10, 30\]"):
         pinned(config_of(tmp_path / "c", *given[:1], f"{source.out}@7"))
@@ -251,6 +264,53 @@ def test_the_tokenizer_of_a_run_stays_with_it(tmp_path, tokenizer):
     assert tokenizer_file(config_of(tmp_path / "b")) is None
 
 
+def exchanged(folder: Path, source: Path, tmp_path: Path) -> None:
+    """A run's folder whose tokenizer is another one's, of as many tokens."""
+    shutil.copytree(source, folder)
+    own = open_tokenizer(folder / "tokenizer.json")
+    data = {"source": {}, "eval_source": None, "tokenizer": of_tokenizer(own)}
+    (folder / "data.json").write_text(json.dumps(data))
+    load_run(folder)
+    cache = str(tmp_path / "cache")
+    words = ["lazy lakes keep owls awake while " * 5]
+    other = train_tokenizer(words, vocab_size=280, cache_dir=cache)
+    (folder / "tokenizer.json").write_bytes(other.content)
+
+
+def test_an_exchanged_tokenizer_is_refused_wherever_it_is_read(tmp_path, saved):
+    folder = tmp_path / "run"
+    exchanged(folder, saved("float32").config.out, tmp_path)
+    message = r"tokenizer.json is not the tokenizer that the run was trained with"
+    with pytest.raises(ValueError, match=message):
+        load_run(folder)
+    with pytest.raises(SystemExit, match=message):
+        train.sample.main([str(folder), "--prompt", "an owl"])
+    new = config_of(tmp_path / "new", "--init-from", str(folder))
+    with pytest.raises(ValueError, match=message):
+        check_start(new, open_tokenizer(folder / "tokenizer.json"))
+    (folder / "data.json").unlink()
+    assert load_run(folder).tokenizer is not None  # nothing to compare it with
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"source": {}}', "", "[" * 10**5])
+def test_a_fingerprint_of_another_shape_is_an_error(text, tmp_path, saved):
+    folder = tmp_path / "run"
+    shutil.copytree(saved("float32").config.out, folder)
+    (folder / "data.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"data.json .*: put it back, or start a new"):
+        train.sample.main([str(folder), "--prompt", "an owl"])
+    config = dataclasses.replace(load_config(folder), out=folder, resume=True)
+    with (
+        pytest.raises(ValueError, match=r"data.json .*: put it back, or start a new"),
+        own_folder(config, {"source": {}, "eval_source": None, "tokenizer": None}),
+    ):
+        pass
+
+
+def load_config(folder: Path) -> Config:
+    return from_json((folder / "config.json").read_text())
+
+
 CONSTANT = ("--warmup", "0", "--final", "1")
 
 
@@ -261,9 +321,9 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
     with pytest.raises(ValueError, match=r"made longer, not shorter; begin a new one"):
         check_folder(config_of(tmp_path, *CONSTANT, "--steps", "30", "--resume"))
     forgotten = config_of(tmp_path, "--steps", "60", "--resume")
-    with pytest.raises(ValueError, match=r"warmup: 0.0 there") as raised:
+    with pytest.raises(ValueError, match=r"--warmup: 0 there") as raised:
         check_folder(forgotten)
-    assert "steps:" not in str(raised.value)
+    assert "--steps:" not in str(raised.value)
     # Because no step can tell: the rates are the same bits.
     rates = [
         [
@@ -278,9 +338,9 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        ((), "the learning rate goes by the number of steps"),
-        (("--warmup", "0"), "the learning rate goes by the number of steps"),
-        (("--final", "1"), "the learning rate goes by the number of steps"),
+        ((), "a cosine ends at the last step; .* --schedule wsd or"),
+        (("--warmup", "0"), "a cosine ends at the last step; .* --schedule wsd or"),
+        (("--final", "1"), "a cosine ends at the last step; .* --schedule wsd or"),
         ((*CONSTANT, "--optimizer", "golore"), "golore changes its subspace"),
     ],
 )
@@ -291,6 +351,47 @@ def test_another_run_cannot_and_the_error_says_why_and_what_to_do(tmp_path, argv
         check_folder(longer)
     assert "steps: 40 there, 60 here" in str(raised.value)
     assert f"--init-from {tmp_path} --out ANOTHER" in str(raised.value)
+
+
+WSD = ("--schedule", "wsd", "--warmup", "2", "--decay", "4", "--steps", "12")
+
+
+@pytest.mark.parametrize(
+    ("argv", "skipped", "message"),
+    [
+        ((), 0, None),
+        (("--steps", "20"), 0, "step 10 was .* step 12; .* --resume-from 8"),
+        (("--steps", "20", "--resume-from", "8"), 0, None),
+        (("--steps", "20", "--resume-from", "12"), 0, "step 12; .* --resume-from 8"),
+        # The decay would have begun before.
+        (("--decay", "9"), 0, "step 4 was .* --resume-from 2"),
+        (("--decay", "11", "--warmup", "1"), 0, "step 1 was .* --init-from .* --out"),
+        # A step that was skipped moved no schedule.
+        ((), 3, None),
+    ],
+)
+def test_the_steps_that_are_done_had_the_rates_of_the_schedule(
+    tmp_path, argv, skipped, message
+):
+    begun = config_of(tmp_path, *WSD)
+    empty_run(begun, 2, 8, 12)
+    rate = make_schedule(begun.optimizer, 12)
+    records = [
+        {
+            "step": step,
+            "learning_rate": float(rate(step - 1 - (skipped if step > 5 else 0))),
+            "skipped": skipped if step > 5 else 0,
+        }
+        for step in (1, 2, 4, 6, 8, 10, 12)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    longer = config_of(tmp_path, *WSD, *argv, "--resume")
+    if message is None:
+        check_rates(longer)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_rates(longer)
 
 
 def test_text_is_printed_from_a_run(tmp_path, saved, capsys):
