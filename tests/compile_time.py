@@ -1,4 +1,6 @@
-"""CPU seconds to compile `tx.update` for an unstacked LLaMA: python -m tests.compile_time.
+"""CPU seconds to compile an update of an unstacked LLaMA.
+
+    python -m tests.compile_time
 
 Trees of Hugging Face and NNX have one array for each matrix: 7 a layer. A program has
 one step: an ordinary one (refresh=False), a refresh (True), or both (None).

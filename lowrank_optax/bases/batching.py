@@ -51,7 +51,8 @@ class Request:
           started: as in `BasisState`.
         """
         leaves, structure = jax.tree.flatten(frames)
-        starts, keys = structure.flatten_up_to(started), self._keys(leaves)
+        starts = [x.astype(bool) for x in structure.flatten_up_to(started)]
+        keys = self._keys(leaves)
         joins = [i for i, x in enumerate(leaves) if is_frame(x) and self._joins(x)]
         rows = {
             i: self._rows(leaves[i], stored[i], starts[i], keys.get(i)) for i in joins

@@ -1,0 +1,171 @@
+"""Every optimizer under optax's wrappers and in loops that people write."""
+
+import functools
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+import lowrank_optax as lro
+from tests.helpers.battery import ALL, build
+from tests.helpers.marks import slow_but
+from tests.helpers.stages import normal
+
+T = 10
+FEW = ["galore", "grass_jump", "ldadam"]
+each = pytest.mark.parametrize("name", slow_but(FEW, ALL))
+PARAMS = {"mlp": {"kernel": normal(8, 12)}, "bias": normal(8, seed=1)}
+GOAL = jax.tree.map(lambda x: x + 1, PARAMS)
+
+
+def gradient(params):
+    return jax.tree.map(jnp.subtract, params, GOAL)
+
+
+def distance(params):
+    return float(optax.tree.norm(gradient(params)))
+
+
+def mini_steps(tx, count, refresh, bad=()):
+    """Runs mini-steps, with `refresh` decided from the index; `bad` ones are NaN."""
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(params, state, factor, refresh):
+        grads = jax.tree.map(lambda g: factor * g, gradient(params))
+        updates, state = tx.update(grads, state, params, refresh=refresh)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for i in range(count):
+        factor = jnp.nan if i in bad else 1.0
+        params, state = step(params, state, factor, refresh=refresh(i))
+    return params, state
+
+
+def test_refreshes_that_multi_steps_discards_are_no_silent_ones():
+    k = 2
+
+    def run(refresh):
+        tx = optax.MultiSteps(lro.galore(0.1, rank=4, refresh_every=T), k)
+        return mini_steps(tx, 4 * T, refresh)
+
+    params, state = run(lambda i: i % (k * T) == k - 1)  # as the guide says
+    assert optax.tree.get(state, "refreshes") == 2
+    assert optax.tree.get(state, "skipped") == 0
+    assert distance(params) < distance(PARAMS)
+
+    params, state = run(lambda i: i % T == 0)  # the wrong one
+    assert optax.tree.get(state, "skipped") == 4 * T // k
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+
+
+@each
+def test_no_step_in_a_basis_that_nobody_chose(name):
+    """With refresh=False from the start, in any loop."""
+    tx = build(name, dimension_numbers=None)
+    state = tx.init(PARAMS)
+    if not hasattr(state[0], "refreshes"):
+        return
+    updates, after = jax.jit(functools.partial(tx.update, refresh=False))(
+        gradient(PARAMS), state, PARAMS
+    )
+    moved = any(bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates))
+    assert moved == (int(after[0].skipped) == 0)
+    if moved:  # a basis that moves at every step, or none at all
+        _, refreshed = tx.update(gradient(PARAMS), state, PARAMS, refresh=True)
+        waits = [
+            bool(jnp.any(a != b))
+            for a, b in zip(
+                *(jax.tree.leaves(s) for s in (after, refreshed)), strict=True
+            )
+        ]
+        assert name not in FEW[:2], waits
+
+
+@each
+def test_arithmetic_on_states(name):
+    """Wrappers and serializers that know arrays, and no keys."""
+    tx = build(name, dimension_numbers=None)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        updates, state = tx.update(gradient(params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert bool(jnp.isfinite(optax.tree.norm(state)))
+    saved = flax.serialization.to_bytes(state)
+    restored = flax.serialization.from_bytes(tx.init(PARAMS), saved)
+    for a, b in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    sam = optax.contrib.sam(tx, optax.sgd(0.01), sync_period=2, opaque_mode=False)
+    update, sam_state, params = jax.jit(sam.update), sam.init(PARAMS), PARAMS
+    for _ in range(4):
+        updates, sam_state = update(gradient(params), sam_state, params)
+        params = optax.apply_updates(params, updates)
+    assert distance(params) < distance(PARAMS)
+
+
+@each
+def test_a_state_that_does_not_fit_is_refused(name):
+    tx, other = (build(name, dimension_numbers=None, rank=r) for r in (2, 3))
+    if "rank" not in lro.static_args(ALL[name][0]):
+        return
+    state = other.init(PARAMS)
+    for kind in (None, True, False):
+        given = {} if kind is None else {"refresh": kind}
+        with pytest.raises(ValueError, match=r"does not fit.*mlp/kernel.*shape") as e:
+            tx.update(gradient(PARAMS), state, PARAMS, **given)
+        assert "2" in str(e.value)
+        assert "3" in str(e.value)
+    grown = {**PARAMS, "mlp": {"kernel": normal(8, 13)}}
+    with pytest.raises(ValueError, match=r"does not fit.*mlp/kernel"):
+        jax.jit(tx.update)(grown, tx.init(PARAMS), grown)
+    more = {**PARAMS, "attn": {"kernel": normal(8, 8)}}
+    with pytest.raises(ValueError, match=r"does not fit.*attn/kernel has no array"):
+        tx.update(more, tx.init(PARAMS), more)
+    raw = flax.serialization.to_state_dict(tx.init(PARAMS)[0])
+    with pytest.raises(ValueError, match="got a dict for its state"):
+        tx.update(PARAMS, (raw, tx.init(PARAMS)[1]), PARAMS)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        def kernel(*axes):
+            return nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+
+        self.mlp = nnx.Dict(
+            up=nnx.Linear(8, 16, kernel_init=kernel(None, "model"), rngs=rngs),
+            down=nnx.Linear(16, 8, kernel_init=kernel("model", None), rngs=rngs),
+        )
+
+    def __call__(self, x):
+        return self.mlp.down(nnx.relu(self.mlp.up(x)))
+
+
+@each
+def test_nnx_optimizer_on_a_mesh_with_annotated_parameters(name):
+    x = normal(8, 8)
+
+    def steps(mesh):
+        with jax.set_mesh(mesh):
+            model = Model(nnx.Rngs(0))
+            optimizer = nnx.Optimizer(model, build(name), wrt=nnx.Param)
+
+            @nnx.jit
+            def step(model, optimizer, x):
+                grads = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
+                optimizer.update(model, grads)
+
+            for _ in range(3):
+                step(model, optimizer, x)
+            return jax.device_get(nnx.as_pure(nnx.state(model, nnx.Param)))
+
+    one, four = (steps(Mesh(np.array(jax.devices()[:n]), ("model",))) for n in (1, 4))
+    for a, b in zip(*map(jax.tree.leaves, (one, four)), strict=True):
+        # Sums over devices round in another order, which Adam's first steps, of the
+        # size of the rate, can turn into that much.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
