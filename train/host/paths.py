@@ -39,7 +39,9 @@ def to_path(name: str | AnyPath) -> AnyPath:
 
 
 def run_folder(name: str) -> AnyPath:
-    """The folder of a run; ValueError if it cannot hold checkpoints."""
+    """The folder of a run; ValueError if it cannot hold checkpoints, or is none."""
+    if not name.strip():
+        raise ValueError("an empty name is no folder; '.' is the one that you are in")
     scheme, is_url, _ = name.partition("://")
     if is_url and scheme != "gs":
         raise ValueError(
