@@ -4,8 +4,12 @@ import io
 import os
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import jax
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def keep_output() -> None:
@@ -49,7 +53,7 @@ def _kept(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 class _Dropping(io.FileIO):
     """Takes all that is written to it, and drops what cannot be written."""
 
-    def write(self, content: bytes | memoryview, /) -> int:
+    def write(self, content: "ReadableBuffer", /) -> int:
         written = None
         with suppress(OSError):
             written = super().write(content)

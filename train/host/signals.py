@@ -44,7 +44,7 @@ class Stop:
     def __enter__(self) -> "Stop":
         # The preemption service, where there is one, handles SIGTERM.
         for number in SIGNALS[self._together :]:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
