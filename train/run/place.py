@@ -1,4 +1,4 @@
-"""The place of a run's checkpoints: the same folder as before, and for all processes."""
+"""The place of a run: the same folder as before, and the same for all processes."""
 
 import os
 import time
@@ -63,13 +63,14 @@ class Place:
 def check_shared(folder: AnyPath, name: str) -> None:
     """Checks on all processes whether each sees what process 0 writes in the folder.
 
-    It writes a file of this name, which must be a new one, and removes it.
+    It writes a file of this name, which must be a new one, and removes it. One process
+    alone does so on its own machine: orbax would wait for a folder that cannot be made.
 
     Raises:
       OSError: process 0 cannot write, or this process does not see it.
       ElsewhereError: so it is on another process.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and isinstance(folder, UPath):
         return
     mark, problem = folder / name, None
     try:
