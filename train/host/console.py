@@ -25,7 +25,8 @@ def keep_output() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for good)
+            nowhere = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
         elif stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _kept(stream))
 

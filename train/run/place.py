@@ -28,21 +28,30 @@ class Place:
 
     def __init__(self, folder: AnyPath) -> None:
         self._folder = folder
+        self._has_config = self._config_is_there()
         self._held = None if isinstance(folder, UPath) else os.open(folder, os.O_RDONLY)
 
     def check(self) -> None:
-        """MovedError unless the folder's name still names it."""
+        """MovedError unless the folder's name still names it, with what was in it."""
         if self._held is None:
             return
         try:
             same = os.path.samestat(os.stat(str(self._folder)), os.fstat(self._held))
         except OSError:
             same = False
+        if same and self._has_config and not self._config_is_there():
+            raise MovedError(
+                f"{self._folder}/config.json was removed, without which the run cannot "
+                "be resumed; steps since its last checkpoint are lost"
+            )
         if not same:
             raise MovedError(
                 f"{self._folder} is no longer this run's folder, which "
                 f"{self._fate(self._held)}; steps since its last checkpoint are lost"
             )
+
+    def _config_is_there(self) -> bool:
+        return (self._folder / "config.json").exists()
 
     def _fate(self, held: int) -> str:
         """What became of it; only Linux knows the new name of an open folder."""
@@ -94,10 +103,10 @@ def _appears(path: AnyPath) -> bool:
     return seen
 
 
-def remove_all(paths: Iterable[epath.Path]) -> None:
+def remove_all(paths: Iterable[Path | epath.Path]) -> None:
     """Removes folders, and links and files that have taken their names."""
     for path in paths:
         if path.is_dir() and not Path(path).is_symlink():
-            path.rmtree(missing_ok=True)
+            epath.Path(path).rmtree(missing_ok=True)
         else:
             path.unlink(missing_ok=True)
