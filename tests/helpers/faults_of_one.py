@@ -63,7 +63,8 @@ def checkpoints_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
         # Two folders can be read, but orbax can save into one alone.
         pair = two(work, outs, "--resume", "--checkpoint-every", "0")
         problems = [run.wrong(run.end(), 0) for run in pair]
-        told = all("the checkpoint of step 20" in run.log for run in pair)
+        said = ["the checkpoint of step 20" in run.log for run in pair]
+        told = any(said) if i // 2 % 2 else all(said)  # one alone sees it, or both
         problem = None if told else "an older checkpoint without a word"
         if without_times(outs[0]) != expected.records:
             problem = problem or "other metrics than the run that was left alone"
