@@ -42,7 +42,7 @@ on with the same bits afterwards as a run that was left alone. Prints a table of
 was tried and survived; the exit status is 1 if anything was not. CPU.
 
 Examples:
-  python -m tests.helpers.faults               all of it, 45 minutes on two cores
+  python -m tests.helpers.faults               all of it, an hour on two cores
   python -m tests.helpers.faults --share 0.05  a twentieth of it
   python -m tests.helpers.faults --only kills disks
   python -m tests.helpers.faults --platform cuda --share 0.2 --only stops"""
@@ -336,6 +336,7 @@ KINDS = {
     "stops": Kind(stops, 20),
     "stops_of_two": Kind(stops_of_two, 20),
     "deaths_of_one_of_two": Kind(faults_of_one.deaths_of_one_of_two, 4),
+    "errors_of_one_of_two": Kind(faults_of_one.errors_of_one_of_two, 2),
     "checkpoints_of_one_of_two": Kind(faults_of_one.checkpoints_of_one_of_two, 8),
     "no_checkpoint_in_common": Kind(faults_of_one.no_checkpoint_in_common, 2),
     "disks_of_one_of_two": Kind(faults_of_one.disks_of_one_of_two, 4),

@@ -1,5 +1,6 @@
 """Faults done to one of two processes of a run: both end, or both go on."""
 
+import itertools
 import random
 import resource
 import shutil
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.workshop import (
     SAVE_EVERY,
@@ -46,6 +48,39 @@ def deaths_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
         pair = two(work, out, "--resume")
         problems = [run.wrong(run.end(), 0) for run in pair]
         yield first(problem, *problems) or same(out, work.bits_of_two)
+
+
+def errors_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
+    """An error of one of two processes alone ends the other within a minute."""
+    for i in range(count):
+        out = work.fresh()
+        before = (lose_data, bool) if i % 2 else (bool, lose_data)
+        pair = two(work, out, before=before)
+        pair[0].wait_for(4)
+        statuses = [run.end(MINUTE + 5) for run in pair]
+        logs = pair[1 - i % 2].log, pair[i % 2].log
+        problem = None if all(statuses) else f"statuses {statuses}\n{logs}"
+        if "error: the data is gone" not in logs[0]:
+            problem = problem or f"without a word\n{logs[0]}"
+        if not any(words in logs[1] for words in ENDED):
+            problem = problem or f"without a word\n{logs[1]}"
+        pair = two(work, out, "--resume")
+        problems = [run.wrong(run.end(), 0) for run in pair]
+        yield first(problem, *problems) or same(out, work.bits_of_two)
+
+
+def lose_data() -> None:
+    """In a process: its seventh batch cannot be read."""
+    from train.run import loop
+
+    given, count = loop.put_next, itertools.count(1)
+
+    def put_next(program: Any, batches: Any) -> Any:
+        if next(count) == 7:
+            raise loop.DataError("the data is gone")
+        return given(program, batches)
+
+    loop.put_next = put_next
 
 
 def checkpoints_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,7 +60,12 @@ def _trainer(
 
     try:
         main(argv)
-    finally:  # what Python does at its own end, and a fork does not
+    except SystemExit as end:  # this, and then that, Python does at its own end
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr, flush=True)
+            end.code = 1
+        raise
+    finally:
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
 

@@ -15,7 +15,7 @@ from train.host.console import say
 HEARTBEAT_S = 30
 """Seconds without a sign of life after which a process is taken for dead."""
 
-PARTING_S = 45
+PARTING_S = 30
 """Seconds that a process which ends waits for the others to end, and then ends them."""
 
 WAIT_S = 20

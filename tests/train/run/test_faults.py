@@ -32,6 +32,7 @@ TIMES = {
     "stops": 2,
     "stops_of_two": 1,
     "deaths_of_one_of_two": 2,
+    "errors_of_one_of_two": 1,
     "checkpoints_of_one_of_two": 2,
     "no_checkpoint_in_common": 1,
     "disks_of_one_of_two": 1,
