@@ -90,13 +90,13 @@ def kills(work: Workshop, count: int) -> Iterator[Outcome]:
 
 
 def stops(work: Workshop, count: int) -> Iterator[Outcome]:
-    """SIGTERM, SIGINT or SIGHUP to a run: it saves, says so, goes on with --resume."""
+    """SIGTERM or SIGINT to a run: it saves, says so, and goes on with --resume."""
     for i in range(count):
         out = work.fresh()
         run = Run(work, out)
         run.wait_for(work.random.randint(1, STEPS - 4))
         asked = time.monotonic()
-        run.signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3])
+        run.signal(signal.SIGTERM if i % 3 else signal.SIGINT)
         problem = run.wrong(run.end(60), STOPPED, 0)
         if time.monotonic() - asked > 60:
             problem = problem or "took more than a minute"
@@ -336,12 +336,14 @@ KINDS = {
     "stops": Kind(stops, 20),
     "stops_of_two": Kind(stops_of_two, 20),
     "deaths_of_one_of_two": Kind(faults_of_one.deaths_of_one_of_two, 4),
+    "freezes_of_one_of_two": Kind(faults_of_one.freezes_of_one_of_two, 2),
     "errors_of_one_of_two": Kind(faults_of_one.errors_of_one_of_two, 2),
     "checkpoints_of_one_of_two": Kind(faults_of_one.checkpoints_of_one_of_two, 8),
     "no_checkpoint_in_common": Kind(faults_of_one.no_checkpoint_in_common, 2),
     "disks_of_one_of_two": Kind(faults_of_one.disks_of_one_of_two, 4),
     "damages": Kind(damages, 100),
     "disks": Kind(disks, 20),
+    "hangups": Kind(faults_of_places.hangups, 4),
     "outputs": Kind(faults_of_places.outputs, 10),
     "moved_folders": Kind(faults_of_places.moved_folders, 6),
     "names_taken": Kind(faults_of_places.names_taken, 4),

@@ -32,13 +32,22 @@ def first(*problems: Outcome) -> Outcome:
 
 
 def deaths_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
-    """SIGKILL or SIGSTOP to one of two processes ends the other within a minute."""
+    """SIGKILL to one of two processes ends the other within a minute."""
+    yield from one_without_other(work, count, signal.SIGKILL)
+
+
+def freezes_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGSTOP to one of two processes ends the other within a minute."""
+    yield from one_without_other(work, count, signal.SIGSTOP)
+
+
+def one_without_other(work: Workshop, count: int, number: int) -> Iterator[Outcome]:
     for i in range(count):
         out = work.fresh()
         pair = two(work, out)
         pair[0].wait_for(SAVE_EVERY + 1)
         victim, other = pair[i % 2], pair[1 - i % 2]
-        victim.signal(signal.SIGSTOP if i // 2 % 2 else signal.SIGKILL)
+        victim.signal(number)
         status = other.end(MINUTE)
         victim.signal(signal.SIGKILL)
         victim.end()

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from tests.helpers.workshop import (
     same,
     small_disk,
 )
+from train.host.errors import STOPPED
 
 # --- outputs: each is called in the process of a run ---
 
@@ -59,6 +61,17 @@ def outputs(work: Workshop, count: int) -> Iterator[Outcome]:
             run = Run(work, out, before=[*before, speak_ascii][i % 5])
             status = run.end()
         yield run.wrong(status, 0) or same(out, work.bits)
+
+
+def hangups(work: Workshop, count: int) -> Iterator[Outcome]:
+    """SIGHUP, twice, as the terminal closes: it saves, and goes on with --resume."""
+    for _ in range(count):
+        out = work.fresh()
+        run = Run(work, out, before=lose_the_reader)
+        run.wait_for(work.random.randint(1, STEPS - 10))
+        run.signal(signal.SIGHUP)
+        run.signal(signal.SIGHUP)
+        yield run.wrong(run.end(60), STOPPED) or work.finished(out)
 
 
 # --- folders ---
