@@ -210,10 +210,8 @@ def disks(work: Workshop, count: int) -> Iterator[Outcome]:
                 run.wait_for(last_step(out) + 8)
                 time.sleep(0.5)
                 filler.unlink()
-                problem = run.wrong(run.end(), 0, 1)
-            else:
-                problem = run.wrong(run.end(), 0, 1)
-                filler.unlink()
+            problem = run.wrong(run.end(), 0, 1)
+            filler.unlink(missing_ok=True)
             yield problem or work.finished(out)
 
 
@@ -382,9 +380,8 @@ def run_faults(faults: Faults, folder: Path) -> list[Tried]:
 
 def line(tried: Tried) -> str:
     what = (KINDS[tried.name].fault.__doc__ or "").split("\n")[0].rstrip(".")
-    return (
-        f"| {what} | {len(tried.outcomes)} | {tried.survived} | {tried.seconds:.0f} |"
-    )
+    numbers = (len(tried.outcomes), tried.survived, f"{tried.seconds:.0f}")
+    return " | ".join(map(str, ("", what, *numbers, ""))).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
