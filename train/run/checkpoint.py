@@ -165,17 +165,21 @@ class Checkpoints:
             self._prepare(step)
         except (OSError, ElsewhereError) as error:
             self._lost(error)
-            return
+        else:
+            self._begin(step, args)
+
+    def _begin(self, step: int, args: ocp.args.Composite) -> None:
         try:
             self._manager.save(step, args=args)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # whatever class the file system's errors come in
-            if jax.process_count() > 1:  # the others may have begun
-                raise CheckpointError(
-                    f"the checkpoint of step {step} could not be saved: {brief(error)}"
-                ) from error
-            self._lost(error)
+            if jax.process_count() == 1:
+                self._lost(error)
+                return
+            raise CheckpointError(  # the others may have begun
+                f"the checkpoint of step {step} could not be saved: {brief(error)}"
+            ) from error
 
     def _prepare(self, step: int) -> None:
         """Finds out before a save whether it would fail: all processes, or none, go on.
@@ -184,18 +188,14 @@ class Checkpoints:
           OSError, ElsewhereError: it would.
           MovedError, LostProcessError: so would all later ones.
         """
-        moved = problem = None
+        problem = None
         try:
             self.check_place()
-        except MovedError as error:
-            moved = error
-        agree(moved, ends=True)
-        try:
             if jax.process_index() == 0:
                 remove_all(self._folder.glob(UNFINISHED))
-        except OSError as error:
+        except (MovedError, OSError) as error:
             problem = error
-        agree(problem)
+        agree(problem, ends=isinstance(problem, MovedError))
         check_shared(self._steps, f"{step}.mark")
 
     def check_place(self) -> None:
