@@ -2,16 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
-import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +15,26 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tests.helpers import faults_of_one, faults_of_places
+from tests.helpers.workshop import (
+    FEWER,
+    FLAGS,
+    SAVE_EVERY,
+    STEPS,
+    Outcome,
+    Run,
+    Workshop,
+    alike,
+    fill,
+    last_step,
+    prepare,
+    same,
+    small_disk,
+    two,
+    without_times,
+)
 from train.config.command_line import parse
 from train.host.errors import STOPPED
-from train.records.metrics import Record, read_metrics
 from train.run.checkpoint import stored_checksums
 
 DESCRIPTION = """Kill, stop, starve and deceive training runs, and see whether each goes
@@ -31,29 +42,10 @@ on with the same bits afterwards as a run that was left alone. Prints a table of
 was tried and survived; the exit status is 1 if anything was not. CPU.
 
 Examples:
-  python -m tests.helpers.faults               all of it, 45 minutes on two cores
+  python -m tests.helpers.faults               all of it, an hour on two cores
   python -m tests.helpers.faults --share 0.05  a twentieth of it
   python -m tests.helpers.faults --only kills disks
   python -m tests.helpers.faults --platform cuda --share 0.2 --only stops"""
-
-PATIENCE_S = 240
-"""A process that has not ended by then hangs."""
-
-TIMES = {"ms_per_step", "tokens_per_s"}
-STEPS, SAVE_EVERY = 40, 4
-FLAGS = (
-    *("--optimizer", "grass_jump", "--rank", "8", "--refresh-every", "7"),
-    *("--layerwise", "on"),
-    *("--steps", str(STEPS), "--batch-size", "8", "--seq-len", "16"),
-    *("--log-every", "3", "--eval-every", "20", "--checkpoint-every", str(SAVE_EVERY)),
-    *("--vocab-size", "300", "--weight-decay", "0.1", "--sample-tokens", "0"),
-)
-
-# Two processes on one machine wait for each other a hundred times in a step.
-FEWER = ("--steps", "20", "--eval-every", "10")
-
-Outcome = str | None
-"""What went wrong, if anything did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,175 +64,6 @@ class Faults:
     only: tuple[str, ...] = ()
     seed: int = 0
     platform: str = "cpu"
-
-
-# --- runs ---
-
-_context = multiprocessing.get_context("forkserver")
-
-
-def devices_flag(devices: int) -> str:
-    """What makes a CPU so many devices, in XLA_FLAGS."""
-    return f"--xla_force_host_platform_device_count={devices}"
-
-
-def _trainer(argv: Sequence[str], log: Path, devices: int) -> None:
-    os.environ["XLA_FLAGS"] = devices_flag(devices)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from train.main import main
-
-    try:
-        main(argv)
-    finally:  # what Python does at its own end, and a fork does not
-        if jax.distributed.is_initialized():
-            jax.distributed.shutdown()
-
-
-class Run:
-    """A trainer in a process of its own, in a folder; `devices` are a CPU's."""
-
-    def __init__(
-        self, work: "Workshop", out: Path, *flags: str, devices: int = 1
-    ) -> None:
-        work.count += 1
-        self.out, self._log = out, work.folder / f"{work.count}.log"
-        argv = [*FLAGS, *work.data, "--out", str(out), *flags]
-        args = (argv, self._log, devices)
-        self._process = _context.Process(target=_trainer, args=args)
-        self._process.start()
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text() if self._log.exists() else ""
-
-    @property
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
-    def wait_for(self, step: int) -> None:
-        """Until a record of a step from `step` on is there, or the process is not."""
-        end = time.monotonic() + PATIENCE_S
-        while self.alive and last_step(self.out) < step and time.monotonic() < end:
-            time.sleep(0.005)
-
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid or 0, number)
-
-    def end(self, patience: float = PATIENCE_S) -> int | None:
-        """The exit status; None for a process that hung, and was killed."""
-        self._process.join(patience)
-        if self.alive:
-            self._process.kill()
-            self._process.join()
-            return None
-        return self._process.exitcode
-
-    def wrong(self, status: int | None, *expected: int) -> Outcome:
-        if status is None:
-            return f"hung\n{self.log}"
-        if status not in expected:
-            return f"status {status}\n{self.log}"
-        if "Traceback" in self.log and signal.SIGKILL not in map(abs, expected):
-            return f"a traceback\n{self.log}"
-        return None
-
-
-def last_step(out: Path) -> int:
-    records = read_metrics(out) if out.exists() else []
-    return records[-1]["step"] if records else 0
-
-
-def without_times(out: Path) -> list[Record]:
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out)]
-
-
-class Bits(NamedTuple):
-    """What a finished run computed: every record, and every bit of the last state."""
-
-    records: list[Record]
-    seals: dict[str, Any]
-
-
-def bits(out: Path) -> Bits:
-    records = without_times(out)
-    return Bits(
-        records, stored_checksums(out / "checkpoints" / str(records[-1]["step"]))
-    )
-
-
-class Workshop:
-    """A folder with a text, and runs on it that were left alone."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.count = folder, 0
-        self.random = random.Random(seed)
-        self.text = folder / "text.jsonl"
-        write_text(self.text)
-        self.data = (
-            *("--source", str(self.text), "--cache-dir", str(folder / "cache")),
-        )
-
-    @functools.cached_property
-    def alone(self) -> Path:
-        """The folder of a run."""
-        return self.finished_in(self.folder / "alone")
-
-    @functools.cached_property
-    def bits(self) -> Bits:
-        return bits(self.alone)
-
-    @functools.cached_property
-    def bits_of_two(self) -> Bits:
-        """Of a run of two processes: two devices add up a gradient in another order."""
-        out = self.folder / "two"
-        return bits(left_alone(out, *two(self, out)))
-
-    def finished_in(self, out: Path, *flags: str, devices: int = 1) -> Path:
-        """The folder, in which a run has come to its end."""
-        return left_alone(out, Run(self, out, *flags, devices=devices))
-
-    def fresh(self, name: str = "run") -> Path:
-        out = self.folder / name
-        shutil.rmtree(out, ignore_errors=True)
-        return out
-
-    def finished(self, out: Path) -> Outcome:
-        """Whether a run in `out` goes on to its end, to the bits of the one alone."""
-        run = Run(self, out, "--resume")
-        return run.wrong(run.end(), 0) or same(out, self.bits)
-
-
-def left_alone(out: Path, *runs: Run) -> Path:
-    for run in runs:
-        if problem := run.wrong(run.end(), 0):
-            raise RuntimeError(f"a run that was left alone: {problem}")
-    return out
-
-
-def same(out: Path, expected: Bits) -> Outcome:
-    found = bits(out)
-    if found.records != expected.records:
-        return "other metrics than the run that was left alone"
-    if found.seals != expected.seals:
-        return "another state than the run that was left alone"
-    return None
-
-
-def alike(out: Path, expected: Bits) -> Outcome:
-    """Whether losses are the same to rounding, which 20 steps make no larger."""
-    pairs = zip(without_times(out), expected.records, strict=True)
-    far = [a["step"] for a, b in pairs if abs(a["loss"] - b["loss"]) > 1e-3]
-    return f"other losses at steps {far}" if far else None
-
-
-def write_text(path: Path) -> None:
-    draw = random.Random(0)
-    words = ["".join(draw.choices("aeioubcdfg", k=5)) for _ in range(200)]
-    texts = [" ".join(draw.choices(words, k=120)) for _ in range(60)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 # --- faults: each yields an outcome for each time that it was tried ---
@@ -296,31 +119,6 @@ def stops_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
         problem = next(filter(None, problems), None)
         # One process goes on with what two have done on the same data.
         yield problem or (same if together else alike)(out, expected)
-
-
-def two(work: Workshop, out: Path, *flags: str) -> list[Run]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = ("--distributed", "--coordinator", f"127.0.0.1:{port}")
-    meeting += ("--process-count", "2", "--process-id")
-    return [Run(work, out, *FEWER, *flags, *meeting, str(i)) for i in range(2)]
-
-
-def deaths_of_one_of_two(work: Workshop, count: int) -> Iterator[Outcome]:
-    """SIGKILL to one of two processes ends the other within a minute."""
-    for i in range(count):
-        out = work.fresh()
-        pair = two(work, out)
-        pair[0].wait_for(SAVE_EVERY + 1)
-        pair[i % 2].signal(signal.SIGKILL)
-        pair[i % 2].end()
-        hung = pair[1 - i % 2].end(60) is None
-        pair = two(work, out, "--resume")
-        problems = [run.wrong(run.end(), 0) for run in pair]
-        problem = "the other went on for a minute" if hung else None
-        problem = problem or problems[0] or problems[1]
-        yield problem or same(out, work.bits_of_two)
 
 
 def damages(work: Workshop, count: int) -> Iterator[Outcome]:
@@ -412,30 +210,9 @@ def disks(work: Workshop, count: int) -> Iterator[Outcome]:
                 run.wait_for(last_step(out) + 8)
                 time.sleep(0.5)
                 filler.unlink()
-                problem = run.wrong(run.end(), 0, 1)
-            else:
-                problem = run.wrong(run.end(), 0, 1)
-                filler.unlink()
+            problem = run.wrong(run.end(), 0, 1)
+            filler.unlink(missing_ok=True)
             yield problem or work.finished(out)
-
-
-@contextlib.contextmanager
-def small_disk(work: Workshop) -> Iterator[Path]:
-    """A file system of 24 MB; needs the right to mount one."""
-    disk = work.folder / "disk"
-    disk.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    subprocess.run(mount, check=True, capture_output=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
 
 
 def changed_inputs(work: Workshop, count: int) -> Iterator[Outcome]:
@@ -557,9 +334,18 @@ KINDS = {
     "kills": Kind(kills, 100),
     "stops": Kind(stops, 20),
     "stops_of_two": Kind(stops_of_two, 20),
-    "deaths_of_one_of_two": Kind(deaths_of_one_of_two, 4),
+    "deaths_of_one_of_two": Kind(faults_of_one.deaths_of_one_of_two, 4),
+    "freezes_of_one_of_two": Kind(faults_of_one.freezes_of_one_of_two, 2),
+    "errors_of_one_of_two": Kind(faults_of_one.errors_of_one_of_two, 2),
+    "checkpoints_of_one_of_two": Kind(faults_of_one.checkpoints_of_one_of_two, 8),
+    "no_checkpoint_in_common": Kind(faults_of_one.no_checkpoint_in_common, 2),
+    "disks_of_one_of_two": Kind(faults_of_one.disks_of_one_of_two, 4),
     "damages": Kind(damages, 100),
     "disks": Kind(disks, 20),
+    "hangups": Kind(faults_of_places.hangups, 4),
+    "outputs": Kind(faults_of_places.outputs, 10),
+    "moved_folders": Kind(faults_of_places.moved_folders, 6),
+    "names_taken": Kind(faults_of_places.names_taken, 4),
     "changed_inputs": Kind(changed_inputs, 20),
     "pairs_in_one_folder": Kind(pairs_in_one_folder, 10),
 }
@@ -575,32 +361,6 @@ class Tried(NamedTuple):
     @property
     def survived(self) -> int:
         return sum(outcome is None for outcome in self.outcomes)
-
-
-def prepare(folder: Path, platform: str = "cpu") -> None:
-    """What a process loads is loaded once, and programs are compiled once."""
-    _context.set_forkserver_preload(["train.main"])
-    os.environ |= {
-        "JAX_PLATFORMS": platform,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    if platform == "cpu":  # one device, and quickly compiled
-        os.environ |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-@contextlib.contextmanager
-def workshop(folder: Path) -> Iterator[Workshop]:
-    """For tests: the environment is what it was when the block ends."""
-    before = dict(os.environ)
-    prepare(folder)
-    try:
-        yield Workshop(folder, seed=0)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def run_faults(faults: Faults, folder: Path) -> list[Tried]:
@@ -621,9 +381,8 @@ def run_faults(faults: Faults, folder: Path) -> list[Tried]:
 
 def line(tried: Tried) -> str:
     what = (KINDS[tried.name].fault.__doc__ or "").split("\n")[0].rstrip(".")
-    return (
-        f"| {what} | {len(tried.outcomes)} | {tried.survived} | {tried.seconds:.0f} |"
-    )
+    numbers = (len(tried.outcomes), tried.survived, f"{tried.seconds:.0f}")
+    return " | ".join(map(str, ("", what, *numbers, ""))).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

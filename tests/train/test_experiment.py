@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers.faults import write_text
 from tests.helpers.marks import slow_but
+from tests.helpers.workshop import write_text
 from train.config.command_line import parse
 from train.config.config import Config
 from train.config.presets import with_flags

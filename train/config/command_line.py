@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import tyro
 
 from train.config.presets import from_preset
+from train.host.console import keep_output
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,6 +29,7 @@ def parse(
 
     A `--preset` among them sets the defaults of the others; `default` has them without.
     """
+    keep_output()
     words = sys.argv[1:] if argv is None else argv
     read = functools.partial(
         tyro.cli,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import jax
+
 STOPPED = os.EX_TEMPFAIL
 """Exit status, 75, of a run that was stopped and can be resumed ("try again")."""
 
@@ -33,15 +35,30 @@ class StoppedError(Exception):
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Ends the program with the message of an error that a user can put right."""
+    with other_processes_missed():
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            sys.exit(f"error: {message_of(error)}")
+
+
+@contextmanager
+def other_processes_missed() -> Iterator[None]:
+    """Ends one of several processes with a message if it waits for another in vain."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {message_of(error)}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        sys.exit(
+            "error: another process has ended, or cannot be reached: see the output of "
+            f"each ({' '.join(str(error).split())[:200]})"
+        )
 
 
 def message_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # raised by the system
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename or 'output'}: {error.strerror}"
     return str(error)
 
 
@@ -57,7 +74,10 @@ def ended_by_signals() -> Iterator[None]:
         print_error(f"{signal.Signals(number).name}: ended")
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
@@ -67,7 +87,8 @@ def ended_by_signals() -> Iterator[None]:
             print_error(str(stopped))
         sys.exit(STOPPED if stopped.saved else 128 + stopped.number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_error(text: str) -> None:

@@ -39,7 +39,16 @@ def to_path(name: str | AnyPath) -> AnyPath:
 
 
 def run_folder(name: str) -> AnyPath:
-    """The folder of a run; ValueError if it cannot hold checkpoints."""
+    """The folder of a run; ValueError if it cannot hold checkpoints, or is none."""
+    if not name.strip():
+        raise ValueError("an empty name is no folder; '.' is the one that you are in")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!a} is not in the encoding that the environment names; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        ) from error
     scheme, is_url, _ = name.partition("://")
     if is_url and scheme != "gs":
         raise ValueError(

@@ -15,6 +15,9 @@ from train.host.console import say
 HEARTBEAT_S = 30
 """Seconds without a sign of life after which a process is taken for dead."""
 
+PARTING_S = 30
+"""Seconds that a process which ends waits for the others to end, and then ends them."""
+
 WAIT_S = 20
 """Seconds without the others after which a line says so."""
 
@@ -71,6 +74,7 @@ def join_processes(config: ProcessConfig) -> None:
                 config.process_id,
                 cluster_detection_method=_detection(config),
                 heartbeat_timeout_seconds=HEARTBEAT_S,
+                shutdown_timeout_seconds=PARTING_S,
             )
     except Exception as error:  # a cluster's own client raises errors of every class
         hint = "; JAX knows Open MPI 5 by mpi4py: pip install mpi4py"

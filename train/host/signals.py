@@ -10,15 +10,18 @@ from jax.experimental import multihost_utils
 
 from train.host.errors import StoppedError, print_error
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
     """Within its `with` block a first signal asks the run to stop, a second ends it.
 
+    A terminal that is closed may send SIGHUP twice: the second ends nothing. Where it
+    is ignored from the start, as by nohup, it stays so.
+
     Several processes all stop after the same step, whichever got the signal. They agree
     through JAX's preemption service, which listens for SIGTERM and for the notices of
-    the clusters that it knows; an interrupt (Ctrl-C) is passed on to it. A second
+    the clusters that it knows; the other signals are passed on to it. A second
     SIGTERM goes to the service too, and ends nothing sooner; a second Ctrl-C does.
     """
 
@@ -41,10 +44,13 @@ class Stop:
     def __enter__(self) -> "Stop":
         # The preemption service, where there is one, handles SIGTERM.
         for number in SIGNALS[self._together :]:
-            self._before[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        if self._asked and number == signal.SIGHUP:
+            return
         if self._asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

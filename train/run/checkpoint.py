@@ -1,16 +1,14 @@
 """A run's checkpoints: saved asynchronously, checked when they are read."""
 
 import json
-import shutil
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     LatestN,
@@ -18,11 +16,22 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from train.engine.step import TrainState
+from train.host.agreement import (
+    ElsewhereError,
+    LostProcessError,
+    Meetings,
+    agree,
+    gathered,
+)
 from train.host.console import warn
 from train.host.paths import AnyPath, for_orbax, move_folder
 from train.host.quiet import quiet
 from train.records.metrics import Record, is_healthy, read_metrics
 from train.run.checksum import checksums
+from train.run.place import ONE_FOLDER, MovedError, Place, check_shared, remove_all
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+"""The folders in which orbax writes."""
 
 Position = dict[str, Any]
 """The data iterator's state, and losses that no record has yet; as JSON."""
@@ -76,7 +85,8 @@ class Checkpoints:
     Saving is asynchronous; leaving the `with` block waits for what is pending. A
     checkpoint gets its final name only when it is complete. If one cannot be saved (a
     full disk), a warning is printed and the run goes on; `unsaved` has the message if
-    it was the last.
+    it was the last. Of several processes all read and save the same steps, or none
+    does: what fails for one fails for all.
     """
 
     def __init__(self, folder: AnyPath, keep: int) -> None:
@@ -88,13 +98,25 @@ class Checkpoints:
         self.unsaved: str | None = None
         self._open = ExitStack()
         self._open.enter_context(quiet())
-        self._manager = ocp.CheckpointManager(
+        self._keep, self._manager = keep, self._opened(keep)
+        self._place = Place(folder)
+        own = jax.process_index()  # reads without waiting for the others
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}
+            ),
+        )
+
+    def _opened(self, keep: int) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(
                     [LatestN(keep), self._healthy]
                 ),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=Meetings()),
             ),
         )
 
@@ -147,11 +169,45 @@ class Checkpoints:
         )
         self._pending = step
         try:
+            self._prepare(step)
+        except (OSError, ElsewhereError) as error:
+            self._lost(error)
+        else:
+            self._begin(step, args)
+
+    def _begin(self, step: int, args: ocp.args.Composite) -> None:
+        try:
             self._manager.save(step, args=args)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # whatever class the file system's errors come in
-            self._lost(error)
+            if jax.process_count() == 1:
+                self._lost(error)
+                return
+            raise CheckpointError(  # the others may have begun
+                f"the checkpoint of step {step} could not be saved: {brief(error)}"
+            ) from error
+
+    def _prepare(self, step: int) -> None:
+        """Finds out before a save whether it would fail: all processes, or none, go on.
+
+        Raises:
+          OSError, ElsewhereError: it would.
+          MovedError, LostProcessError: so would all later ones.
+        """
+        problem = None
+        try:
+            self.check_place()
+            if jax.process_index() == 0:
+                remove_all(self._folder.glob(UNFINISHED))
+        except (MovedError, OSError) as error:
+            problem = error
+        agree(problem, ends=isinstance(problem, MovedError))
+        check_shared(self._steps, f"{step}.mark")
+
+    def check_place(self) -> None:
+        """MovedError if the run's folder is no longer under its name."""
+        self._place.check()
 
     def restore(
         self, step: int, like: TrainState, data: grain.DatasetIterator
@@ -166,6 +222,8 @@ class Checkpoints:
 
         Raises:
           ValueError: an array is not what was saved.
+          ElsewhereError: another process could not restore it.
+          LostProcessError: another process' device has no memory left.
           Exception: of many classes, for files that are missing or damaged.
         """
         args = ocp.args.Composite(
@@ -173,10 +231,19 @@ class Checkpoints:
             position=ocp.args.JsonRestore(),
             checksums=ocp.args.JsonRestore(),
         )
-        saved = self._manager.restore(step, args=args)
+        saved, problem, seal = {}, None, 0
+        try:
+            saved = self._reader.restore(self._folder / str(step), args=args)
+            seal = zlib.crc32(json.dumps(saved["checksums"], sort_keys=True).encode())
+        except Exception as error:  # damaged files give errors of every class
+            problem = error
+        agree(problem, ends=isinstance(problem, jax.errors.JaxRuntimeError))
+        seals = gathered([seal >> 1])  # of 31 bits
+        if any(other != seals[0] for other in seals):
+            raise ValueError("the processes see another checkpoint each")
         state, position = saved["state"], saved["position"]
-        if _checksums_of(state, position) != saved["checksums"]:
-            raise ValueError("it does not hold what was saved")
+        whole = _checksums_of(state, position) == saved["checksums"]
+        agree(None if whole else ValueError("it does not hold what was saved"))
         data.set_state(position["data"])
         return Restored(state, position["losses"])
 
@@ -185,8 +252,8 @@ class Checkpoints:
     ) -> Restored | None:
         """Restores the newest checkpoint that can be read; None if there is none.
 
-        Later ones are moved into the folder `aside`: the run will save these steps
-        again.
+        Of several processes each must see it, and read its part. Later ones are moved
+        into the folder `aside`: the run will save these steps again.
 
         Args:
           like, data: as for `restore`.
@@ -195,16 +262,19 @@ class Checkpoints:
         Raises:
           CheckpointError: none can be read, or there is none of `step`.
         """
-        steps = self.steps if step is None else [s for s in self.steps if s == step]
-        for tried in reversed(steps):
+        steps = self._seen_by_all()
+        for tried in reversed(
+            steps if step is None else [s for s in steps if s == step]
+        ):
             try:
                 restored = self.restore(tried, like, data)
-            except jax.errors.JaxRuntimeError:  # of the device's memory
-                raise
-            except Exception as error:  # damaged files give errors of every class
-                warn(f"the checkpoint of step {tried} cannot be used: {brief(error)}")
+            except (jax.errors.JaxRuntimeError, LostProcessError):
+                raise  # of the device's memory
+            except Exception as error:
+                text = f"the checkpoint of step {tried} cannot be used: {brief(error)}"
+                warn(text, each=True)
             else:
-                self._set_aside([s for s in self.steps if s > tried])
+                self._set_aside(tried)
                 return restored
         if step is not None:
             raise CheckpointError(
@@ -218,23 +288,58 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
-        if not steps:
+    def _seen_by_all(self) -> list[int]:
+        """The steps of which every process sees a complete checkpoint, in order."""
+        own = self.steps
+        most = max(row[0] for row in gathered([len(own)]))
+        if most == 0:
+            return []
+        rows = gathered([*own, *[-1] * (most - len(own))])
+        common = set.intersection(*map(set, rows)) - {-1}
+        if not common:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} is seen by all processes; process "
+                f"{jax.process_index()} sees the steps {own}: {ONE_FOLDER}"
+            )
+        for step in own:
+            if step > max(common):
+                warn(f"not all processes see the checkpoint of step {step}", each=True)
+        return sorted(common)
+
+    def _set_aside(self, newest: int) -> None:
+        """Moves checkpoints of later steps; each process what it alone still sees."""
+        later = [s for s in self.steps if s > newest]
+        if not any(row[0] for row in gathered([len(later)])):
             return
-        if jax.process_index() == 0:
-            for step in map(str, steps):
-                move_folder(self._steps / step, self._aside / step)
-            warn(f"set aside into {self._aside}: the checkpoints of steps {steps}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set aside")
+        for process in range(jax.process_count()):
+            problem = None
+            if process == jax.process_index():
+                try:
+                    self._move_aside(later)
+                except OSError as error:
+                    problem = error
+            agree(problem, ends=True)
         self._manager.reload()
+
+    def _move_aside(self, steps: Sequence[int]) -> None:
+        moved = [s for s in steps if (self._steps / str(s)).exists()]
+        for step in map(str, moved):
+            move_folder(self._steps / step, self._aside / step)
+        if moved:
+            where = f"set aside into {self._aside}"
+            warn(f"{where}: the checkpoints of steps {moved}", each=True)
 
     def _settle(self) -> None:
         """Waits for a pending checkpoint, and finds out whether it was saved."""
         if self._pending is None:
             return
+        problem = None
         try:
             self._manager.wait_until_finished()
+        except Exception as error:
+            problem = error
+        try:
+            agree(problem)
         except Exception as error:
             self._lost(error)
         else:
@@ -245,21 +350,39 @@ class Checkpoints:
             f"the checkpoint of step {self._pending} could not be saved: {brief(error)}"
         )
         self._pending = None
-        warn(f"{self.unsaved}; the run goes on, and saves the next")
+        warn(f"{self.unsaved}; the run goes on, and saves the next", each=True)
         if jax.process_index() == 0:
             # What it wrote of it may be what fills the disk. (None in a bucket.)
-            for path in self._folder.glob("*orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
-        self._manager.reload()
+            with suppress(OSError):
+                remove_all(self._folder.glob(UNFINISHED))
+        if jax.process_count() > 1:  # barriers that failed cannot be used again
+            self._manager = self._opened(self._keep)
+        else:
+            self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._settle()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where one process has an error, the others may be elsewhere, and not answer.
+        together = kind is None or jax.process_count() == 1
+        with closing(self._place):
+            if together:
+                self._settle()
+                self._manager.close()
+            else:
+                self._close_alone()
+            if kind is None:
+                self.check_place()
         if self.unsaved is None:  # else its threads may still have things to say
             self._open.close()
+
+    def _close_alone(self) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            text = f"the checkpoint of step {self._pending} could not be saved"
+            warn(f"{text}: {brief(error)}", each=True)
 
 
 def _checksums_of(state: TrainState, position: Position) -> dict[str, Any]:
@@ -273,7 +396,9 @@ def stored_checksums(checkpoint: AnyPath) -> dict[str, Any]:
     return json.loads((checkpoint / "checksums" / "metadata").read_text())
 
 
-def brief(error: Exception) -> str:
-    """The first line of an error, and its class."""
+def brief(error: BaseException) -> str:
+    """The first line of an error, and its class; of what failed here, if any did."""
+    if isinstance(error, ElsewhereError) and error.__context__ is not None:
+        return brief(error.__context__)  # which kept this process from a meeting
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0][:200] if lines else 'no more is known'} ({type(error).__name__})"

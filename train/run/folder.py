@@ -51,6 +51,8 @@ def own_folder(config: Config, fingerprint: Fingerprint) -> Iterator[None]:
         if problem is not None:
             raise problem
         yield
+        if jax.process_count() > 1:  # the first has more to write than the others
+            multihost_utils.sync_global_devices("done")
 
 
 def _enter(config: Config, fingerprint: Fingerprint, stack: ExitStack) -> None:

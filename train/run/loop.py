@@ -82,8 +82,16 @@ class Outputs(NamedTuple):
     stop: Stop
 
     def write(self, record: Record | None, max_skipped: int) -> None:
-        """Writes a record, if there is one; raises the errors of `check_finite`."""
+        """Writes a record, if there is one.
+
+        Raises:
+          FloatingPointError: as `check_finite`.
+          MovedError: the folder is no longer there; of several processes all find that
+            out together, when they save.
+        """
         if record is not None:
+            if jax.process_count() == 1:
+                self.checkpoints.check_place()
             self.writer.write(record)
             self.progress.record(record)
             check_finite(record, max_skipped, self.checkpoints.healthy)
@@ -115,6 +123,8 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
       DataError: the data cannot be read any more.
       FloatingPointError: after `max_skipped` steps in a row without a finite gradient,
         or if the held-out loss is not finite.
+      LostProcessError: another process had to end.
+      MovedError: the folder was moved or removed.
       StoppedError: by a signal.
     """
     folder: AnyPath = resolved(config, "out")

@@ -237,3 +237,20 @@ def test_no_sum_of_whole_gradients() -> None:
 
     assert needs(gradients, params, parts) > size
     assert needs(sums, params, state, parts) < 0.6 * size
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_bad_micro_batch_costs_one_step(refresh: bool) -> None:
+    tx, params = optimizer("galore"), layers_of()
+    state = lro.training.per_layer(tx).init(params)
+    run = jax.jit(functools.partial(summed, tx), static_argnums=0)
+    parts, weights = parts_of(1)
+    bad = parts.at[PARTS - 1, 0, 0].set(jnp.nan), weights
+    before = run(True, params, state, (parts, weights))[:2]
+    skipped = run(refresh, *before, bad)[:2]
+    after = run(refresh, *skipped, (parts, weights))[:2]
+    jax.tree.map(np.testing.assert_array_equal, skipped[0], before[0])
+    assert np.all(optax.tree.get(after[1], "skipped") == 1)
+    for old, new in zip(*map(jax.tree.leaves, (skipped[0], after[0])), strict=True):
+        assert np.isfinite(new).all()
+        assert (np.asarray(old) != new).any()

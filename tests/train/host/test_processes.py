@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.faults import FLAGS, Workshop, devices_flag, last_step, workshop
 from tests.helpers.repository import ROOT
+from tests.helpers.workshop import FLAGS, Workshop, devices_flag, last_step, workshop
 from train.host.processes import ProcessConfig, join_processes
 from train.records.metrics import read_metrics
 

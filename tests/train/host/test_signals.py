@@ -59,7 +59,29 @@ with ended_by_signals():
     assert ("--resume goes on" in said) == saved
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_terminal_that_is_closed_asks_once():
+    program = """
+with Stop() as stop:
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)  # of the shell and of the system
+    assert stop.reached(1) and stop.number == signal.SIGHUP
+"""
+    status, said = ended(program)
+    assert status == 0
+    assert said.count("SIGHUP: stopping after this step") == 1
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    program = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+with ended_by_signals(), Stop() as stop:
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.reached(1)
+"""
+    assert ended(program) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_outside_of_the_steps_a_signal_ends_with_a_line(number):
     program = f"""
 with ended_by_signals():

@@ -238,6 +238,24 @@ def test_an_older_one_by_its_step(tmp_path):
     assert config_of(tmp_path, "--resume-from", "1").resume
 
 
+def test_what_has_the_name_of_an_unfinished_one_makes_way(tmp_path):
+    config, _ = saved_run(tmp_path, [1])
+    (tmp_path / "kept").mkdir()
+    for step, target in (2, "../kept"), (3, "nowhere"):
+        name = tmp_path / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
+        name.symlink_to(target)
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").write_text("a file")
+    init = jax.jit(make_init(config))
+    batches = iter(open_text(config).train)
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step in 2, 3, 4:
+            checkpoints.save(step, init(jax.random.key(step)), batches)
+    assert checkpoints.unsaved is None
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert there == ["1", "2", "3", "4"]
+    assert (tmp_path / "kept").is_dir()
+
+
 def record(step: int, **values: Any) -> dict[str, Any]:
     return {"step": step, "loss": 1.0, "skipped_in_a_row": 0, **values}
 

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from tests.helpers.faults import KINDS, workshop
+from tests.helpers.faults import KINDS
+from tests.helpers.workshop import workshop
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +31,17 @@ TIMES = {
     "kills": 2,
     "stops": 2,
     "stops_of_two": 1,
+    "freezes_of_one_of_two": 1,
+    "errors_of_one_of_two": 1,
+    "checkpoints_of_one_of_two": 2,
+    "no_checkpoint_in_common": 1,
+    "disks_of_one_of_two": 1,
     "damages": 6,
     "disks": 1,
+    "hangups": 1,
+    "outputs": 4,
+    "moved_folders": 2,
+    "names_taken": 2,
     "changed_inputs": 20,
     "pairs_in_one_folder": 1,
 }
