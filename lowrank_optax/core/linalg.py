@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.lax.linalg import EighImplementation
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.aliases import Number
+
 Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
 
@@ -360,6 +362,14 @@ def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def column_norms_squared(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=-2)
+
+
+def rows_above(x: jax.Array, fraction: Number) -> jax.Array:
+    """x with zeros in place of rows with a norm below `fraction` of ||x||_F."""
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    total = jnp.sum(squares, axis=-2, keepdims=True)
+    # False for a NaN, which has to reach the check that skips the step.
+    return jnp.where(squares < fraction**2 * total, 0, x)
 
 
 def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:

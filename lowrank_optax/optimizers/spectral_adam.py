@@ -33,7 +33,7 @@ def spectral_adam(
     Every T steps S takes LDAdam's power step (`power_iterate`) and Adam's moments
     rotate with it (`rotate_moments`). Each step adds the polar factor of the residual
     (`spectral_residual`), which needs no state. State of a matrix: mr + 2nr numbers,
-    GaLore's. Three products with S a step, and those of Newton-Schulz.
+    GaLore's. Four products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest

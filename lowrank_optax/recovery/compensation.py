@@ -11,10 +11,10 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
+from lowrank_optax.core.resolution import resolution
 from lowrank_optax.core.sharding import zeros_along
 from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
-from lowrank_optax.recovery.resolution import resolution
 
 
 class CompensationState(NamedTuple):

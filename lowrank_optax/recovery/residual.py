@@ -9,11 +9,11 @@ import optax
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio
+from lowrank_optax.core.resolution import resolution
 from lowrank_optax.core.stage import frame_stage
 from lowrank_optax.core.trees import map_frames
 from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
-from lowrank_optax.recovery.resolution import resolution
 
 
 def recover_residual(
