@@ -64,6 +64,11 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
     return frame_stage(LimiterState, one, no_norm_yet)
 
 
+# A step divided by the root of a running mean falls by more than this only
+# for a small gradient: the mean's bias halves it in the first steps.
+LARGEST_FALL = 0.2
+
+
 def limit_growth(
     phi: jax.Array,
     norm: jax.Array,
@@ -71,6 +76,7 @@ def limit_growth(
     limit: Number,
     arithmetic: Arithmetic = PAPER,
     floor: Number = 0.0,
+    fall: Number = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns phi after the limiter, and the norm that limits the next step.
 
@@ -84,6 +90,7 @@ def limit_growth(
       limit: zeta.
       arithmetic: the variant's arithmetic.
       floor: the largest norm that counts as rounding; such a norm limits no later step.
+      fall: a norm below this fraction of the last limits no later step either.
     """
     bound = limit * (last + arithmetic.norm_eps)
     grown = (last >= 0) & (norm > bound)
@@ -94,7 +101,7 @@ def limit_growth(
     # A stored norm of zero would limit every later step to zero: one zero gradient
     # (an unused embedding row, a first step) would switch the stage off for good.
     if not arithmetic.stores_zero_norm:
-        after = jnp.where(norm > floor, after, last)
+        after = jnp.where(norm > jnp.maximum(floor, fall * last), after, last)
     # Where phi itself overflowed, 0 * phi is NaN; so a factor of 0 selects 0.
     phi = jnp.where(factor[..., None] > 0, phi * factor[..., None], 0)
     return phi, after
