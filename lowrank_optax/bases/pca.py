@@ -157,7 +157,7 @@ def learn(
     b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
     aa = linalg.gram(linalg.transpose(a))
     pp = linalg.gram(p)
-    excess = pp - jnp.eye(frame.rank, dtype=p.dtype)
+    excess = linalg.minus_identity(pp)
     grad = 2 * (linalg.matmul(p, aa) + linalg.matmul(b, excess) - b)
     grad = grad + 4 * penalty * linalg.matmul(p, excess)
     traces = jnp.sum(pp * aa, axis=(-2, -1)) - 2 * jnp.trace(aa, axis1=-2, axis2=-1)

@@ -80,7 +80,12 @@ def gram(x: jax.Array) -> jax.Array:
 
 def orthonormality_error(s: jax.Array) -> jax.Array:
     """max |S^T S - I| over the batch, a scalar."""
-    return jnp.max(jnp.abs(gram(s) - jnp.eye(s.shape[-1], dtype=s.dtype)))
+    return jnp.max(jnp.abs(minus_identity(gram(s))))
+
+
+def minus_identity(x: jax.Array) -> jax.Array:
+    """x - I, of (*batch, r, r)."""
+    return x - jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 def orthonormalize(x: jax.Array) -> jax.Array:

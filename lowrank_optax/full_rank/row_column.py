@@ -22,8 +22,8 @@ class RowColumnState(NamedTuple):
     Attributes:
       rows: q, (*batch, m).
       columns: s, (*batch, n).
-      norm: ||G^||_F of the last step that did not fall below a fifth, after the limiter,
-        (*batch,); negative before the first step.
+      norm: ||G^||_F of the last step that did not fall below a fifth, after the
+        limiter, (*batch,); negative before the first step.
     """
 
     rows: optax.Params
@@ -56,8 +56,8 @@ def scale_by_racs(
     times as large as later ones. Use it alone inside `full_matrices` or `low_rank`.
 
     Deviations: a row or column whose gradients were all zero does not move. A zero
-    gradient changes neither q nor s. A G^ of less than a fifth of the last norm leaves the
-    norm that limits the next step unchanged; in the paper one small gradient limits
+    gradient changes neither q nor s. A G^ of less than a fifth of the last norm leaves
+    the norm that limits the next step unchanged; in the paper one small gradient limits
     hundreds of steps.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import jax
+import optax
 
 from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.layout import DimensionNumbers, Rank, Square
@@ -19,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class FullRankOptions(TypedDict, total=False):
     """Options of every optimizer, explained in `low_rank_optimizer`."""
 
-    weight_decay: Number
+    weight_decay: optax.ScalarOrSchedule
     mask: Mask
     dimension_numbers: DimensionNumbers
 
