@@ -9,12 +9,13 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number, Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import over_devices, replicated
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.stage import Clock, both, branch, check_first, timed_stage
+from lowrank_optax.core.trees import frames_of, map_frames
 
 
 class OnlinePCAState(NamedTuple):
@@ -72,7 +73,7 @@ def online_pca(
     linalg.check_full(decomposition)
     if optimizer is None:
         optimizer = optax.adamw(1 / 200, weight_decay=0.01)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = transformation("online_pca()", optimizer, "optax.adam(1e-3)")
 
     def init(params: optax.Params) -> OnlinePCAState:
         basis = _on_subspaces(lambda f: shard_basis(f, eye_basis(f)), params)
@@ -82,6 +83,8 @@ def online_pca(
     def update(
         frames: optax.Updates, state: OnlinePCAState, now: Clock
     ) -> tuple[optax.Updates, OnlinePCAState]:
+        for frame in frames_of(frames):
+            check_first(frame, "basis")
         start = now.step == 0
         basis = _on_subspaces(
             lambda f, p: _started(f, p, both(now.refresh, start), decomposition),

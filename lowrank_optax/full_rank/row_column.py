@@ -9,10 +9,10 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.checks import check_count, check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import frame_stage
+from lowrank_optax.core.stage import check_first, frame_stage
 from lowrank_optax.recovery.limiter import LARGEST_FALL, limit_growth, no_norm_yet
 
 
@@ -74,10 +74,12 @@ def scale_by_racs(
       ...     lro.steps.with_rest(lro.full_rank.scale_by_racs()))
     """
     check_count("iterations", iterations)
+    check_limit(limit)
 
     def one(
         frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array, jax.Array]:
+        check_first(frame, "step")
         G = frame.gradient
         nonzero = jnp.any(G != 0, axis=(-2, -1))[..., None]
         q, s = fitted(G, iterations)

@@ -13,6 +13,7 @@ from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import if_accepted
 from lowrank_optax.core.aliases import Key, Mask, Number
+from lowrank_optax.core.checks import found
 from lowrank_optax.core.layout import (
     TRANSFORMER_MATRICES,
     DimensionNumbers,
@@ -72,7 +73,8 @@ def stage_of(
     """`stage`; ValueError for what is no transformation at all, as "sara" is not."""
     if not isinstance(stage, optax.GradientTransformation):
         raise ValueError(
-            f"{name} must be a stage, such as lowrank_optax.{example}, not {stage!r}"
+            f"{name} must be a stage, such as lowrank_optax.{example}, not "
+            f"{found(stage)}"
         )
     return stage
 

@@ -88,7 +88,11 @@ def passes_on(inner: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{make.__name__}(): {error}") from None
+                hint = ""
+                if len(args) > 1:
+                    name = [*signature.parameters][1]
+                    hint = f"; pass all but the learning rate by name, as {name}=..."
+                raise TypeError(f"{make.__name__}(): {error}{hint}") from None
             given.apply_defaults()
             return make(*given.args, **given.kwargs)
 

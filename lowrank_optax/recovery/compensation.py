@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
 from lowrank_optax.core.resolution import resolution
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import frame_stage
+from lowrank_optax.core.stage import check_first, frame_stage
 from lowrank_optax.recovery.limiter import LARGEST_FALL, limit_growth, no_norm_yet
 
 
@@ -70,10 +71,12 @@ def compensate_columns(
       ...     lro.in_subspace(optax.scale_by_adam()),
       ...     lro.compensate_columns(scale=0.3, residual_scale=0.4))
     """
+    check_limit(limit)
 
     def one(
         frame: Frame, p: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array]:
+        check_first(frame, "step")
         frame.check_residual("compensate_columns()")
         G, (m, r) = frame.gradient, frame.basis_shape[-2:]
         low = frame.need("low")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import frame_stage
@@ -53,6 +54,7 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
       ...     lro.in_subspace(optax.trace(0.9)), lro.recovery.clip_step_growth(),
       ...     lro.project_back())
     """
+    check_limit(limit)
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
         low_step = frame.need("low_step")

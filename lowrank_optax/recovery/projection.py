@@ -8,7 +8,7 @@ from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import rows_above
 from lowrank_optax.core.resolution import row_resolution
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.stage import check_first, stateless_stage
 
 
 def project() -> optax.GradientTransformation:
@@ -34,7 +34,7 @@ def project() -> optax.GradientTransformation:
             low = frame.down(frame.gradient)
         return frame.replace(low=_without_rounding(frame, low))
 
-    return optax.stateless(lambda frames, _: map_frames(down, frames))
+    return stateless_stage(down)
 
 
 def _without_rounding(frame: Frame, low: jax.Array) -> jax.Array:
@@ -63,7 +63,8 @@ def project_back(scale: Number = 1.0) -> optax.GradientTransformation:
     """
 
     def back(frame: Frame) -> Frame:
+        check_first(frame, "step")
         low_step = frame.need("low_step")
         return frame.replace(step=frame.up(jnp.multiply(scale, low_step)))
 
-    return optax.stateless(lambda frames, _: map_frames(back, frames))
+    return stateless_stage(back)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio
 from lowrank_optax.core.resolution import resolution
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.stage import check_first, frame_stage, stateless_stage
 from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
 
@@ -52,10 +52,12 @@ def recover_residual(
       >>> stages = optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01))
     """
+    check_limit(limit)
     arithmetic = arithmetic_of(variant)
     alpha = scale if arithmetic.scaled_residual else 1.0
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
+        check_first(frame, "step")
         frame.check_residual("recover_residual()")
         G = frame.gradient
         low = frame.need("low")
@@ -108,6 +110,7 @@ def sign_residual(
         raise ValueError(f'step={step!r}: choose "sign" or "sgd"')
 
     def one(frame: Frame) -> Frame:
+        check_first(frame, "step")
         frame.check_residual("sign_residual()")
         low = frame.need("low")
         low_step = frame.need("low_step")
@@ -120,4 +123,4 @@ def sign_residual(
         rest = jnp.sign(residual) if step == "sign" else residual
         return frame.replace(step=frame.up(low_step) + jnp.multiply(scale, rest))
 
-    return optax.stateless(lambda frames, _: map_frames(one, frames))
+    return stateless_stage(one)

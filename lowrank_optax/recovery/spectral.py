@@ -10,7 +10,7 @@ from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.newton_schulz import newton_schulz
 from lowrank_optax.core.resolution import resolution
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.stage import check_first, stateless_stage
 
 
 def spectral_residual(
@@ -56,6 +56,7 @@ def spectral_residual(
     check_count("iterations", iterations)
 
     def one(frame: Frame) -> Frame:
+        check_first(frame, "step")
         frame.check_residual("spectral_residual()")
         G, low = frame.gradient, frame.need("low")
         low_step = frame.need("low_step")
@@ -69,7 +70,7 @@ def spectral_residual(
         inside = jnp.multiply(scale, low_step) - size * frame.down(outside)
         return frame.replace(step=frame.up(inside) + size * outside)
 
-    return optax.stateless(lambda frames, _: map_frames(one, frames))
+    return stateless_stage(one)
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import average_weight, product, rows_above
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
@@ -58,7 +59,7 @@ def rotate_moments(
     """
     if moments not in ("both", "first"):
         raise ValueError(f'moments={moments!r}: choose "both" or "first"')
-    inside = in_subspace(inner)
+    inside = in_subspace(transformation("rotate_moments()", inner))
 
     def init(params: optax.Params) -> SubspaceState:
         state = cast(SubspaceState, inside.init(params))
