@@ -14,7 +14,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, check_key, split
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
-from lowrank_optax.core.stage import Clock, branch, check_first, timed_stage
+from lowrank_optax.core.stage import Clock, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import frames_of
 
 
@@ -104,8 +104,7 @@ def follow(rule: Rule) -> BasisRule:
     def update(
         frames: optax.Updates, state: BasisState, now: Clock
     ) -> tuple[optax.Updates, BasisState]:
-        for frame in frames_of(frames):
-            check_first(frame, "basis")
+        check_only_rule(frames)
         if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
         step = Refresh(rule, frames, state, now)

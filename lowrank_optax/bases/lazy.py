@@ -18,8 +18,8 @@ from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split
-from lowrank_optax.core.stage import Clock, both, branch, check_first, timed_stage
-from lowrank_optax.core.trees import frames_of, map_frames, nothing, update_frames
+from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
+from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
@@ -121,8 +121,7 @@ def lazy_refresh(
     def update(
         frames: optax.Updates, state: LazyRefreshState, now: Clock
     ) -> tuple[optax.Updates, LazyRefreshState]:
-        for frame in frames_of(frames):
-            check_first(frame, "basis")
+        check_only_rule(frames)
         old = state.rule_state
         key, sub = old.rng_key, None
         if key is not None:

@@ -14,8 +14,8 @@ from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import over_devices, replicated
-from lowrank_optax.core.stage import Clock, both, branch, check_first, timed_stage
-from lowrank_optax.core.trees import frames_of, map_frames
+from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
+from lowrank_optax.core.trees import map_frames
 
 
 class OnlinePCAState(NamedTuple):
@@ -83,8 +83,7 @@ def online_pca(
     def update(
         frames: optax.Updates, state: OnlinePCAState, now: Clock
     ) -> tuple[optax.Updates, OnlinePCAState]:
-        for frame in frames_of(frames):
-            check_first(frame, "basis")
+        check_only_rule(frames)
         start = now.step == 0
         basis = _on_subspaces(
             lambda f, p: _started(f, p, both(now.refresh, start), decomposition),

@@ -184,6 +184,12 @@ def check_first(frame: Frame, field: str) -> None:
         )
 
 
+def check_only_rule(frames: optax.Updates) -> None:
+    """ValueError where another basis rule stands before this one."""
+    for frame in frames_of(frames):
+        check_first(frame, "basis")
+
+
 def around(
     stages: optax.GradientTransformation,
     state_type: type[Tree],
