@@ -37,9 +37,9 @@ def row_resolution(frame: Frame, *, products: bool = True) -> Number:
     The larger of 64 eps of float32 (or float64), for the factorization that chose S,
     and eps / sqrt(m), eps of the coarser of the gradient as it came and, with
     `products`, of the products with S. An SVD of a G of rank k < r has r - k rows of
-    rounding, which measured as 1e-7 to 5e-6 of ||S^T G|| in float32, and 2e-3 to 5e-3
-    over sqrt(m) where G was rounded to bfloat16 (16 x 48 to 512 x 1376, k from 2 to 64,
-    on a CPU).
+    rounding, which measured as 1e-7 to 5e-6 of ||S^T G|| in float32, and 0.3 to 0.7
+    eps / sqrt(m) where G or the factors of the products were rounded to bfloat16 or
+    TF32 (16 x 48 to 1024 x 2736, k from 2 to 128).
     """
     dtype, m = frame.gradient.dtype, frame.gradient.shape[-2]
     given = float(jnp.finfo(frame.given_dtype or dtype).eps)

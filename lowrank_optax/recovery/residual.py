@@ -91,9 +91,9 @@ def sign_residual(
         step = S G~^O + scale sign(G - S G~)        or  scale (G - S G~), "sgd"
 
     (Zmushko et al. 2025, "FRUGAL", section 3.) A residual of exactly zero moves
-    nothing, such as the rows inside the subspace of `coordinates`. With other bases a
-    gradient inside the subspace leaves a residual of rounding errors, and their signs
-    move weights, as in the released code.
+    nothing, such as the rows inside the subspace of `coordinates`. Deviation: with
+    other bases a residual below the `resolution` of G is rounding, and has no sign; in
+    the released code the signs of rounding move weights. It costs one more pass over G.
 
     Args:
       scale: the residual's learning rate, as a fraction of the matrices'.
@@ -121,6 +121,20 @@ def sign_residual(
             return frame.replace(step=inside + jnp.multiply(scale, G))
         residual = G - frame.up(low)
         rest = jnp.sign(residual) if step == "sign" else residual
+        if s is not None and not are_coordinates(s):
+            rest = rest * _resolved(frame, low)
         return frame.replace(step=frame.up(low_step) + jnp.multiply(scale, rest))
 
     return stateless_stage(one)
+
+
+def _resolved(frame: Frame, low: jax.Array) -> jax.Array:
+    """Whether ||G - S G~|| is more than rounding, 0 or 1: (*batch, 1, 1)."""
+    squares, inside = (
+        jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)
+        for x in (frame.gradient, low)
+    )
+    lost = squares - inside
+    # Not below instead of above: a NaN has to reach the check that skips the step.
+    resolved = ~(lost <= resolution(frame) ** 2 * squares)
+    return resolved.astype(low.dtype)

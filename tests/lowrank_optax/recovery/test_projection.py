@@ -24,6 +24,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adafactor": (lro.recipes.galore_adafactor, {}),
     "8-bit": (lro.recipes.galore_adam8bit, {"min_size": 1}),
     "galore_2": (lro.recipes.galore_2, {"key": 0, "refresh_every": 3}),
+    "frugal": (lro.frugal, {"refresh_every": 3}),
     "fira": (lro.fira, {"refresh_every": 3}),
     "ldadam": (lro.ldadam, {}),
     "spectral_adam": (lro.spectral_adam, {"refresh_every": 3}),
