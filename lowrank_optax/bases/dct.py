@@ -55,7 +55,8 @@ def dct_columns() -> BasisRule:
 
 def columns(index: jax.Array, m: int, dtype: DTypeLike) -> jax.Array:
     """D[:, index]: (*batch, r) integers to (*batch, m, r)."""
-    k = jnp.arange(m)[:, None]
+    # Of the indices' axes: ranks are promoted explicitly.
+    k = jnp.expand_dims(jnp.arange(m), (*range(index.ndim - 1), -1))
     # The cosine has period 4m here. Reduced as integers, no angle is large enough to
     # round.
     angle = (k * (2 * index[..., None, :] + 1) % (4 * m)).astype(dtype)

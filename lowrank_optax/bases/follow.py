@@ -14,7 +14,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, split, stored_key
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
-from lowrank_optax.core.stage import Clock, branch, timed_stage
+from lowrank_optax.core.stage import Clock, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import frames_of
 
 
@@ -53,8 +53,9 @@ def basis_rule(
       from_gradient: False for a rule that does not read gradients.
 
     Raises:
-      ValueError: a key that is neither an int nor typed, another decomposition; at
-        update, outside `low_rank`.
+      ValueError: a `choose` that is no function, a key that is neither an int nor
+        typed, another decomposition; at update, outside `low_rank` or after another
+        basis rule.
 
     Example:
       >>> # Keeps the first singular vector, and samples the rest by singular value.
@@ -67,6 +68,10 @@ def basis_rule(
       ...     basis=lro.basis_rule(top_and_sample, key=0))
     """
     linalg.check_full(decomposition)
+    if not callable(choose):
+        raise ValueError(
+            f"basis_rule() needs a function choose(frame, keys, clock), not {choose!r}"
+        )
     return follow(
         Rule(
             choose=choose,
@@ -100,6 +105,7 @@ def follow(rule: Rule) -> BasisRule:
     def update(
         frames: optax.Updates, state: BasisState, now: Clock
     ) -> tuple[optax.Updates, BasisState]:
+        check_only_rule(frames)
         if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
         step = Refresh(rule, frames, state, now)

@@ -180,7 +180,10 @@ def _track(s: jax.Array, g: jax.Array, step_size: Number | None) -> jax.Array:
         angle = 0.5 * jnp.arctan2(2 * sigma[..., 0], inside - outside)[..., None]
     else:
         angle = _capped(step_size * 2 * sigma * scale * scale)
-    angle = fence(jnp.where(sigma > 0, angle, 0))
+    # Where G has no residual, D is rounding, and any direction.
+    noise = 64 * float(jnp.finfo(g.dtype).eps)
+    resolved = sigma > noise * jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True)
+    angle = fence(jnp.where(resolved, angle, 0))
     moved = fence(along * (jnp.cos(angle) - 1)) + fence(u * jnp.sin(angle))
     return linalg.polish(fence(s + linalg.matmul(moved, linalg.transpose(v))))
 

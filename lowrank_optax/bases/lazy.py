@@ -18,7 +18,7 @@ from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split, typed_key
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
+from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
@@ -121,6 +121,7 @@ def lazy_refresh(
     def update(
         frames: optax.Updates, state: LazyRefreshState, now: Clock
     ) -> tuple[optax.Updates, LazyRefreshState]:
+        check_only_rule(frames)
         old = state.rule_state
         key, sub = old.rng_key, None
         if key is not None and (seed := inside.key) is not None:

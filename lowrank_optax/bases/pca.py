@@ -9,11 +9,12 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number, Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import over_devices, replicated
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
+from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import map_frames
 
 
@@ -72,7 +73,7 @@ def online_pca(
     linalg.check_full(decomposition)
     if optimizer is None:
         optimizer = optax.adamw(1 / 200, weight_decay=0.01)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = transformation("online_pca()", optimizer, "optax.adam(1e-3)")
 
     def init(params: optax.Params) -> OnlinePCAState:
         basis = _on_subspaces(lambda f: shard_basis(f, eye_basis(f)), params)
@@ -82,6 +83,7 @@ def online_pca(
     def update(
         frames: optax.Updates, state: OnlinePCAState, now: Clock
     ) -> tuple[optax.Updates, OnlinePCAState]:
+        check_only_rule(frames)
         start = now.step == 0
         basis = _on_subspaces(
             lambda f, p: _started(f, p, both(now.refresh, start), decomposition),
@@ -157,7 +159,7 @@ def learn(
     b = jnp.einsum("...mn,...rn->...mr", g, a, precision=frame.precision)
     aa = linalg.gram(linalg.transpose(a))
     pp = linalg.gram(p)
-    excess = pp - jnp.eye(frame.rank, dtype=p.dtype)
+    excess = linalg.minus_identity(pp)
     grad = 2 * (linalg.matmul(p, aa) + linalg.matmul(b, excess) - b)
     grad = grad + 4 * penalty * linalg.matmul(p, excess)
     traces = jnp.sum(pp * aa, axis=(-2, -1)) - 2 * jnp.trace(aa, axis1=-2, axis2=-1)

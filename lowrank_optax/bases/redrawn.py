@@ -13,7 +13,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split, stored_key, typed_key
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.spread import replicated
-from lowrank_optax.core.stage import Clock, both, branch, timed_stage
+from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import frames_of, map_subspaces, nothing
 
 
@@ -30,6 +30,7 @@ def redraw(rule: Rule) -> Redrawn:
     def update(
         frames: optax.Updates, state: BasisState, now: Clock
     ) -> tuple[optax.Updates, BasisState]:
+        check_only_rule(frames)
         if all(frame.full_rank for frame in frames_of(frames)):
             return frames, state
         due = both(now.refresh, now.step == 0) if rule.once else now.refresh

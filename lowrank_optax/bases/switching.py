@@ -15,7 +15,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
 from lowrank_optax.core.linalg import Decomposition, matmul, transpose
 from lowrank_optax.core.sharding import shard_batch
-from lowrank_optax.core.stage import Clock, around
+from lowrank_optax.core.stage import Clock, around, check_wrapped
 
 
 def switch_basis(
@@ -169,6 +169,7 @@ def track_gram(
         return frame.replace(tracked=decay / (1 - decay) * gram)
 
     def average(frame: Frame, gram: jax.Array) -> tuple[Frame, jax.Array]:
+        check_wrapped(frame, "track_gram()")
         if frame.full_rank:
             return frame, gram
         low = frame.need("low")

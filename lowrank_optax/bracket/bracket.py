@@ -18,6 +18,7 @@ from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.dimensions import DimensionNumbers
 from lowrank_optax.core.moments import with_momentum
 from lowrank_optax.core.paths import boxed, unboxed
@@ -90,6 +91,7 @@ def low_rank(
       >>> updates["w"].shape, optax.tree.get(state, "mu")["w"].shape
       ((8, 4), (2, 8))
     """
+    transformation("low_rank()", inner, "a chain of stages")
     check_rank(rank)
     refresh_every = _check_interval(refresh_every)
     check_square(square)
@@ -129,6 +131,7 @@ def full_matrices(
       >>> tx.update(g, tx.init(g))[0]["w"].shape
       (8, 4)
     """
+    transformation("full_matrices()", inner, "a chain of stages")
     check_square(square)
     decide = functools.partial(
         decide_leaves, dimension_numbers=dimension_numbers, rank=1.0, square=square

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import optax
 
+from lowrank_optax.core.checks import transformation
+
 
 class Extensible(optax.GradientTransformationExtraArgs):
     """A transformation with one `low_rank` in it that can be rebuilt with more stages.
@@ -54,4 +56,5 @@ def add_stage(
             "add_stage() extends low_rank() or a named optimizer such as galore(); add "
             "the stage first, and put other wrappers around the result"
         )
+    transformation("add_stage(tx, stage)", stage, "measure_subspace()")
     return tx.extended(stage)

@@ -68,6 +68,7 @@ def _open(
         transposed=leaf.layout.transposed,
         layer=None if inside.layer is None else jnp.asarray(inside.layer),
         precision=precision,
+        given_dtype=x.dtype,
         chosen=inside.bases.get(leaf.path),
     )
 
@@ -84,7 +85,8 @@ def _open_projected(
     like = jax.eval_shape(functools.partial(_oriented, leaf), x)
     # The zeros give the Frame its shape and type; no stage can read them.
     frame = opened(leaf, jnp.zeros_like(x)).replace(
-        gradient=ProjectedAway(leaf.path, like.shape, like.dtype)
+        gradient=ProjectedAway(leaf.path, like.shape, like.dtype),
+        given_dtype=low.dtype,
     )
     if low.shape != frame.low_shape:
         raise ValueError(

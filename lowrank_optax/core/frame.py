@@ -40,6 +40,7 @@ class Frame:
         (`per_layer`); None where all are here.
       transposed: whether the weight is stored with the n columns before the m rows.
       precision: of the products with S, as `jax.lax.dot_general` takes it.
+      given_dtype: of the gradient as it came; None for that of `gradient`.
       momentum: (*batch, r, n), the step's first moment M_{t-1} without bias correction,
         in the coordinates of S_{t-1}; None for a step without one.
       tracked: (*batch, r, r), what `track_gram` adds to G~ G~^T, in the coordinates of
@@ -67,6 +68,7 @@ class Frame:
     layer: jax.Array | None = None
     transposed: bool = False
     precision: jax.lax.PrecisionLike = None
+    given_dtype: DTypeLike | None = None
     momentum: jax.Array | None = None
     tracked: jax.Array | None = None
     basis: jax.Array | None = None

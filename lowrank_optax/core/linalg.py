@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.lax.linalg import EighImplementation
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.aliases import Number
+
 Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
 
@@ -78,7 +80,12 @@ def gram(x: jax.Array) -> jax.Array:
 
 def orthonormality_error(s: jax.Array) -> jax.Array:
     """max |S^T S - I| over the batch, a scalar."""
-    return jnp.max(jnp.abs(gram(s) - jnp.eye(s.shape[-1], dtype=s.dtype)))
+    return jnp.max(jnp.abs(minus_identity(gram(s))))
+
+
+def minus_identity(x: jax.Array) -> jax.Array:
+    """x - I, of (*batch, r, r)."""
+    return x - jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 def orthonormalize(x: jax.Array) -> jax.Array:
@@ -360,6 +367,14 @@ def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def column_norms_squared(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=-2)
+
+
+def rows_above(x: jax.Array, fraction: Number) -> jax.Array:
+    """x with zeros in place of rows with a norm below `fraction` of ||x||_F."""
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    total = jnp.sum(squares, axis=-2, keepdims=True)
+    # False for a NaN, which has to reach the check that skips the step.
+    return jnp.where(squares < fraction**2 * total, 0, x)
 
 
 def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:

@@ -55,7 +55,7 @@ def register_moments(
         `second`.
 
     Raises:
-      ValueError: a class without these fields.
+      ValueError: what is no NamedTuple class, or one without these fields.
 
     Example:
       >>> import typing
@@ -63,8 +63,13 @@ def register_moments(
       ...     velocity: typing.Any
       >>> lro.steps.register_moments(HeavyBallState, first="velocity")
     """
+    if not isinstance(state_type, type) or not hasattr(state_type, "_fields"):
+        raise ValueError(
+            f"register_moments() needs the NamedTuple class of an optimizer's state, "
+            f"such as optax.ScaleByAdamState, not {state_type!r}"
+        )
     wanted = {first} if second is None else {first, second, count}
-    fields = getattr(state_type, "_fields", ())
+    fields = state_type._fields
     if missing := sorted(wanted - {*fields}):
         raise ValueError(
             f"{state_type.__name__} has no fields {missing}; pass names from {fields}"

@@ -7,8 +7,16 @@ import jax
 import optax
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.trees import map_frames, map_subspaces, nothing, update_frames
+from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.trees import (
+    frames_of,
+    map_frames,
+    map_subspaces,
+    nothing,
+    update_frames,
+)
 
 
 class Clock(NamedTuple):
@@ -100,12 +108,86 @@ def frame_stage(
         return state_type(*(map_frames(f, params, plain=nothing) for f in first))
 
     def update(
-        frames: optax.Updates, state: Tree
+        frames: optax.Updates,
+        state: Tree,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        check_inside(_maker(one), frames, extra_args)
         frames, *trees = update_frames(one, frames, *state)
         return frames, state_type(*trees)
 
-    return simple_stage(init, update)
+    return stage(init, update)
+
+
+def stateless_stage(
+    one: Callable[[Frame], Frame],
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a stage without a state from `one(frame) -> frame`; other leaves stay."""
+
+    def update(
+        frames: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        check_inside(_maker(one), frames, extra_args)
+        return map_frames(one, frames), state
+
+    return stage(lambda _: optax.EmptyState(), update)
+
+
+def _maker(one: Callable[..., Tree]) -> str:
+    """The public function that `one` is the inside of."""
+    name = getattr(one, "__qualname__", "this stage")
+    return f"{name.partition('.')[0]}()"
+
+
+def check_inside(name: str, frames: optax.Updates, extra_args: Tree) -> None:
+    """ValueError where a stage runs outside of `low_rank`, and finds no Frames.
+
+    Inside, a tree may have no Frame either, where all leaves are of full rank.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(frames)
+    if extra_args.get("clock") is None and leaves and not frames_of(frames):
+        raise ValueError(
+            f"{path_of(leaves[0][0])}: {name} found an array in place of a Frame; it "
+            "works inside low_rank() alone: put it into the chain that low_rank() gets"
+        )
+
+
+_ROLES = {
+    "basis": "basis rule",
+    "low_step": "step, such as in_subspace() or rotate_moments(),",
+    "step": "way back, such as project_back() or recover_residual(),",
+}
+
+
+def check_wrapped(frame: Frame, name: str) -> None:
+    """ValueError unless the stages that `name` wraps end with `project`."""
+    if frame.low is None:
+        raise ValueError(
+            f"{frame.path}: {name} wraps a basis rule and project(); put project() "
+            f"before its bracket closes: {name[:-1]}optax.chain(dominant_svd(), "
+            "project()))"
+        )
+
+
+def check_first(frame: Frame, field: str) -> None:
+    """ValueError where another stage has set `field` already."""
+    if getattr(frame, field) is not None:
+        raise ValueError(
+            f"{frame.path}: a second {_ROLES[field]} in one low_rank() would replace "
+            "what the first has made; remove one of the two"
+        )
+
+
+def check_only_rule(frames: optax.Updates) -> None:
+    """ValueError where another basis rule stands before this one."""
+    for frame in frames_of(frames):
+        check_first(frame, "basis")
 
 
 def around(
@@ -124,7 +206,9 @@ def around(
       before: what `stages` get, of a Frame below full rank.
       after: the Frame and its new array, of every Frame.
     """
-    stages = optax.with_extra_args_support(stages)
+    stages = transformation(
+        _maker(before), stages, "optax.chain(dominant_svd(), project())"
+    )
 
     def init(params: optax.Params) -> optax.OptState:
         arrays = map_subspaces(first, params, other=nothing)
@@ -136,6 +220,7 @@ def around(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        check_inside(_maker(before), updates, extra_args)
         arrays, inner_state = state
         frames = map_subspaces(before, updates, arrays)
         frames, inner_state = stages.update(frames, inner_state, params, **extra_args)

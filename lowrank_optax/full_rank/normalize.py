@@ -9,8 +9,8 @@ import optax
 
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.core.trees import map_frames, nothing
+from lowrank_optax.core.stage import check_first, frame_stage, stateless_stage
+from lowrank_optax.core.trees import nothing
 
 
 def normalize_by_output_rms() -> optax.GradientTransformation:
@@ -24,7 +24,8 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
 
     Deviation: the paper divides by the norm. Its released code, and this function,
     divide by the root mean square, which makes the step sqrt(inputs) times as large.
-    The paper's learning rates belong to the released code.
+    The paper's learning rates belong to the released code, which has a floor of 1e-8
+    under the root; here there is none, and the smallest gradient has a full step.
 
     Example:
       >>> tx = lro.full_rank.full_matrices(lro.full_rank.normalize_by_output_rms())
@@ -34,6 +35,7 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
     """
 
     def one(frame: Frame) -> Frame:
+        check_first(frame, "step")
         G = frame.gradient
         inputs = -2 if frame.columns == "output" else -1
         # Scaled to a largest entry of 1, because squares of small entries underflow.
@@ -42,7 +44,7 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
         root = jnp.sqrt(jnp.mean(jnp.square(unit), axis=inputs, keepdims=True))
         return frame.replace(step=unit / jnp.where(root > 0, root, 1))
 
-    return optax.stateless(lambda frames, _: map_frames(one, frames))
+    return stateless_stage(one)
 
 
 class MomentumState(NamedTuple):

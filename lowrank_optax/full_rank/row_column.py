@@ -9,11 +9,11 @@ import optax
 
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.checks import check_count, check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
+from lowrank_optax.core.stage import check_first, frame_stage
+from lowrank_optax.recovery.limiter import LARGEST_FALL, limit_growth, no_norm_yet
 
 
 class RowColumnState(NamedTuple):
@@ -22,8 +22,8 @@ class RowColumnState(NamedTuple):
     Attributes:
       rows: q, (*batch, m).
       columns: s, (*batch, n).
-      norm: ||G^||_F of the last step, after the limiter, (*batch,); negative before the
-        first step.
+      norm: ||G^||_F of the last step that did not fall below a fifth, after the
+        limiter, (*batch,); negative before the first step.
     """
 
     rows: optax.Params
@@ -55,9 +55,10 @@ def scale_by_racs(
     the paper, neither average is corrected for bias: the first step is 1 / (1 - decay)
     times as large as later ones. Use it alone inside `full_matrices` or `low_rank`.
 
-    Deviations where the paper is silent: a row or column whose gradients were all zero
-    does not move. A zero gradient changes neither q nor s, nor the norm that limits the
-    next step.
+    Deviations: a row or column whose gradients were all zero does not move. A zero
+    gradient changes neither q nor s. A G^ of less than a fifth of the last norm leaves
+    the norm that limits the next step unchanged; in the paper one small gradient limits
+    hundreds of steps.
 
     Args:
       limit: zeta, the largest growth of the step's norm from step to step.
@@ -73,10 +74,12 @@ def scale_by_racs(
       ...     lro.steps.with_rest(lro.full_rank.scale_by_racs()))
     """
     check_count("iterations", iterations)
+    check_limit(limit)
 
     def one(
         frame: Frame, rows: jax.Array, columns: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array, jax.Array]:
+        check_first(frame, "step")
         G = frame.gradient
         nonzero = jnp.any(G != 0, axis=(-2, -1))[..., None]
         q, s = fitted(G, iterations)
@@ -86,7 +89,9 @@ def scale_by_racs(
             _inverse_root(rows)[..., None] * G * _inverse_root(columns)[..., None, :]
         )
         norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
-        factor, norm = limit_growth(jnp.ones_like(norm)[..., None], norm, last, limit)
+        factor, norm = limit_growth(
+            jnp.ones_like(norm)[..., None], norm, last, limit, fall=LARGEST_FALL
+        )
         step = jnp.multiply(scale, factor)[..., None] * scaled
         return frame.replace(step=step), rows, columns, norm
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.leaf import decisions
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.paths import path_of, with_paths
 
 SHARED = "(shared)"
@@ -92,6 +93,9 @@ def memory_report(
     Returns:
       A `MemoryReport`.
 
+    Raises:
+      ValueError: a `tx` that is no transformation, as where the two are exchanged.
+
     Example:
       >>> params = {"mlp": {"kernel": jnp.ones((64, 256))}, "norm": jnp.ones(64)}
       >>> tx = lro.galore(0.01, rank=8, refresh_every=200)
@@ -105,6 +109,7 @@ def memory_report(
       (shared)                             16               4
       total               14.4%        18,963         131,588
     """
+    tx = transformation("memory_report(tx, params)", tx, "lowrank_optax.galore(0.01)")
     shapes = {path: np.shape(x) for path, x in with_paths(params)}
     with decisions() as decided:
         # A new function each time: JAX caches the trace of a known one, and `low_rank`

@@ -63,7 +63,7 @@ def apollo(
         `low_rank` does.
 
     Example:
-      >>> tx = lro.apollo(0.01, rank=4, key=0)
+      >>> tx = lro.apollo(0.003, rank=4, key=0)
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
     back = scale_gradient(limit, scale=scale, variant=variant)
@@ -103,7 +103,7 @@ def apollo_mini(
       ValueError: as `apollo` does.
 
     Example:
-      >>> tx = lro.apollo_mini(0.01, key=0)
+      >>> tx = lro.apollo_mini(0.003, key=0)
     """
     step = in_subspace(arithmetic_of(variant).adam(b1, b2, eps))
     back = scale_gradient(limit, per="matrix", scale=scale, variant=variant)

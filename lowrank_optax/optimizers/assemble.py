@@ -14,10 +14,12 @@ from lowrank_optax.bracket.bracket import LowRankState, full_matrices, low_rank
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import if_accepted
 from lowrank_optax.core.aliases import Key, Mask, Number
+from lowrank_optax.core.checks import found
 from lowrank_optax.core.dimensions import DimensionNumbers
 from lowrank_optax.core.rules import Rank, Square
 from lowrank_optax.core.stage import stage
 from lowrank_optax.optimizers.options import Options
+from lowrank_optax.optimizers.rates import check_rate, finite_at
 from lowrank_optax.recovery.published import Variant, arithmetic_of, decay_and_rate
 from lowrank_optax.steps.subspace import in_subspace
 
@@ -68,7 +70,8 @@ def stage_of(
     """`stage`; ValueError for what is no transformation at all, as "sara" is not."""
     if not isinstance(stage, optax.GradientTransformation):
         raise ValueError(
-            f"{name} must be a stage, such as lowrank_optax.{example}, not {stage!r}"
+            f"{name} must be a stage, such as lowrank_optax.{example}, not "
+            f"{found(stage)}"
         )
     return stage
 
@@ -103,7 +106,7 @@ def low_rank_optimizer(
     *,
     rank: Rank = 0.25,
     refresh_every: int = 200,
-    weight_decay: Number = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = "auto",
     square: Square = "input",
@@ -114,7 +117,9 @@ def low_rank_optimizer(
 
     W <- W - lr (step + weight_decay W). Leaves of full rank pass through the stages'
     step too, which makes Adam AdamW for them. A step that `low_rank` skips changes
-    nothing, weight decay and schedule included. Updates have the gradients' dtype.
+    nothing, weight decay and schedules included, and a step at which a schedule is not
+    finite is skipped too. (`optax.inject_hyperparams` counts by itself: a schedule that
+    it evaluates goes on at skipped steps.) Updates have the gradients' dtype.
 
     Args:
       stages: a basis rule, a projection, a step and a way back, chained.
@@ -122,7 +127,7 @@ def low_rank_optimizer(
       rank: r, an int, a fraction of each matrix's smaller side, or rules by path
         (`low_rank`).
       refresh_every: T, the steps from one basis to the next.
-      weight_decay: decoupled, multiplied by the learning rate.
+      weight_decay: decoupled, multiplied by the learning rate; a number or a schedule.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       dimension_numbers: which leaves are low-rank matrices (`low_rank`).
       square: the side of a square matrix that is projected (`low_rank`).
@@ -130,13 +135,16 @@ def low_rank_optimizer(
       after: a transformation in place of weight decay and learning rate.
 
     Raises:
-      ValueError: as `low_rank` does.
+      ValueError: as `low_rank` does; a learning rate or weight decay that is neither a
+        finite number nor a schedule.
 
     Example:
       >>> stages = optax.chain(lro.sara_sample(key=0), lro.project(),
       ...     lro.in_subspace(optax.scale_by_lion()), lro.project_back())
       >>> tx = lro.low_rank_optimizer(stages, 1e-4, rank=4, weight_decay=0.1)
     """
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
     bracket = low_rank(
         stages,
         rank=rank,
@@ -147,7 +155,7 @@ def low_rank_optimizer(
     )
     if after is None:
         after = decay_and_rate(learning_rate, weight_decay, mask)
-    return _skip_together(bracket, after)
+    return _skip_together(bracket, after, (learning_rate, weight_decay))
 
 
 def variant_optimizer(
@@ -159,7 +167,7 @@ def variant_optimizer(
     **options: Unpack[Options],
 ) -> Extensible:
     """`low_rank_optimizer` with the weight decay and learning rate of a variant."""
-    weight_decay, mask = options.pop("weight_decay", 0.0), options.pop("mask", None)
+    weight_decay, mask = options.get("weight_decay", 0.0), options.get("mask")
     after = arithmetic_of(variant).after(learning_rate, weight_decay, mask, b1, b2)
     return low_rank_optimizer(stages, learning_rate, **options, after=after)
 
@@ -169,19 +177,31 @@ def full_rank_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     square: Square = "input",
-    weight_decay: Number = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = "auto",
 ) -> Extensible:
     """`low_rank_optimizer` without subspaces, in `full_matrices`."""
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
     bracket = full_matrices(stages, dimension_numbers=dimension_numbers, square=square)
-    return _skip_together(bracket, decay_and_rate(learning_rate, weight_decay, mask))
+    after = decay_and_rate(learning_rate, weight_decay, mask)
+    return _skip_together(bracket, after, (learning_rate, weight_decay))
 
 
 def _skip_together(
-    bracket: Extensible, after: optax.GradientTransformation
+    bracket: Extensible,
+    after: optax.GradientTransformation,
+    rates: tuple[optax.ScalarOrSchedule, ...],
 ) -> Extensible:
-    """`optax.chain(bracket, after)`, except that `after` skips what `bracket` skips."""
+    """`optax.chain(bracket, after)`, except that both skip a step together.
+
+    Args:
+      bracket: skips a gradient that is not finite.
+      after: weight decay and learning rate.
+      rates: the numbers and schedules of `after`, whose steps are those of `bracket`; a
+        step at which one is not finite is skipped.
+    """
     after = optax.with_extra_args_support(after)
 
     def init(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
@@ -199,11 +219,15 @@ def _skip_together(
         # Weight decay and schedule would go on with the zero update of a skipped step.
         accept = extra_args.get("accept")
         if accept is not True:
+            finite = finite_at(old.count, *rates)
+            if finite is not None:
+                new = if_accepted(finite, new, old._replace(skipped=old.skipped + 1))
             accept = cast(LowRankState, new).skipped == old.skipped
         steps = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), steps, updates)
         new_rest = if_accepted(accept, new_rest, old_rest)
         return if_accepted(accept, steps), (new, new_rest)
 
     return extensible(
-        stage(init, update), lambda more: _skip_together(bracket.extended(more), after)
+        stage(init, update),
+        lambda more: _skip_together(bracket.extended(more), after, rates),
     )

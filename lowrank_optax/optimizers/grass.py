@@ -31,13 +31,19 @@ def grass_jump(
 ) -> optax.GradientTransformationExtraArgs:
     """GrassJump: a random S at each refresh, moments rotated, residual recovered.
 
-    S is uniformly random and orthonormal. At a refresh Adam's moments rotate with it
-    (eqs. 7, 8); every step adds the rescaled residual (eqs. 9 to 11; GrassWalk paper,
-    section 4, Algorithm 1). State of a matrix: mr + 2nr + 1 numbers.
+        S uniformly random, S^T S = I;  M, V <- rotated by S_t^T S_{t-1}  at a refresh
+        G~ = S^T G,  M, V <- Adam's of G~,  O = M^ / (sqrt(V^) + eps)
+        W <- W - lr (scale S O + (G - S G~) diag(||O_:,i|| / ||G~_:,i||))
+
+    the last term, the residual, limited in its norm's growth (GrassWalk paper, section
+    4, Algorithm 1, eqs. 7 to 11; `rotate_moments`, `recover_residual`). State of a
+    matrix: mr + 2nr + 1 numbers.
 
     When to choose it: a refresh costs one small QR, and the subspace explores fastest.
     When not: without the residual, since a random subspace alone misses most of the
-    gradient. Deviations: none that are known; no code is published.
+    gradient. Deviations: none that are known; no code is published. After a thousand
+    zero gradients steps are several times as large as at first, as AdamW's are: V has
+    decayed, and its bias correction is over.
 
     Args:
       key: a seed or a typed key for the jumps; required unless `basis` is passed.

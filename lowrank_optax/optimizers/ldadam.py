@@ -53,7 +53,7 @@ def ldadam(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.ldadam(0.002, rank=4)
+      >>> tx = lro.ldadam(0.003, rank=4)
     """
     where = optax.chain(power_iterate(rho, b1=b1), project())
     if feedback:

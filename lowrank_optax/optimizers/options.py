@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import jax
+import optax
 
 from lowrank_optax.core.aliases import Mask, Number
 from lowrank_optax.core.dimensions import DimensionNumbers
@@ -20,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class FullRankOptions(TypedDict, total=False):
     """Options of every optimizer, explained in `low_rank_optimizer`."""
 
-    weight_decay: Number
+    weight_decay: optax.ScalarOrSchedule
     mask: Mask
     dimension_numbers: DimensionNumbers
 
@@ -88,7 +89,11 @@ def passes_on(inner: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{make.__name__}(): {error}") from None
+                hint = ""
+                if len(args) > 1:
+                    name = [*signature.parameters][1]
+                    hint = f"; pass all but the learning rate by name, as {name}=..."
+                raise TypeError(f"{make.__name__}(): {error}{hint}") from None
             given.apply_defaults()
             return make(*given.args, **given.kwargs)
 

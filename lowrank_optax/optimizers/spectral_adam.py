@@ -30,10 +30,13 @@ def spectral_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam inside the subspace, rotated with it; spectral descent outside (ours).
 
-    Every T steps S takes LDAdam's power step (`power_iterate`) and Adam's moments
-    rotate with it (`rotate_moments`). Each step adds the polar factor of the residual
-    (`spectral_residual`), which needs no state. State of a matrix: mr + 2nr numbers,
-    GaLore's. Three products with S a step, and those of Newton-Schulz.
+        S <- power step, M, V <- rotated by S_t^T S_{t-1}             every T steps
+        G~ = S^T G,  M, V <- Adam's of G~,  O = M^ / (sqrt(V^) + eps)
+        W <- W - lr (scale S O + residual_scale sqrt(n) polar(G - S G~))
+
+    The power step is LDAdam's (`power_iterate`, `rotate_moments`), polar(R) about U V^T
+    of R = U diag(s) V^T (`spectral_residual`). State of a matrix: mr + 2nr numbers,
+    GaLore's. Four products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest

@@ -53,10 +53,13 @@ def coap(
 ) -> optax.GradientTransformationExtraArgs:
     """COAP: GaLore with a basis that gradient steps correct between sketches.
 
-    At a refresh the basis takes a gradient step that lowers the reconstruction error
-    and raises the momentum's correlation with the gradient; every `recompute_every`-th
-    refresh recomputes it from a sketch (Xiao et al. 2025, "COAP"; `correlation_aware`).
-    Moments are not rotated, the released default. State of a matrix: mr + 2nr numbers.
+        S <- S - step_size grad_S [mean((S S^T G - G)^2) (1 - mean_i cos((S M)_i, G_i))]
+        W <- W - lr scale S M^ / (sqrt(V^) + eps),    M, V Adam's of S^T G
+
+    at a refresh, its gradient's norm clipped at 1; every `recompute_every`-th takes the
+    left singular vectors of a sketch of G instead (Xiao et al. 2025, "COAP";
+    `correlation_aware`). Moments are not rotated, the released default. State of a
+    matrix: mr + 2nr numbers.
 
     When to choose it: a cheap refresh without an SVD. When not: with very small
     gradients, whose squares scale its steps, as of a language model's mean loss; then
@@ -113,7 +116,7 @@ def dct_adamw(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.dct_adamw(0.002, rank=4)
+      >>> tx = lro.recipes.dct_adamw(0.001, rank=4)
     """
     where = optax.chain(dct_columns(), project())
     if feedback:
@@ -286,9 +289,12 @@ def q_galore(
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore: 4-bit bases, 8-bit moments, fewer refreshes where a basis stands still.
 
-    GaLore with its basis in `bits` bits, Adam's moments in eight, and each leaf's
-    refresh interval doubled while its bases stay similar (Zhang et al. 2024,
-    "Q-GaLore"; `quantize_basis`, `quantize_moments`, `lazy_refresh`). State of a
+        S <- Q_bits(U[:, :r]),  G = U diag(s) V^T,    at a refresh that is not skipped
+        M, V <- Q_8(Adam's of S^T G),    W <- W - lr scale S M^ / (sqrt(V^) + eps)
+
+    with Q_b to b-bit codes; each leaf's refresh interval doubles while its bases stay
+    similar, cos(S_t S_t^T, S_{t-1} S_{t-1}^T) >= threshold in the mean (Zhang et al.
+    2024, "Q-GaLore"; `quantize_basis`, `quantize_moments`, `lazy_refresh`). State of a
     matrix: bits mr / 8 + 2nr bytes, and scales.
 
     When to choose it: GaLore at a quarter of its memory. When not: where the subspace
@@ -308,7 +314,7 @@ def q_galore(
       ValueError: bits other than 4 and 8; and as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.q_galore(0.01, rank=4)
+      >>> tx = lro.recipes.q_galore(0.005, rank=4)
     """
     rule = quantize_basis(basis_or(basis, dominant_svd), bits=bits)
     rule = lazy_refresh(rule, threshold=threshold)

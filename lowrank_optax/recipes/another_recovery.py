@@ -79,7 +79,7 @@ def alice(
       ValueError: neither or both of `key` and `basis`; and as `switch_basis` does.
 
     Example:
-      >>> tx = lro.recipes.alice(0.02, rank=4, key=0)
+      >>> tx = lro.recipes.alice(0.005, rank=4, key=0)
     """
     rule = one_of(key, basis, lambda key: switch_basis(key, keep=keep))
     where = optax.chain(rule, project())
@@ -119,8 +119,8 @@ def subtrack(
 
     Args:
       step_size: eta of `grassmann_track`; None chooses the angle by a line search.
-      limit: as in `grass_jump`.
-      learning_rate, scale, b1, b2, eps: as in `grass_jump`.
+      limit, scale: as in `grass_jump`.
+      learning_rate, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
     Raises:
@@ -154,7 +154,7 @@ def sumo(
 
     (Refael et al. 2025, "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating
     Memory-Efficient LLM Training", Algorithm 1, section 3.2.) State of a matrix: mr +
-    nr + 1 numbers; three products a step, two r x r eigendecompositions.
+    nr + 1 numbers; two products with S a step, two r x r eigendecompositions.
 
     When to choose it: Muon's step at half of GaLore's moments, with small ranks. When
     not: at large ranks, for the eigendecompositions of every step; on micro-batches
@@ -180,7 +180,7 @@ def sumo(
       ValueError: an unknown method; a basis that is not orthonormal.
 
     Example:
-      >>> tx = lro.recipes.sumo(0.002, rank=4)
+      >>> tx = lro.recipes.sumo(0.001, rank=4)
     """
     stages = optax.chain(
         basis_or(basis, dominant_svd),

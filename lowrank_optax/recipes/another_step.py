@@ -62,7 +62,7 @@ def flora(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.flora(0.01, rank=4, refresh_every=1000, key=0)
+      >>> tx = lro.recipes.flora(0.002, rank=4, refresh_every=1000, key=0)
     """
     # Any matrix is factored, as in the paper; optax leaves small ones out by default.
     second = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
@@ -126,10 +126,13 @@ def galore_adam8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Adam 8-bit: the projection's moments stored in one byte each.
 
-    `galore` with `quantize_moments(optax.scale_by_adam())`, also for leaves of full
-    rank (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"; SARA
-    paper, section 4). State of a matrix: 4mr + 2nr (1 + 4 / b) bytes, in blocks of b =
-    block_size / 2 to block_size numbers.
+        M, V <- Q(Adam's of G~ and D(M), D(V)),  G~ = S^T G
+        W <- W - lr scale S M^ / (sqrt(V^) + eps)
+
+    with Q to 8-bit codes, block by block, and D back (`quantize_moments`), also for
+    leaves of full rank (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+    Quantization"; SARA paper, section 4). State of a matrix: 4mr + 2nr (1 + 4 / b)
+    bytes, in blocks of b = block_size / 2 to block_size numbers.
 
     When to choose it: saves most of what is left of the moments, at little cost. When
     not: while you compare methods, since it rounds. Deviation: the released code rounds
@@ -187,7 +190,7 @@ def galore_adam_mini(
       ValueError: heads that are projected away or do not fit; and as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.galore_adam_mini(0.01, rank=4)
+      >>> tx = lro.recipes.galore_adam_mini(0.005, rank=4)
     """
     adam_mini = scale_by_adam_mini(b1, b2, eps, blocks=adam_mini_blocks(heads))
     step = optax.chain(check_heads(heads), in_subspace(adam_mini))

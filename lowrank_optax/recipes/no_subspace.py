@@ -96,8 +96,8 @@ def scale_sgd(
     When to choose it: as a baseline that is hard to beat for how little it stores. When
     not: with small batches, whose noise no momentum averages. Deviations: the paper
     divides by the norm; this and the released code, with its learning rate of 1e-3, by
-    the root mean square. As in that code, embedding and head are matrices, and norms
-    and biases take Adam's step.
+    the root mean square. That code adds 1e-8 to it, ours divides by any but zero. As
+    there, embedding and head are matrices, and norms and biases take Adam's step.
 
     Args:
       momentum: a regular expression: the paths of matrices with momentum; by default an
@@ -113,7 +113,7 @@ def scale_sgd(
         does.
 
     Example:
-      >>> tx = lro.recipes.scale_sgd(1e-3)
+      >>> tx = lro.recipes.scale_sgd(5e-4)
     """
     stages = optax.chain(trace_matching(momentum, b1), normalize_by_output_rms())
     return full_rank_optimizer(with_rest(stages, rest), learning_rate, **options)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared
+from lowrank_optax.core.resolution import resolution
 from lowrank_optax.core.sharding import zeros_along
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
-from lowrank_optax.recovery.resolution import resolution
+from lowrank_optax.core.stage import check_first, frame_stage
+from lowrank_optax.recovery.limiter import LARGEST_FALL, limit_growth, no_norm_yet
 
 
 class CompensationState(NamedTuple):
@@ -22,8 +23,8 @@ class CompensationState(NamedTuple):
 
     Attributes:
       lost: p, (*batch, n), running means of the squared column norms of the residual.
-      norm: ||C||_F of the last step, after the limiter, (*batch,); negative before the
-        first step.
+      norm: ||C||_F of the last step that did not fall below a fifth, after the limiter,
+        (*batch,); negative before the first step.
     """
 
     lost: optax.Params
@@ -52,8 +53,9 @@ def compensate_columns(
 
     Deviations: a column gets no residual where it loses nothing, or less than the
     difference of two squares resolves (`resolution`), since that residual is rounding.
-    A step with C = 0 leaves the norm that limits the next step unchanged; in the paper
-    the step after it has no limit.
+    A C of less than a fifth of the last norm leaves the norm that limits the next step
+    unchanged. In the paper one small gradient limits hundreds of steps, each to 1 %
+    more than the one before, and the step after a zero one has no limit.
 
     Args:
       limit: zeta, the largest growth of C's norm from step to step.
@@ -69,10 +71,12 @@ def compensate_columns(
       ...     lro.in_subspace(optax.scale_by_adam()),
       ...     lro.compensate_columns(scale=0.3, residual_scale=0.4))
     """
+    check_limit(limit)
 
     def one(
         frame: Frame, p: jax.Array, last: jax.Array
     ) -> tuple[Frame, jax.Array, jax.Array]:
+        check_first(frame, "step")
         frame.check_residual("compensate_columns()")
         G, (m, r) = frame.gradient, frame.basis_shape[-2:]
         low = frame.need("low")
@@ -87,7 +91,7 @@ def compensate_columns(
         root = jnp.sqrt(jnp.where(resolved, p, 1))
         phi = jnp.where(resolved, math.sqrt(m - r) / root, 0)
         norm = jnp.sqrt(jnp.sum(phi**2 * lost, axis=-1))
-        phi, norm = limit_growth(phi, norm, last, limit)
+        phi, norm = limit_growth(phi, norm, last, limit, fall=LARGEST_FALL)
         phi = scale * residual_scale * phi[..., None, :]
         # Two products: S (scale G~^O - G~ diag(phi)) + G diag(phi).
         inside = frame.up(jnp.multiply(scale, low_step) - low * phi)

@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.stage import around
+from lowrank_optax.core.stage import around, check_wrapped
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -59,6 +59,7 @@ def error_feedback(
         return frame.replace(gradient=frame.gradient + e)
 
     def lost(frame: Frame, e: jax.Array) -> tuple[Frame, jax.Array]:
+        check_wrapped(frame, "error_feedback()")
         if not frame.full_rank:
             e = _lost(frame, b1)
         reason = "error_feedback() adds the residual to the next gradient already"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.stage import frame_stage
@@ -53,6 +54,7 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
       ...     lro.in_subspace(optax.trace(0.9)), lro.recovery.clip_step_growth(),
       ...     lro.project_back())
     """
+    check_limit(limit)
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
         low_step = frame.need("low_step")
@@ -64,6 +66,11 @@ def clip_step_growth(limit: Number = 1.1) -> optax.GradientTransformationExtraAr
     return frame_stage(LimiterState, one, no_norm_yet)
 
 
+# A step divided by the root of a running mean falls by more than this only
+# for a small gradient: the mean's bias halves it in the first steps.
+LARGEST_FALL = 0.2
+
+
 def limit_growth(
     phi: jax.Array,
     norm: jax.Array,
@@ -71,6 +78,7 @@ def limit_growth(
     limit: Number,
     arithmetic: Arithmetic = PAPER,
     floor: Number = 0.0,
+    fall: Number = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns phi after the limiter, and the norm that limits the next step.
 
@@ -84,6 +92,7 @@ def limit_growth(
       limit: zeta.
       arithmetic: the variant's arithmetic.
       floor: the largest norm that counts as rounding; such a norm limits no later step.
+      fall: a norm below this fraction of the last limits no later step either.
     """
     bound = limit * (last + arithmetic.norm_eps)
     grown = (last >= 0) & (norm > bound)
@@ -94,7 +103,7 @@ def limit_growth(
     # A stored norm of zero would limit every later step to zero: one zero gradient
     # (an unused embedding row, a first step) would switch the stage off for good.
     if not arithmetic.stores_zero_norm:
-        after = jnp.where(norm > floor, after, last)
+        after = jnp.where(norm > jnp.maximum(floor, fall * last), after, last)
     # Where phi itself overflowed, 0 * phi is NaN; so a factor of 0 selects 0.
     phi = jnp.where(factor[..., None] > 0, phi * factor[..., None], 0)
     return phi, after

@@ -1,17 +1,24 @@
 """In and back: the gradient into the subspace, the step out of it."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
-from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.frame import Frame, are_coordinates
+from lowrank_optax.core.linalg import rows_above
+from lowrank_optax.core.resolution import row_resolution
+from lowrank_optax.core.stage import check_first, stateless_stage
 
 
 def project() -> optax.GradientTransformation:
     """Projects the gradient: G~ = S^T G, (*batch, m, n) to (*batch, r, n).
 
     (GrassWalk paper, eq. 1.) Reads a Frame's `gradient` and `basis`, sets `low`.
+
+    A gradient of rank below r (few tokens) has rows of rounding in an SVD's basis, and
+    Adam would step along them as far as along the others. So a row below
+    `row_resolution` times ||G~||_F is zero.
 
     Raises:
       ValueError: at update, if no basis rule stands before it in the chain.
@@ -22,11 +29,19 @@ def project() -> optax.GradientTransformation:
     """
 
     def down(frame: Frame) -> Frame:
-        if frame.low is not None:  # already summed in the subspace over micro-batches
-            return frame
-        return frame.replace(low=frame.down(frame.gradient))
+        low = frame.low  # already summed in the subspace over micro-batches
+        if low is None:
+            low = frame.down(frame.gradient)
+        return frame.replace(low=_without_rounding(frame, low))
 
-    return optax.stateless(lambda frames, _: map_frames(down, frames))
+    return stateless_stage(down)
+
+
+def _without_rounding(frame: Frame, low: jax.Array) -> jax.Array:
+    """G~ with zeros for the rows that are rounding against the others."""
+    if frame.full_rank or are_coordinates(frame.need("basis")):
+        return low
+    return rows_above(low, row_resolution(frame))
 
 
 def project_back(scale: Number = 1.0) -> optax.GradientTransformation:
@@ -48,7 +63,8 @@ def project_back(scale: Number = 1.0) -> optax.GradientTransformation:
     """
 
     def back(frame: Frame) -> Frame:
+        check_first(frame, "step")
         low_step = frame.need("low_step")
         return frame.replace(step=frame.up(jnp.multiply(scale, low_step)))
 
-    return optax.stateless(lambda frames, _: map_frames(back, frames))
+    return stateless_stage(back)

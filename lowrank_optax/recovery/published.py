@@ -34,7 +34,7 @@ class Arithmetic(NamedTuple):
 
     adam: Callable[[Number, Number, Number | None], optax.GradientTransformation]
     after: Callable[
-        [optax.ScalarOrSchedule, Number, Mask, Number, Number],
+        [optax.ScalarOrSchedule, optax.ScalarOrSchedule, Mask, Number, Number],
         optax.GradientTransformation,
     ]
     norm_eps: float
@@ -99,7 +99,7 @@ def scale_by_bias_correction(
 
 
 def decay_stepped_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Number
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """Decays the weights after their step: u <- u - lr weight_decay (W + u).
 
@@ -119,9 +119,11 @@ def decay_stepped_weights(
             raise ValueError(
                 "weight decay needs params: call tx.update(grads, state, params)"
             )
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        lr, decay = (
+            x(state.count) if callable(x) else x for x in (learning_rate, weight_decay)
+        )
         decayed = jax.tree.map(
-            lambda u, w: (u - lr * weight_decay * (w + u)).astype(u.dtype),
+            lambda u, w: (u - lr * decay * (w + u)).astype(u.dtype),
             updates,
             params,
         )
@@ -131,7 +133,9 @@ def decay_stepped_weights(
 
 
 def decay_and_rate(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Number, mask: Mask
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
 ) -> optax.GradientTransformation:
     """Adds decoupled weight decay, then multiplies by the learning rate (AdamW)."""
     return optax.chain(
@@ -142,7 +146,7 @@ def decay_and_rate(
 
 def _published_after(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Number,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
     b1: Number,
     b2: Number,

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.resolution import resolution
+from lowrank_optax.core.stage import check_first, frame_stage, stateless_stage
 from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
-from lowrank_optax.recovery.resolution import resolution
 
 
 def recover_residual(
@@ -52,10 +52,12 @@ def recover_residual(
       >>> stages = optax.chain(lro.grassmann_jump(key=0), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.recover_residual(1.01))
     """
+    check_limit(limit)
     arithmetic = arithmetic_of(variant)
     alpha = scale if arithmetic.scaled_residual else 1.0
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
+        check_first(frame, "step")
         frame.check_residual("recover_residual()")
         G = frame.gradient
         low = frame.need("low")
@@ -89,9 +91,9 @@ def sign_residual(
         step = S G~^O + scale sign(G - S G~)        or  scale (G - S G~), "sgd"
 
     (Zmushko et al. 2025, "FRUGAL", section 3.) A residual of exactly zero moves
-    nothing, such as the rows inside the subspace of `coordinates`. With other bases a
-    gradient inside the subspace leaves a residual of rounding errors, and their signs
-    move weights, as in the released code.
+    nothing, such as the rows inside the subspace of `coordinates`. Deviation: with
+    other bases a residual below the `resolution` of G is rounding, and has no sign; in
+    the released code the signs of rounding move weights. It costs one more pass over G.
 
     Args:
       scale: the residual's learning rate, as a fraction of the matrices'.
@@ -108,6 +110,7 @@ def sign_residual(
         raise ValueError(f'step={step!r}: choose "sign" or "sgd"')
 
     def one(frame: Frame) -> Frame:
+        check_first(frame, "step")
         frame.check_residual("sign_residual()")
         low = frame.need("low")
         low_step = frame.need("low_step")
@@ -118,6 +121,20 @@ def sign_residual(
             return frame.replace(step=inside + jnp.multiply(scale, G))
         residual = G - frame.up(low)
         rest = jnp.sign(residual) if step == "sign" else residual
+        if s is not None and not are_coordinates(s):
+            rest = rest * _resolved(frame, low)
         return frame.replace(step=frame.up(low_step) + jnp.multiply(scale, rest))
 
-    return optax.stateless(lambda frames, _: map_frames(one, frames))
+    return stateless_stage(one)
+
+
+def _resolved(frame: Frame, low: jax.Array) -> jax.Array:
+    """Whether ||G - S G~|| is more than rounding, 0 or 1: (*batch, 1, 1)."""
+    squares, inside = (
+        jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)
+        for x in (frame.gradient, low)
+    )
+    lost = squares - inside
+    # Not below instead of above: a NaN has to reach the check that skips the step.
+    resolved = ~(lost <= resolution(frame) ** 2 * squares)
+    return resolved.astype(low.dtype)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import column_norms_squared, ratio
-from lowrank_optax.core.stage import frame_stage
-from lowrank_optax.core.trees import map_frames
+from lowrank_optax.core.stage import check_first, frame_stage, stateless_stage
 from lowrank_optax.recovery.limiter import LimiterState, limit_growth, no_norm_yet
 from lowrank_optax.recovery.published import Variant, arithmetic_of
 
@@ -54,6 +54,7 @@ def scale_gradient(
     """
     if per not in ("column", "matrix"):
         raise ValueError(f'per={per!r}: choose "column" or "matrix"')
+    check_limit(limit)
     arithmetic = arithmetic_of(variant)
 
     def norms(x: jax.Array) -> jax.Array:
@@ -64,6 +65,7 @@ def scale_gradient(
         return jnp.sqrt(squares)
 
     def one(frame: Frame, last: jax.Array) -> tuple[Frame, jax.Array]:
+        check_first(frame, "step")
         frame.check_residual("scale_gradient()", orthonormal=False)
         low = frame.need("low")
         low_step = frame.need("low_step")
@@ -103,4 +105,4 @@ def scale_by_shape(scale: Number = 1.0) -> optax.GradientTransformation:
         factor = scale * math.sqrt(max(step.shape[-2:]))
         return frame.replace(step=jnp.multiply(factor, step))
 
-    return optax.stateless(lambda frames, _: map_frames(one, frames))
+    return stateless_stage(one)

@@ -1,7 +1,7 @@
 """Step: Adam-mini, one second moment per block of numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -181,6 +181,7 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
       >>> blocks("embed/embedding", (32000, 768))
       (1, 768)
     """
+    _check_heads(heads)
     for pattern, kind in (*rules, *heads):
         if kind not in ("element", "row", "column") and not _is_size(kind):
             raise ValueError(
@@ -226,6 +227,8 @@ def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
       (1, 2)
     """
 
+    _check_heads(heads)
+
     def init(params: optax.Params) -> optax.OptState:
         for frame in frames_of(params):
             head = match((*heads, ("", None)), frame.path, "heads")
@@ -244,6 +247,14 @@ def check_heads(heads: Heads) -> optax.GradientTransformationExtraArgs:
         return optax.EmptyState()
 
     return simple_stage(init, lambda frames, state: (frames, state))
+
+
+def _check_heads(heads: Heads) -> None:
+    if isinstance(heads, str) or not isinstance(heads, Sequence):
+        raise ValueError(
+            f"heads={heads!r}: pass pairs (regular expression, size of a head), such "
+            'as [("attn/[qk]/", 64)]'
+        )
 
 
 def _is_size(x: object) -> bool:

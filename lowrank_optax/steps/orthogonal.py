@@ -27,8 +27,9 @@ def scale_by_polar_factor(
 
     Args:
       method: "eigh", two eigendecompositions of the r x r Gram matrix (`linalg.polar`);
-        "svd", the most exact, for CPUs; or "newton_schulz", Muon's products, whose
-        singular values end at about 0.7 to 1.2, small ones below.
+        "svd", the most exact, for CPUs, and zero in directions of rounding; or
+        "newton_schulz", Muon's products, whose singular values end at about 0.7 to 1.2,
+        small ones below.
       iterations: number of iterations of "newton_schulz".
 
     Raises:
@@ -56,13 +57,15 @@ def scale_by_polar_factor(
 
 
 def by_svd(x: jax.Array) -> jax.Array:
-    """U V^T of a thin SVD: (*batch, r, n)."""
+    """U V^T of a thin SVD, without directions of rounding: (*batch, r, n)."""
+    eps = float(jnp.finfo(x.dtype).eps) * max(x.shape[-2:])
 
     def one(x: jax.Array) -> jax.Array:
         # LAPACK's SVD hangs on an Inf but returns on a NaN.
         x = jnp.where(jnp.isfinite(x), x, jnp.nan)
         u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-        return linalg.matmul(u * (s > 0), vt)
+        seen = s > eps * jnp.max(s)
+        return linalg.matmul(u * seen[None, :], vt)
 
     return linalg.per_matrix(one, linalg.unit_largest(x))
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.checks import check_count, transformation
 from lowrank_optax.core.linalg import fence
 from lowrank_optax.core.moments import register_storage
 from lowrank_optax.core.sharding import on_auto_axes, shard_along, spec_of
@@ -218,7 +218,7 @@ def quantize_moments(
     """
     check_count("block_size", block_size)
     check_count("min_size", min_size)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("quantize_moments()", inner)
 
     scales_of = partial(_zero_scales, block_size=block_size, min_size=min_size)
 

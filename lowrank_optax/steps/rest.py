@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.stage import stage
 from lowrank_optax.core.trees import map_frames
@@ -49,9 +50,9 @@ def with_rest(
       >>> stages = lro.steps.with_rest(optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.rotate_moments(step), lro.project_back()), optax.scale_by_adam())
     """
-    inner = optax.with_extra_args_support(stages)
-    other = optax.with_extra_args_support(
-        optax.scale_by_adam() if rest is None else rest
+    inner = transformation("with_rest()", stages, "a chain of stages")
+    other = transformation(
+        "with_rest()", optax.scale_by_adam() if rest is None else rest
     )
 
     def init(params: optax.Params) -> RestState:

@@ -10,9 +10,11 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import average_weight, product
+from lowrank_optax.core.linalg import average_weight, product, rows_above
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
+from lowrank_optax.core.resolution import row_resolution
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
 from lowrank_optax.core.trees import frames_of, map_frames
 from lowrank_optax.steps.subspace import in_subspace
@@ -57,7 +59,7 @@ def rotate_moments(
     """
     if moments not in ("both", "first"):
         raise ValueError(f'moments={moments!r}: choose "both" or "first"')
-    inside = in_subspace(inner)
+    inside = in_subspace(transformation("rotate_moments()", inner))
 
     def init(params: optax.Params) -> SubspaceState:
         state = cast(SubspaceState, inside.init(params))
@@ -138,11 +140,15 @@ class Rotation:
                 for field in (kind.second, kind.first)
             )
             rotated[kind.second] = self._map(self._second, nu, mu, *weights)
+        elif kind.second is not None:
+            nu = getattr(state, kind.second)
+            rotated[kind.first] = self._map(_seen, rotated[kind.first], nu)
         return state._replace(**rotated)
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
-        """C M (eq. 7)."""
-        return product(_rotation_of(frame), m)
+        """C M (eq. 7), and zero in rows of rounding, which Adam would step along."""
+        rotated = product(_rotation_of(frame), m)
+        return rows_above(rotated, row_resolution(frame, products=False))
 
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
@@ -166,6 +172,11 @@ class Rotation:
             return f(frame, m, *others).astype(m.dtype)
 
         return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
+
+
+def _seen(_: Frame, m: jax.Array, v: jax.Array) -> jax.Array:
+    """M, but zero in rows without a V: M / (sqrt(V) + eps) would have no bound."""
+    return jnp.where(jnp.any(v != 0, axis=-1, keepdims=True), m, 0)
 
 
 def _rotation_of(frame: Frame) -> jax.Array:

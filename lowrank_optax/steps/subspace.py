@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.linalg import select
 from lowrank_optax.core.moments import SubspaceState
 from lowrank_optax.core.sharding import low_zeros
-from lowrank_optax.core.stage import stage
+from lowrank_optax.core.stage import check_first, stage
 from lowrank_optax.core.trees import each_apart, in_turn, map_frames
 
 
@@ -39,7 +40,7 @@ def per_matrix(
       >>> tx.init({"w": jnp.ones((3, 4, 8))}).v_row["w"].shape
       (3, 4)
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("per_matrix()", inner)
 
     def init(params: optax.Params) -> optax.OptState:
         leaves, structure = jax.tree.flatten(params)
@@ -98,7 +99,7 @@ def in_subspace(
       >>> stages = optax.chain(lro.dominant_svd(), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(scale=0.25))
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("in_subspace()", inner)
 
     def init(params: optax.Params) -> SubspaceState:
         return SubspaceState(inner.init(map_frames(low_zeros, params)))
@@ -124,6 +125,7 @@ def in_subspace(
             )
 
         def stepped(f: Frame, step: jax.Array) -> Frame:
+            check_first(f, "low_step")
             # Before a step only error_feedback() sets `no_residual`.
             if reason and f.no_residual:
                 raise ValueError(f"{f.path}: error_feedback() does not work: {reason}")
@@ -156,7 +158,7 @@ def reset_moments(
       >>> stages = optax.chain(lro.bases.coordinates(key=0), lro.project(),
       ...     lro.reset_moments(optax.scale_by_adam()), lro.sign_residual())
     """
-    each = per_matrix(inner)
+    each = per_matrix(transformation("reset_moments()", inner))
     inside = in_subspace(each)
 
     def update(
@@ -212,7 +214,7 @@ def in_full_space(
       ...     lro.bases.gaussian(key=0), lro.project(),
       ...     lro.rotate_moments(optax.ema(0.9)), lro.project_back())
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("in_full_space()", inner)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(map_frames(lambda f: jnp.zeros_like(f.gradient), params))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.stage import stage
 from lowrank_optax.training.projected import project_gradient, update_projected
 
@@ -46,7 +47,7 @@ def average_gradients(
       >>> jax.pmap(step, "devices", devices=jax.devices()[:1])(shares)["w"].shape
       (1, 4, 8)
     """
-    inner = optax.with_extra_args_support(tx)
+    inner = transformation("average_gradients()", tx, "lowrank_optax.galore(0.01)")
 
     def update(
         updates: optax.Updates,

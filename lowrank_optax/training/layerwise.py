@@ -11,6 +11,7 @@ import optax
 from lowrank_optax.bracket.bracket import LowRankState
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.sharding import on_auto_axes
 from lowrank_optax.core.spread import over_devices, spreads
 from lowrank_optax.core.stage import stage
@@ -51,7 +52,7 @@ def per_layer(
       >>> optax.tree.get(state, "mu")["mlp"]["kernel"].shape
       (12, 4, 64)
     """
-    inner = optax.with_extra_args_support(tx)
+    inner = transformation("per_layer()", tx, "lowrank_optax.galore(0.01)")
 
     def init(params: optax.Params) -> optax.OptState:
         index = jnp.arange(count_of(params))
@@ -224,7 +225,7 @@ def _chosen_together(
     """
     if extra_args.get("refresh") is not True:
         return {}
-    inner = optax.with_extra_args_support(tx)
+    inner = transformation("update_layers()", tx, "lowrank_optax.galore(0.01)")
 
     def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
         (i, g, s, stored), seen = layer, []
@@ -254,7 +255,7 @@ def _step(
     inside: Inside,
 ) -> Callable[..., tuple[Tree, Tree]]:
     """step(i, G_i, stored W_i, state_i, *operands) to (new W_i, new state_i)."""
-    inner = optax.with_extra_args_support(tx)
+    inner = transformation("update_layers()", tx, "lowrank_optax.galore(0.01)")
 
     def step(i: jax.Array, g: Tree, stored: Tree, s: Tree, *operands: Tree) -> Tree:
         own = inside.replace(layer=i)

@@ -8,6 +8,7 @@ import optax
 
 from lowrank_optax.bracket.inside import Inside
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.sharding import has_explicit_axes
 from lowrank_optax.core.trees import frames_of, map_frames
 
@@ -79,7 +80,7 @@ def project_gradient(
         )
     seen: list[optax.Updates] = []
     inside = Inside(layer=layer, bases=bases or {}, record=seen.append)
-    optax.with_extra_args_support(tx).update(
+    transformation("project_gradient()", tx, "lowrank_optax.galore(0.01)").update(
         gradient, state, params, refresh=refresh, inside=inside, **extra_args
     )
     if len(seen) != 1:
@@ -133,7 +134,8 @@ def update_projected(
       >>> updates["w"].shape
       (4, 8)
     """
-    return optax.with_extra_args_support(tx).update(
+    inner = transformation("update_projected()", tx, "lowrank_optax.galore(0.01)")
+    return inner.update(
         projected.low,
         state,
         params,

@@ -192,6 +192,15 @@ def apollo(channels: bool, alpha: float) -> Callable[..., Array]:
     return back
 
 
+def spectral(g: Array, s: Array, low: Array, low_step: Array, memory: dict) -> Array:
+    rest = g - s @ low
+    x = rest / np.linalg.norm(rest)
+    for _ in range(5):
+        q = x @ x.T
+        x = (3.4445 * np.eye(len(q)) - 4.7750 * q + 2.0315 * q @ q) @ x
+    return s @ low_step + 0.5 * np.sqrt(g.shape[1]) * x
+
+
 # ------------------------------------------------------------------------- methods
 
 
@@ -305,6 +314,7 @@ def of_galore(make: Callable[[], Any], choose: Any = svd, alpha: float = 0.25) -
 
 KEY: dict[str, Any] = {"key": 3}
 GAUSSIAN = lro.bases.gaussian(3, stored=True)
+POWER = lro.bases.power_iterate(0.8, b1=0.85)
 NO_REFRESH = {k: v for k, v in COMMON.items() if k != "refresh_every"}
 # The library's optimizer, and (gradients, basis of each step) -> steps in numpy.
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -337,6 +347,12 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "ldadam": (
         lro.ldadam(1.0, rho=0.8, b1=0.85, **NO_REFRESH),
         lambda g, bases: ldadam(g),
+    ),
+    "spectral_adam": (  # its own products in bfloat16 are for narrower gradients
+        lro.spectral_adam(1.0, b1=0.85, basis=POWER, **COMMON),
+        lambda g, bases: numpy_steps(
+            g, Adam(0.85, 0.99, rotate="both"), spectral, power(0.85, 0.8)
+        ),
     ),
     "apollo": (
         lro.apollo(1.0, basis=GAUSSIAN, scale=2.0, **COMMON),

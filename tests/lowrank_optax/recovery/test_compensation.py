@@ -73,9 +73,14 @@ def test_the_lost_part_never_grows_faster_than_its_limit(
     with jax.enable_x64(True):
         updates, _, norms = map(np.asarray, run(bracket(s, limit=limit), g))
     lost = np.linalg.norm(updates - inside(s, updates), axis=(1, 2))
-    # The number that is kept is the norm of what came out, to float64 rounding.
-    np.testing.assert_allclose(lost, norms, rtol=1e-9)
-    assert (norms[1:] <= limit * norms[:-1] * (1 + 1e-12)).all()
+    # The number that is kept is the norm of what came out, to float64 rounding, or the
+    # one before where this is less than a fifth of it.
+    kept = lost.copy()
+    for t in range(1, len(kept)):
+        assert lost[t] <= limit * kept[t - 1] * (1 + 1e-9)
+        if lost[t] < 0.2 * kept[t - 1]:
+            kept[t] = kept[t - 1]
+    np.testing.assert_allclose(kept, norms, rtol=1e-9)
 
 
 @pytest.mark.parametrize("factor", [-1.0, 1e-6, 1e6])
@@ -144,6 +149,31 @@ def test_a_zero_gradient_moves_nothing_and_binds_nothing() -> None:
     assert not np.asarray(updates[1]).any()
     assert norms[1] == norms[0]
     assert norms[2] > 0
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 0.1])
+@pytest.mark.parametrize("make", [lro.recipes.alice, lro.recipes.racs])
+def test_one_small_gradient_keeps_no_later_step_short(make: Any, size: float) -> None:
+    """Each step grew by 1 % from it: the next 925 were short."""
+    options: dict[str, Any] = {"dimension_numbers": None}
+    if make is lro.recipes.alice:
+        options |= {"key": 0, "rank": R, "residual_scale": 10.0}
+    tx: Any = make(1.0, **options)
+    g = normal(12, M, N)
+
+    def steps(g: Any) -> np.ndarray:
+        def step(state: Any, g: Any) -> Any:
+            updates, state = tx.update({"w": g}, state, {"w": g})
+            return state, jnp.linalg.norm(updates["w"])
+
+        run = jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])
+        return np.asarray(run(jnp.asarray(g)))
+
+    small = g.copy()
+    small[6] *= size
+    after = steps(small)[7:] / steps(g)[7:]
+    assert after.min() > 0.8
+    assert after.max() < 1.25
 
 
 def test_layers_are_compensated_one_by_one() -> None:

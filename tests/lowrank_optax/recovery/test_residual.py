@@ -315,3 +315,27 @@ def test_it_needs_its_stages():
         update(replay, back)
     with pytest.raises(ValueError, match=r"w: .*put in_subspace\(\) or rotate_moments"):
         update(replay, lro.project(), back)
+
+
+def test_after_a_thousand_zero_gradients_a_step_grows_as_adams_does() -> None:
+    """V has decayed, and its bias correction is over; the residual adds nothing."""
+    rng = np.random.default_rng(0)
+    drift = rng.normal(size=(M, N))
+    after = [0.5 * drift + rng.normal(size=(M, N)) for _ in range(40)]
+    grads = np.concatenate([np.stack(after[:20]), np.zeros((1000, M, N)), after])
+
+    def growth(tx: Any) -> float:
+        def step(state: Any, g: Any) -> Any:
+            updates, state = tx.update({"w": g}, state, {"w": g})
+            return state, jnp.linalg.norm(updates["w"])
+
+        def largest(grads: Any) -> Any:
+            return jnp.max(jax.lax.scan(step, tx.init({"w": grads[0]}), grads)[1][-40:])
+
+        late, fresh = map(jax.jit(largest), (grads, np.stack(after)))
+        return float(late / fresh)
+
+    of_adam = growth(optax.adamw(1.0))
+    assert 1.5 < of_adam < 10
+    for make in (lro.grass_jump, lro.grass_walk):
+        assert growth(make(1.0, key=0, rank=3, dimension_numbers=None)) < of_adam

@@ -102,6 +102,27 @@ def test_a_residual_that_is_rounding_gives_nothing() -> None:
     assert jnp.linalg.norm(tx.update(g, tx.init(g))[0]["w"]) > 1
 
 
+@pytest.mark.parametrize(("m", "n", "r"), [(6, 11, 3), (128, 344, 32), (512, 640, 128)])
+def test_the_step_outside_is_outside(m: int, n: int, r: int) -> None:
+    """Rounding to bfloat16 in the subspace grew to a third of the step."""
+    tx = lro.low_rank(
+        optax.chain(
+            lro.grassmann_jump(key=0),
+            lro.project(),
+            lro.in_subspace(optax.identity()),
+            lro.spectral_residual(scale=0.0),
+        ),
+        rank=r,
+        refresh_every=1,
+    )
+    g = {"w": jnp.asarray(matrix(0, m, n), jnp.float32)}
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    basis = optax.tree.get_all_with_path(state, "basis")[0][1]["w"]
+    s, step = np.float64(basis), np.float64(updates["w"])
+    assert np.linalg.norm(s.T @ step) < 1e-5 * np.linalg.norm(step)
+    assert np.linalg.norm(step) > 0.3 * np.sqrt(n * (m - r))
+
+
 def test_a_zero_gradient_moves_nothing() -> None:
     g = {"w": jnp.zeros((4, 6))}
     tx = lro.spectral_adam(0.1, rank=2, dimension_numbers=None)

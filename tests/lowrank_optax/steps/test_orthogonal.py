@@ -84,6 +84,17 @@ def test_without_a_direction_there_is_none() -> None:
     assert not polar(x, method="svd")[0].any()
 
 
+def test_an_svd_leaves_directions_of_rounding_out() -> None:
+    """They had full length: a step of any direction."""
+    x = np.random.default_rng(0).normal(size=(6, 2)) @ np.random.default_rng(1).normal(
+        size=(2, 9)
+    )
+    tx = lro.steps.scale_by_polar_factor("svd")
+    found, _ = tx.update(jnp.asarray(x, jnp.float32), optax.EmptyState())
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(found, u[:, :2] @ vt[:2], atol=1e-5)
+
+
 def test_matrices_of_a_batch_do_not_see_each_other() -> None:
     x = np.stack([normal(4, 6, seed=i) for i in range(3)])
     x[1] = np.nan
