@@ -9,7 +9,7 @@ import optax
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.layout import path_of
+from lowrank_optax.core.paths import path_of
 from lowrank_optax.core.trees import (
     frames_of,
     map_frames,
