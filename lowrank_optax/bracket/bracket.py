@@ -232,7 +232,9 @@ class _Bracket:
 
 def _arrays(tree: Tree) -> Tree:
     """The tree without boxes, and with arrays for Python numbers."""
-    return jax.tree.map(jnp.asarray, unboxed(tree))
+    return jax.tree.map(
+        lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), unboxed(tree)
+    )
 
 
 def _waits(out: optax.Updates) -> bool:

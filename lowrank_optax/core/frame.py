@@ -55,6 +55,8 @@ class Frame:
         this step (see `project_gradient`), or in one call with other matrices.
       batched: whether the rule chooses S_t in one call with other matrices.
       low: (*batch, r, n), G~ = S^T G.
+      low_squares: (*batch, r, 1), the squared norms of its rows before those that are
+        rounding became zero; None for coordinates and at full rank.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
       no_residual: a sentence on why the residual cannot be recovered although the basis
@@ -79,6 +81,7 @@ class Frame:
     chosen: jax.Array | None = None
     batched: bool = False
     low: jax.Array | None = None
+    low_squares: jax.Array | None = None
     low_step: jax.Array | None = None
     step: jax.Array | None = None
     no_residual: str = ""

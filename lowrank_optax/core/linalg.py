@@ -371,7 +371,16 @@ def column_norms_squared(x: jax.Array) -> jax.Array:
 
 def rows_above(x: jax.Array, fraction: Number) -> jax.Array:
     """x with zeros in place of rows with a norm below `fraction` of ||x||_F."""
-    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return rows_above_by(row_squares(x), x, fraction)
+
+
+def row_squares(x: jax.Array) -> jax.Array:
+    """The squared norm of each row, (*batch, m, 1)."""
+    return jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+
+
+def rows_above_by(squares: jax.Array, x: jax.Array, fraction: Number) -> jax.Array:
+    """`rows_above` with `row_squares(x)`."""
     total = jnp.sum(squares, axis=-2, keepdims=True)
     # False for a NaN, which has to reach the check that skips the step.
     return jnp.where(squares < fraction**2 * total, 0, x)

@@ -1,12 +1,11 @@
 """In and back: the gradient into the subspace, the step out of it."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame, are_coordinates
-from lowrank_optax.core.linalg import rows_above
+from lowrank_optax.core.linalg import row_squares, rows_above_by
 from lowrank_optax.core.resolution import row_resolution
 from lowrank_optax.core.stage import check_first, stateless_stage
 
@@ -32,16 +31,13 @@ def project() -> optax.GradientTransformation:
         low = frame.low  # already summed in the subspace over micro-batches
         if low is None:
             low = frame.down(frame.gradient)
-        return frame.replace(low=_without_rounding(frame, low))
+        if frame.full_rank or are_coordinates(frame.need("basis")):
+            return frame.replace(low=low)
+        squares = row_squares(low)
+        low = rows_above_by(squares, low, row_resolution(frame))
+        return frame.replace(low=low, low_squares=squares)
 
     return stateless_stage(down)
-
-
-def _without_rounding(frame: Frame, low: jax.Array) -> jax.Array:
-    """G~ with zeros for the rows that are rounding against the others."""
-    if frame.full_rank or are_coordinates(frame.need("basis")):
-        return low
-    return rows_above(low, row_resolution(frame))
 
 
 def project_back(scale: Number = 1.0) -> optax.GradientTransformation:

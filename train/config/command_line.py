@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import tyro
 
 from train.config.presets import from_preset
-from train.host.console import keep_output
+from train.host.output import keep_output
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -350,7 +350,10 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
     progress = SimpleNamespace(record=ignore, step=ignore)
     stop = SimpleNamespace(reached=ignore)
     around = Outputs(
-        SimpleNamespace(write=ignore), SimpleNamespace(healthy=None), progress, stop
+        SimpleNamespace(write=ignore),
+        SimpleNamespace(healthy=None, preserve=ignore),
+        progress,
+        stop,
     )  # pyright: ignore
     fit(
         Config(steps=9, report=report),

@@ -11,7 +11,8 @@ from tests.helpers.repository import ROOT
 PROGRAM = """
 import logging, sys, threading, traceback, warnings
 from tqdm import tqdm
-from train.host.console import keep_output, say, warn
+from train.host.console import say, warn
+from train.host.output import keep_output
 keep_output()
 for _ in range(3):
     say("r\\u00e9sum\\u00e9 \\udce6" * 5000)

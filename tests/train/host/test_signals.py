@@ -13,6 +13,7 @@ START = """
 import signal
 from train.host.errors import StoppedError, ended_by_signals
 from train.host.signals import Stop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests inherited
 """
 
 
