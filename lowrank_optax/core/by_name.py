@@ -52,11 +52,15 @@ class Decision:
 
     Attributes:
       kind: what it is; "unknown" where names and shapes do not say.
-      spec: the axes of a matrix.
+      spec: the axes of a matrix; None where shapes do not say which.
     """
 
     kind: Kind
     spec: MuonDimensionNumbers | None = None
+
+    @property
+    def undecided(self) -> bool:
+        return self.kind == "unknown" or (self.kind == "matrix" and self.spec is None)
 
 
 def decide_by_name(
@@ -106,7 +110,7 @@ class _Tree:
             return Decision(kind)
         sides = self._sides(path, parts, sizes, stacked or ())
         if stacked is None or sides is None:
-            return Decision("unknown")
+            return Decision("matrix")
         rows, cols = ([axes[i] for i in side] for side in sides)
         return Decision("matrix", _spec(len(shape), rows, cols))
 

@@ -126,7 +126,7 @@ def _decide(
 
 def _by_name(seen: Decision) -> tuple[MuonDimensionNumbers | None, str | None]:
     unknown = "its name and shape do not say"
-    return seen.spec, unknown if seen.kind == "unknown" else None
+    return seen.spec, unknown if seen.undecided else None
 
 
 def _two_axes(shape: Shape) -> tuple[MuonDimensionNumbers | None, str | None]:

@@ -226,8 +226,11 @@ def _any_refreshed(frames: optax.Updates, now: Clock) -> bool | jax.Array:
 
 def _energy(frame: Frame, _: MeasureState) -> MeasureState:
     """Measures ||S^T G||_F / ||G||_F (eq. 3)."""
-    low = frame.down(frame.gradient) if frame.low is None else frame.low
-    inside = jnp.sum(jnp.square(low), axis=(-2, -1))
+    rows = frame.low_squares  # which `project` has summed
+    if rows is None:
+        low = frame.down(frame.gradient) if frame.low is None else frame.low
+        rows = linalg.row_squares(low)
+    inside = jnp.sum(rows, axis=(-2, -1))
     # With the fence the compiler shares the column sums with `recover_residual`.
     # Without it, it would merge both sums into one and read G a second time.
     columns = linalg.fence(column_norms_squared(frame.gradient))

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import jax
-
 STOPPED = os.EX_TEMPFAIL
 """Exit status, 75, of a run that was stopped and can be resumed ("try again")."""
 
@@ -47,8 +45,10 @@ def other_processes_missed() -> Iterator[None]:
     """Ends one of several processes with a message if it waits for another in vain."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except RuntimeError as error:
+        jax = sys.modules.get("jax")  # a command without it has one process
+        lost = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+        if jax is None or not lost or jax.process_count() == 1:
             raise
         sys.exit(
             "error: another process has ended, or cannot be reached: see the output of "

@@ -25,7 +25,7 @@ def axes_of(spec, ndim):
 
 
 def said(decision, ndim):
-    if decision.kind == "unknown":
+    if decision.undecided:
         return "?"
     return "full" if decision.spec is None else axes_of(decision.spec, ndim)
 

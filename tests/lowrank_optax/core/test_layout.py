@@ -384,9 +384,9 @@ def test_at_full_rank_the_bracket_is_adam_and_the_way_back(rank, back, scale, at
             optax.tree.get(ours, name),
             optax.tree.get(theirs, name),
         )
-    # No basis, no norm, no draw: nothing but Adam's moments takes memory.
+    # No basis, no norm, no draw: nothing but Adam's moments and a key takes memory.
     arrays = [x for x in jax.tree.leaves(ours) if jnp.ndim(x)]
-    assert len(arrays) == 4
+    assert len([x for x in arrays if x.dtype != jnp.uint32]) == 4
 
 
 def test_rules_see_the_index_of_a_list():

@@ -216,11 +216,11 @@ def test_a_zero_gradient_binds_no_later_step() -> None:
 
 
 def test_momentum_is_kept_where_it_is_asked_for_and_nowhere_else() -> None:
-    params = {"head": {"kernel": jnp.ones((4, 9))}, "up": jnp.ones((4, 6))}
+    params = {"head": {"kernel": jnp.ones((4, 9))}, "mlp": jnp.ones((4, 6))}
     state = lro.recipes.scale_sgd(RATE, b1=0.5).init(params)
     momentum = optax.tree.get(state, "momentum")
     assert momentum["head"]["kernel"].shape == (4, 9)
-    assert momentum["up"].dtype == bool
+    assert momentum["mlp"].dtype == bool
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
         lro.full_rank.trace_matching("(")
 

@@ -351,7 +351,7 @@ def test_the_host_asks_for_a_refresh_when_it_is_due(every, expected, asked_for):
     stop = SimpleNamespace(reached=ignore)
     around = Outputs(
         SimpleNamespace(write=ignore),
-        SimpleNamespace(healthy=None, preserve=ignore),
+        SimpleNamespace(healthy=None, preserve=ignore, check_place=ignore),
         progress,
         stop,
     )  # pyright: ignore
