@@ -39,8 +39,6 @@ def finite_in_subspace(
         seen = [x]
         if is_frame(o) and is_frame(f) and o.gradient is not f.gradient:
             seen = [x, o.gradient]
-        elif is_frame(o) and o.low_squares is not None:
-            return jnp.sum(o.low_squares)  # which `project` has summed already
         elif is_frame(o) and o.low is not None and not o.full_rank:
             seen = [x if are_coordinates(o.need("basis")) else o.low]
         squares = (jnp.sum(jnp.square(at_least_f32(x))) for x in seen)
