@@ -148,7 +148,7 @@ class _Bracket:
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
     known: dict[object, set[object]] = dataclasses.field(
-        default_factory=dict[object, set[object]]
+        default_factory=dict[object, set[object]], init=False
     )
 
     def transformation(self) -> Extensible:

@@ -132,6 +132,16 @@ def test_a_state_that_does_not_fit_is_refused(name):
         tx.update(PARAMS, (raw, tx.init(PARAMS)[1]), PARAMS)
 
 
+def test_a_state_without_an_added_stage_is_refused():
+    """Although the optimizer that was extended knows the state."""
+    tx = lro.galore(0.1, rank=2, dimension_numbers=None)
+    state = tx.init(PARAMS)
+    tx.update(gradient(PARAMS), state, PARAMS)
+    more = lro.add_stage(tx, lro.measure_subspace())
+    with pytest.raises(ValueError, match="does not fit"):
+        more.update(gradient(PARAMS), state, PARAMS)
+
+
 class Model(nnx.Module):
     def __init__(self, rngs):
         def kernel(*axes):
