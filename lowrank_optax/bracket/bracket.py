@@ -13,7 +13,7 @@ import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
-from lowrank_optax.bracket.fits import check_state
+from lowrank_optax.bracket.fits import check_gradient, check_state
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
@@ -202,6 +202,8 @@ class _Bracket:
         if like is None:
             raise ValueError("projected gradients need the parameters: pass params")
         leaves = self.decide(like, sliced=inside.layer is not None)
+        if params is not None and not inside.low:
+            check_gradient(updates, params)
         self.check(state, leaves, like)
         clock = _clock_at(state, refresh, self.refresh_every)
         frames = open_frames(

@@ -38,6 +38,17 @@ def check_state(
     known.add(key)
 
 
+def check_gradient(updates: optax.Updates, params: optax.Params) -> None:
+    """ValueError for a gradient of another shape than its parameter's."""
+    found, wanted = _shapes(updates), _shapes(params)
+    for path in found:
+        if found[path] != wanted.get(path, found[path]):
+            raise ValueError(
+                f"{path}: a gradient of the shape {found[path]} for a parameter of the "
+                f"shape {wanted[path]}; pass the gradient of these parameters"
+            )
+
+
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {path: np.shape(x) for path, x in with_paths(tree)}
 

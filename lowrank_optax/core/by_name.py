@@ -8,6 +8,7 @@ that axis, and a norm's scale has two axes in place of one.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,10 +20,11 @@ from lowrank_optax.core.names import (
     BLOCK,
     EXPERTS,
     GATED,
+    GATES,
     GENERIC,
-    HEAD,
     IN,
     INDEXED,
+    LAST,
     OUT,
     PROJECTION,
     ROUTER,
@@ -32,7 +34,9 @@ from lowrank_optax.core.names import (
     has,
     has_feed_forward,
     is_conv,
+    is_depthwise,
     is_embedding,
+    is_head,
     is_in_block,
     is_norm_of,
     is_table,
@@ -117,28 +121,54 @@ class _Tree:
     def _kind(self, path: str, parts: list[str], sizes: Shape) -> Kind:
         own = own_index(parts)
         name, above = parts[own], parts[own - 1 : own]
-        if has(ADAPTER, name, *above) or has({"adapter", "adapters"}, *parts):
+        if has(ADAPTER, name, *above) and not has({"base"}, name):
             return "adapter"
-        if is_norm_of(path):
+        if has({"adapter", "adapters"}, *parts):
+            return "adapter"
+        if is_norm_of(path) or is_depthwise(parts, sizes):
             return "vector"
         if is_conv(parts, sizes):
-            return "vector" if 1 in sizes else "matrix"
-        if words_of(name)[0] in ("b", "bias") or has(VECTOR, name):
+            return "matrix"
+        if self._is_bias(path, name) or has(VECTOR, name):
             return "vector"
         if is_embedding(*parts):
             return "embedding"
-        if has(ROUTER, name) or self._is_gate_of_experts(path, parts):
+        if self._is_router(path, parts, sizes):
             return "router"
         in_block = is_in_block(parts) or has(BLOCK, *parts) or has_feed_forward(parts)
-        if not in_block and (HEAD.fullmatch(name) or self._is_head(sizes)):
+        last = not in_block and (has(LAST, name) or self._is_head(sizes))
+        # One of many layers that has a number for its name, as in a Sequential.
+        counted = name.isdigit() and not has(BLOCK, *parts) and self._is_head(sizes)
+        if is_head(parts) or last or counted:
             return "head"
         named = parts[-1] in GENERIC or has(PROJECTION, name)
-        return "matrix" if named and in_block else "unknown"
+        single = re.fullmatch("[A-Z]", name)  # says nothing: A of LoRA, or of Mamba
+        return "matrix" if named and in_block and not single else "unknown"
 
-    def _is_gate_of_experts(self, path: str, parts: list[str]) -> bool:
-        """A `gate` is a router, unless a sibling of its shape makes it a GLU's gate."""
-        own = own_index(parts)
-        if words_of(parts[own])[-1] != "gate":
+    def _is_bias(self, path: str, name: str) -> bool:
+        """`bias`, `b`, `b_up`, and `up_b` beside `up_w`."""
+        words = words_of(name)
+        stem, _, last = path.rpartition("_")
+        beside = last == "b" and (f"{stem}_w" in self.shapes or stem in self.shapes)
+        return beside or (
+            len(name) > 0 and name != "B" and words[:1] in (("b",), ("bias",))
+        )
+
+    def _is_router(self, path: str, parts: list[str], sizes: Shape) -> bool:
+        """A router by its name, or a gate of experts.
+
+        A sibling of the same shape makes a `gate` the one of a gated linear unit.
+        """
+        if has(ROUTER, *parts):
+            return True
+        own, name = own_index(parts), parts[own_index(parts)]
+        moe = [i for i, part in enumerate(parts) if has({"moe"}, part)]
+        below = parts[moe[-1] :] if moe else []
+        gate = words_of(name)[-1:] == ("gate",) or (
+            has(GATES, *below)
+            and not has({"expert", "experts", "shared", "up"}, *below)
+        )
+        if not gate or len(sizes) != 2 or has(ATTENTION, *parts):
             return False
         itself = {path, *self.below.get("/".join(parts[: own + 1]), [])}
         return not any(
@@ -185,37 +215,43 @@ class _Tree:
             if not is_table(path)
         }
         below = {path: axes for path, axes in below.items() if axes}
-        if not self._is_stack(prefix, below, bool(taken)):
-            return ()
+        stack = self._is_stack(prefix, below, bool(taken))
+        if not stack:
+            return () if stack is False else None
         counts: dict[int, int] = {}
         for i in (0, 1):
-            sizes = {
-                self.shapes[p][axes[min(i, len(axes) - 1)]] for p, axes in below.items()
-            }
-            if len(sizes) == 1:
+            sizes = {self.shapes[p][a[i]] for p, a in below.items() if len(a) > i}
+            if len(sizes) == 1 and min(map(len, below.values())) > i:
                 counts[i] = sizes.pop()
-        if len(counts) == 2 and not has(EXPERTS, prefix.split("/")[-1]):
+        last = prefix.split("/")[-1]
+        if len(counts) == 2 and last != "experts":
             i = self._layers_of_two(*counts.values())
         else:
             i = min(counts, default=None)
         if i is None:
-            return None if counts else ()
+            # By its name a stack, but of leaves that share no axis.
+            return None if counts or (has(STACKS, last) and not taken) else ()
         (axis,) = {axes[i] for axes in below.values() if len(axes) > i}
         return (axis,)
 
     def _is_stack(
         self, prefix: str, below: Mapping[str, list[int]], stacked: bool
-    ) -> bool:
-        """Whether vectors with two axes, or a name and kernels with three, say so."""
+    ) -> bool | None:
+        """Whether vectors with two axes, or a name and kernels with three, say so.
+
+        None where a stack by its name has vectors with and without the layers' axis.
+        """
         vectors = [
             len(axes)
             for path, axes in below.items()
             if is_norm_of(path) or path.split("/")[-1] in ("b", "bias")
         ]
-        if vectors:
-            return min(vectors) > 1
         last = prefix.split("/")[-1]
-        layers = has(STACKS, last) and not (self.sliced or stacked)
+        one = INDEXED.fullmatch(last) and not has({"scan", "scanned"}, last)
+        layers = has(STACKS, last) and not (one or self.sliced or stacked)
+        if vectors:
+            mixed = layers and min(vectors) == 1 < max(vectors)
+            return None if mixed else min(vectors) > 1
         start = len(prefix) + bool(prefix)
         children = {path[start:].split("/")[0] for path in below}
         indexed = any(map(INDEXED.fullmatch, children))
@@ -242,13 +278,23 @@ class _Tree:
             return tuple(range(len(sizes) - 1)), (len(sizes) - 1,)
         if (sides := self._sides_by_bias(path, sizes, stacked)) is not None:
             return sides
-        if has(EXPERTS, *parts) and len(sizes) == 3:
+        if len(sizes) == 3 and self._are_experts(parts, sizes):
             return (1,), (2,)
         if has(IN | OUT | {"c"}, name) and (has(ATTENTION, *parts) or has(IN, name)):
             return self._sides_of_heads(parts, sizes)
         if has(GATED, name) and len(sizes) == 3 and 2 in sizes[:2]:
             return ((1,), (2,)) if sizes[0] == 2 else ((0,), (2,))
         return None
+
+    def _are_experts(self, parts: list[str], sizes: Shape) -> bool:
+        """By a name, or by a router beside them with as many outputs."""
+        if has(ATTENTION, *parts):
+            return False
+        beside = self.below["/".join(parts[: own_index(parts)])]
+        return has(EXPERTS, *parts) or any(
+            has(ROUTER, *path.split("/")) and self.shapes[path][-1:] == sizes[:1]
+            for path in beside
+        )
 
     def _sides_by_bias(
         self, path: str, sizes: Shape, stacked: Axes

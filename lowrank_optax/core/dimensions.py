@@ -202,9 +202,12 @@ def _as_text(
         one = len({said(path) for path in paths}) == 1
         for path in paths[:1] if one else paths:
             value, mark = said(path)
-            count = f"{len(paths)} of " if one and len(paths) > 1 else ""
+            found_in = ", ".join(
+                dict.fromkeys(str(shapes[p]) for p in paths if one or p == path)
+            )
+            several = f"{len(paths)} of " if one and len(paths) > 1 else ""
             found = pattern if one else re.escape(path)
-            lines.append(f'    (r"^{found}$", {value}),  # {count}{shapes[path]}{mark}')
+            lines.append(f'    (r"^{found}$", {value}),  # {several}{found_in}{mark}')
     return "\n".join(["[", *lines, "]"])
 
 

@@ -6,22 +6,25 @@ import re
 Shape = tuple[int, ...]
 
 # Names that say nothing; then the part of the path before them is the name.
-GENERIC = {"kernel", "weight", "weights", "w", "value", "array", "param"}
+GENERIC = {"kernel", "weight", "weights", "w", "array", "param"}
 TABLE = {
     *("pos", "position", "positions", "positional", "relative", "rel", "rotary"),
     *("rope", "alibi", "table", "tokens", "cls", "prompt", "prefix", "latent"),
-    *("latents", "register", "registers", "codebook"),
+    *("latents", "register", "registers", "codebook", "codebooks"),
 }
 VECTOR = {
     *TABLE,
     *("bias", "biases", "scale", "scales", "gamma", "beta", "offset", "shift", "gain"),
-    *("norms", "log", "logit", "temperature", "decay", "sink", "sinks"),
+    *("norms", "log", "logit", "temperature", "decay", "sink", "sinks", "lambda"),
+    *("null", "mem", "memory", "cache", "bq", "bk", "bv", "bo", "qbias", "kbias"),
+    *("vbias", "qscale", "absmax", "zeros", "ls"),
 }
-HEAD = re.compile(
-    r"(?i)(\w+_)?heads?(_?\d+)?|(\w+_)?logits(_\w+)?|classifier|score|readout|decoder"
-)
-ADAPTER = {"lora", "adapter", "adapters", "dora", "ia"}
+HEAD = re.compile(r"(?i)(\w+_)?heads?(_?\d+)?|(\w+_)?logits(_\w+)?")
+# Beside the layers these are heads too.
+LAST = {"classifier", "score", "readout", "decoder"}
+ADAPTER = {"lora", "adapter", "adapters", "dora", "ia", "lokr", "hada", "loha", "maa"}
 ROUTER = {"router", "routers"}
+GATES = {"gate", "gating", "wg", "g", "switch", "score", "scores", "selector"}
 EXPERTS = {"expert", "experts", "moe"}
 STACKS = {
     *("layers", "blocks", "stack", "stacked", "scan", "scanned", "repeat", "repeats"),
@@ -29,7 +32,7 @@ STACKS = {
 }
 IN = {
     *("q", "k", "v", "qkv", "kv", "wq", "wk", "wv", "wqkv"),
-    *("query", "key", "value", "queries", "keys", "values"),
+    *("query", "key", "value"),
 }
 OUT = {"o", "out", "output", "wo", "vec", "post"}
 GATED = {"gating", "gate", "up", "wi"}
@@ -78,14 +81,19 @@ def is_norm_of(path: str) -> bool:
 
 
 def is_embedding(*parts: str) -> bool:
-    pattern = "(un)?embed(ding|dings|der|ders|s)?|w[tp]e"
+    pattern = "(un)?emb(ed|eds|edding|eddings|edder|edders)?|w[tp]e"
     return any(re.fullmatch(pattern, w) for part in parts for w in words_of(part))
+
+
+def is_head(parts: list[str]) -> bool:
+    """Whether a part names an output head, which attention's heads are not."""
+    return any(map(HEAD.fullmatch, parts)) and not has(ATTENTION, *parts)
 
 
 def is_table(path: str) -> bool:
     """Whether a leaf stands beside the layers, by its name alone."""
     parts, name = path.split("/"), name_of(path)
-    return is_embedding(*parts) or bool(HEAD.fullmatch(name)) or has(TABLE, name)
+    return is_embedding(*parts) or is_head(parts) or has(TABLE, name)
 
 
 def own_index(parts: list[str]) -> int:
@@ -110,6 +118,18 @@ def has_feed_forward(parts: list[str]) -> bool:
 
 def is_conv(parts: list[str], sizes: Shape) -> bool:
     """Whether it is Flax's kernel of a convolution, patches into an embedding too."""
-    conv = any(w.startswith("conv") for part in parts[-2:] for w in words_of(part))
-    patches = len(sizes) == 4 and is_embedding(*parts)
-    return parts[-1] == "kernel" and (conv or patches)
+    if parts[-1] != "kernel":
+        return False
+    patches = len(sizes) == 4 and (is_embedding(*parts) or sizes[:2] == (1, 1))
+    return patches or _names_conv(parts)
+
+
+def is_depthwise(parts: list[str], sizes: Shape) -> bool:
+    """Whether it is the taps of a convolution of each channel by itself."""
+    taps = len(sizes) == 2 and parts[-1] != "kernel" and min(sizes) <= 8
+    inputs = sizes[-2] if parts[-1] == "kernel" else sizes[1]  # of one group
+    return _names_conv(parts) and (taps or (len(sizes) > 2 and inputs == 1))
+
+
+def _names_conv(parts: list[str]) -> bool:
+    return any("conv" in word for part in parts[-2:] for word in words_of(part))

@@ -213,6 +213,11 @@ def _skip_together(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[optax.OptState, optax.OptState]]:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(
+                f"update() got a {type(state).__name__} for its state; call "
+                "update(gradients, state, params) with a state from tx.init(params)"
+            )
         old, old_rest = cast(LowRankState, state[0]), state[1]
         steps, new = bracket.update(updates, old, params, **extra_args)
         steps, new_rest = after.update(steps, old_rest, params, **extra_args)

@@ -192,6 +192,80 @@ TREES = {
         layers/mlp/b_up               3,176      full
         layers/attn/pos_bias          16,16      full
     """,
+    "routers by other names": """
+        block/1/layer/1/mlp/router/classifier/kernel      64,8     full
+        blocks/0/ffn/router/layer/weight                  64,8     full
+        layers/0/mlp/deepspeed_moe/gate/wg/weight         8,64     full
+        layers/1/moe/gate_w                               64,8     full
+        layers/2/moe/gating/kernel                        64,8     full
+        layers/3/moe/shared/gate/kernel                   64,176   |0|1
+        layers/3/moe/shared/up/kernel                     64,176   |0|1
+        layers/4/attn/gate/kernel                         64,64    |0|1
+    """,
+    "heads among the layers": """
+        embed/embedding                              300,64   full
+        model/mlp_head/kernel                        64,10    full
+        model/layers/61/shared_head/head/weight      300,64   full
+        medusa_heads/0/1/weight                      300,64   full
+        exits/layers/0/lm_head/kernel                64,300   full
+        attention/head_0/q/kernel                    64,16    |0|1
+    """,
+    "a sequence with numbers for names": """
+        layers/0/embedding     300,64    full
+        layers/1/kernel        64,64     |0|1
+        layers/2/kernel        64,300    full
+    """,
+    "attention of layers with experts": """
+        embed/embedding                    300,64      full
+        moe_layers/attn/query/kernel       3,64,4,16   0|1|2,3
+        moe_layers/attn/value/kernel       3,64,4,16   0|1|2,3
+        moe_layers/attn/out/kernel         3,4,16,64   0|1,2|3
+        moe_layers/ln/scale                3,64        full
+    """,
+    "experts by their router alone": """
+        layers/attn_norm/scale     4,64         full
+        layers/mlp/w_gate          4,8,64,176   0,1|2|3
+        layers/mlp/w_down          4,8,176,64   0,1|2|3
+        layers/mlp/router          4,64,8       full
+    """,
+    "a vector that the layers share": """
+        embed/embedding             300,64    full
+        layers/attn/q/kernel        4,64,64   ?
+        layers/mlp/up/kernel        4,64,96   ?
+        layers/ln/scale             4,64      full
+        layers/shared_ln/scale      64        full
+    """,
+    "as many heads as a head is wide": """
+        blocks_0/MultiHeadDotProductAttention_0/query/kernel   64,8,8   |0|1,2
+        blocks_0/MultiHeadDotProductAttention_0/value/kernel   64,8,8   |0|1,2
+        blocks_0/MultiHeadDotProductAttention_0/out/kernel     8,8,64   |0,1|2
+    """,
+    "vectors of attention": """
+        attention/gating_w                    64,64    |0|1
+        attention/gating_b                    4,16     full
+        attn/null_kv                          2,64     full
+        attn/mem_k                            4,16,16  full
+        layers/0/attn/bq                      4,16     full
+        mlp/memory_values                     1024,64  full
+        b/0/recurrent_block/conv_1d/w         4,64     full
+    """,
+    "convolutions": """
+        layers/0/mixer/conv1d/weight          160,1,4    full
+        stages_0/0/dwconv/kernel              7,7,1,32   full
+        conv_in/kernel                        3,3,4,32   |0,1,2|3
+        attentions_0/proj_in/kernel           1,1,32,32  |0,1,2|3
+    """,
+    "low-rank adapters of other kinds": """
+        layers/0/attn/q_proj/lokr_w1          4,4      full
+        layers/0/attn/q_proj/hada_w1_a        64,4     full
+        attn/lora/base_module/kernel          64,64    |0|1
+        attn/lora/lora_a                      64,4     full
+        ssm/B                                 64,16    ?
+    """,
+    "names without a word": """
+        emb/~/w          300,64    full
+        layers/0/mlp/β   8,12      ?
+    """,
     "a plain MLP": """
         Dense_0/kernel      784,512   ?
         Dense_0/bias        512       full

@@ -155,3 +155,14 @@ def test_stacked_refuses_layers_on_another_axis():
     # A tree of values is what each leaf's author wants, and is obeyed.
     specs = jax.tree.map(lambda _: lro.STACKED, STACKED)
     assert {*specs_of(specs, STACKED).values()} == {lro.STACKED}
+
+
+def test_a_bare_array_is_undecided_and_not_a_crash():
+    with pytest.raises(ValueError, match=r"\(8, 12\): its name and shape"):
+        lro.galore(0.1, rank=2).init(jnp.ones((8, 12)))
+
+
+def test_printed_rules_show_every_shape(capsys):
+    shapes = {"mlp": {"w1": jnp.ones((8, 16)), "w2": jnp.ones((16, 8))}}
+    lro.print_rules(shapes)
+    assert "# 2 of (8, 16), (16, 8)" in capsys.readouterr().out

@@ -132,6 +132,17 @@ def test_a_state_that_does_not_fit_is_refused(name):
         tx.update(PARAMS, (raw, tx.init(PARAMS)[1]), PARAMS)
 
 
+def test_a_gradient_of_another_shape_is_no_fault_of_the_state():
+    tx = lro.galore(0.1, rank=2, dimension_numbers=None)
+    wrong = {**PARAMS, "mlp": {"kernel": normal(8, 13)}}
+    with pytest.raises(
+        ValueError, match=r"mlp/kernel: a gradient of the shape \(8, 13"
+    ):
+        tx.update(wrong, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
+        tx.update(PARAMS, PARAMS, tx.init(PARAMS))
+
+
 def test_a_state_without_an_added_stage_is_refused():
     """Although the optimizer that was extended knows the state."""
     tx = lro.galore(0.1, rank=2, dimension_numbers=None)
