@@ -13,7 +13,7 @@ import optax
 
 from lowrank_optax.bracket.extend import Extensible, extensible
 from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
-from lowrank_optax.bracket.fits import check_gradient, check_state
+from lowrank_optax.bracket.fits import Dtypes, check_gradient, fitted
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
@@ -147,8 +147,8 @@ class _Bracket:
     decide: Callable[..., Tree]
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
-    known: dict[object, set[object]] = dataclasses.field(
-        default_factory=dict[object, set[object]], init=False
+    known: dict[object, dict[object, Dtypes]] = dataclasses.field(
+        default_factory=dict[object, dict[object, Dtypes]], init=False
     )
 
     def transformation(self) -> Extensible:
@@ -168,8 +168,10 @@ class _Bracket:
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
         return LowRankState(count, skipped, refreshes, self.inner.init(frames))
 
-    def check(self, state: LowRankState, leaves: Tree, like: optax.Params) -> None:
-        """ValueError for the state of another optimizer."""
+    def fitted(
+        self, state: LowRankState, leaves: Tree, like: optax.Params
+    ) -> LowRankState:
+        """The state; ValueError for that of another optimizer."""
         if not isinstance(state, LowRankState):
             raise ValueError(
                 f"update() got a {type(state).__name__} for its state; restore states "
@@ -183,7 +185,8 @@ class _Bracket:
         key = tuple(
             (leaf.path, leaf.shape) for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf)
         )
-        check_state(state.inner_state, expected, self.known.setdefault(key, set()))
+        known = self.known.setdefault(key, {})
+        return state._replace(inner_state=fitted(state.inner_state, expected, known))
 
     def update(
         self,
@@ -204,7 +207,7 @@ class _Bracket:
         leaves = self.decide(like, sliced=inside.layer is not None)
         if params is not None and not inside.low:
             check_gradient(updates, params)
-        self.check(state, leaves, like)
+        state = self.fitted(state, leaves, like)
         clock = _clock_at(state, refresh, self.refresh_every)
         frames = open_frames(
             leaves, updates, params, precision=self.precision, inside=inside

@@ -3,39 +3,51 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.paths import with_paths
+from lowrank_optax.core.paths import map_with_paths, with_paths
+
+Dtypes = dict[str, jnp.dtype]
 
 
-def check_state(
-    state: optax.OptState, expected: Callable[[], Tree], known: set[object]
-) -> None:
-    """ValueError that names the first array of a state that has another shape.
+def fitted(
+    state: optax.OptState, expected: Callable[[], Tree], known: dict[object, Dtypes]
+) -> optax.OptState:
+    """The state; ValueError that names its first array that has another shape.
 
-    JAX broadcasts some shapes that do not fit, and would train something else.
+    JAX broadcasts some shapes that do not fit, and would train something else. A
+    wrapper that does arithmetic on states makes integers of bools, and of codes and
+    keys wider ones: they come back as they were.
 
     Args:
       state: the state.
-      expected: makes a state that fits, for its shapes alone.
-      known: what was checked before; an update that is not jitted asks at every step.
+      expected: makes a state that fits, for its shapes and dtypes alone.
+      known: what was found before; an update that is not jitted asks at every step.
     """
     found = _shapes(state)
     key = tuple(found.items())
-    if key in known:
-        return
-    wanted = _shapes(jax.eval_shape(expected))
-    for path in [*wanted, *found]:
-        if found.get(path) != wanted.get(path):
-            raise ValueError(
-                f"the optimizer's state does not fit these parameters: {path} has "
-                f"{_said(found, path)}, and needs {_said(wanted, path)}; restore a "
-                "state of the same rank, method and parameters, or begin with "
-                "tx.init(params)"
-            )
-    known.add(key)
+    if key not in known:
+        tree = jax.eval_shape(expected)
+        wanted = _shapes(tree)
+        for path in [*wanted, *found]:
+            if found.get(path) != wanted.get(path):
+                raise ValueError(
+                    f"the optimizer's state does not fit these parameters: {path} has "
+                    f"{_said(found, path)}, and needs {_said(wanted, path)}; restore "
+                    "a state of the same rank, method and parameters, or begin with "
+                    "tx.init(params)"
+                )
+        known[key] = {path: x.dtype for path, x in with_paths(tree)}
+
+    def as_it_was(path: str, x: jax.Array) -> jax.Array:
+        dtype = known[key][path]
+        whole = not jnp.issubdtype(dtype, jnp.inexact)
+        return x.astype(dtype) if whole and x.dtype != dtype else x
+
+    return map_with_paths(as_it_was, state)
 
 
 def check_gradient(updates: optax.Updates, params: optax.Params) -> None:

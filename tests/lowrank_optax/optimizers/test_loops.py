@@ -111,16 +111,15 @@ def test_arithmetic_on_states(name):
 
 @each
 def test_a_state_that_does_not_fit_is_refused(name):
-    tx, other = (build(name, dimension_numbers=None, rank=r) for r in (2, 3))
     if "rank" not in lro.static_args(ALL[name][0]):
         return
+    tx, other = (build(name, dimension_numbers=None, rank=r) for r in (2, 3))
     state = other.init(PARAMS)
     for kind in (None, True, False):
         given = {} if kind is None else {"refresh": kind}
-        with pytest.raises(ValueError, match=r"does not fit.*mlp/kernel.*shape") as e:
+        shapes = r"does not fit.*mlp/kernel has the shape.*needs the shape"
+        with pytest.raises(ValueError, match=shapes):
             tx.update(gradient(PARAMS), state, PARAMS, **given)
-        assert "2" in str(e.value)
-        assert "3" in str(e.value)
     grown = {**PARAMS, "mlp": {"kernel": normal(8, 13)}}
     with pytest.raises(ValueError, match=r"does not fit.*mlp/kernel"):
         jax.jit(tx.update)(grown, tx.init(PARAMS), grown)
@@ -187,6 +186,7 @@ def test_nnx_optimizer_on_a_mesh_with_annotated_parameters(name):
 
     one, four = (steps(Mesh(np.array(jax.devices()[:n]), ("model",))) for n in (1, 4))
     for a, b in zip(*map(jax.tree.leaves, (one, four)), strict=True):
-        # Sums over devices round in another order, which Adam's first steps, of the
-        # size of the rate, can turn into that much.
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+        # Sums over devices round in another order: a hundredth of the rate, 0.01,
+        # and ten times as much where bfloat16 has rounded, in a polar factor.
+        atol = 1e-3 if name == "spectral_adam" else 1e-4
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
