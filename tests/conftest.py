@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -24,6 +25,8 @@ import jax
 import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
+# The runs that tests start inherit it; under nohup it would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # How long an example takes says nothing on a machine that other workers keep busy.
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize="CI" in os.environ

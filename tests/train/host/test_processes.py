@@ -75,7 +75,8 @@ def test_a_job_of_mpirun_that_lost_a_process_goes_on_elsewhere(work, expected):
     for devices in 1, 4:  # one process goes on with what two have done
         copy = work.folder / f"on{devices}"
         shutil.copytree(out, copy)
-        work.finished_in(copy, *SHORT, "--resume-or-start", devices=devices)
+        again = (*SHORT, "--resume-or-start", "--fsdp", "1")
+        work.finished_in(copy, *again, devices=devices)
         assert losses(copy).keys() == expected.keys()
         assert_alike(losses(copy), expected)
 
