@@ -51,8 +51,7 @@ class Request:
           started: as in `BasisState`.
         """
         leaves, structure = jax.tree.flatten(frames)
-        starts = [x.astype(bool) for x in structure.flatten_up_to(started)]
-        keys = self._keys(leaves)
+        starts, keys = structure.flatten_up_to(started), self._keys(leaves)
         joins = [i for i, x in enumerate(leaves) if is_frame(x) and self._joins(x)]
         rows = {
             i: self._rows(leaves[i], stored[i], starts[i], keys.get(i)) for i in joins
@@ -126,7 +125,7 @@ class Request:
         return each | {"keys": frame.keys(self.key) if keys is None else keys}
 
     def _ask_later(self, frame: Frame, rows: Rows) -> jax.Array:
-        """What a rule that looks at keys and bases alone chooses: (L, m, r)."""
+        """The choice of a rule that reads keys and bases alone: (L, m, r)."""
         return self.rule.choose(_seen(frame, rows), rows.get("keys"), self.now)
 
     def _ask(self, frame: Frame, rows: Rows) -> jax.Array:

@@ -78,9 +78,7 @@ class Refresh:
     def each(self, f: Callable[..., Chosen], *trees: Tree) -> Chosen:
         """Trees of f(frame, started, stored, ...) with the leaves of further trees."""
         flatten = jax.tree.structure(self.frames).flatten_up_to
-        # A wrapper that does arithmetic on states makes integers of them.
-        started = [x.astype(bool) for x in flatten(self.state.started)]
-        columns = started, self._stored, *map(flatten, trees)
+        columns = flatten(self.state.started), self._stored, *map(flatten, trees)
         return on_subspaces(self.rule, f, self.frames, *columns)
 
     def with_bases(self, chosen: Chosen) -> optax.Updates:
@@ -120,7 +118,7 @@ class Refresh:
         if not self.rule.from_gradient:
             return jnp.array(False)
         started = map_frames(
-            lambda _, b: b.astype(bool),
+            lambda _, b: b,
             self.frames,
             self.state.started,
             plain=lambda *_: jnp.array(True),

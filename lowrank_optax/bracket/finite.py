@@ -51,8 +51,8 @@ def _all_finite(squares: list[jax.Array]) -> jax.Array:
     """() bool: whether none of these scalars, all from zero up, is NaN or Inf.
 
     A sort has either last, and XLA fuses no sort. It would copy any other sum of all
-    scalars into every output that the flag decides on: for 84 matrices that made five
-    times as large a program.
+    scalars into every output that the flag decides on: galore's program for 84
+    matrices was six times as large.
     """
     if not squares:
         return jnp.array(True)

@@ -52,7 +52,7 @@ Kind = Literal["matrix", "vector", "embedding", "head", "adapter", "router", "un
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What the default rules say of one leaf.
+    """The default rules' decision on one leaf.
 
     Attributes:
       kind: what it is; "unknown" where names and shapes do not say.
@@ -70,7 +70,7 @@ class Decision:
 def decide_by_name(
     shapes: Mapping[str, Shape], *, sliced: bool = False
 ) -> dict[str, Decision]:
-    """What every leaf of a tree is.
+    """Decides what every leaf of a tree is.
 
     Args:
       shapes: the leaves' shapes by path.
@@ -150,9 +150,7 @@ class _Tree:
         words = words_of(name)
         stem, _, last = path.rpartition("_")
         beside = last == "b" and (f"{stem}_w" in self.shapes or stem in self.shapes)
-        return beside or (
-            len(name) > 0 and name != "B" and words[:1] in (("b",), ("bias",))
-        )
+        return beside or (name != "B" and words[:1] in (("b",), ("bias",)))
 
     def _is_router(self, path: str, parts: list[str], sizes: Shape) -> bool:
         """A router by its name, or a gate of experts.
@@ -259,7 +257,7 @@ class _Tree:
         return (layers or last == "experts") and deepest > 2 and not indexed
 
     def _layers_of_two(self, first: int, second: int) -> int | None:
-        """Which of two possible axes of these sizes is the layers', 0 or 1."""
+        """Decides which of two axes of these sizes is the layers', 0 or 1."""
         widths = {shape[-1] for shape in self._embeddings}
         if (first in widths) != (second in widths):
             return 1 if first in widths else 0
@@ -320,10 +318,8 @@ class _Tree:
         self, parts: list[str], sizes: Shape
     ) -> tuple[Axes, Axes] | None:
         """Attention: the model's width is one side, heads and their size the other."""
-        name, widths = (
-            parts[own_index(parts)],
-            {shape[-1] for shape in self._embeddings},
-        )
+        name = parts[own_index(parts)]
+        widths = {shape[-1] for shape in self._embeddings}
         goes_in = has(IN, name) or not has(OUT, name)
         einsum = has({"einsum"}, name)
         first = 0

@@ -38,7 +38,7 @@ def transformation(
 
 
 def found(value: object) -> str:
-    """What was passed, in an error; that a function was passed instead of called."""
+    """Describes a wrong argument; a function may have been passed and not called."""
     if callable(value):
         name = getattr(value, "__name__", type(value).__name__)
         return f"the function {name} itself; call it: {name}(...)"

@@ -1,4 +1,4 @@
-"""Which leaves are matrices, and which of their axes are rows and columns."""
+"""Decides which leaves are matrices, and which axes are rows and columns."""
 
 import functools
 import math

@@ -44,8 +44,7 @@ def typed_key(data: jax.Array, key: Key) -> jax.Array:
         key.dtype, jax.dtypes.prng_key
     )
     impl = jax.random.key_impl(key) if typed else None
-    # A wrapper that does arithmetic on states makes them signed.
-    return jax.random.wrap_key_data(data.astype(jnp.uint32), impl=impl)
+    return jax.random.wrap_key_data(data, impl=impl)
 
 
 def split(data: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:

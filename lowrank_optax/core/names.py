@@ -1,4 +1,4 @@
-"""What the names of parameters mean: words that say what a leaf is."""
+"""Words in the names of parameters, and what they say a leaf is."""
 
 import functools
 import re

@@ -54,7 +54,7 @@ def row_resolution(frame: Frame, *, products: bool = True) -> Number:
 
 
 def _by_products(frame: Frame, full: float, tf32: float, bf16: float) -> Number:
-    """What belongs to the products with S: in float32, in TF32, or in bfloat16."""
+    """Selects a value by how products with S round: float32, TF32 or bfloat16."""
     if frame.gradient.dtype == jnp.float64 or full == tf32 == bf16:
         return full
     name = str(frame.precision).upper()
