@@ -316,8 +316,7 @@ def fit(
     _, checkpoints, progress, stop = outputs
     report, last, state = config.report, config.steps, begun.state
     start, every = int(state.step), program.refresh_every
-    stable = last_stable_step(config)
-    checkpoints.preserve(stable)
+    checkpoints.preserve(stable := last_stable_step(config))
     meter = Meter(start, config.batch_size * config.seq_len, begun.losses)
     write = partial(outputs.write, max_skipped=config.optimizer.max_skipped)
     until = int(state.until_refresh)

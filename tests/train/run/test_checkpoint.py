@@ -15,8 +15,9 @@ from tests.helpers.checkpoints import config_of, store
 from train.config.config import Config, model_config, resolved
 from train.engine.optimizer import make_optimizer
 from train.engine.step import Work, init_state, init_weights
-from train.run.checkpoint import CheckpointError, Checkpoints, KeepHealthy
+from train.run.checkpoint import CheckpointError, Checkpoints
 from train.run.folder import check_folder, resumed_if_there
+from train.run.keep_healthy import KeepHealthy
 from train.run.start import open_text
 
 
