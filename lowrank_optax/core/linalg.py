@@ -53,6 +53,17 @@ def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
+def together(f: Callable[[jax.Array], T], x: jax.Array) -> T:
+    """`f` on all matrices of x (*batch, m, n) in one call, but in a loop on a CPU.
+
+    LAPACK's batched calls in jaxlib 0.10 hold a thread of XLA's pool while they wait
+    for others. As many calls at once as there are cores wait for ever.
+    """
+    return jax.lax.platform_dependent(
+        x, cpu=functools.partial(per_matrix, f), default=f
+    )
+
+
 def transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
@@ -115,7 +126,7 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     q = jax.lax.platform_dependent(
         x,
         tpu=lambda x: jax.lax.fori_loop(0, 2, by_inverse, x),
-        default=lambda x: cholesky_qr(cholesky_qr(x)),
+        default=lambda x: together(lambda x: cholesky_qr(cholesky_qr(x)), x),
     )
     # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN fails the comparison too.
     accurate = orthonormality_error(q) < 50 * jnp.finfo(x.dtype).eps
@@ -238,7 +249,7 @@ def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
         return values, vectors
 
-    return factors(a) if a.shape[-1] <= TOGETHER else per_matrix(factors, a)
+    return (together if a.shape[-1] <= TOGETHER else per_matrix)(factors, a)
 
 
 def left_singular(

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.helpers.battery import ALL, build
 
 RULES = {
     "svd": lro.dominant_svd(),
@@ -106,3 +107,20 @@ def test_the_update_of_an_optimizer_on_a_tpu_and_a_gpu(name: str) -> None:
         expected = TPU
     assert found["tpu"] - others == expected
     assert not any("svd" in call or "gesv" in call for call in found["cuda"])
+
+
+NO_LAPACK = {"apollo", "apollo_published", "apollo_mini", "flora", "grass_sparse"}
+NO_LAPACK |= {"frugal_coordinates", "dct_adamw", "dct_adamw_feedback"}
+NO_LAPACK |= {"racs", "scale_sgd"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_cpu_factorises_one_matrix_at_a_time(name: str) -> None:
+    """Two batched calls of jaxlib 0.10 at once, on two cores, wait for each other."""
+    g = {"layers": jnp.ones((3, 8, 12)), "matrix": jnp.ones((12, 16))}
+    tx = build(name)
+    traced = jax.jit(tx.update).trace(g, tx.init(g), g)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    shapes = re.findall(r"custom_call @lapack_.*?: \(tensor<((?:\d+x)+)f32>", text)
+    assert all(re.fullmatch(r"(1x)?\d+x\d+x", shape) for shape in shapes), shapes
+    assert bool(shapes) == (name not in NO_LAPACK)
