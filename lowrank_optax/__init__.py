@@ -31,6 +31,7 @@ from lowrank_optax.core.dimensions import print_rules
 from lowrank_optax.core.layout import LAYERS, STACKED
 from lowrank_optax.measuring.memory import memory_report
 from lowrank_optax.measuring.subspace import measure_subspace, measurements
+from lowrank_optax.methods import METHODS
 from lowrank_optax.optimizers.apollo import apollo, apollo_mini
 from lowrank_optax.optimizers.assemble import low_rank_optimizer, static_args
 from lowrank_optax.optimizers.fira import fira
@@ -54,6 +55,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "LAYERS",
+    "METHODS",
     "STACKED",
     "add_stage",
     "apollo",

@@ -32,6 +32,7 @@ from train.records.plots import (
     draw_by_time,
     draw_losses,
     draw_measured,
+    draw_memory,
     draw_runs,
     draw_spectra,
     styles_of,
@@ -185,10 +186,13 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
         draw_runs(runs, config.folder / "losses.png", heading, styles)
         draw_by_time(runs, config.folder / "time.png", heading, styles)
         losses: dict[str, list[float]] = {}
+        state: dict[str, float] = {}
         for cell, row in zip(cells, rows, strict=True):
             if cell.done:
                 losses.setdefault(name_of(cell.axes), []).append(row["eval_loss"])
+                state[name_of(cell.axes)] = row["state_bytes"] / 1e6
         draw_losses(losses, config.folder / "final.png", heading, styles)
+        draw_memory(losses, state, config.folder / "memory.png", heading, styles)
         for prefix in experiment.measured:
             draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
     if moved:

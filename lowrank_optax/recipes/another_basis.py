@@ -43,7 +43,7 @@ __all__ = [
 NEVER = 2**31 - 1
 
 
-@passes_on(galore, eps=1e-6)
+@passes_on(galore, eps=1e-6, refresh_every=40)
 def coap(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -76,7 +76,7 @@ def coap(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.coap(0.01, rank=4, refresh_every=40)
+      >>> tx = lro.recipes.coap(0.01, rank=4)
     """
     rule = correlation_aware(step_size, recompute_every=recompute_every)
     return galore(learning_rate, basis=rule, **options)

@@ -49,14 +49,11 @@ class Method:
     Attributes:
       make: from the learning rate, and options by their names, to the optimizer.
       rate: the peak learning rate, unless a run names another.
-      measured_every: the interval with which the rate was found, where it is not the
-        library's default.
       own: options that the method decides for itself, whatever a run says.
     """
 
     make: Make
     rate: float
-    measured_every: int | None = None
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,8 +69,7 @@ class Method:
     @property
     def interval(self) -> int | None:
         """Steps between two refreshes, unless a run names others; None: no subspace."""
-        default = self.measured_every or self.options.get("refresh_every")
-        return self.own.get("refresh_every", default)
+        return self.own.get("refresh_every", self.options.get("refresh_every"))
 
     def reads(self, basis: str = "default") -> frozenset[str]:
         """The options of a run that change something, with a basis by its name."""
@@ -121,7 +117,7 @@ ROTATIONS: dict[str, Make] = {
 }
 
 
-@passes_on(lro.low_rank_optimizer)
+@passes_on(lro.low_rank_optimizer, refresh_every=40)
 def subspace_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -188,21 +184,25 @@ WEIGHT_MATRICES = (
     (r"^norm/|^layers/\w+_norm/", None),
 )
 
-# Peak learning rates: of those tried on the 60M work (README.md) the best. None was
-# tried for msgd and galore_2, whose rate is galore's. The intervals of these runs are
-# the library's defaults, but for two.
+# Options that a method of the library decides for itself.
+OWN: dict[str, Mapping[str, Any]] = {
+    "ldadam": {"refresh_every": 1},
+    "apollo_mini": {"rank": 1},
+    "scale_sgd": {"dimension_numbers": WEIGHT_MATRICES},
+    "dct_adamw": {"refresh_every": 1},
+    "online_subspace_descent": {"refresh_every": ONCE},
+}
+
+# The library's, and what the trainer has beside them: peak learning rates are the best
+# of those tried on the same work (docs/results/losses_60m.md).
 METHODS = {
     "adamw": Method(optax.adamw, 2e-3),
     "muon": Method(muon, 3e-3),
-    "galore": Method(lro.galore, 1e-2),
-    "galore_adafactor": Method(lro.recipes.galore_adafactor, 1e-2),
-    "galore_adam_mini": Method(lro.recipes.galore_adam_mini, 5e-3),
-    "galore_adam8bit": Method(lro.recipes.galore_adam8bit, 1e-2),
-    "q_galore": Method(lro.recipes.q_galore, 5e-3),
-    "galore_2": Method(lro.recipes.galore_2, 1e-2),
-    "golore": Method(lro.recipes.golore, 1e-2),
-    "msgd": Method(lro.recipes.msgd, 1e-1),
-    "fira": Method(lro.fira, 3e-3),
+    **{
+        name: Method(row.make, row.learning_rate, OWN.get(name, {}))
+        for name, row in lro.METHODS.items()
+    },
+    "alice_0": Method(functools.partial(lro.recipes.alice, b3=None), 5e-3),
     "fira_adafactor": Method(
         _fira(
             lambda: lro.in_subspace(
@@ -215,29 +215,7 @@ METHODS = {
         _fira(lambda: lro.in_subspace(lro.steps.scale_by_adam_mini())), 3e-3
     ),
     "fira_adam8bit": Method(_fira(_adam8bit), 3e-3),
-    "grass_walk": Method(lro.grass_walk, 2e-3),
-    "grass_jump": Method(lro.grass_jump, 2e-3),
-    "spectral_adam": Method(lro.spectral_adam, 4.5e-3),
-    "subspace_adam": Method(subspace_adam, 2e-3, measured_every=40),
-    "subtrack": Method(lro.recipes.subtrack, 2e-3),
-    "ldadam": Method(lro.ldadam, 3e-3, own={"refresh_every": 1}),
-    "apollo": Method(lro.apollo, 3e-3),
-    "apollo_mini": Method(lro.apollo_mini, 3e-3, own={"rank": 1}),
-    "frugal": Method(lro.frugal, 1e-3),
-    "grass_sparse": Method(lro.recipes.grass_sparse, 1e-2),
-    "flora": Method(lro.recipes.flora, 2e-3),
-    "coap": Method(lro.recipes.coap, 1e-2, measured_every=40),
-    "alice": Method(lro.recipes.alice, 5e-3),
-    "alice_0": Method(functools.partial(lro.recipes.alice, b3=None), 5e-3),
-    "sumo": Method(lro.recipes.sumo, 1e-3),
-    "racs": Method(lro.recipes.racs, 2e-2),
-    "scale_sgd": Method(
-        lro.recipes.scale_sgd, 5e-4, own={"dimension_numbers": WEIGHT_MATRICES}
-    ),
-    "dct_adamw": Method(lro.recipes.dct_adamw, 1e-3, own={"refresh_every": 1}),
-    "online_subspace_descent": Method(
-        lro.recipes.online_subspace_descent, 1e-2, own={"refresh_every": ONCE}
-    ),
+    "subspace_adam": Method(subspace_adam, 2e-3),
 }
 
 # A rule gets the key, angle, walk_rank and b1 of a run, if it has them.

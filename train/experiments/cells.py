@@ -42,6 +42,8 @@ class ExperimentConfig:
         Default: at the scale hour the experiment's own, once at others.
       steps: optimizer steps of each run, if not the experiment's own.
       only: leave out runs whose name lacks this regular expression.
+      init_from: RUN_FOLDER or RUN_FOLDER@STEP: all runs begin with the weights of that
+        run's checkpoint, with its tokenizer and its size.
       at_once: runs at a time on each device, to fill it; a CPU's cores are shared out.
       list: print the runs as commands, and end.
     """
@@ -52,6 +54,7 @@ class ExperimentConfig:
     seeds: int | None = None
     steps: int | None = None
     only: str | None = None
+    init_from: str | None = None
     at_once: int = 1
     list: bool = False
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -106,7 +109,8 @@ def expand(config: ExperimentConfig) -> list[Cell]:
       ValueError: a flag that no run has, two runs that are the same, or none left.
     """
     runs = config.experiment.runs(config.scale)
-    if config.scale != "minutes" and config.data.source == DataConfig().source:
+    own_text = config.data.source == DataConfig().source
+    if config.scale != "minutes" and own_text and config.init_from is None:
         raise ValueError(
             f"scale={config.scale} needs more text than comes with the trainer: name "
             "it by --source"
@@ -114,6 +118,8 @@ def expand(config: ExperimentConfig) -> list[Cell]:
     given = {k: v for k, v in vars(config.data).items() if v != vars(DataConfig())[k]}
     if config.steps is not None:
         given["steps"] = config.steps
+    if config.init_from is not None:
+        given["init_from"] = config.init_from
     seeds = config.seeds or (config.experiment.seeds if config.scale == "hour" else 1)
     axes = axes_of(runs)
     cells: dict[Path, Cell] = {}

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import lowrank_optax as lro
+from train.config.methods import METHODS
 from train.experiments.runs import (
     HOUR,
     LARGER,
@@ -98,6 +100,29 @@ ROTATION = with_all(
     grid("rotate=off,first,on learning_rate=1e-3,2e-3,4e-3 b2=0.999,0.99,0.95"),
     **flags("optimizer=subspace_adam basis=jump back=rescale"),
 )
+# Every method as the library recommends it, SARA's basis where it gained, and the best
+# AdamW of the tries above.
+RECOMMENDED = [
+    flags("optimizer=adamw learning_rate=2e-3 b1=0.8 b2=0.98 clip_norm=1.0 warmup=0.2"),
+    flags("optimizer=muon"),
+    *({"optimizer": name} for name, row in lro.METHODS.items() if row.measured),
+    *grid("optimizer=grass_jump,fira basis=sara"),
+    flags("optimizer=fira_adam8bit"),
+]
+# Fine-tuning: parts of the rate that is best from the start.
+FINE_TUNED = [
+    {"optimizer": name, "learning_rate": float(f"{part * METHODS[name].rate:.2g}")}
+    for name in (
+        "adamw",
+        "galore",
+        "galore_adam8bit",
+        "fira",
+        "grass_jump",
+        "spectral_adam",
+        "apollo_mini",
+    )
+    for part in (0.03, 0.1, 0.3)
+]
 OVERLAP = grid("optimizer=galore basis=svd,sara,jump measure=overlap")
 
 
@@ -124,6 +149,18 @@ def search(about: str, runs: Sequence[Flags], **fields: Any) -> Experiment:
 
 
 SEARCHES: dict[str, Experiment] = {
+    "recommended": search(
+        "every method at the settings that the library recommends",
+        RECOMMENDED,
+        at_hour={"refresh_every": None},
+        seeds=1,
+    ),
+    "fine-tuning": search(
+        "from the weights of --init-from, three rates of each method",
+        FINE_TUNED,
+        at_hour=flags("steps=300 batch_size=32 refresh_every=50 clip_norm=1.0"),
+        best_of="optimizer",
+    ),
     "best": search(
         "seven tries for each method, and the best of each again",
         TRIES,

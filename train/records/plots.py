@@ -152,6 +152,32 @@ def draw_losses(
     _write(figure, path)
 
 
+def draw_memory(
+    losses: Mapping[str, Sequence[float]],
+    state: Mapping[str, float],
+    path: AnyPath,
+    title: str,
+    styles: Styles | None = None,
+) -> None:
+    """Draws the mean held-out loss of each run over its optimizer state in MB."""
+    styles = styles or styles_of(losses)
+    figure, axes = _figure(title)
+    axes.set_xlabel("optimizer state, MB")
+    axes.set_ylabel("held-out loss, nats per token")
+    for name, values in losses.items():
+        color = styles[name]["color"]
+        axes.plot(state[name], fmean(values), "o", color=color)
+        axes.annotate(
+            name,
+            (state[name], fmean(values)),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize="small",
+        )
+    axes.margins(x=0.12)
+    _write(figure, path)
+
+
 def draw_measured(
     runs: Mapping[str, Sequence[Record]], prefix: str, path: AnyPath, title: str
 ) -> None:
