@@ -43,7 +43,7 @@ def mini_steps(tx, count, refresh, bad=()):
     params, state = PARAMS, tx.init(PARAMS)
     for i in range(count):
         factor = jnp.nan if i in bad else 1.0
-        params, state = step(params, state, factor, refresh=refresh(i))
+        params, state = step(params, state, factor, refresh=refresh(i, state))
     return params, state
 
 
@@ -54,14 +54,33 @@ def test_refreshes_that_multi_steps_discards_are_no_silent_ones():
         tx = optax.MultiSteps(lro.galore(0.1, rank=4, refresh_every=T), k)
         return mini_steps(tx, 4 * T, refresh)
 
-    params, state = run(lambda i: i % (k * T) == k - 1)  # as the guide says
+    params, state = run(lambda i, _: i % (k * T) == k - 1)
     assert optax.tree.get(state, "refreshes") == 2
     assert optax.tree.get(state, "skipped") == 0
     assert distance(params) < distance(PARAMS)
 
-    params, state = run(lambda i: i % T == 0)  # the wrong one
+    params, state = run(lambda i, _: i % T == 0)  # never at a last mini-step
     assert optax.tree.get(state, "skipped") == 4 * T // k
     jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+
+
+def test_refreshes_are_kept_after_a_mini_batch_that_multi_steps_leaves_out():
+    """By the expression of docs/loop/multi_steps.md, which asks the state."""
+    k = 2
+
+    def refresh(_, state):
+        last = int(state.mini_step) == k - 1
+        return last and int(state.gradient_step) % T == 0
+
+    tx = optax.MultiSteps(
+        lro.galore(0.1, rank=4, refresh_every=T),
+        k,
+        should_skip_update_fn=optax.skip_not_finite,
+    )
+    params, state = mini_steps(tx, 4 * T + 3, refresh, bad=(0, 3, 17))
+    assert optax.tree.get(state, "refreshes") == 2
+    assert optax.tree.get(state, "skipped") == 0
+    assert distance(params) < distance(PARAMS)
 
 
 # No subspace, or one that moves at every step.
