@@ -67,6 +67,10 @@ def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> Basi
     left. Sorting keeps moments that are not rotated aligned. If fewer than r singular
     values are nonzero, the first vectors of singular value zero fill the basis.
 
+    What it gained on LLaMA-60M (docs/results/ablations.md): the subspace moves, its
+    overlap with the one before being 0.37 instead of 0.65. The loss of `galore` changed
+    by 0.001 +- 0.059, that of `fira` by -0.022 +- 0.014.
+
     Args:
       key: a seed or a typed key.
       decomposition: "svd", "gram" or None, as in `dominant_svd`. "gram" rounds singular

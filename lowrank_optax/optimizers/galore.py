@@ -41,9 +41,9 @@ def galore(
     matrix: mr + 2nr numbers.
 
     When to choose it: the least work per step. `basis=sara_sample(key)` samples the
-    subspace, so that it does not freeze; on the README's 60M work that changed the loss
-    by no more than the noise (0.001 +- 0.059). When not: with a random basis, which
-    alone misses most of the gradient; `grass_jump` recovers that part.
+    subspace, so that it does not freeze. On LLaMA-60M that changed the loss by no more
+    than the noise (0.001 +- 0.059; docs/results/ablations.md). When not: with a random
+    basis, which alone misses most of the gradient; `grass_jump` recovers that part.
 
     Deviations: the signs of singular vectors are fixed (`linalg.fix_signs`).
     `variant="published"` is galore-torch 1.0 step for step: bias correction on the step

@@ -90,7 +90,8 @@ def galore_adafactor(
 
     When to choose it: half of Adam's moments, or with b1 = None next to none, at full
     precision; better than GaLore-Adam in the SARA paper's Table 1. When not: on work
-    like the README's 60M runs, where Adam's two moments were a little better.
+    like that of docs/results/losses_60m.md, where Adam's two moments were a little
+    better.
     Deviations: with b1 = None this is galore-torch 1.0's GaLoreAdafactor step for step.
     With b1 the released code averages after the learning rate, here before it.
 

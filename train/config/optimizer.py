@@ -43,7 +43,7 @@ class OptimizerConfig:
     Attributes:
       name: adamw, or the method for the matrices of attention and MLP; all other
         weights then get full-rank AdamW (scale_sgd: embedding and head do not). Of
-        those measured (README.md, "Which to choose") spectral_adam had the lowest loss,
+        those measured (docs/choosing/index.md) spectral_adam had the lowest loss,
         and takes half as long again as AdamW at 16,384 tokens a step of LLaMA-1B;
         grass_jump, the default, is cheaper, and better with --basis sara.
       basis: how the subspace is chosen at a refresh. svd: the dominant singular

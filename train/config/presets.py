@@ -93,7 +93,7 @@ def _adamw(size: str) -> Flags:
 
 
 def _spectral_adam(size: str) -> Flags:
-    """The best of README.md on 39 M tokens; not tried on more, or at other sizes."""
+    """The best on 39 M tokens (docs/results/losses_60m.md); not tried on more."""
     return {
         "optimizer": "spectral_adam",
         "rank": RANKS[size],

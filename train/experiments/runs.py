@@ -59,7 +59,7 @@ def presets(*names: str, axes: str = "") -> list[Flags]:
 
 # The tiny model and the text that come with the trainer.
 MINUTES = flags("steps=60 rank=32 refresh_every=10 log_every=5")
-# 39.3 M tokens: the work of the README's tables.
+# 39.3 M tokens: the work of docs/results/losses_60m.md.
 HOUR = flags(
     "size=60m batch_size=128 seq_len=256 steps=1200 rank=128 refresh_every=200 "
     "clip_norm=None eval_every=0"

@@ -172,7 +172,7 @@ def test_of_v_a_random_basis_keeps_what_lay_in_the_old_one():
     # The squares of C sum to r^2 / m = 8 with a deviation of 0.27, 3.3 %: thrice it.
     np.testing.assert_allclose(seen[3 * every :], wanted[3 * every :], rtol=0.1)
     corrected = seen / (1 - b2 ** np.arange(1, len(keys) + 1))
-    # As README.md has it, as closely as above.
+    # As docs/results/ablations.md has it, as closely as above.
     assert corrected[-every] == pytest.approx(0.042, rel=0.1)
     assert corrected[-1] == pytest.approx(0.139, rel=0.1)
 

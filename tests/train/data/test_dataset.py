@@ -135,7 +135,7 @@ def test_seed_decides_the_order(tmp_path, write):
 
 
 def test_the_order_stays_as_it_was(tmp_path):
-    """The README's measured runs had it."""
+    """Measured runs had it."""
     np.arange(1600, dtype="<u2").tofile(tmp_path / "a.u16")
     data = opened(
         tmp_path,
