@@ -96,8 +96,8 @@ def grass_walk(
     Deviations: the paper names neither angle nor directions. By default one direction
     moves, since section 5 speaks of "controlled rank-1 rotations". On LLaMA-60M
     (docs/results/losses_60m.md) one direction (loss 3.939 at 0.3 rad, 3.942 at 1.0) and
-    all (3.936 at 0.3) end within the noise. All at 1.0 rad end at 3.902, near a jump's 3.911: a longer step
-    explores more, and `walk_rank=None, angle=1.0` is worth a try.
+    all (3.936 at 0.3) end within the noise. All at 1.0 rad end at 3.902, near a jump's
+    3.911: a longer step explores more, and `walk_rank=None, angle=1.0` is worth a try.
 
     Args:
       key: a seed or a typed key for the walk; required unless `basis` is passed.

@@ -147,7 +147,7 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
         assert any(jax.tree.all(jax.tree.map(jnp.array_equal, x, adams)) for x in ours)
 
 
-# Numbers of four bytes in one matrix's state, as docstrings and docs/methods/index.md say.
+# Numbers of four bytes in one matrix's state, as docs/methods/index.md has them.
 # optax keeps one unused number for each factored second moment, and a count.
 FORMULAS: dict[str, tuple[Any, Any]] = {
     "galore_adafactor": (
