@@ -121,7 +121,7 @@ FINE_TUNED = [
         "spectral_adam",
         "apollo_mini",
     )
-    for part in (0.03, 0.1, 0.3)
+    for part in (0.1, 0.3, 1.0)
 ]
 OVERLAP = grid("optimizer=galore basis=svd,sara,jump measure=overlap")
 
