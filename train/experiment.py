@@ -113,6 +113,17 @@ def moved_spectra(
     return means
 
 
+def short_names(cells: Sequence[Cell]) -> dict[str, str]:
+    """Each run's optimizer and basis, where these tell all runs apart."""
+    short = {
+        name_of(cell.axes): name_of(
+            {k: v for k, v in cell.axes.items() if k in ("optimizer", "basis")}
+        )
+        for cell in cells
+    }
+    return short if len({*short.values()}) == len(short) else {k: k for k in short}
+
+
 def log_of(cell: Cell) -> Path:
     return cell.folder.parent / "logs" / f"{cell.folder.name}.txt"
 
@@ -186,13 +197,15 @@ def conclude(config: ExperimentConfig, cells: Sequence[Cell]) -> bool:
         draw_runs(runs, config.folder / "losses.png", heading, styles)
         draw_by_time(runs, config.folder / "time.png", heading, styles)
         losses: dict[str, list[float]] = {}
-        state: dict[str, float] = {}
+        state: dict[str, float] = {}  # in MB
         for cell, row in zip(cells, rows, strict=True):
             if cell.done:
                 losses.setdefault(name_of(cell.axes), []).append(row["eval_loss"])
                 state[name_of(cell.axes)] = row["state_bytes"] / 1e6
         draw_losses(losses, config.folder / "final.png", heading, styles)
-        draw_memory(losses, state, config.folder / "memory.png", heading, styles)
+        draw_memory(
+            losses, state, config.folder / "memory.png", heading, short_names(cells)
+        )
         for prefix in experiment.measured:
             draw_measured(runs, prefix, config.folder / f"{prefix}.png", heading)
     if moved:

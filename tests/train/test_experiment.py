@@ -24,7 +24,7 @@ from train.config.presets import with_flags
 from train.config.resolve import resolve
 from train.data.dataset import DataConfig
 from train.engine.optimizer import check_meant, make_optimizer
-from train.experiment import COLUMNS, conclude, main
+from train.experiment import COLUMNS, conclude, main, short_names
 from train.experiments.cells import (
     Cell,
     ExperimentConfig,
@@ -35,7 +35,7 @@ from train.experiments.cells import (
 )
 from train.experiments.launch import Command, Ended
 from train.experiments.papers import EXPERIMENTS
-from train.experiments.runs import Experiment, Scale, with_all
+from train.experiments.runs import Experiment, Scale, flags, with_all
 
 NAMES = [*EXPERIMENTS]
 FILES = DataConfig(source="train.u16", eval_source="valid.u16")
@@ -206,9 +206,30 @@ def test_it_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "time.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "final.png").stat().st_size > 1000
+    assert (out / "memory.png").stat().st_size > 1000
 
     with pytest.raises(SystemExit, match="other settings"):
         main((*argv, "--steps", "5"))
+
+
+def test_short_names_tell_runs_apart(tmp_path: Path) -> None:
+    def named(*runs: str) -> list[str]:
+        cells = [Cell(flags(run), {}, tmp_path) for run in runs]
+        return [*short_names(cells).values()]
+
+    two = "optimizer=galore basis=sara b2=0.9", "optimizer=fira b2=0.9"
+    assert named(*two) == ["galore,sara", "fira"]
+    rates = "optimizer=fira learning_rate=1", "optimizer=fira learning_rate=2"
+    assert named(*rates) == ["fira,learning_rate=1", "fira,learning_rate=2"]
+
+
+def test_runs_begin_with_the_weights_of_a_run() -> None:
+    config = ExperimentConfig("fine-tuning", scale="hour", init_from="runs/a")
+    cells = expand(config)  # of the trainer's own text: no --source is needed
+    assert len(cells) == 63
+    assert {cell.flags["init_from"] for cell in cells} == {"runs/a"}
+    with pytest.raises(ValueError, match="name it by --source"):
+        expand(dataclasses.replace(config, init_from=None))
 
 
 @pytest.mark.parametrize("own", [None, "/elsewhere"])

@@ -157,25 +157,48 @@ def draw_memory(
     state: Mapping[str, float],
     path: AnyPath,
     title: str,
-    styles: Styles | None = None,
+    labels: Mapping[str, str],
 ) -> None:
     """Draws the mean held-out loss of each run over its optimizer state in MB."""
-    styles = styles or styles_of(losses)
+    styles = styles_of(losses)
+    points = {name: (state[name], fmean(values)) for name, values in losses.items()}
     figure, axes = _figure(title)
+    figure.set_size_inches(9, 6.5)
     axes.set_xlabel("optimizer state, MB")
     axes.set_ylabel("held-out loss, nats per token")
-    for name, values in losses.items():
-        color = styles[name]["color"]
-        axes.plot(state[name], fmean(values), "o", color=color)
-        axes.annotate(
-            name,
-            (state[name], fmean(values)),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize="small",
-        )
-    axes.margins(x=0.12)
+    wide, high = (max(x) - min(x) or 1.0 for x in zip(*points.values(), strict=True))
+    for column in _columns(points, 0.12 * wide):
+        right = max(points[name][0] for name in column) + 0.03 * wide
+        heights = _apart([points[name][1] for name in column], 0.032 * high)
+        for name, height in zip(column, heights, strict=True):
+            x, y = points[name]
+            axes.plot([x, right], [y, height], color="0.7", linewidth=0.8, zorder=1)
+            axes.plot(x, y, "o", color=styles[name]["color"])
+            axes.text(right, height, f" {labels[name]}", va="center", fontsize="small")
+    axes.set_xlim(right=max(state.values()) + 0.3 * wide)
     _write(figure, path)
+
+
+def _columns(points: Mapping[str, tuple[float, float]], near: float) -> list[list[str]]:
+    """Names of points in columns of about one x, from the lowest y to the highest."""
+    columns: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        if columns and points[name][0] - points[columns[-1][0]][0] < near:
+            columns[-1].append(name)
+        else:
+            columns.append([name])
+    return [sorted(column, key=lambda name: points[name][1]) for column in columns]
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Ascending values, moved as little as gives each neighbor its distance."""
+    groups: list[tuple[float, int]] = []  # the lowest value, and how many there are
+    for value in values:
+        groups.append((value, 1))
+        while len(groups) > 1 and groups[-1][0] < groups[-2][0] + groups[-2][1] * gap:
+            (b, m), (a, n) = groups.pop(), groups.pop()
+            groups.append(((n * a + m * (b - n * gap)) / (n + m), n + m))
+    return [low + i * gap for low, n in groups for i in range(n)]
 
 
 def draw_measured(

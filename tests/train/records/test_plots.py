@@ -1,5 +1,6 @@
 """Pictures of several runs."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_what_is_drawn_is_a_picture(tmp_path: Path) -> None:
     picture.draw_losses({"a": [4.0, 4.1], "b": [3.0]}, tmp_path / "final.png", "title")
     for name in ("time", "overlap", "values", "subspace", "many", "final"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_keep_their_distance_and_move_no_further() -> None:
+    assert picture._apart([0.0, 0.2, 5.0], 1.0) == pytest.approx([-0.4, 0.6, 5.0])
+    heights = picture._apart([1.0, 1.0, 1.1, 3.0, 3.0, 3.0], 0.5)
+    assert all(b - a > 0.499 for a, b in itertools.pairwise(heights))
+    assert picture._apart([1.0, 2.0], 0.5) == [1.0, 2.0]
+
+
+def test_every_run_has_a_point_and_a_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = drawn(monkeypatch)
+    losses = {"a": [4.0, 4.2], "b": [3.0], "c": [3.0]}
+    state = {"a": 100.0, "b": 300.0, "c": 301.0}
+    labels = {name: name.upper() for name in losses}
+    picture.draw_memory(losses, state, tmp_path / "memory.png", "title", labels)
+    (axes,) = figures[0].axes
+    points = [line.get_xydata()[0].tolist() for line in axes.lines[1::2]]
+    assert [x for x, _ in points] == [100.0, 300.0, 301.0]
+    assert [y for _, y in points] == pytest.approx([4.1, 3.0, 3.0])
+    assert [text.get_text().strip() for text in axes.texts] == ["A", "B", "C"]
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
