@@ -66,6 +66,8 @@ def settings(method: Any) -> str:
         said.append(f"Rank: {method.rank}.")
     if method.refresh_every is not None:
         said.append(f"A new basis every {method.refresh_every} steps.")
+    if method.fine_tuning_rate is not None:
+        said.append(f"For fine-tuning, a learning rate of {method.fine_tuning_rate:g}.")
     return " ".join(said) + " ([how to choose](../choosing/rates.md))"
 
 

@@ -28,6 +28,8 @@ class Method:
         128, cosine schedule (docs/results/losses_60m.md).
       measured: False if no rate was tried for it, and the rate is that of the method
         that it varies.
+      fine_tuning_rate: the best peak rate of those tried on trained weights
+        (docs/results/fine_tuning.md); None if none was tried.
 
     Example:
       >>> method = lro.METHODS["grass_jump"]
@@ -39,6 +41,7 @@ class Method:
     make: Callable[..., optax.GradientTransformationExtraArgs]
     learning_rate: float
     measured: bool = True
+    fine_tuning_rate: float | None = None
 
     @property
     def rank(self) -> Any:
@@ -57,22 +60,22 @@ class Method:
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "galore": Method(galore, 1e-2),
+        "galore": Method(galore, 1e-2, fine_tuning_rate=3e-3),
         "galore_adafactor": Method(recipes.galore_adafactor, 1e-2),
         "galore_adam_mini": Method(recipes.galore_adam_mini, 5e-3),
-        "galore_adam8bit": Method(recipes.galore_adam8bit, 1e-2),
+        "galore_adam8bit": Method(recipes.galore_adam8bit, 1e-2, fine_tuning_rate=3e-3),
         "q_galore": Method(recipes.q_galore, 5e-3),
         "galore_2": Method(recipes.galore_2, 1e-2, measured=False),
         "golore": Method(recipes.golore, 1e-2),
         "msgd": Method(recipes.msgd, 1e-1, measured=False),
-        "fira": Method(fira, 3e-3),
+        "fira": Method(fira, 3e-3, fine_tuning_rate=3e-3),
         "grass_walk": Method(grass_walk, 2e-3),
-        "grass_jump": Method(grass_jump, 2e-3),
-        "spectral_adam": Method(spectral_adam, 4.5e-3),
+        "grass_jump": Method(grass_jump, 2e-3, fine_tuning_rate=2e-3),
+        "spectral_adam": Method(spectral_adam, 4.5e-3, fine_tuning_rate=1.3e-3),
         "subtrack": Method(recipes.subtrack, 2e-3),
         "ldadam": Method(ldadam, 3e-3),
         "apollo": Method(apollo, 3e-3),
-        "apollo_mini": Method(apollo_mini, 3e-3),
+        "apollo_mini": Method(apollo_mini, 3e-3, fine_tuning_rate=3e-3),
         "frugal": Method(frugal, 1e-3),
         "grass_sparse": Method(recipes.grass_sparse, 1e-2),
         "flora": Method(recipes.flora, 2e-3),

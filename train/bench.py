@@ -32,7 +32,7 @@ from train.run.loop import Program, build_program, initial, kinds_of_steps, work
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
 compiles them, for every optimizer in one process: milliseconds of an ordinary step, of
-a refresh, and of both in the mean with a refresh every 200 steps; the memory that the
+a refresh, and of both in the mean at the optimizer's own interval; the memory that the
 compiler counts, and the device's own peak; beside AdamW's.
 
 Examples:
@@ -44,8 +44,6 @@ Examples:
 
 With --update-alone only the optimizer's update and the addition to the weights are
 timed, on random gradients. Run it on an accelerator."""
-
-REFRESH_EVERY = 200
 
 T = TypeVar("T")
 Layerwise = Literal["off", "on"]
@@ -60,6 +58,8 @@ class BenchConfig:
       batch_size: windows in a step.
       seq_len: tokens in a window.
       rank: dimension of the subspaces, as the trainer takes it.
+      refresh_every: steps from one refresh to the next, in the mean. Default: the
+        optimizer's own.
       optimizers: which, beside adamw; galore+sara is GaLore with SARA's basis.
       layerwise: off, on, or both in turn.
       weight_dtype: how weights are stored.
@@ -78,6 +78,7 @@ class BenchConfig:
     batch_size: int = 16
     seq_len: int = 256
     rank: int | float | str = 32
+    refresh_every: int | None = None
     optimizers: tuple[str, ...] = ("galore", "galore+sara", "fira", "grass_jump")
     layerwise: tuple[Layerwise, ...] = ("off",)
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -92,7 +93,9 @@ class BenchConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("batch_size", "seq_len", "steps"))
+        check_numbers(
+            self, positive=("batch_size", "seq_len", "steps", "refresh_every")
+        )
         if not self.layerwise:
             raise ValueError("layerwise: name off, on, or both")
         base = OptimizerConfig(rank=self.rank, basis_dtype=self.basis_dtype)
@@ -117,7 +120,7 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     optimizer = OptimizerConfig(
         rank=config.rank,
         basis_dtype=config.basis_dtype,
-        refresh_every=REFRESH_EVERY,
+        refresh_every=config.refresh_every,
         clip_norm=None,
         precision=config.precision,
         learning_rate=1e-3,
@@ -127,7 +130,7 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
     )
     return resolve(
         Config(
-            steps=1000,
+            steps=10_000,  # many subspaces, whatever the interval
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             layerwise=layerwise,
@@ -161,6 +164,7 @@ class Compiled(NamedTuple):
       make: the first state, from a key.
       program: the step.
       kinds: whether steps are refreshes (`kinds_of_steps`).
+      every: steps from one refresh to the next; None without refreshes.
     """
 
     row: Row
@@ -169,6 +173,7 @@ class Compiled(NamedTuple):
     make: Callable[[jax.Array], TrainState]
     program: Program
     kinds: list[bool]
+    every: int | None
 
     @property
     def peak(self) -> int:
@@ -197,7 +202,8 @@ def compile_step(config: BenchConfig, name: str, layerwise: Layerwise) -> Compil
         "peak": (memory.peak or 0) / GIB,
         "compile_s": program.compile_s,
     }
-    return Compiled(row, mesh, work.model, make, program, kinds)
+    every = work.optimizer.refresh_every
+    return Compiled(row, mesh, work.model, make, program, kinds, every)
 
 
 def time_step(config: BenchConfig, compiled: Compiled) -> Row:
@@ -223,10 +229,10 @@ def time_step(config: BenchConfig, compiled: Compiled) -> Row:
         row: Row = {"step_ms": 1e3 * median_seconds(step(kinds[0]), config.steps)}
         row["tokens_per_s"] = 1e3 * tokens.size / row["step_ms"]
         row["mean_ms"] = row["step_ms"]
-        if len(kinds) > 1 and not config.skip_refreshes:
+        if len(kinds) > 1 and compiled.every and not config.skip_refreshes:
             row["refresh_ms"] = 1e3 * seconds(step(True))
             extra = row["refresh_ms"] - row["step_ms"]
-            row["mean_ms"] += extra / REFRESH_EVERY
+            row["mean_ms"] += extra / compiled.every
     after = device_peak()
     if after is not None and after != before:
         row["device_peak"] = after / GIB

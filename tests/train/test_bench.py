@@ -42,7 +42,7 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
 
     monkeypatch.setattr(train.bench, "compile_step", step)
     monkeypatch.setattr(train.bench, "device_peak", lambda: next(peaks))
-    rows = bench(config_of("fira", "galore_adam8bit", layerwise=("on",)))
+    rows = bench(config_of("fira", "galore_adam8bit", layerwise=("on",), refresh_every=7))
     assert [row["optimizer"] for row in rows] == ["adamw", "fira", "galore_adam8bit"]
     assert {row["layerwise"] for row in rows} == {"on"}
     adamw, fira, galore = rows
@@ -57,7 +57,7 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
     assert galore["ratio"] == galore["step_ms"] / adamw["step_ms"]
     assert galore["refresh_ms"] > 0
     assert galore["tokens_per_s"] == pytest.approx(8 * 12 / galore["step_ms"] * 1e3)
-    mean = (199 * galore["step_ms"] + galore["refresh_ms"]) / 200
+    mean = (6 * galore["step_ms"] + galore["refresh_ms"]) / 7
     assert galore["mean_ms"] == pytest.approx(mean, rel=1e-9)
     assert galore["mean_ratio"] == galore["mean_ms"] / adamw["step_ms"]
     assert galore["weights"] == adamw["weights"] > 0
@@ -175,3 +175,12 @@ def test_the_command_line_appends_its_rows(monkeypatch, tmp_path, capsys):
     assert lines[-1]["layerwise"] == "off"  # the row's, not the setting's
     assert lines[-1]["optimizers"] == ["galore"]
     assert "| adamw | off | 1.23 |" in capsys.readouterr().out
+
+
+def test_refreshes_come_at_the_intervals_of_the_methods() -> None:
+    config = config_of("galore", "spectral_adam")
+    every = {
+        name: run_of(config, name, "off").optimizer.refresh_every
+        for name in config.names
+    }
+    assert every == {"adamw": None, "galore": 200, "spectral_adam": 10}
