@@ -7,7 +7,7 @@ import pytest
 
 import train.bench
 from models import SIZES, LlamaConfig
-from train.bench import BenchConfig, bench, check, table
+from train.bench import BenchConfig, bench, check, run_of, table
 from train.config.config import Config
 from train.engine.memory import GIB
 from train.engine.mesh import make_mesh
