@@ -42,7 +42,9 @@ def test_a_row_for_each_optimizer_and_a_table(monkeypatch, capsys):
 
     monkeypatch.setattr(train.bench, "compile_step", step)
     monkeypatch.setattr(train.bench, "device_peak", lambda: next(peaks))
-    rows = bench(config_of("fira", "galore_adam8bit", layerwise=("on",), refresh_every=7))
+    rows = bench(
+        config_of("fira", "galore_adam8bit", layerwise=("on",), refresh_every=7)
+    )
     assert [row["optimizer"] for row in rows] == ["adamw", "fira", "galore_adam8bit"]
     assert {row["layerwise"] for row in rows} == {"on"}
     adamw, fira, galore = rows
