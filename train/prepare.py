@@ -213,8 +213,10 @@ class Journal:
             raise ValueError(
                 f"{path} cannot be read ({error}): remove it, to begin again"
             ) from error
-        if content:
+        if self._rows:
             self._check(asked, path)
+        else:  # nothing is done: the options may be others
+            content = b""
         self._lines = Appender(path, len(content))
         if not content:
             self._append(self._asked)

@@ -322,6 +322,14 @@ def test_a_record_that_was_cut_short_is_done_again(texts, tmp_path):
         prepared(texts, tmp_path)
 
 
+def test_options_may_change_until_a_shard_is_done(texts, tmp_path):
+    with pytest.raises(ValueError, match="no text in field 'words'"):
+        prepared(texts, tmp_path, text_field="words")
+    assert prepared(texts, tmp_path)["documents"] == 61
+    with pytest.raises(ValueError, match="work with another text_field"):
+        prepared(texts, tmp_path, text_field="words")
+
+
 def bad_source(folder: Path) -> str:
     lines = lines_of(TEXTS[:5]).splitlines(keepends=True)
     (folder / "0.jsonl").write_bytes(b"".join(lines))
