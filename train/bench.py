@@ -51,7 +51,7 @@ Layerwise = Literal["off", "on"]
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """What is measured.
+    """The steps to measure.
 
     Attributes:
       size: the LLaMA.

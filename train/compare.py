@@ -60,7 +60,7 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Watched(ReportConfig):
-    """How often something is written. There are no checkpoints and no text."""
+    """Intervals of the output. There are no checkpoints and no text."""
 
     checkpoint_every: Annotated[int, tyro.conf.Fixed] = 0
     keep: Annotated[int, tyro.conf.Fixed] = 1
@@ -87,7 +87,7 @@ class SharedWork(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Which optimizers, on which work.
+    """The optimizers to compare, and the work.
 
     Attributes:
       work: the work.

@@ -78,7 +78,7 @@ class CompiledWork(Config):
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """What is compiled, and for what.
+    """The programs to compile, and their target.
 
     Attributes:
       topology: the TPU.

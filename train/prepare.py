@@ -67,7 +67,7 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """What is tokenized, and where the tokens go.
+    """The texts to tokenize, and the folder of the tokens.
 
     Attributes:
       sources: files, as paths, globs or URLs (gs://, s3://): .jsonl or .json (a

@@ -21,7 +21,7 @@ Examples:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """What is continued, and how.
+    """The text to continue, and how.
 
     Attributes:
       run: a run's folder, for its newest checkpoint, or FOLDER@STEP.

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints: `python -m train.spectrum --help`."""
+"""Changes between two checkpoints: `python -m train.spectrum --help`."""
 
 import dataclasses
 import sys
@@ -24,7 +24,7 @@ Examples:
 
 @dataclasses.dataclass(frozen=True)
 class SpectrumConfig:
-    """Which checkpoints.
+    """The checkpoints to compare.
 
     Attributes:
       before: a run's folder, for its newest checkpoint, or FOLDER@STEP.

@@ -1,4 +1,4 @@
-"""Which gradients are finite, and steps that are not taken."""
+"""Finite gradients, and steps that are skipped."""
 
 import functools
 import operator

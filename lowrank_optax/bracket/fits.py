@@ -1,4 +1,4 @@
-"""Whether a state fits the parameters, the rank and the stages."""
+"""Checks that a state fits the parameters, the rank and the stages."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What the named optimizers share: Adam, and the bracket with what follows it."""
+"""Shared parts of the named optimizers: Adam, the bracket, and what follows it."""
 
 from __future__ import annotations
 

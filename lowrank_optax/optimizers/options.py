@@ -47,7 +47,7 @@ class ScaledOptions(Options, total=False):
 
 
 class AdamOptions(TypedDict, total=False):
-    """What `galore` passes to Adam, and the scale of its step."""
+    """Options that `galore` passes to Adam, and the scale of its step."""
 
     scale: Number
     b1: Number

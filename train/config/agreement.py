@@ -1,4 +1,4 @@
-"""Whether a run that goes on has the flags that it began with."""
+"""Checks that a resumed run has the flags that it began with."""
 
 from typing import Any
 

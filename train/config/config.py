@@ -1,4 +1,4 @@
-"""What a run is: every choice that the command line offers, typed and checked."""
+"""The configuration of a run: every option of the command line, typed and checked."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """What a run writes, and how often. Nothing here changes the training.
+    """The output of a run, and its intervals. Nothing here changes the training.
 
     Attributes:
       log_every: steps between two lines of metrics.

@@ -11,7 +11,7 @@ from train.config.methods import BASES, METHODS, NUMBERS
 
 @dataclasses.dataclass(frozen=True)
 class Shared(OptimizerConfig):
-    """What the optimizers have in common, where they have it at all."""
+    """The options that the optimizers share, where they have them at all."""
 
     name: Annotated[OptimizerName, tyro.conf.Fixed] = "grass_jump"
     basis: Annotated[Basis, tyro.conf.Fixed] = "default"

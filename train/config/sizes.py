@@ -1,4 +1,4 @@
-"""What follows from the size of a model."""
+"""Consequences of the size of a model."""
 
 from models import LlamaConfig
 

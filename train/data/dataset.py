@@ -48,7 +48,7 @@ class Data:
     else the largest id plus one."""
 
     fingerprint: Fingerprint
-    """What is read, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
+    """The data, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
     `train.data.fingerprint.changed`)."""
 
 

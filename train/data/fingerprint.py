@@ -15,7 +15,7 @@ from train.data.tokenizer import Tokenizer
 from train.host.paths import AnyPath
 
 Fingerprint = dict[str, Any]
-"""What JSON gives back as it was."""
+"""Values that JSON gives back as they were."""
 
 _SOURCES = ("source", "eval_source", "tokenizer")
 _PUT_BACK = "put it back, or start a new run in another --out"

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, as the compiler counts it."""
+"""The memory of a training step on a device, as the compiler counts it."""
 
 from functools import partial
 from typing import Any, NamedTuple, cast

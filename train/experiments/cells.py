@@ -30,7 +30,7 @@ REPORT: Flags = {"checkpoint_every": 0, "sample_tokens": 0, "eval_every": 0}
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Which experiment, and where.
+    """The experiment to run, and its folder.
 
     Attributes:
       name: the experiment.

@@ -1,10 +1,10 @@
-"""What the processes of a run agree on, so that none goes on without the others."""
+"""Agreement of the processes of a run, so that none goes on without the others."""
 
 import itertools
 
 import jax
 import numpy as np
-from jax._src import distributed
+from jax._src import distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
 

@@ -1,1 +1,1 @@
-"""What a run writes for people: metrics, progress, tables, plots."""
+"""Output for people: metrics, progress, tables, plots."""

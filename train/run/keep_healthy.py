@@ -1,4 +1,4 @@
-"""Which checkpoints are kept for the case that a run diverges."""
+"""Keeps checkpoints for the case that a run diverges."""
 
 from collections.abc import Sequence
 from typing import Any

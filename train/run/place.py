@@ -54,7 +54,7 @@ class Place:
         return (self._folder / "config.json").exists()
 
     def _fate(self, held: int) -> str:
-        """What became of it; only Linux knows the new name of an open folder."""
+        """Says what became of it; only Linux knows the new name of an open folder."""
         try:
             now = Path(os.readlink(f"/proc/self/fd/{held}"))
         except OSError:

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, read off its text.
+"""The messages between chips of a compiled program, read off its text.
 
 A compiler for TPUs rarely leaves a collective as one instruction: it hides an
 all-gather behind products, as a chain of fusions that hold a copy of it each, makes a

@@ -1,4 +1,4 @@
-"""What libtpu, the TPU compiler, needs to know of TPUs that are not here."""
+"""Descriptions of TPUs that are not here, for libtpu, the TPU compiler."""
 
 import os
 import re
