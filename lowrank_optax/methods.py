@@ -23,7 +23,7 @@ class Method:
     """A named optimizer with its recommended settings.
 
     Attributes:
-      make: the optimizer, as `lro.galore`.
+      make: the optimizer, such as `lro.galore`.
       learning_rate: the best peak rate of those tried on LLaMA-60M, 39 M tokens, rank
         128, cosine schedule (docs/results/losses_60m.md).
       measured: False if no rate was tried for it, and the rate is that of the method

@@ -31,15 +31,15 @@ _SCALE_BITS, _SMALLEST = 17, 2.0**-100
 
 
 def round_stochastically(key: Key, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x in bfloat16 or float16, one of its two neighbours there, with the mean x.
+    """Rounds x to one of its two neighbors in bfloat16 or float16, with the mean x.
 
-        P(x <- x+) = (x - x-) / (x+ - x-),   x- <= x < x+ neighbours in the dtype
+        P(x <- x+) = (x - x-) / (x+ - x-),   x- <= x < x+ neighbors in the dtype
 
     so that many updates, each below half a bit of the weight, add up in the mean, where
     rounding to nearest loses every one of them (Gupta et al. 2015, "Deep Learning with
-    Limited Numerical Precision", section 3). For bfloat16, float32's upper half, 16
-    random bits are added to the lower half, which is then dropped; the mean is x
-    exactly.
+    Limited Numerical Precision", section 3). bfloat16 is float32's upper half: 16
+    random bits are added to the lower half, which is then dropped. The mean is exactly
+    x.
 
     Numbers that the dtype holds exactly stay, NaN and Inf too. A finite x beyond the
     largest finite number becomes that number, never Inf.
@@ -125,7 +125,7 @@ class QuantizedWeights(NamedTuple):
 def quantize(
     x: jax.Array, key: Key | None = None, block_size: int = 256
 ) -> QuantizedWeights:
-    """x (..., n) in 8 bits a number, to nearest or, with a key, stochastically.
+    """Rounds x (..., n) to 8 bits per number: to nearest, or stochastically with a key.
 
     For each block of x, along the last axis:
 
@@ -138,10 +138,10 @@ def quantize(
     NaN or an Inf makes its block NaN.
 
     Deviations: Q-GaLore's codes are affine, (max - min) / 255 apart with an integer
-    zero point, and clipped at both ends. By that formula a zero update moves the
-    weights of a third of normal blocks, and half of a small update of a block's largest
-    arrives. Numbers within 2^-16 of a block's largest may be clipped here too. Blocks
-    lie along the last axis here, theirs along the flattened array.
+    zero point, and clipped at both ends. By that formula, a zero update moves the
+    weights of a third of normal blocks, and only half of a small update to a block's
+    largest number arrives. Numbers within 2^-16 of a block's largest may be clipped
+    here too. Blocks lie along the last axis here, theirs along the flattened array.
 
     Args:
       x: real numbers, taken as float32, of one axis or more. The axes before the last
@@ -261,8 +261,8 @@ def _is_leaf(x: object) -> bool:
 def dense(params: Tree, dtype: DTypeLike = jnp.float32) -> Tree:
     """`params` with every `QuantizedWeights` as an array of `dtype`, the rest as it is.
 
-    What a model computes with, an optimizer's `init` and `update` take, and gradients
-    are like.
+    The model computes with this tree. An optimizer's `init` and `update` take it, and
+    gradients have its structure.
 
     Args:
       params: the weights, as they are stored.
@@ -285,11 +285,11 @@ def store(
     dtype: Literal["float32", "bfloat16", "int8"],
     mask: Callable[[str], bool] | None = None,
 ) -> Tree:
-    """`params` as they are stored: rounded to nearest, once, before training.
+    """Rounds `params` to nearest for storage, once, before training.
 
     With "int8", the leaves of `mask` become `QuantizedWeights`, 1 + 4/128 bytes a
-    number, and other real ones bfloat16 (Q-GaLore: the linear layers of attention and
-    MLP are in 8 bits, embeddings, head and norms are not). Integers and keys stay.
+    number, and all other real leaves bfloat16 (Q-GaLore: the linear layers of attention
+    and MLP are in 8 bits, embeddings, head and norms are not). Integers and keys stay.
 
     Args:
       params: the weights.

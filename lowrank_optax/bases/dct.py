@@ -17,13 +17,13 @@ from lowrank_optax.core.stage import Clock
 def dct_columns() -> BasisRule:
     """The r columns of the DCT matrix along which the gradient is longest (DCT-AdamW).
 
-    S_t = D[:, I_t], I_t the r indices with the largest sum_j |(D^T G_t)_ij|, and
-    D_kj = sqrt(2 / m) cos(pi k (2j + 1) / 2m), the row k = 0 over sqrt(2): orthonormal,
-    the same for every matrix of its size (Modoranu et al. 2025, "FFT-based Dynamic
-    Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models").
-    Nothing is factorized, the state is r integers, and S_t^T S_{t-1} selects columns:
-    `rotate_moments` carries both moments over where a column stays, and starts them at
-    zero where one is new.
+    S_t = D[:, I_t], where I_t has the r indices with the largest sum_j |(D^T G_t)_ij|.
+    D_kj = sqrt(2 / m) cos(pi k (2j + 1) / 2m), with the row k = 0 divided by sqrt(2). D
+    is orthonormal, and the same for all matrices of one size (Modoranu et al. 2025,
+    "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large
+    Language Models"). Nothing is factorized, and the state is r integers. S_t^T S_{t-1}
+    selects columns: `rotate_moments` keeps both moments of a column that stays, and
+    starts those of a new column at zero.
 
     Raises:
       ValueError: at update, outside `low_rank`.

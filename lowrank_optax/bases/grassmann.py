@@ -27,9 +27,9 @@ def geodesic(
 
         S(eta) = S V cos(Sigma eta) V^T + U sin(Sigma eta) V^T + S (I - V V^T)
 
-    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma, which needs no U and, at Sigma = 0,
-    only a limit: the r x r matrix X^^T X^ is factorised, not X. One Newton-Schulz step
-    takes rounding off, so that it does not add up over a walk.
+    U sin(Sigma eta) is X^ V sin(Sigma eta) / Sigma. This needs no U, and only a limit
+    at Sigma = 0, so the r x r matrix X^^T X^ is factorized instead of X. One
+    Newton-Schulz step removes rounding, so that it does not add up over a walk.
 
     Args:
       s: (*batch, m, r), orthonormal, r < m.
@@ -134,9 +134,9 @@ def grassmann_track(
     (SubTrack++, the tracking that the GrassWalk paper compares with in section 5). One
     Newton-Schulz step removes rounding, so that it does not add up.
 
-    Deviations: the released code tracks nothing where rows >= columns, which is most of
-    a LLaMA's matrices (it projects the tangent with I - B B^T on the wrong side); here
-    every matrix is tracked.
+    Deviations: the released code tracks nothing where rows >= columns, because it
+    projects the tangent with I - B B^T on the wrong side. This affects most of a
+    LLaMA's matrices. Here every matrix is tracked.
 
     Args:
       step_size: eta, in radians per squared gradient: the angle grows with the

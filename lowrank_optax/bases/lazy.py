@@ -23,7 +23,7 @@ from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
 def frozen(rule: optax.GradientTransformation) -> BasisRule:
-    """`rule`'s basis of step 0, for the complete run.
+    """Keeps `rule`'s basis of step 0 for the complete run.
 
     The ablation of the GrassWalk paper (section 5): S_0 comes from a matrix's first
     nonzero gradient.
@@ -80,8 +80,8 @@ def lazy_refresh(
     refresh multiplies the leaf's interval by `factor` (Zhang et al. 2024, "Q-GaLore",
     section 3.2). The interval never shrinks. A stacked kernel has one interval, by the
     mean over its layers. Deviation: the released q-galore-torch compares only the first
-    singular vector, with its sign, which the SVD leaves open. The threshold is the
-    paper's.
+    singular vector, including its sign, which the SVD does not determine. The threshold
+    is the paper's.
 
     Args:
       rule: a basis rule that stores its bases.

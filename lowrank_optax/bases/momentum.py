@@ -68,9 +68,10 @@ def correlation_aware(
 
         mean((S S^T G - G)^2) (1 - mean_i cos((S M)_:,i, G_:,i)),
 
-    M being the step's first moment, and at every `recompute_every`-th instead the left
-    singular vectors of G Q, Q an orthonormal basis of G^T S (Xiao et al. 2025, "COAP",
-    section 3). The loss is in squared units of the gradient, and with it the step.
+    where M is the step's first moment. Every `recompute_every`-th refresh instead takes
+    the left singular vectors of G Q, where Q is an orthonormal basis of G^T S (Xiao et
+    al. 2025, "COAP", section 3). The loss has the units of the squared gradient, and so
+    has the step.
 
     Deviations: the released code sketches its first basis with a fixed seed, and takes
     cosines along the input axis; here they are one per column, which is the same for

@@ -49,12 +49,12 @@ def online_pca(
         P_{t+1} = P_t + optimizer(grad L(P_t))
 
     (Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent",
-    section 4). P stays at step 0, where it is the minimum. With A = P^T G^ the gradient
-    of the first term is 2 (P A A^T + G^ A^T P^T P - 2 G^ A^T).
+    section 4). P does not change at step 0, where it is the minimum. With A = P^T G^
+    the gradient of the first term is 2 (P A A^T + G^ A^T P^T P - 2 G^ A^T).
 
-    P is orthonormal only as far as L makes it so: the state reports `drift` and `loss`,
-    and stages that need an orthonormal basis raise. P changes at every step, and
-    moments do not rotate, as in the source; its released code has no penalty.
+    P is only as orthonormal as L makes it. The state reports `drift` and `loss`, and
+    stages that need an orthonormal basis raise an error. P changes at every step, and
+    moments do not rotate, as in the source. The source's released code has no penalty.
 
     Args:
       optimizer: any optax optimizer, learning rate and sign included; by default

@@ -57,10 +57,10 @@ def random_after(
     """Leading singular vectors first, random orthonormal bases later (GoLore).
 
     S_t = U[:, :r] of G_t at a refresh before `switch_step`, and from there on Q of a
-    Gaussian X = Q R (m, r), uniform on the Grassmannian (He et al. 2025,
-    "Subspace Optimization for Large Language Models with Convergence Guarantees").
-    Late in training noise fills the gradient's leading directions, and they carry no
-    signal. A random subspace catches r / m of it whatever the noise.
+    Gaussian X = Q R (m, r), uniform on the Grassmannian (He et al. 2025, "Subspace
+    Optimization for Large Language Models with Convergence Guarantees"). Late in
+    training, noise fills the gradient's leading directions, which then carry no signal.
+    A random subspace captures r / m of the signal, whatever the noise.
 
     Args:
       switch_step: the first step of random bases; 0 for random bases only.
@@ -88,8 +88,8 @@ def gaussian(key: Key, *, stored: bool = False) -> BasisRule:
     """A Gaussian projection, drawn anew at each refresh: S_ij ~ N(0, 1 / r).
 
     E[S S^T] = I, so the projection preserves lengths in the mean, but S^T S is not I:
-    stages that need an orthonormal basis raise (Zhu et al. 2025, "APOLLO", section 4;
-    Hao et al. 2024, "FLora", section 2.3).
+    stages that need an orthonormal basis raise an error (Zhu et al. 2025, "APOLLO",
+    section 4; Hao et al. 2024, "FLora", section 2.3).
 
     The state is a key, and S is drawn from it at every step, so that no array of mr
     numbers is stored. With `stored=True` the state holds S, as in the released

@@ -17,11 +17,11 @@ Order = Literal["random", "ascending", "descending"]
 
 
 def coordinates(key: Key | None = None, *, order: Order = "random") -> BasisRule:
-    """r of the m rows of the gradient, others at each refresh (FRUGAL).
+    """Selects r of the m rows of the gradient, new ones at each refresh (FRUGAL).
 
     S = I[:, I_t]: G~ and S G~ are gathers; the state is r integers. With order
     "random", I_t is a uniform sample without replacement; "ascending" and "descending"
-    cycle through blocks of r neighbouring rows, from the first row or the last (Zmushko
+    cycle through blocks of r neighboring rows, from the first row or the last (Zmushko
     et al. 2025, "FRUGAL").
 
     Rows lie along the weight's smaller side. FRUGAL's "columns" are the input side of
@@ -67,7 +67,7 @@ def coordinates(key: Key | None = None, *, order: Order = "random") -> BasisRule
 
 
 def sample_rows(key: Key) -> BasisRule:
-    """r rows of the gradient, sampled by their norm without replacement (Grass).
+    """Samples r rows of the gradient by their norm, without replacement (Grass).
 
     q_i = ||G_i|| / sum_j ||G_j||, I_t = sort(sample r of m by q without replacement),
     S_t = I[:, I_t] (Muhamed et al. 2024, "Grass", section 3: row-sparse projections,

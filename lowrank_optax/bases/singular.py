@@ -20,10 +20,10 @@ def dominant_svd(
 
     G_t = U diag(s) V^T, S_t = U[:, :r]    (GrassWalk paper, section 2, eq. 2)
 
-    The nearest rank-r subspace, and the one that freezes: after the early phase of
-    training the top r barely change, and with them what the weights can learn (SARA
-    paper, section 3.1). For a zero or rank-deficient gradient the basis is filled up
-    with any orthonormal vectors.
+    This is the nearest rank-r subspace, but it freezes. After the early phase of
+    training, the top r vectors barely change, and neither does what the weights can
+    learn (SARA paper, section 3.1). For a zero or rank-deficient gradient the basis is
+    filled up with any orthonormal vectors.
 
     Args:
       decomposition: "svd", "gram" (eigenvectors of G G^T), "randomized" (range finder
@@ -63,13 +63,14 @@ def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> Basi
 
     G_t = U diag(s) V^T, w_i = s_i / sum_j s_j, I = sort(sample r of m by w without
     replacement), S_t = U[:, I] (SARA paper, section 3.2, Algorithm 2). The first index
-    is drawn with probabilities w, each next one with the weights of those that are
-    left. Sorting keeps moments that are not rotated aligned. If fewer than r singular
-    values are nonzero, the first vectors of singular value zero fill the basis.
+    is drawn with the probabilities w. Each later index is drawn with the weights of
+    those that are left. Sorting keeps moments that are not rotated aligned. If fewer
+    than r singular values are nonzero, the first vectors of singular value zero fill
+    the basis.
 
-    What it gained on LLaMA-60M (docs/results/ablations.md): the subspace moves, its
-    overlap with the one before being 0.37 instead of 0.65. The loss of `galore` changed
-    by 0.001 +- 0.059, that of `fira` by -0.022 +- 0.014.
+    On LLaMA-60M (docs/results/ablations.md) the subspace moves: its overlap with the
+    one before is 0.37 instead of 0.65. The loss of `galore` changed by 0.001 +- 0.059,
+    and that of `fira` by -0.022 +- 0.014.
 
     Args:
       key: a seed or a typed key.

@@ -75,7 +75,7 @@ def packing(bits: int, group_size: int) -> Storage:
 def quantize_basis(
     rule: optax.GradientTransformation, *, bits: int = 4, group_size: int = 256
 ) -> BasisRule:
-    """`rule` with its bases in 4 or 8 bits a number (Q-GaLore).
+    """Stores the bases of `rule` in 4 or 8 bits per number (Q-GaLore).
 
     For each group x of `group_size` numbers of the flattened S (m, r), at a refresh:
 
@@ -118,12 +118,12 @@ def quantize_basis(
 def cast_basis(
     rule: optax.GradientTransformation, dtype: DTypeLike = jnp.bfloat16
 ) -> BasisRule:
-    """`rule` with its bases rounded to a smaller float, half the bytes in bfloat16.
+    """Rounds the bases of `rule` to a smaller float: half the bytes in bfloat16.
 
     Every later stage sees the rounded S, and the next basis starts from it. In bfloat16
-    each entry of S is off by at most 2^-9 of itself, and each of S^T S by about 2^-9,
-    as products of bfloat16 operands are. So it counts as orthonormal where its rule
-    does, and stages may recover the residual.
+    each entry of S is off by at most 2^-9 of itself. Each entry of S^T S is off by
+    about 2^-9, as in any product of bfloat16 operands. So the rounded S counts as
+    orthonormal if that of `rule` does, and stages may recover the residual.
 
     Args:
       rule: a basis rule, from `basis_rule` or any of the library's but `online_pca`.

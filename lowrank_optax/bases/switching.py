@@ -23,8 +23,8 @@ def switch_basis(
 ) -> BasisRule:
     """The leading directions of one power step, and a draw from its complement (Alice).
 
-    S_0 = U[:, :r] of G_0; then at each refresh, with Q = G_t G_t^T, and what
-    `track_gram` adds to it,
+    S_0 = U[:, :r] of G_0; then at each refresh, with Q = G_t G_t^T plus what
+    `track_gram` adds,
 
         S' = Q of Q S_{t-1} = Q R
         S' <- S' V,   S'^T Q S' = V diag(d) V^T,   d descending
@@ -143,9 +143,10 @@ def track_gram(
         Q~_t = decay Q~_{t-1} + (1 - decay) G~_t G~_t^T
 
     (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
-    As there Q~ stays when the basis changes, although its coordinates do: with a decay
-    of 0.999, much of it belongs to directions that have left. The paper's own ablation
-    finds little effect (Table 5). State of a matrix: r^2 numbers.
+    As in the paper, Q~ stays the same when the basis changes, although its coordinates
+    change. With a decay of 0.999, much of Q~ belongs to directions that have left the
+    basis. The paper's own ablation finds little effect (Table 5). State of a matrix:
+    r^2 numbers.
 
     Args:
       stages: a basis rule, then `project()`, chained.

@@ -1,4 +1,4 @@
-"""Step: matrices of full rank, the gradient of each output normalised (SCALE)."""
+"""Step: matrices of full rank, the gradient of each output normalized (SCALE)."""
 
 import re
 from typing import NamedTuple

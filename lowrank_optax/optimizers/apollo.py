@@ -44,11 +44,11 @@ def apollo(
 
     When to choose it: no basis in the state, no factorization, one product. When not:
     where the gradient's directions need preconditioning, since each column of the step
-    is a multiple of the gradient's; then `grass_jump`.
+    is a multiple of the gradient's column. Use `grass_jump` there.
 
-    Deviations: torch's random numbers are not reproduced. `variant="published"` is
-    apollo-torch 1.0.3 step for step otherwise, as for `fira`. Like the released code,
-    both variants keep the moments when S is redrawn.
+    Deviations: torch's random numbers are not reproduced. Otherwise
+    `variant="published"` is apollo-torch 1.0.3 step for step, as for `fira`. Like the
+    released code, both variants keep the moments when S is redrawn.
 
     Args:
       key: a seed or a typed key for the projections; required unless `basis` is passed.

@@ -30,7 +30,7 @@ _NUMBERS = {"Number", "Number | None", "Step", "optax.ScalarOrSchedule"}
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a named optimizer that `optax.inject_hyperparams` leaves alone.
 
-    All arguments, that is, but those annotated as a number or a schedule.
+    These are all arguments except those annotated as a number or a schedule.
 
     Args:
       factory: `galore` or any other of the named optimizers.

@@ -42,9 +42,9 @@ def fira(
     "Fira"; SARA paper, section 2; `recover_residual`). State of a matrix: mr + 2nr + 1
     numbers.
 
-    When to choose it: as `galore`, for the cost of column norms and one more pass over
-    the gradient. When not: with random bases, since phi comes from moments that are not
-    rotated (GrassWalk paper, section 5); then `grass_jump`.
+    When to choose it: as `galore`, if you accept the cost of column norms and of one
+    more pass over the gradient. When not: with random bases, since phi comes from
+    moments that are not rotated (GrassWalk paper, section 5). Use `grass_jump` there.
 
     Deviations: `variant="published"` is fira 1.0.2 step for step: as for `galore`, with
     the residual G - scale S G~ and a limiter on norms before bias correction.

@@ -44,8 +44,8 @@ def frugal(
     without a factorization. When not: at the high learning rates of GaLore, since every
     weight moves by lr at every step.
 
-    Deviations: none but that a residual of rounding takes no step (`sign_residual`);
-    otherwise this is the released code step for step.
+    Deviations: a residual that is only rounding error takes no step (`sign_residual`).
+    Otherwise this is the released code step for step.
 
     Args:
       basis: the basis rule; `dominant_svd()` by default.

@@ -42,11 +42,12 @@ def grass_jump(
     When to choose it: a refresh costs one small QR, and the subspace explores fastest.
     When not: without the residual, since a random subspace alone misses most of the
     gradient. Nor where the loss counts most: rotating both moments into a random basis
-    cost 0.115 +- 0.045 on LLaMA-60M at 40 steps between refreshes
-    (docs/results/ablations.md). `basis=sara_sample(key)` or a smaller b2 costs less.
+    raised it by 0.115 +- 0.045 on LLaMA-60M, with 40 steps between refreshes
+    (docs/results/ablations.md). `basis=sara_sample(key)` or a smaller b2 raises it
+    less.
 
-    Deviations: none that are known; no code is published. After a thousand
-    zero gradients steps are several times as large as at first, as AdamW's are: V has
+    Deviations: none that are known; no code is published. After a thousand zero
+    gradients, steps are several times as large as at first, as with AdamW: V has
     decayed, and its bias correction is over.
 
     Args:
@@ -90,8 +91,8 @@ def grass_walk(
     `grassmann_walk`). State of a matrix: mr + 2nr + 1 numbers.
 
     When to choose it: the basis moves smoothly and needs no gradient, so that a refresh
-    is cheap. When not: where the gradient's own subspace is worth following; then
-    `basis=sara_sample(key)` here.
+    is cheap. When not: where the gradient's own subspace is worth following. Pass
+    `basis=sara_sample(key)` there.
 
     Deviations: the paper names neither angle nor directions. By default one direction
     moves, since section 5 speaks of "controlled rank-1 rotations". On LLaMA-60M

@@ -35,10 +35,10 @@ def ldadam(
     State of a matrix: mr + 2nr numbers, and mn for the error; about seven products and
     one QR a step.
 
-    When to choose it: for a low loss where memory allows; small ranks. It ended at
-    3.756 on LLaMA-60M, where `spectral_adam` ended at 3.680 with less state. When not:
-    to save memory, since its error is as large as the gradient. `feedback=False` saves
-    that memory and cost 0.116 (docs/results/ablations.md).
+    When to choose it: for a low loss where memory allows, and at small ranks. It ended
+    at 3.756 on LLaMA-60M, where `spectral_adam` ended at 3.680 with less state. When
+    not: to save memory, since its error is as large as the gradient. `feedback=False`
+    saves that memory, but raised the loss by 0.116 (docs/results/ablations.md).
 
     Deviations: none; this is the released code step for step. Like that code, it
     projects the output side of a square matrix, unless `square` says otherwise.

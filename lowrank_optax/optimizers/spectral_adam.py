@@ -34,9 +34,9 @@ def spectral_adam(
         G~ = S^T G,  M, V <- Adam's of G~,  O = M^ / (sqrt(V^) + eps)
         W <- W - lr (scale S O + residual_scale sqrt(n) polar(G - S G~))
 
-    The power step is LDAdam's (`power_iterate`, `rotate_moments`), polar(R) about U V^T
-    of R = U diag(s) V^T (`spectral_residual`). State of a matrix: mr + 2nr numbers,
-    GaLore's. Four products with S a step, and those of Newton-Schulz.
+    The power step is LDAdam's (`power_iterate`, `rotate_moments`). polar(R)
+    approximates U V^T of R = U diag(s) V^T (`spectral_residual`). State of a matrix: mr
+    + 2nr numbers, GaLore's. Four products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest
@@ -45,11 +45,11 @@ def spectral_adam(
 
     When not: where the time of the update matters more than the number of steps. At
     LLaMA-1B a step took 2.93 of AdamW's with 4,096 tokens and 1.50 with 16,384
-    (docs/results/step_time.md). Nor where micro-batches are summed in the subspace.
+    (docs/results/step_time.md). Nor where microbatches are summed in the subspace.
 
     COSMOS (arXiv 2502.17410) is the nearest published method. It keeps the full
-    momentum, mn numbers more, and takes both steps from it; here they are of the
-    gradient. It chooses its basis from an average of G^T G, does not rotate Adam's
+    momentum, mn numbers more, and takes both steps from it. Here both steps come from
+    the gradient. It chooses its basis from an average of G^T G, does not rotate Adam's
     moments with it, and renormalizes the sum.
 
     Args:

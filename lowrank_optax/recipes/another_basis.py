@@ -56,15 +56,16 @@ def coap(
         S <- S - step_size grad_S [mean((S S^T G - G)^2) (1 - mean_i cos((S M)_i, G_i))]
         W <- W - lr scale S M^ / (sqrt(V^) + eps),    M, V Adam's of S^T G
 
-    at a refresh, its gradient's norm clipped at 1; every `recompute_every`-th takes the
-    left singular vectors of a sketch of G instead (Xiao et al. 2025, "COAP";
-    `correlation_aware`). Moments are not rotated, the released default. State of a
-    matrix: mr + 2nr numbers.
+    The first equation is a refresh, with the norm of grad_S clipped at 1. Every
+    `recompute_every`-th refresh takes the left singular vectors of a sketch of G
+    instead (Xiao et al. 2025, "COAP"; `correlation_aware`). Moments are not rotated,
+    the released default. State of a matrix: mr + 2nr numbers.
 
     When to choose it: a cheap refresh without an SVD. When not: with very small
-    gradients, whose squares scale its steps, as of a language model's mean loss; then
-    only the recomputations move it. Deviation: Adam's moments are corrected for bias
-    before eps is added; the released code corrects the step size.
+    gradients, such as those of a language model's mean loss. Their squares scale the
+    basis's steps, so that only the recomputations move it. Deviation: Adam's moments
+    are corrected for bias before eps is added; the released code corrects the step
+    size.
 
     Args:
       recompute_every: refreshes from one recomputation to the next.
@@ -98,13 +99,13 @@ def dct_adamw(
     One product chooses r columns of the DCT matrix; Adam's moments stay with their
     columns (Modoranu et al. 2025, "FFT-based Dynamic Subspace Selection";
     `dct_columns`). State of a matrix: 2nr numbers and r integers, and mn with feedback;
-    two products a step, and at a refresh one of m x m and n.
+    two products a step, and at a refresh one of (m, m) and (m, n).
 
     When to choose it: a basis that follows the gradient without a factorization, and is
     not stored. When not: where the top of the spectrum counts, which a fixed matrix
-    only approximates. Deviations: this is the released code with `rotate_subspace`
-    (read, not run beside it), on the smaller side of every matrix; that code can also
-    store the feedback in 4 or 8 bits.
+    only approximates. Deviations: this is the released code with `rotate_subspace`, on
+    the smaller side of every matrix. That code was read, but not run for comparison. It
+    can also store the feedback in 4 or 8 bits.
 
     Args:
       feedback: whether what the projection lost is added to the next gradient.
@@ -137,8 +138,8 @@ def galore_2(
     2025, "GaLore 2: Large-Scale LLM Pre-Training by Gradient Low-Rank Projection",
     arXiv 2504.20437; `dominant_svd`). State of a matrix: mr + 2nr numbers.
 
-    When to choose it: large matrices, whose SVD would dominate a refresh. When not: for
-    a subspace that does not freeze; then `galore(basis=sara_sample(key))`. Deviations:
+    When to choose it: large matrices, whose SVD would dominate a refresh. When not: if
+    the subspace must not freeze. Use `galore(basis=sara_sample(key))` then. Deviations:
     the sketch has eight more columns than the rank and two power steps. The paper's
     FSDP is not part of this: `state_shardings` and `training` are for any optimizer.
 
@@ -168,7 +169,7 @@ def golore(
     eps: Number = 1e-8,
     **options: Unpack[ScaledOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """GoLore: GaLore whose subspace is random in the end.
+    """GoLore: GaLore with a random subspace late in training.
 
     The basis is the gradient's leading singular vectors before `switch_step`, and
     uniformly random from there on. The first moment rotates with it, M <- S_t^T S_{t-1}
@@ -177,10 +178,10 @@ def golore(
     numbers.
 
     When to choose it: where GaLore stalls late because noise fills its subspace. When
-    not: for the whole run, since a random subspace alone misses most of the gradient;
-    then `grass_jump`. Deviations: the released code rotates M for one step and forgets
-    it; here it is stored, as in the paper. Scale 0.25 is GaLore's; the released script
-    takes 1.
+    not: for the whole run, since a random subspace alone misses most of the gradient.
+    Use `grass_jump` for that. Deviations: the released code rotates M for one step and
+    forgets it; here it is stored, as in the paper. Scale 0.25 is GaLore's; the released
+    script takes 1.
 
     Args:
       switch_step: the first step of random bases; 0.5 to 0.8 of the run there.
@@ -217,7 +218,7 @@ def grass_sparse(
     a matrix: 2nr numbers, r integers, a count; no product.
 
     When to choose it: the cheapest update, where most rows may wait. When not: for
-    speed per token; `frugal(basis=coordinates(key))` moves the other rows too.
+    progress per token. `frugal(basis=coordinates(key))` moves the other rows too.
     Deviations: the source projects to save gradient memory as well; here the full
     gradient comes in. Rows lie along the smaller side. No code is published; scale 0.25
     is GaLore's.
@@ -298,8 +299,8 @@ def q_galore(
     matrix: bits mr / 8 + 2nr bytes, and scales.
 
     When to choose it: GaLore at a quarter of its memory. When not: where the subspace
-    must be left before it freezes, which a lazy refresh hastens. Deviation: the source
-    also stores weights in 8 bits with stochastic rounding; `weights.store` and
+    must not freeze. A lazy refresh makes it freeze sooner. Deviation: the source also
+    stores weights in 8 bits with stochastic rounding; `weights.store` and
     `weights.add_updates` do that for any optimizer.
 
     Args:

@@ -56,11 +56,11 @@ def alice(
     and r^2 with tracking; two products a step. Published: rate 0.02 and the defaults;
     scale 0.25, residual_scale 0.2 at 1.3B.
 
-    When to choose it: for the lowest losses that its paper reports, where it trains the
-    head too; a refresh without an SVD. When not: where micro-batches are summed in the
-    subspace, since it needs the gradient; without tuning. Deviations: eps is ours; as
-    in the paper no moment is corrected for bias. Leaves of full rank take Adam's step
-    with `learning_rate`, for which the paper names no value.
+    When to choose it: for a low loss, and a refresh without an SVD. Its paper reports
+    its lowest losses where it trains the head too. When not: without tuning, or where
+    microbatches are summed in the subspace, since it needs the full gradient.
+    Deviations: eps is ours; as in the paper no moment is corrected for bias. Leaves of
+    full rank take Adam's step with `learning_rate`, for which the paper names no value.
 
     Args:
       key: a seed or a typed key for the draws; required unless `basis` is passed.
@@ -110,7 +110,7 @@ def subtrack(
     2nr + 1 numbers.
 
     When to choose it: where the gradient's subspace moves slowly and is worth following
-    with a cheap refresh. When not: for a basis that explores; then `grass_walk`.
+    with a cheap refresh. When not: if the basis should explore. Use `grass_walk` then.
 
     Deviations: the released code tracks only matrices with fewer rows than columns,
     multiplies V by 1 - b2 at every interval, and M by S_t^T S_0. Here every matrix is
@@ -157,13 +157,13 @@ def sumo(
     nr + 1 numbers; two products with S a step, two r x r eigendecompositions.
 
     When to choose it: Muon's step at half of GaLore's moments, with small ranks. When
-    not: at large ranks, for the eigendecompositions of every step; on micro-batches
-    summed in the subspace, since it needs the gradient.
+    not: at large ranks, because of the eigendecompositions at every step; where
+    microbatches are summed in the subspace, since it needs the full gradient.
 
     Deviations: Algorithm 1 takes m >= n and projects the m rows; here the smaller side
-    is projected. sqrt(max(m, n)) is in the text alone; it scales the whole step. No
-    decay is named: 0.95 is Muon's. The source may draw bases from a randomized SVD,
-    which is `basis=dominant_svd(decomposition="randomized", key=key)`.
+    is projected. The paper has sqrt(max(m, n)) only in its text. It scales the whole
+    step. No decay is named: 0.95 is Muon's. The source may draw bases from a randomized
+    SVD, which is `basis=dominant_svd(decomposition="randomized", key=key)`.
 
     Args:
       basis: the basis rule, of orthonormal bases; `dominant_svd()` by default.

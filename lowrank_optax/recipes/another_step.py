@@ -43,7 +43,7 @@ def flora(
         W <- W - lr scale S_t M,               S_t Gaussian, from its key
 
     (Hao et al. 2024, "FLora: Low-Rank Adapters Are Secretly Gradient Compressors",
-    section 2.4, with Adafactor as its experiments.) State of a matrix: nr + m + n
+    section 2.4, with Adafactor as in its experiments.) State of a matrix: nr + m + n
     numbers.
 
     When to choose it: a first moment at Adafactor's memory. When not: with a small rank
@@ -91,9 +91,9 @@ def galore_adafactor(
     When to choose it: half of Adam's moments, or with b1 = None next to none, at full
     precision; better than GaLore-Adam in the SARA paper's Table 1. When not: on work
     like that of docs/results/losses_60m.md, where Adam's two moments were a little
-    better.
-    Deviations: with b1 = None this is galore-torch 1.0's GaLoreAdafactor step for step.
-    With b1 the released code averages after the learning rate, here before it.
+    better. Deviations: with b1 = None this is galore-torch 1.0's GaLoreAdafactor step
+    for step. With b1 the released code averages after the learning rate, and this code
+    before it.
 
     Args:
       b1: decay rate of M; None for no momentum.
@@ -135,10 +135,10 @@ def galore_adam8bit(
     Quantization"; SARA paper, section 4). State of a matrix: 4mr + 2nr (1 + 4 / b)
     bytes, in blocks of b = block_size / 2 to block_size numbers.
 
-    When to choose it: saves most of what is left of the moments, at little cost. When
-    not: while you compare methods, since it rounds. Deviation: the released code rounds
-    the low-rank update to the weight's dtype, and stores moments by bitsandbytes'
-    kernels.
+    When to choose it: to save most of the memory that the moments still take, at little
+    cost. When not: while you compare methods, since it rounds. Deviation: the released
+    code rounds the low-rank update to the weight's dtype, and stores moments by
+    bitsandbytes' kernels.
 
     Args:
       block_size: numbers that share a scale.
@@ -176,10 +176,10 @@ def galore_adam_mini(
     moment for each of its n columns, or for each head that `heads` names. State of a
     matrix: mr + nr + n numbers.
 
-    When to choose it: saves nearly half of Adam's state in the subspace. When not:
-    where it must not cost loss (SARA paper, Table 1: behind GaLore-Adam). Deviations:
-    none that are known; no code is published, and the SARA paper does not name the
-    blocks.
+    When to choose it: to save nearly half of Adam's state in the subspace. When not:
+    where the loss must not rise (in the SARA paper's Table 1 it is behind GaLore-Adam).
+    Deviations: none that are known; no code is published, and the SARA paper does not
+    name the blocks.
 
     Args:
       heads: pairs (regular expression, size of a head) for query and key projections
@@ -215,7 +215,7 @@ def msgd(
     (SARA paper, section 3.3: the method of Theorem 3.4, which converges at O(1 / T + 1
     / sqrt(T)); its beta_1 is 1 - b1 here.) State of a matrix: mr + nr numbers. When to
     choose it: to study convergence, and where SGD trains. When not: for transformers,
-    which need Adam's second moment; then `galore(basis=sara_sample(key))`.
+    which need Adam's second moment. Use `galore(basis=sara_sample(key))` there.
 
     Args:
       key: a seed or a typed key for SARA's samples; required unless `basis` is passed.

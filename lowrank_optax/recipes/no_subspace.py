@@ -43,16 +43,16 @@ def racs(
 
         W <- W - lr scale diag(q)^(-1/2) G diag(s)^(-1/2)
 
-    its norm limited to grow by `limit` a step; q and s are running means of a rank-one
-    fit of the squared gradient (Gong et al. 2025, "Structured Fisher Approximation",
-    Algorithm 1; `scale_by_racs`). State of a matrix: m + n + 1 numbers; ten sums over
-    the gradient a step, and no product. Published: learning_rate=0.02 and the defaults;
-    scale=0.02 at 1.3B.
+    Its norm may grow by at most a factor of `limit` per step. q and s are running means
+    of a rank-one fit of the squared gradient (Gong et al. 2025, "Structured Fisher
+    Approximation", Algorithm 1; `scale_by_racs`). State of a matrix: m + n + 1 numbers;
+    ten sums over the gradient a step, and no product. Published: learning_rate=0.02 and
+    the defaults; scale=0.02 at 1.3B.
 
-    When to choose it: next to no state, as a baseline for what has more. When not:
-    where micro-batches are summed in a subspace, for there is none; with small batches,
-    whose noise no momentum averages. Deviations: leaves of full rank take Adam's step,
-    as the last layer does in the paper: by default embedding, norms and head.
+    When to choose it: as a baseline with next to no state. When not: where microbatches
+    are summed in a subspace, since it has none; with small batches, whose noise no
+    momentum averages. Deviations: leaves of full rank take Adam's step, as the last
+    layer does in the paper: by default embedding, norms and head.
 
     Args:
       iterations: of the fit.
@@ -93,11 +93,12 @@ def scale_sgd(
     `normalize_by_output_rms`, `trace_matching`). State of a matrix: none; of the head
     mn numbers. No product.
 
-    When to choose it: as a baseline that is hard to beat for how little it stores. When
-    not: with small batches, whose noise no momentum averages. Deviations: the paper
-    divides by the norm; this and the released code, with its learning rate of 1e-3, by
-    the root mean square. That code adds 1e-8 to it, ours divides by any but zero. As
-    there, embedding and head are matrices, and norms and biases take Adam's step.
+    When to choose it: as a strong baseline that stores very little. When not: with
+    small batches, whose noise no momentum averages. Deviations: the paper divides by
+    the norm. This code and the released one, whose learning rate is 1e-3, divide by the
+    root mean square. The released code adds 1e-8 to it. This code divides by it unless
+    it is zero. As there, embedding and head are matrices, and norms and biases take
+    Adam's step.
 
     Args:
       momentum: a regular expression: the paths of matrices with momentum; by default an

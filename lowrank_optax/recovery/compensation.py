@@ -1,4 +1,4 @@
-"""Back: the step, plus the residual with normalised columns (Alice)."""
+"""Back: the step, plus the residual with normalized columns (Alice)."""
 
 import math
 from functools import partial

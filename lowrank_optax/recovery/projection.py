@@ -15,9 +15,9 @@ def project() -> optax.GradientTransformation:
 
     (GrassWalk paper, eq. 1.) Reads a Frame's `gradient` and `basis`, sets `low`.
 
-    A gradient of rank below r (few tokens) has rows of rounding in an SVD's basis, and
-    Adam would step along them as far as along the others. So a row below
-    `row_resolution` times ||G~||_F is zero.
+    In an SVD's basis, a gradient of rank below r (few tokens) has rows that are only
+    rounding error. Adam would step along them as far as along the others. So a row
+    below `row_resolution` times ||G~||_F is set to zero.
 
     Raises:
       ValueError: at update, if no basis rule stands before it in the chain.
@@ -28,7 +28,7 @@ def project() -> optax.GradientTransformation:
     """
 
     def down(frame: Frame) -> Frame:
-        low = frame.low  # already summed in the subspace over micro-batches
+        low = frame.low  # already summed in the subspace over microbatches
         if low is None:
             low = frame.down(frame.gradient)
         if frame.full_rank or are_coordinates(frame.need("basis")):

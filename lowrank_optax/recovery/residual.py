@@ -92,8 +92,9 @@ def sign_residual(
 
     (Zmushko et al. 2025, "FRUGAL", section 3.) A residual of exactly zero moves
     nothing, such as the rows inside the subspace of `coordinates`. Deviation: with
-    other bases a residual below the `resolution` of G is rounding, and has no sign; in
-    the released code the signs of rounding move weights. It costs one more pass over G.
+    other bases, a residual below the `resolution` of G is rounding error and gets no
+    step. In the released code, the signs of rounding errors move weights. The stage
+    costs one more pass over G.
 
     Args:
       scale: the residual's learning rate, as a fraction of the matrices'.

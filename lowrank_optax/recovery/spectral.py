@@ -27,12 +27,12 @@ def spectral_residual(
         R = G - S G~ = U diag(s) V^T
         step = scale S G~^O + residual_scale sqrt(n) (I - S S^T) U V^T
 
-    U V^T lies outside of the subspace already, up to the rounding of its products;
-    I - S S^T takes that out down to the rounding of products with S (2e-4 of the step
-    in TF32, 1.5e-3 in bfloat16), for one such product more, three in all.
-    The residual takes the steepest descent step in the spectral norm (Carlson et al.
-    2015, "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024,
-    "Muon"); combining it with a subspace is our own. U V^T is Muon's approximation
+    U V^T already lies outside of the subspace, up to the rounding of its products. The
+    factor I - S S^T reduces this error to the rounding of products with S (2e-4 of the
+    step in TF32, 1.5e-3 in bfloat16). It takes one more such product, three in all. The
+    residual takes the steepest descent step in the spectral norm (Carlson et al. 2015,
+    "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024, "Muon");
+    combining it with a subspace is our own. U V^T is Muon's approximation
     (`newton_schulz`). There is no state.
 
     The residual's step has entries of about `residual_scale`, whatever the size of G,

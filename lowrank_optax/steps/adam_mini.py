@@ -152,9 +152,9 @@ def adam_mini_blocks(heads: Heads = (), *, rules: Rules = ADAM_MINI_RULES) -> Bl
     The value of a rule is "element", one v per number, as in Adam; "row", one v per
     vector along the last axis; "column", one v per index of the last axis, over the
     axis before it; or an int h, one v per h consecutive columns, an attention head of
-    size h. Axes before these are batch axes. The first rule that matches counts,
-    `rules` before `heads`; without one a vector is a "row", and any other leaf
-    "column".
+    size h. Axes before these are batch axes. The first rule that matches decides, and
+    `rules` come before `heads`. Without a match, a vector is a "row" and any other leaf
+    a "column".
 
     Deviation: the paper (Partition III) does not say how blocks combine with a
     projection. Here its "one v per output" becomes one v per column of a projected

@@ -36,7 +36,7 @@ def rotate_moments(
 
     When to choose it: for a basis that moves a little at each refresh. Without it
     `ldadam` ended 0.21 higher on LLaMA-60M. When not: for a random basis, where eq. 8
-    keeps r/m of V; it cost `grass_jump`'s jump 0.115 +- 0.045
+    keeps only r/m of V. It raised the loss of `grass_jump`'s jump by 0.115 +- 0.045
     (docs/results/ablations.md). docs/methods/steps.md has the reasons.
 
     Works with `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
@@ -44,8 +44,8 @@ def rotate_moments(
     `inject_hyperparams`; `register_moments` adds others.
 
     Deviation: eq. 8 is written without hats. With raw moments the factor 1 -
-    beta2^{t-1} would enter twice; with bias-corrected ones it is the rule of LDAdam
-    (Robert et al. 2025).
+    beta2^{t-1} would enter twice. With bias-corrected moments eq. 8 is the rule of
+    LDAdam (Robert et al. 2025).
 
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.

@@ -20,13 +20,13 @@ from lowrank_optax.core.trees import each_apart, in_turn, map_frames
 def per_matrix(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` on each matrix by itself: the last two axes of a leaf are the matrix.
+    """Runs `inner` on each matrix by itself: the last two axes of a leaf.
 
     `inner` gets one leaf at a time, under `jax.vmap` over the axes before its last two.
-    One that takes means or norms over a leaf (Adafactor, clipping by block, trust
-    ratios) would otherwise mix the layers of a stacked kernel. The state is `inner`'s
-    with a tree like the parameters in place of every array, counts included; a leaf of
-    three or more axes has the batch axes in front.
+    A transformation that takes means or norms over a leaf (Adafactor, clipping by
+    block, trust ratios) would otherwise mix the layers of a stacked kernel. The state
+    is `inner`'s with a tree like the parameters in place of every array, counts
+    included; a leaf of three or more axes has the batch axes in front.
 
     Args:
       inner: any transformation whose state has the same structure for every leaf.

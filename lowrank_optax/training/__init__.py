@@ -1,4 +1,4 @@
-"""Around the optimizer: layer by layer, micro-batches, devices, sharded state."""
+"""Around the optimizer: layer by layer, microbatches, devices, sharded state."""
 
 from lowrank_optax.training.data_parallel import average_gradients
 from lowrank_optax.training.layerwise import (

@@ -13,7 +13,7 @@ from lowrank_optax.training.projected import project_gradient, update_projected
 def average_gradients(
     tx: optax.GradientTransformation, axis_name: str | tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on the mean gradient over devices, from each device's own gradient.
+    """Runs `tx` on the mean gradient over devices, from each device's own gradient.
 
     For `jax.shard_map` and `jax.pmap`, where every device has its rows of the batch and
     all weights. A step without a residual needs only S^T G, and S^T is linear:

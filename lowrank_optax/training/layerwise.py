@@ -25,7 +25,7 @@ Apply = Callable[..., Tree]
 def per_layer(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on each layer of stacked parameters by itself.
+    """Runs `tx` on each layer of stacked parameters by itself.
 
     Every leaf has the layers along its first axis, and so has every array of the state,
     which is `jax.vmap(tx.init)` of the parameters. What `tx` computes over a tree (a
@@ -33,10 +33,10 @@ def per_layer(
     numbers (docs/guides/layer_by_layer.md).
 
     With `refresh=False` (see `low_rank`) `jax.vmap` updates all layers together.
-    Otherwise a loop does: under `vmap` both branches of a conditional would run, and a
-    batch of factorizations takes longer than a loop. With `refresh=True` the singular
-    vectors of small matrices, which are faster in a batch, are computed for all layers
-    before the loop.
+    Otherwise a loop updates them: under `vmap` both branches of a conditional would
+    run, and a batch of factorizations takes longer than a loop. With `refresh=True` the
+    singular vectors of small matrices, which are faster in a batch, are computed for
+    all layers before the loop.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
@@ -138,7 +138,7 @@ def update_layers(
     operands: tuple[Tree, ...] = (),
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
-    """The step of `update_in_backward` from the gradients of all layers.
+    """Takes the step of `update_in_backward` from the gradients of all layers.
 
         U_i, state_i <- tx.update(G_i, state_i, W_i),   W_i <- W_i + U_i
 

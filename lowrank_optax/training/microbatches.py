@@ -1,4 +1,4 @@
-"""Micro-batches: sums of projected gradients, added up by the backward pass."""
+"""Microbatches: sums of projected gradients, added up by the backward pass."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class LayerSums(NamedTuple):
     Attributes:
       params: a tree of `jax.Ref`s, or of arrays once closed; layers along axis 0.
       state: the same of the transformation's state, as `per_layer` makes it.
-      sums: the same, `Projected`: `low` is a sum, `bases` the first micro-batch's.
+      sums: the same, `Projected`: `low` is a sum, `bases` the first microbatch's.
     """
 
     params: Tree
@@ -74,8 +74,9 @@ def sum_in_backward(
 ) -> Callable[..., Tree]:
     """A layer whose backward pass adds its projected gradient to a sum.
 
-    Gradient accumulation without a sum of full gradients: one layer's gradient exists
-    at a time, and r x n numbers for each matrix. After the last micro-batch:
+    This accumulates gradients without a sum of full gradients. One layer's gradient
+    exists at a time, and the sum takes r x n numbers for each matrix. After the last
+    microbatch:
 
         done = layers.close()
         params, state = lro.training.update_layers(
@@ -85,8 +86,8 @@ def sum_in_backward(
       apply: (weights of one layer, x, *inputs) to y, any trees; `inputs` get gradients.
       tx: a transformation with one `low_rank` in it.
       load: from one layer's part of `params` to the weights that `apply` takes.
-      refresh: whether the step is a refresh; its first micro-batch chooses the bases.
-      first: whether this is the step's first micro-batch; only read at a refresh.
+      refresh: whether the step is a refresh; its first microbatch chooses the bases.
+      first: whether this is the step's first microbatch; only read at a refresh.
 
     Returns:
       layer(i, layers, x, *inputs) to y, with `layers` from `LayerSums.open`.

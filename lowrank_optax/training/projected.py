@@ -38,25 +38,25 @@ def project_gradient(
     layer: int | jax.Array | None = None,
     **extra_args: Any,
 ) -> Projected:
-    """S^T G, which is all that GaLore's step needs of a gradient.
+    """Returns S^T G, which is all that GaLore's step needs of a gradient.
 
-    G~ = S^T G is linear in G, so that the sum over k micro-batches takes r rows in
-    place of m, and `update_projected` takes the step of the mean gradient:
+    G~ = S^T G is linear in G. So the sum over k microbatches takes r rows instead of m,
+    and `update_projected` takes the step of the mean gradient:
 
         G~ = (S^T G_1 + ... + S^T G_k) / k
 
-    At a refresh the first micro-batch's gradient chooses the bases, where the paper
-    takes the whole batch's; pass its `bases` to the other micro-batches. Under jit only
-    what S^T G needs is computed. A transformation before `low_rank` in a chain sees
-    each micro-batch's gradient here and the sum of S^T G at the update; clip after the
-    sum.
+    At a refresh, the first microbatch's gradient chooses the bases. Pass its `bases` to
+    the other microbatches. The paper uses the whole batch's gradient. Under jit only
+    what S^T G needs is computed. A transformation before `low_rank` in a chain runs on
+    each microbatch's gradient here, and on the sum of S^T G at the update. Clip only
+    after the sum.
 
     Args:
       tx: a transformation with one `low_rank` in it.
-      gradient: a micro-batch's.
+      gradient: a microbatch's.
       state: the state before the step.
       params: the parameters.
-      bases: those that the step's first micro-batch chose.
+      bases: those that the step's first microbatch chose.
       refresh: whether the step is a refresh.
       layer: the layer of a stack, as for `per_layer`.
       extra_args: for `tx.update`.
@@ -110,7 +110,7 @@ def update_projected(
 
     Args:
       projected: what `project_gradient` returned, summed; its `bases` are the first
-        micro-batch's.
+        microbatch's.
       tx, state, params, refresh, extra_args: as in `project_gradient`.
 
     Returns:

@@ -106,8 +106,8 @@ def square_sides(
     """The unsharded side of each square matrix, for `low_rank(square=...)`.
 
     Megatron's tensor parallelism shards the inputs of `o` and `down`, and the outputs
-    of q, k, v, gate and up. The projection should remove the other side, which shapes
-    decide for every matrix that is not square. The projected side changes what is
+    of q, k, v, gate and up. The projection should remove the other side. If a matrix is
+    not square, its shape already decides the side. The projected side changes what is
     trained: store the rules with a run, and pass the same rules when it resumes on
     another mesh.
 
