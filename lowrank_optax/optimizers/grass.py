@@ -41,10 +41,9 @@ def grass_jump(
 
     When to choose it: a refresh costs one small QR, and the subspace explores fastest.
     When not: without the residual, since a random subspace alone misses most of the
-    gradient. Nor where the loss counts most: rotating both moments into a random basis
-    raised it by 0.115 +- 0.045 on LLaMA-60M, with 40 steps between refreshes
-    (docs/results/ablations.md). `basis=sara_sample(key)` or a smaller b2 raises it
-    less.
+    gradient. Nor where the loss counts most: on LLaMA-60M with 40 steps between
+    refreshes it ended at 4.701 +- 0.056, and without rotation at 4.505 +- 0.018
+    (docs/results/ablations.md). `basis=sara_sample(key)` or a smaller b2 loses less.
 
     Deviations: none that are known; no code is published. After a thousand zero
     gradients, steps are several times as large as at first, as with AdamW: V has
@@ -96,7 +95,7 @@ def grass_walk(
 
     Deviations: the paper names neither angle nor directions. By default one direction
     moves, since section 5 speaks of "controlled rank-1 rotations". On LLaMA-60M
-    (docs/results/losses_60m.md) one direction (loss 3.939 at 0.3 rad, 3.942 at 1.0) and
+    (docs/results/losses_60m.md) one direction (loss 3.936 at 0.3 rad, 3.942 at 1.0) and
     all (3.936 at 0.3) end within the noise. All at 1.0 rad end at 3.902, near a jump's
     3.911: a longer step explores more, and `walk_rank=None, angle=1.0` is worth a try.
 

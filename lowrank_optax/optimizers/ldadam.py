@@ -36,7 +36,7 @@ def ldadam(
     one QR a step.
 
     When to choose it: for a low loss where memory allows, and at small ranks. It ended
-    at 3.756 on LLaMA-60M, where `spectral_adam` ended at 3.680 with less state. When
+    at 3.756 on LLaMA-60M, where `spectral_adam` ended at 3.683 with less state. When
     not: to save memory, since its error is as large as the gradient. `feedback=False`
     saves that memory, but raised the loss by 0.116 (docs/results/ablations.md).
 

@@ -21,7 +21,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # The names of the top level (""), and of each namespace.
 NAMES = {
     "": """
-        LAYERS STACKED add_stage apollo apollo_mini bases
+        LAYERS METHODS STACKED add_stage apollo apollo_mini bases
         basis_rule compensate_columns dominant_svd error_feedback fira frugal
         full_rank galore grass_jump grass_walk grassmann_jump grassmann_walk
         in_subspace ldadam low_rank low_rank_optimizer measure_subspace measurements
