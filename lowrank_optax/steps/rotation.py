@@ -37,7 +37,8 @@ def rotate_moments(
     When to choose it: for a basis that moves a little at each refresh. Without it
     `ldadam` ended 0.21 higher on LLaMA-60M. When not: for a random basis, where eq. 8
     keeps only r/m of V. With a jump every 40 steps it raised the loss by 0.115 +-
-    0.045, without recovery (docs/results/ablations.md). docs/methods/steps.md has the reasons.
+    0.045, without recovery (docs/results/ablations.md). docs/methods/steps.md has the
+    reasons.
 
     Works with `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
     `ScaleByLionState`, also inside `chain`, `masked`, `partition` and
