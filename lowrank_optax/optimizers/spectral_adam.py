@@ -40,8 +40,9 @@ def spectral_adam(
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
     to pay for the products. Of seven methods with seven tries each it had the lowest
-    loss on LLaMA-60M and 39 M tokens, at 4.5e-3, and of three on LLaMA-130M, at 3e-3
-    (docs/results/losses_60m.md, losses_130m.md). Nothing larger or longer was tried.
+    loss on LLaMA-60M and 39 M tokens, at 4.5e-3 (docs/results/losses_60m.md). Of three
+    it had the lowest on LLaMA-130M, at 3e-3 (docs/results/losses_130m.md). Nothing
+    larger or longer was tried.
 
     When not: where the time of the update matters more than the number of steps. At
     LLaMA-1B a step took 2.93 of AdamW's with 4,096 tokens and 1.50 with 16,384
