@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 import lowrank_optax as lro
@@ -39,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Writes the pages, into the build alone."""
     for name, method in lro.METHODS.items():
         uri = f"methods/{name}.md"
+        if files.get_file_from_path(uri):
+            raise PluginError(f"docs/{uri} is made by docs/hooks.py: remove the file")
         files.append(File.generated(config, uri, content=page(name, method)))
     return files
 

@@ -50,8 +50,9 @@ def specs_of(
             "which axes of these parameters are rows and columns of a matrix?\n"
             + "\n".join(reasons)
             + "\nPass dimension_numbers with these rules (lowrank_optax.print_rules("
-            "params) prints them too), and set the axes, lro.STACKED (the last two) "
-            "or None (full rank) where they say undecided:\n"
+            'params) prints them too). Where they say undecided, write "matrix" (two '
+            "axes), lro.STACKED (the last two of more), optax.contrib."
+            "MuonDimensionNumbers(rows, columns), or leave None (full rank):\n"
             + _as_text(shapes, specs, undecided)
         )
     return specs

@@ -17,6 +17,16 @@ from lowrank_optax.core.rules import Rank, Square
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Names of other packages for these arguments (docs/guides/migration.md).
+ELSEWHERE = {
+    "alpha": "scale",
+    "betas": "b1 and b2",
+    "lr": "learning_rate",
+    "proj_type": "square",
+    "update_proj_gap": "refresh_every",
+    "weight_dimension_numbers": "dimension_numbers",
+}
+
 
 class FullRankOptions(TypedDict, total=False):
     """Options of every optimizer, explained in `low_rank_optimizer`."""
@@ -84,7 +94,8 @@ def passes_on(inner: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
         def optimizer(*args: Any, **kwargs: Any) -> Any:
             for name in sorted(kwargs.keys() - signature.parameters.keys()):
                 close = difflib.get_close_matches(name, signature.parameters)
-                hint = f"did you mean {close[0]}" if close else "see help() for options"
+                meant = ELSEWHERE.get(name, close[0] if close else None)
+                hint = f"did you mean {meant}" if meant else "see help() for options"
                 raise TypeError(f"{make.__name__}(): no argument {name!r}; {hint}")
             try:
                 given = signature.bind(*args, **kwargs)

@@ -344,7 +344,7 @@ def bad_source(folder: Path) -> str:
 def test_a_bad_line_is_an_error_that_names_it(texts, tmp_path, workers):
     source, out = bad_source(tmp_path), tmp_path / "out"
     message = r"(1\.jsonl, line 3: no text|2\.json\.gz cannot be|3\.jsonl, line 1: no)"
-    with pytest.raises(ValueError, match=message + ".*or set bad_lines to skip"):
+    with pytest.raises(ValueError, match=message + ".*or set --bad-lines skip"):
         prepared(texts, out, [source], workers=workers)
     assert {*content_of(out, "*.u16")} <= {"00000-0.u16"}
     assert not [*out.glob("*.tmp")]

@@ -155,7 +155,7 @@ def _check_tokens(what: str, pieces: Pieces, rows: int, seq_len: int) -> None:
             return
     raise ValueError(
         f"{what} has {found} tokens in {len(pieces)} documents or windows, but at "
-        f"least {needed} are needed: add text, or lower seq_len or batch_size"
+        f"least {needed} are needed: add text, or lower --seq-len or --batch-size"
     )
 
 

@@ -48,7 +48,7 @@ def _found(value: Any, field: str) -> Any:
         if dot and head in value:
             return _found(value[head], rest)
     there = f"only {sorted(value)}" if isinstance(value, dict) else _kind(value)
-    raise ValueError(f"no text in field {field!r}; there is {there}: set text_field")
+    raise ValueError(f"no text in field {field!r}; there is {there}: set --text-field")
 
 
 def _joined(value: Any, field: str) -> str:
@@ -65,7 +65,7 @@ def _joined(value: Any, field: str) -> str:
         inside = isinstance(value, dict) and value
         to = f" to one of them, as {field}.{min(value)}" if inside else ""
         raise ValueError(
-            f"no text in field {field!r}; it holds {_kind(value)}: set text_field{to}"
+            f"no text in field {field!r}; it holds {_kind(value)}: set --text-field{to}"
         )
     return value
 

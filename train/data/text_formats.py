@@ -42,7 +42,7 @@ class BadLines:
     def meet(self, error: Exception) -> None:
         """Counts an error; raises it as ValueError if that is the choice."""
         if self._choice == "error":
-            raise ValueError(f"{error}, or set bad_lines to skip") from error
+            raise ValueError(f"{error}, or set --bad-lines skip") from error
         self.add(1, [str(error)])
 
     def add(self, count: int, first: Sequence[str]) -> None:

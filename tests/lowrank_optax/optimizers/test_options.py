@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.optimizers.options import ELSEWHERE
 
 # Where a method's own paper or release differs from `low_rank_optimizer` or `galore`.
 DEFAULTS: dict[Any, dict[str, Any]] = {
@@ -18,7 +19,7 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     lro.ldadam: {"refresh_every": 1, "square": "output"},
     lro.apollo_mini: {"rank": 1},
     lro.recipes.dct_adamw: {"refresh_every": 1},
-    lro.recipes.coap: {"eps": 1e-6},
+    lro.recipes.coap: {"eps": 1e-6, "refresh_every": 40},
     lro.recipes.online_subspace_descent: {"eps": 1e-8},
     lro.recipes.msgd: {"scale": 1.0},
 }
@@ -44,3 +45,13 @@ def test_an_argument_that_is_misspelt_is_named_with_the_one_that_was_meant() -> 
         lro.recipes.golore(0.01, rnak=4)
     with pytest.raises(TypeError, match=r"galore\(\): no argument 'foo'; see help"):
         lro.galore(0.01, foo=1)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_argument_of_another_package_is_translated(name: str) -> None:
+    parameters = inspect.signature(lro.galore).parameters
+    meant = ELSEWHERE[name]
+    assert name not in parameters
+    assert {*meant.split(" and ")} <= {*parameters}
+    with pytest.raises(TypeError, match=f"no argument '{name}'; did you mean {meant}"):
+        lro.galore(**{"learning_rate": 0.01, name: 1})

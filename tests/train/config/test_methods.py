@@ -38,7 +38,9 @@ def test_an_option_is_explained_at_most_one_docstring_away(name: str) -> None:
     options = [*inspect.signature(PUBLIC[name]).parameters]
     known = explained(PUBLIC[name])
     for names, other in re.findall(r"^\s+([*\w, ]+): as in `(\w+)`", args(name), re.M):
-        there = explained(getattr(lro, other, None) or getattr(lro.recipes, other))
+        make = PUBLIC.get(other, lro.low_rank_optimizer)
+        assert make.__name__ == other, f"{other} is no named optimizer"
+        there = explained(make)
         named = [x.strip() for x in names.split(",")]
         taken = options if named == ["**options"] else named
         if named != ["**options"]:

@@ -125,7 +125,7 @@ BAD_LINES = {
     "blank": (b"", "not valid JSON"),
     "list": (b'["text"]', "no text in field 'text'; there is a list, and no fields"),
     "number": (b"3", "no text in field 'text'; there is int, and no fields"),
-    "other field": (b'{"body": "b"}', r".*there is only \['body'\]: set text_field"),
+    "other field": (b'{"body": "b"}', r".*there is only \['body'\]: set --text-field"),
     "null": (b'{"text": null}', "no text in field 'text'; it holds null"),
     "object": (b'{"text": {"b": 1, "a": 2}}', r".*'b'\]: .* one of them, as text\.a"),
     "numbers": (b'{"text": ["a", 1]}', "no text in field 'text'; it holds int"),
@@ -143,7 +143,7 @@ def test_a_bad_line_is_an_error_or_counted(tmp_path, case, packer):
     path = tmp_path / f"a.jsonl{packer}"
     path.write_bytes(PACKERS[packer](b"\n".join([*GOOD[:2], line, GOOD[2], b""])))
     message = rf"a\.jsonl{packer}, line 3: {message}"
-    with pytest.raises(ValueError, match=message + ".*or set bad_lines to skip"):
+    with pytest.raises(ValueError, match=message + ".*or set --bad-lines skip"):
         texts_in(path)
     bad = BadLines("skip")
     assert texts_in(path, bad) == ["a", "b", "c"]
