@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.helpers.marks import slow_but
 
 EYE = {"w": jnp.eye(4, 2)[None], "layers": jnp.tile(jnp.eye(4, 2), (1, 3, 1, 1))}
 BASES = {
@@ -139,8 +140,11 @@ PARAMS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("basis", BASES)
+# Singular vectors, a basis that is not orthonormal, rows, and momentum.
+FEW = ["dominant_svd", "gaussian", "coordinates", "power_iterate"]
+
+
+@pytest.mark.parametrize("basis", slow_but([], BASES, slow=FEW))
 def test_every_combination_works_or_is_refused_with_a_reason(basis: str) -> None:
     for step in STEPS:
         refused: dict[str, str] = {}

@@ -61,6 +61,7 @@ def measured(flags, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_measures(measured):
     records = read_metrics(measured)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
@@ -99,6 +100,7 @@ def test_it_changes_no_bit_of_a_run(measured, flags, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_measures_the_same(measured, flags, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(measured, folder)
@@ -168,6 +170,7 @@ def test_a_comparison_measures_what_has_a_subspace():
     assert [(c.measure, c.anchor) for c in chosen] == [("none", None), ("overlap", 2)]
 
 
+@pytest.mark.slow
 def test_the_spectrum_of_a_run(measured, tmp_path, capsys):
     picture = tmp_path / "spectrum.png"
     train.spectrum.main([f"{measured}@3", str(measured), "--out", str(picture)])

@@ -148,7 +148,8 @@ def arrays_bytes(tree: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(["adamw"], ["adamw", "grass_jump", "galore_adam8bit"])
+    "name",
+    slow_but([], ["adamw", "grass_jump", "galore_adam8bit"], slow=["galore_adam8bit"]),
 )
 def test_a_step_may_be_taken_layer_by_layer_and_changed_when_resumed(
     name, tmp_path, asked
@@ -176,7 +177,7 @@ def test_a_step_may_be_taken_layer_by_layer_and_changed_when_resumed(
         check_a_stopped_run(on, tmp_path, asked)
 
 
-@pytest.mark.parametrize("dtype", slow_but([], ["bfloat16", "int8"]))
+@pytest.mark.parametrize("dtype", slow_but([], ["bfloat16", "int8"], slow=["int8"]))
 def test_weights_of_few_bits_train_and_resume_bit_for_bit(dtype, tmp_path, asked):
     config = config_of("galore_adam8bit", dtype)
     trained = check_a_stopped_run(config, tmp_path, asked)
@@ -285,6 +286,7 @@ def check_memory(trained: Trained) -> None:
     assert adamw.state > 2 * adamw.gradients
 
 
+@pytest.mark.slow
 def test_adamws_step_is_compiled_beside_where_it_costs_nothing(monkeypatch):
     config = config_of("galore", layerwise="off")
     optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
@@ -410,7 +412,7 @@ def with_the_mark(state: Any, layer: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "how", "clip_norm", "damage"),
     [
-        ("adamw", "on", 1.0, "overflow"),
+        pytest.param("adamw", "on", 1.0, "overflow", marks=pytest.mark.slow),
         ("adamw", "off", 1.0, "overflow"),
         ("galore_adam8bit", "on", 1.0, "nan"),
     ],
@@ -459,9 +461,8 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
         before = after
 
 
-@pytest.mark.parametrize(
-    "clip_norm", [None, pytest.param(1e-3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
 def test_microbatches_are_summed_in_the_subspace(clip_norm):
     """The steps of whole gradients, if the first microbatch decides where they go."""
     config = config_of("golore", microbatches=2)  # random from its switch on: at once

@@ -102,7 +102,9 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize(
+    "layerwise", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_padding_outside_of_the_vocabulary_changes_nothing(layerwise):
     work = work_of("grass_jump", layerwise=layerwise)
     step = jax.jit(partial(train_step, work, refresh=True))
@@ -195,11 +197,12 @@ def test_the_loss_in_blocks_is_that_of_all_logits(monkeypatch):
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param({"microbatches": 2}, marks=pytest.mark.slow),
+        {"microbatches": 2},
         {"layerwise": True},
     ],
     ids=["whole", "layerwise"],
 )
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(how):
     work = work_of("grass_jump", **how)
     config = Config(batch_size=16, seq_len=12, microbatches=work.microbatches)

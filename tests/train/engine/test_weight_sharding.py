@@ -149,7 +149,7 @@ def check_curve(losses: list[float], expected: list[float]) -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", slow_but(["adamw", "layerwise"], CASES))
+@pytest.mark.parametrize("case", slow_but(["adamw"], CASES, slow=["layerwise"]))
 def test_a_mesh_takes_the_steps_of_one_device(case: str) -> None:
     runner = spread(case)
     assert runner.mesh.size == 8
@@ -162,7 +162,7 @@ def device_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in shards)
 
 
-@pytest.mark.parametrize("case", slow_but(["adamw", "layerwise"], CASES))
+@pytest.mark.parametrize("case", slow_but(["adamw"], CASES, slow=["layerwise"]))
 def test_weights_and_state_are_cut_from_the_first_and_stay_so(case: str) -> None:
     runner = spread(case)
     after, _ = runner.go_on(copied(runner), 0, 1)

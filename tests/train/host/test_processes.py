@@ -60,6 +60,7 @@ def mpirun(work: Workshop, out: Path, *flags: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @needs_mpirun
 def test_a_job_of_mpirun_that_lost_a_process_goes_on_elsewhere(work, expected):
     out = work.fresh("job")

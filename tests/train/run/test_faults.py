@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from tests.helpers.faults import KINDS
+from tests.helpers.marks import slow_but
 from tests.helpers.workshop import workshop
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def may_mount(folder) -> bool:
 
 TIMES = {
     "kills": 2,
-    "stops": 2,
+    "stops": 1,
     "stops_of_two": 1,
     "freezes_of_one_of_two": 1,
     "errors_of_one_of_two": 1,
@@ -47,7 +48,12 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize("name", TIMES)
+# One kind of fault each: to a process, to one of two, to checkpoints, to what a run reads.
+EACH = ["kills", "stops", "stops_of_two", "checkpoints_of_one_of_two", "damages"]
+EACH += ["changed_inputs"]
+
+
+@pytest.mark.parametrize("name", slow_but(EACH, TIMES))
 def test_a_run_survives(name, work, tmp_path):
     if name == "disks" and not may_mount(tmp_path):
         pytest.skip("no right to mount a small file system here")

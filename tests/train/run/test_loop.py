@@ -294,8 +294,10 @@ def test_a_sample_that_fails_leaves_all_the_rest(
 @pytest.mark.parametrize(
     ("schedule", "resumed"),
     [
-        (("--warmup", "0", "--final", "1"), ()),
-        (("--schedule", "constant", "--warmup", "1"), ()),
+        pytest.param(("--warmup", "0", "--final", "1"), (), marks=pytest.mark.slow),
+        pytest.param(
+            ("--schedule", "constant", "--warmup", "1"), (), marks=pytest.mark.slow
+        ),
         (
             ("--schedule", "wsd", "--warmup", "1", "--decay", "2", "--keep", "1"),
             ("--resume-from", "2"),
