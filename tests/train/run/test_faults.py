@@ -48,7 +48,7 @@ TIMES = {
 }
 
 
-# One kind of fault each: to a process, to one of two, to checkpoints, to what a run reads.
+# One kind each: a process, one of two, checkpoints, and what a run reads.
 EACH = ["kills", "stops", "stops_of_two", "checkpoints_of_one_of_two", "damages"]
 EACH += ["changed_inputs"]
 
