@@ -3,7 +3,9 @@
 import re
 from typing import Any
 
+import jax
 import pytest
+from flax import nnx
 
 from tests.helpers.repository import ROOT
 
@@ -20,7 +22,6 @@ def blocks(language: str) -> list[str]:
 def test_an_example_runs_and_trains_every_weight(example: str) -> None:
     names: dict[str, Any] = {}
     exec(example, names)
-    jax, nnx = __import__("jax"), __import__("flax.nnx").nnx
 
     def weights() -> list[Any]:
         trained = names.get("state") if hasattr(names.get("state"), "params") else None
