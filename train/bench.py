@@ -283,13 +283,14 @@ def bench_step(config: BenchConfig, row: Row, compiled: Compiled) -> Row:
 
 
 def bench_update(config: BenchConfig, row: Row) -> Row:
-    """Times of an update alone."""
+    """Times of an update alone, and its temporaries without the gradients."""
     run = run_of(config, row["optimizer"], "off")
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
     kinds = kinds_of_steps(optimizer)
-    steps, compile_s = update_alone(optimizer, model_config(run.model), kinds)
-    found = {"compile_s": compile_s, **times(config, steps)}
-    return found | profiled(config, row, steps)
+    update = update_alone(optimizer, model_config(run.model), kinds)
+    found: Row = {"temporaries": update.temporaries / GIB}
+    found |= {"compile_s": update.compile_s, **times(config, update.steps)}
+    return found | profiled(config, row, update.steps)
 
 
 def attempt(row: Row, run: Callable[[], T]) -> T | None:

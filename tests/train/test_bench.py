@@ -109,13 +109,13 @@ def test_the_update_alone_has_no_model():
     rows = bench(config_of("msgd", update_alone=True, steps=3))
     assert [row["optimizer"] for row in rows] == ["adamw", "msgd"]
     times = {"compile_s", "step_ms", "mean_ms", "ratio", "mean_ratio"}
-    assert rows[0].keys() == {"optimizer", "layerwise", *times}
+    assert rows[0].keys() == {"optimizer", "layerwise", "temporaries", *times}
     assert {row["layerwise"] for row in rows} == {"-"}
     assert rows[1].keys() == {*rows[0], "refresh_ms"}
     assert all(row["step_ms"] > 0 for row in rows)
     assert cells(table(rows).splitlines()[0]) == [
         *("optimizer", "layer by layer", "step, ms", "of AdamW's", "refresh, ms"),
-        *("of AdamW's with refreshes", "compile, s"),
+        *("of AdamW's with refreshes", "compile, s", "all of the step alone"),
     ]
 
 

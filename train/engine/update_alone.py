@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,25 @@ from train.engine.optimizer import Optimizer, Tree
 from train.engine.timing import Steps
 
 
-def update_alone(
-    optimizer: Optimizer, model: LlamaConfig, kinds: Sequence[bool]
-) -> tuple[Steps, float]:
+class Update(NamedTuple):
     """Steps of the update and its addition to the weights, on random gradients.
 
-    Also returns the seconds to compile them.
+    Attributes:
+      steps: the steps.
+      compile_s: seconds to compile them.
+      temporaries: bytes that live during a step of the first kind alone, without the
+        gradients.
     """
+
+    steps: Steps
+    compile_s: float
+    temporaries: int
+
+
+def update_alone(
+    optimizer: Optimizer, model: LlamaConfig, kinds: Sequence[bool]
+) -> Update:
+    """Compiles an update and draws what it needs."""
     tx = optimizer.tx
     draw = jax.jit(partial(init_params, model))
     params, grads = map(draw, jax.random.split(jax.random.key(0)))
@@ -46,4 +59,6 @@ def update_alone(
         params, state = compiled[refresh](params, state, grads)
         return params
 
-    return Steps(take, list(kinds), optimizer.refresh_every), compile_s
+    memory: Any = compiled[kinds[0]].memory_analysis()
+    steps = Steps(take, list(kinds), optimizer.refresh_every)
+    return Update(steps, compile_s, memory.temp_size_in_bytes if memory else 0)
