@@ -154,6 +154,8 @@ def choose_anew(
     rule, (pack, unpack, _) = request.rule, request.rule.storage
     now_started = started | frame.nonzero() if rule.from_gradient else started
     refreshed = due | now_started & ~started
+    if frame.due is not None:
+        refreshed |= frame.due
     old = unpack(frame, stored)
     s = frame.chosen
     if s is None:

@@ -50,6 +50,8 @@ class Frame:
       previous: S_{t-1}, as `basis`.
       rotation: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       refreshed: (*batch,) bool, whether S_t was chosen at this step.
+      due: (*batch,) bool, whether a basis is due at this step where each matrix has its
+        own turn (`low_rank(stagger=True)`); None where the clock says it for all.
       orthonormal: whether S's columns are orthonormal.
       chosen: S_t where it was chosen before the rule runs: from another gradient of
         this step (see `project_gradient`), or in one call with other matrices.
@@ -77,6 +79,7 @@ class Frame:
     previous: jax.Array | None = None
     rotation: jax.Array | None = None
     refreshed: jax.Array | None = None
+    due: jax.Array | None = None
     orthonormal: bool = True
     chosen: jax.Array | None = None
     batched: bool = False

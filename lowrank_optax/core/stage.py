@@ -230,6 +230,16 @@ def around(
     return stage(init, update)
 
 
+def check_no_turns(frames: optax.Updates, name: str, instead: str) -> None:
+    """ValueError where matrices are refreshed in turn, and stage `name` takes none."""
+    for frame in frames_of(frames):
+        if frame.due is not None:
+            raise ValueError(
+                f"{frame.path}: {name} does not work with stagger=True, which "
+                f"refreshes the matrices one after the other; {instead}"
+            )
+
+
 def clock_of(clock: Clock | None) -> Clock:
     """`clock`; ValueError for None, which a stage gets outside `low_rank`."""
     if clock is None:
