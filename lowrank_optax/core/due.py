@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from lowrank_optax.core.aliases import Tree
 
@@ -45,17 +47,20 @@ def replace_due(
       >>> replace_due([lambda x, y, _: x + y], [rows])[0].tolist()
       [0.0, 1.0]
     """
+    if not leaves:
+        return []
     # What f closes over may be batched, so it is passed by the side of `common`.
-    firsts = [(_row(x.replaced, 0), _row(x.read, 0), common) for x in leaves]
     pairs = [
-        jax.closure_convert(f, *first) for f, first in zip(fs, firsts, strict=True)
+        _opened(f, _row(x.replaced, 0), _row(x.read, 0), common)
+        for f, x in zip(fs, leaves, strict=True)
     ]
-    converted = [f for f, _ in pairs]
-    shared = jax.tree.map(lambda x: x[None], (common, [consts for _, consts in pairs]))
+    opened = [f for f, _ in pairs]
+    shared = common, [closed_over for _, closed_over in pairs]
+    shared = jax.tree.map(lambda x: jnp.asarray(x)[None], shared)
 
     @custom_vmap
     def run(leaves: list[Rows], shared: Tree) -> list[Tree]:
-        return _loops(converted, leaves, *shared)
+        return _loops(opened, leaves, *shared)
 
     @run.def_vmap
     def _(size: int, batched: Tree, leaves: list[Rows], shared: Tree) -> Tree:
@@ -73,21 +78,24 @@ def replace_due(
 
 
 def _loops(
-    fs: list[Callable[..., Tree]], leaves: list[Rows], common: Tree, consts: list[Tree]
+    fs: list[Callable[..., Tree]],
+    leaves: list[Rows],
+    common: Tree,
+    closed_over: list[Tree],
 ) -> list[Tree]:
     def of_leaf(f: Callable[..., Tree], rows: Rows, own: Tree, state: Tree) -> Tree:
         def one(state: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
             left, replaced = state
             i = jnp.argmax(left)
             group, more = jax.tree.map(lambda x: x[i * len(x) // len(left)], own)
-            new = f(_row(replaced, i), _row(rows.read, i), group, *more)
+            new = f(_row(replaced, i), _row(rows.read, i), group, more)
             put = jax.tree.map(lambda x, y: x.at[i].set(y), replaced, new)
             return left.at[i].set(False), put
 
         return jax.lax.while_loop(lambda state: jnp.any(state[0]), one, state)
 
     def all_leaves(states: list[Tree]) -> list[Tree]:
-        rows = zip(fs, leaves, consts, states, strict=True)
+        rows = zip(fs, leaves, closed_over, states, strict=True)
         return [of_leaf(f, x, (common, own), state) for f, x, own, state in rows]
 
     def any_left(states: list[Tree]) -> jax.Array:
@@ -98,6 +106,26 @@ def _loops(
     states = [(x.due, x.replaced) for x in leaves]
     done = jax.lax.while_loop(any_left, all_leaves, states)
     return [replaced for _, replaced in done]
+
+
+def _opened(f: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
+    """f with the traced arrays that it closes over as further arguments, and these."""
+    # jax.closure_convert leaves those that vmap batches, and caches f with its arrays.
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    traced = [isinstance(x, Tracer) for x in closed.consts]
+    structure = jax.tree.structure(shapes)
+
+    def opened(*args_and_traced: Tree) -> Tree:
+        *args, arrays = args_and_traced
+        arrays = iter(arrays)
+        consts = [
+            next(arrays) if is_traced else x
+            for x, is_traced in zip(closed.consts, traced, strict=True)
+        ]
+        run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))
+        return structure.unflatten(run(*jax.tree.leaves(args)))
+
+    return opened, [x for x in closed.consts if isinstance(x, Tracer)]
 
 
 def _row(tree: Tree, i: jax.Array | int) -> Tree:

@@ -128,9 +128,8 @@ def check_folder(config: Config) -> None:
             raise FileNotFoundError(
                 f"{folder} holds no run to resume; leave out --resume to start one"
             )
-        # Through a config, which has the defaults of options that are newer than it.
-        stored, given = (json.loads(to_json(x)) for x in (read_config(folder), config))
-        check_same_run(stored, given, path)
+        read_config(folder)
+        check_same_run(json.loads(path.read_text()), json.loads(to_json(config)), path)
     elif path.exists() and jax.process_index() == 0:
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume, or give "
