@@ -13,6 +13,7 @@ from lowrank_optax.bases.rule import Rule
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.due import Rows, replace_due
 from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.spread import on_every_device
 from lowrank_optax.core.stage import Clock
 from lowrank_optax.core.trees import frames_of
 
@@ -77,14 +78,19 @@ def _choose_one(
     rule: Rule, leaf: Frame, old: Chosen, read: dict[str, jax.Array], common: Tree
 ) -> Chosen:
     """The new basis of one matrix of a leaf."""
-    frame = leaf.replace(
-        gradient=leaf.as_stored(read["gradient"]),
-        momentum=read.get("momentum"),
-        tracked=read.get("tracked"),
-        # Its random key comes from its number among the leaf's matrices.
-        layer=read.get("layer"),
-        due=None,
-    )
-    now = Clock(common["step"], refresh=True, cycle=common["cycle"])
-    request = Request(rule, common["key"], now)
-    return choose_anew(request, True, frame, old.started, old.stored)
+
+    def choose(each: tuple[Chosen, dict[str, jax.Array], Tree]) -> Chosen:
+        old, read, common = each
+        frame = leaf.replace(
+            gradient=leaf.as_stored(read["gradient"]),
+            momentum=read.get("momentum"),
+            tracked=read.get("tracked"),
+            # Its random key comes from its number among the leaf's matrices.
+            layer=read.get("layer"),
+            due=None,
+        )
+        now = Clock(common["step"], refresh=True, cycle=common["cycle"])
+        request = Request(rule, common["key"], now)
+        return choose_anew(request, True, frame, old.started, old.stored)
+
+    return on_every_device(choose, (old, read, common))

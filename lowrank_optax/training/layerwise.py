@@ -354,6 +354,7 @@ def update_in_backward(
       >>> bool(jnp.all(layers.close().params < params))
       True
     """
+    tx = transformation("update_in_backward()", tx, "lowrank_optax.galore(0.01)")
 
     def use(index: jax.Array, layers: Layers, gradient: Tree) -> None:
         inside = Inside(layers=len(layers.squares))
