@@ -12,8 +12,9 @@ from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
 from lowrank_optax.bases.rule import Rule
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.due import Rows, replace_due
-from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.spread import on_every_device
+from lowrank_optax.core.frame import Frame, rotation_between
+from lowrank_optax.core.linalg import select
+from lowrank_optax.core.spread import on_every_device, replicated
 from lowrank_optax.core.stage import Clock
 from lowrank_optax.core.trees import frames_of
 
@@ -47,10 +48,22 @@ def chosen_in_turn(step: Refresh, key: jax.Array | None) -> Chosen:
     common = {"key": key, "step": step.now.step, "cycle": step.now.cycle}
     done = iter(replace_due(fs, rows, common))
 
-    def answer(frame: Frame, *_: Tree) -> Chosen:
-        return jax.tree.map(lambda x: x.reshape(*frame.batch, *x.shape[1:]), next(done))
+    def answer(frame: Frame, _: jax.Array, stored: Tree) -> Chosen:
+        new = jax.tree.map(lambda x: x.reshape(*frame.batch, *x.shape[1:]), next(done))
+        return new._replace(rotation=_rotation(step.rule, frame, stored, new))
 
     return step.each(answer)
+
+
+def _rotation(rule: Rule, frame: Frame, stored: Tree, new: Chosen) -> jax.Array:
+    """S_t^T S_{t-1} of all matrices of a leaf.
+
+    `rotate_moments` computes its own of those that are due; without another reader the
+    compiler drops these.
+    """
+    s, old = (replicated(rule.storage.unpack(frame, x)) for x in (new.stored, stored))
+    rotation = rotation_between(s, old, frame.gradient.dtype)
+    return select(new.refreshed, rotation, frame.no_rotation())
 
 
 def _rows(frame: Frame, started: jax.Array, stored: Tree) -> Rows:
@@ -71,7 +84,8 @@ def _rows(frame: Frame, started: jax.Array, stored: Tree) -> Rows:
         first = 0 if frame.layer is None else frame.layer * count
         read["layer"] = first + jnp.arange(count)
     due = jnp.zeros(frame.batch, bool) if frame.due is None else frame.due
-    return Rows(flat(due), jax.tree.map(flat, unmoved(frame, started, stored)), read)
+    old = unmoved(frame, started, stored)._replace(rotation=())
+    return Rows(flat(due), jax.tree.map(flat, old), read)
 
 
 def _choose_one(
@@ -91,6 +105,7 @@ def _choose_one(
         )
         now = Clock(common["step"], refresh=True, cycle=common["cycle"])
         request = Request(rule, common["key"], now)
-        return choose_anew(request, True, frame, old.started, old.stored)
+        new = choose_anew(request, True, frame, old.started, old.stored)
+        return new._replace(rotation=())
 
     return on_every_device(choose, (old, read, common))

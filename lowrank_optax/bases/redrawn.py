@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.bases.refresh import rotation_between
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.frame import Frame, rotation_between
 from lowrank_optax.core.keys import split, stored_key, typed_key
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.spread import replicated

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.linalg import product, transpose
+
 _SET_BY = {
     "low": "project()",
     "low_step": "in_subspace() or rotate_moments()",
@@ -266,6 +268,13 @@ class NotAnArrayError(TypeError, AttributeError):
 def are_coordinates(basis: jax.Array) -> bool:
     """Whether a basis is a list of coordinates, (*batch, r) integers."""
     return jnp.issubdtype(basis.dtype, jnp.integer)
+
+
+def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return product(transpose(new), old)
 
 
 def is_frame(x: object) -> TypeGuard[Frame]:

@@ -9,7 +9,8 @@ import optax
 
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.due import Rows, replace_due
-from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame
+from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame, rotation_between
+from lowrank_optax.core.spread import replicated
 
 
 def map_due(
@@ -57,7 +58,7 @@ def _rows(frame: Frame, now: jax.Array, m: jax.Array, *others: jax.Array) -> Row
         return x.reshape(count, *x.shape[len(frame.batch) :])
 
     due = frame.need("refreshed") & now
-    read = frame.need("rotation"), *others
+    read = frame.need("basis"), frame.need("previous"), *others
     return Rows(flat(due), flat(m), jax.tree.map(flat, read))
 
 
@@ -68,10 +69,10 @@ def _one(
     read: tuple[jax.Array, ...],
     _: Tree,
 ) -> jax.Array:
-    rotation, *others = read
-    like = leaf.gradient
-    shape = like.shape[-2:]
+    new, old, *others = read
+    shape, dtype = leaf.gradient.shape[-2:], leaf.gradient.dtype
     frame = leaf.replace(
-        gradient=ProjectedAway(leaf.path, shape, like.dtype), rotation=rotation
+        gradient=ProjectedAway(leaf.path, shape, dtype),
+        rotation=replicated(rotation_between(new, old, dtype)),
     )
     return f(frame, m, *others).astype(m.dtype)
