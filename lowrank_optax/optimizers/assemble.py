@@ -129,7 +129,7 @@ def low_rank_optimizer(
         (`low_rank`).
       refresh_every: T, the steps from one basis to the next.
       stagger: whether refreshes are spread over the interval, each matrix in its turn,
-        so that no step takes much longer than others (docs/concepts/refresh.md).
+        so that no step has all of them (docs/concepts/refresh.md).
       weight_decay: decoupled, multiplied by the learning rate; a number or a schedule.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       dimension_numbers: which leaves are low-rank matrices (`low_rank`).
