@@ -1,11 +1,13 @@
 """Where: basis rules, as stages that choose a basis at a refresh."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.bases.in_turn import chosen_in_turn, takes_turns
 from lowrank_optax.bases.refresh import Chosen, Refresh, on_subspaces, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
 from lowrank_optax.core import singular
@@ -110,16 +112,23 @@ def follow(rule: Rule) -> BasisRule:
             return frames, state
         step = Refresh(rule, frames, state, now)
 
-        def refresh() -> tuple[jax.Array | None, Chosen]:
+        def with_key(
+            choose: Callable[[jax.Array | None], Chosen],
+        ) -> tuple[jax.Array | None, Chosen]:
             if state.rng_key is None or rule.key is None:  # a rule that draws nothing
-                return None, step.chosen(None)
+                return None, choose(None)
             key, sub = split(state.rng_key, rule.key)
-            return key, step.chosen(sub)
+            return key, choose(sub)
+
+        def otherwise() -> tuple[jax.Array | None, Chosen]:
+            if takes_turns(rule, frames):
+                return with_key(partial(chosen_in_turn, step))
+            return state.rng_key, step.unmoved()
 
         # One predicate for all matrices: a conditional for each, with a factorization
         # in it, would make the host wait for the device once for each matrix.
         key, chosen = branch(
-            step.wanted(step.due), refresh, lambda: (state.rng_key, step.unmoved())
+            step.wanted(step.due), lambda: with_key(step.chosen), otherwise
         )
         return step.with_bases(chosen), BasisState(key, chosen.stored, chosen.started)
 

@@ -18,7 +18,14 @@ from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split, typed_key
-from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
+from lowrank_optax.core.stage import (
+    Clock,
+    both,
+    branch,
+    check_no_turns,
+    check_only_rule,
+    timed_stage,
+)
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
 
 
@@ -91,7 +98,8 @@ def lazy_refresh(
 
     Raises:
       ValueError: a window or a factor below 1; a stage that is no basis rule,
-        `gaussian`, or `frozen`; at update, outside `low_rank`.
+        `gaussian`, or `frozen`; at init, inside `low_rank(stagger=True)`; at update,
+        outside `low_rank`.
 
     Example:
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
@@ -107,6 +115,12 @@ def lazy_refresh(
         )
 
     def init(params: optax.Params) -> LazyRefreshState:
+        check_no_turns(
+            params,
+            "lazy_refresh()",
+            "it has one interval for all layers of a kernel: leave out either",
+        )
+
         def each(make: Callable[[], jax.Array]) -> Tree:
             return map_frames(lambda _: make(), params, plain=nothing)
 

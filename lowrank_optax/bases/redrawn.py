@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.bases.refresh import rotation_between
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.frame import Frame, rotation_between
 from lowrank_optax.core.keys import split, stored_key, typed_key
 from lowrank_optax.core.sharding import shard_batch
 from lowrank_optax.core.spread import replicated
-from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
+from lowrank_optax.core.stage import (
+    Clock,
+    both,
+    branch,
+    check_no_turns,
+    check_only_rule,
+    timed_stage,
+)
 from lowrank_optax.core.trees import frames_of, map_subspaces, nothing
 
 
@@ -73,6 +79,13 @@ def redraw(rule: Rule) -> Redrawn:
 
 def _first_state(rule: Rule, params: optax.Params) -> BasisState:
     assert rule.key is not None, "a rule that draws has a key"
+    if not rule.once:
+        check_no_turns(
+            params,
+            "gaussian()",
+            "it stores one key for all of them, and a new key takes no time: leave out "
+            "stagger, or use gaussian(key, stored=True)",
+        )
     key = stored_key(rule.key)
     started = map_subspaces(
         lambda f: shard_batch(f, jnp.ones(f.batch, bool)), params, other=nothing

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from lowrank_optax.bases.batching import Request
 from lowrank_optax.bases.rule import AS_IT_IS, BasisState, Rule
 from lowrank_optax.core.aliases import Structure, Tree
-from lowrank_optax.core.frame import Frame, are_coordinates, is_frame
-from lowrank_optax.core.linalg import product, select, transpose
+from lowrank_optax.core.frame import Frame, is_frame, rotation_between
+from lowrank_optax.core.linalg import select
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both
 from lowrank_optax.core.trees import each_apart, in_turn, map_frames, nothing
@@ -154,6 +153,8 @@ def choose_anew(
     rule, (pack, unpack, _) = request.rule, request.rule.storage
     now_started = started | frame.nonzero() if rule.from_gradient else started
     refreshed = due | now_started & ~started
+    if frame.due is not None:
+        refreshed |= frame.due
     old = unpack(frame, stored)
     s = frame.chosen
     if s is None:
@@ -198,10 +199,3 @@ def on_subspaces(
 def each_stored(rule: Rule, structure: Structure, basis: Tree) -> list[Tree]:
     """The stored basis of each leaf, in a list."""
     return each_apart(structure, jax.tree.structure(rule.storage.like), basis)
-
-
-def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """S_t^T S_{t-1}, (*batch, r, r)."""
-    if are_coordinates(new):
-        return (new[..., :, None] == old[..., None, :]).astype(dtype)
-    return product(transpose(new), old)

@@ -17,8 +17,9 @@ from lowrank_optax.bracket.fits import Dtypes, check_gradient, fitted
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
+from lowrank_optax.bracket.turns import with_turns
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.checks import transformation
+from lowrank_optax.core.checks import check_flag, transformation
 from lowrank_optax.core.dimensions import DimensionNumbers
 from lowrank_optax.core.moments import with_momentum
 from lowrank_optax.core.paths import boxed, unboxed
@@ -33,7 +34,8 @@ class LowRankState(NamedTuple):
     Attributes:
       count: () int32, optimizer steps accepted.
       skipped: () int32, steps skipped because a gradient was not finite.
-      refreshes: () int32, accepted steps at which bases were due.
+      refreshes: () int32, accepted steps at which bases were due; with `stagger` those
+        at which an interval began.
       inner_state: the stages' states.
     """
 
@@ -48,6 +50,7 @@ def low_rank(
     *,
     rank: Rank,
     refresh_every: int,
+    stagger: bool = False,
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
     precision: jax.lax.PrecisionLike = None,
@@ -71,6 +74,8 @@ def low_rank(
       rank: r: an int, a float fraction of m, or pairs (regular expression, rank or
         None for full rank), the first found in the path.
       refresh_every: T, in accepted steps, from 1 to 2^31 - 1.
+      stagger: whether each matrix has its own step in the interval, so that no step has
+        more than ceil(K / T) of K matrices to refresh; at the first step all are.
       dimension_numbers: which axes are a matrix's rows and columns.
       square: the side of a square matrix that is projected, "input" or "output", or
         pairs (regular expression, side).
@@ -79,7 +84,8 @@ def low_rank(
     Raises:
       ValueError: rank below 1, a leaf that no rule covers, dimension numbers that do
         not fit, a matrix of integers or complex numbers, or stages without a way back;
-        at update, a `refresh` that is no bool.
+        a `stagger` that is no bool or, at init, stages that need all bases of a leaf
+        to change at once; at update, a `refresh` that is no bool.
       TypeError: for a stock optax transformation between stages.
 
     Example:
@@ -95,10 +101,12 @@ def low_rank(
     check_rank(rank)
     refresh_every = _check_interval(refresh_every)
     check_square(square)
+    check_flag("stagger", stagger)
     decide = functools.partial(
         decide_leaves, dimension_numbers=dimension_numbers, rank=rank, square=square
     )
-    return _Bracket(inner, decide, refresh_every, precision).transformation()
+    staggered = stagger and refresh_every > 1
+    return _Bracket(inner, decide, refresh_every, precision, staggered).transformation()
 
 
 def full_matrices(
@@ -147,6 +155,7 @@ class _Bracket:
     decide: Callable[..., Tree]
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
+    staggered: bool = False
     known: dict[object, dict[object, Dtypes]] = dataclasses.field(
         default_factory=dict[object, dict[object, Dtypes]], init=False
     )
@@ -166,7 +175,16 @@ class _Bracket:
         frames = open_frames(leaves, params, precision=self.precision)
         # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
+        frames = self.in_turn(frames, count)  # for stages that take no turns, to say so
         return LowRankState(count, skipped, refreshes, self.inner.init(frames))
+
+    def in_turn(
+        self, frames: optax.Updates, count: jax.Array, inside: Inside = NOTHING_INSIDE
+    ) -> optax.Updates:
+        """The Frames, with the turns of a staggered refresh."""
+        if not self.staggered or self.refresh_every is None:
+            return frames
+        return with_turns(frames, count, self.refresh_every, inside)
 
     def fitted(
         self, state: LowRankState, leaves: Tree, like: optax.Params
@@ -188,6 +206,22 @@ class _Bracket:
         known = self.known.setdefault(key, {})
         return state._replace(inner_state=fitted(state.inner_state, expected, known))
 
+    def clock_at(self, state: LowRankState, refresh: bool | jax.Array | None) -> Clock:
+        """The time of a step; `refresh` decides where the caller passed it."""
+        if self.refresh_every is None:
+            refresh = False
+        elif refresh is None and self.staggered:
+            refresh = state.count == 0
+        elif refresh is None:
+            refresh = self.refresh_every == 1 or state.count % self.refresh_every == 0
+        return Clock(state.count, _check_refresh(refresh), state.refreshes)
+
+    def begins(self, clock: Clock) -> bool | jax.Array:
+        """() bool: whether all bases are due, or the first of an interval."""
+        if self.staggered and self.refresh_every is not None:
+            return clock.refresh | (clock.step % self.refresh_every == 0)
+        return clock.refresh
+
     def update(
         self,
         updates: optax.Updates,
@@ -204,14 +238,21 @@ class _Bracket:
         like = params if inside.low else updates
         if like is None:
             raise ValueError("projected gradients need the parameters: pass params")
+        if inside.low and self.staggered:
+            raise ValueError(
+                "stagger=True chooses some bases at each step, from its full gradient; "
+                "leave it out where gradients are summed in the subspace"
+            )
         leaves = self.decide(like, sliced=inside.layer is not None)
         if params is not None and not inside.low:
             check_gradient(updates, params)
         state = self.fitted(state, leaves, like)
-        clock = _clock_at(state, refresh, self.refresh_every)
+        clock = self.clock_at(state, refresh)
         frames = open_frames(
             leaves, updates, params, precision=self.precision, inside=inside
         )
+        if clock.refresh is not True:
+            frames = self.in_turn(frames, state.count, inside)
         # A basis rule runs before the step, and may follow its moment of the last step.
         out, inner_state = optax.with_extra_args_support(self.inner).update(
             with_momentum(frames, state.inner_state),
@@ -228,7 +269,7 @@ class _Bracket:
         if accept is not True and clock.refresh is False and _waits(out):
             accept &= state.refreshes > 0  # no step in a basis that nobody chose
         steps = close_frames(leaves, like, out)
-        refreshes = state.refreshes + clock.refresh
+        refreshes = state.refreshes + self.begins(clock)
         new = LowRankState(state.count + 1, state.skipped, refreshes, inner_state)
         skipped = state._replace(skipped=state.skipped + 1)
         steps = boxed(if_accepted(accept, steps), boxes)
@@ -255,17 +296,6 @@ def _check_interval(refresh_every: int) -> int:
             "pass static_args=lowrank_optax.static_args(...) to inject_hyperparams"
         )
     return int(refresh_every)
-
-
-def _clock_at(
-    state: LowRankState, refresh: bool | jax.Array | None, refresh_every: int | None
-) -> Clock:
-    """The time of a step; `refresh` decides where the caller passed it."""
-    if refresh_every is None:
-        refresh = False
-    elif refresh is None:
-        refresh = refresh_every == 1 or state.count % refresh_every == 0
-    return Clock(state.count, _check_refresh(refresh), state.refreshes)
 
 
 def _check_refresh(refresh: bool | jax.Array) -> bool | jax.Array:

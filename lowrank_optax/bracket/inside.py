@@ -22,6 +22,7 @@ class Inside:
     Attributes:
       layer: which layer of a stack the parameters are, for its random keys; None where
         all layers are there.
+      layers: how many layers that stack has.
       bases: bases that were chosen before the update, by path.
       low: whether the updates are S^T G already.
       record: called with the tree of Frames after the stages; leaves without a Frame
@@ -29,6 +30,7 @@ class Inside:
     """
 
     layer: int | jax.Array | None = None
+    layers: int | None = dataclasses.field(default=None, metadata={"static": True})
     bases: Mapping[str, jax.Array] = dataclasses.field(
         default_factory=dict[str, jax.Array]
     )

@@ -11,6 +11,12 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be an int of at least {least}, not {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises ValueError unless the argument `name` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 def check_limit(limit: Number) -> None:
     """ValueError for a `limit` that is no number of at least one, where it is known."""
     if (isinstance(limit, (int, float)) and limit >= 1) or hasattr(limit, "dtype"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax.core.aligned import pad_columns
+from lowrank_optax.core.linalg import product, transpose
 
 _SET_BY = {
     "low": "project()",
@@ -52,6 +53,8 @@ class Frame:
       previous: S_{t-1}, as `basis`.
       rotation: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       refreshed: (*batch,) bool, whether S_t was chosen at this step.
+      due: (*batch,) bool, whether a basis is due at this step where each matrix has its
+        own turn (`low_rank(stagger=True)`); None where the clock says it for all.
       orthonormal: whether S's columns are orthonormal.
       chosen: S_t where it was chosen before the rule runs: from another gradient of
         this step (see `project_gradient`), or in one call with other matrices.
@@ -79,6 +82,7 @@ class Frame:
     previous: jax.Array | None = None
     rotation: jax.Array | None = None
     refreshed: jax.Array | None = None
+    due: jax.Array | None = None
     orthonormal: bool = True
     chosen: jax.Array | None = None
     batched: bool = False
@@ -266,6 +270,13 @@ class NotAnArrayError(TypeError, AttributeError):
 def are_coordinates(basis: jax.Array) -> bool:
     """Whether a basis is a list of coordinates, (*batch, r) integers."""
     return jnp.issubdtype(basis.dtype, jnp.integer)
+
+
+def rotation_between(new: jax.Array, old: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """S_t^T S_{t-1}, (*batch, r, r)."""
+    if are_coordinates(new):
+        return (new[..., :, None] == old[..., None, :]).astype(dtype)
+    return product(transpose(new), old)
 
 
 def is_frame(x: object) -> TypeGuard[Frame]:

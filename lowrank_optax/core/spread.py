@@ -68,6 +68,14 @@ def over_devices(f: Callable[..., Tree], each: Tree, common: Tree = ()) -> Tree:
     return jax.tree.map(back, work(jax.tree.map(move, each), common))
 
 
+def on_every_device(f: Callable[[Tree], Tree], each: Tree) -> Tree:
+    """f(each), computed completely by every device, with the bits of one device."""
+    if not spreads():
+        return f(each)
+    work = jax.shard_map(f, in_specs=P(), out_specs=P(), check_vma=False)
+    return work(jax.tree.map(replicated, each))
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """x on every device of the mesh in context, or x itself outside a mesh context.
 

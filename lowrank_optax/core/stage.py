@@ -24,10 +24,11 @@ class Clock(NamedTuple):
 
     Attributes:
       step: () int32, accepted optimizer steps before this one.
-      refresh: () bool, whether a basis is due at this step. A Python bool where the
-        caller passed one; the program then holds one kind of step only. One predicate
-        without batch axes for all matrices, so that `lax.cond` runs one branch.
-      cycle: () int32, refreshes before this one.
+      refresh: () bool, whether all bases are due at this step; `Frame.due` says it of
+        each matrix where refreshes are staggered. A Python bool where the caller passed
+        one; the program then holds one kind of step only. One predicate without batch
+        axes for all matrices, so that `lax.cond` runs one branch.
+      cycle: () int32, refreshes before this one, of every matrix that is due.
     """
 
     step: jax.Array
@@ -228,6 +229,16 @@ def around(
         return frames, state_type(arrays, inner_state)
 
     return stage(init, update)
+
+
+def check_no_turns(frames: optax.Updates, name: str, instead: str) -> None:
+    """ValueError where matrices are refreshed in turn, and stage `name` takes none."""
+    for frame in frames_of(frames):
+        if frame.due is not None:
+            raise ValueError(
+                f"{frame.path}: {name} does not work with stagger=True, which "
+                f"refreshes the matrices one after the other; {instead}"
+            )
 
 
 def clock_of(clock: Clock | None) -> Clock:

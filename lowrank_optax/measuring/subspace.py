@@ -15,7 +15,7 @@ from lowrank_optax.core.frame import Frame, ProjectedAway, are_coordinates
 from lowrank_optax.core.linalg import column_norms_squared, ratio, select
 from lowrank_optax.core.paths import with_paths
 from lowrank_optax.core.sharding import shard_basis, shard_batch
-from lowrank_optax.core.stage import Clock, branch, timed_stage
+from lowrank_optax.core.stage import Clock, branch, check_no_turns, timed_stage
 from lowrank_optax.core.trees import frames_of, map_subspaces, nothing, update_frames
 
 NONE_YET = -1.0
@@ -90,9 +90,10 @@ def measure_subspace(
       spectrum: k, at most r; 0 for none. Needs the full gradient.
 
     Raises:
-      ValueError: nothing to measure, a negative anchor or spectrum; at update, outside
-        `low_rank`, before the basis rule, a basis that is not orthonormal, or energy
-        and spectrum of gradients summed in the subspace.
+      ValueError: nothing to measure, a negative anchor or spectrum; at init, what is
+        measured at refreshes with `stagger=True`; at update, outside `low_rank`, before
+        the basis rule, a basis that is not orthonormal, or energy and spectrum of
+        gradients summed in the subspace.
 
     Example:
       >>> tx = lro.galore(0.01, rank=2, refresh_every=1, dimension_numbers=None,
@@ -124,6 +125,13 @@ def measure_subspace(
     }
 
     def init(params: optax.Params) -> MeasureState:
+        if at_refreshes:
+            check_no_turns(
+                params,
+                "measure_subspace()",
+                "measure the energy alone, with overlap=False and neither anchor nor "
+                "spectrum, or leave out stagger",
+            )
         return _empty(params, [name for name, yes in wanted.items() if yes], spectrum)
 
     def update(

@@ -106,6 +106,7 @@ def low_rank_optimizer(
     *,
     rank: Rank = 0.25,
     refresh_every: int = 200,
+    stagger: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = "auto",
@@ -127,6 +128,8 @@ def low_rank_optimizer(
       rank: r, an int, a fraction of each matrix's smaller side, or rules by path
         (`low_rank`).
       refresh_every: T, the steps from one basis to the next.
+      stagger: whether refreshes are spread over the interval, each matrix in its turn,
+        so that no step has all of them (docs/concepts/refresh.md).
       weight_decay: decoupled, multiplied by the learning rate; a number or a schedule.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       dimension_numbers: which leaves are low-rank matrices (`low_rank`).
@@ -149,6 +152,7 @@ def low_rank_optimizer(
         stages,
         rank=rank,
         refresh_every=refresh_every,
+        stagger=stagger,
         dimension_numbers=dimension_numbers,
         square=square,
         precision=precision,

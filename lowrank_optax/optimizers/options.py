@@ -48,6 +48,7 @@ class Options(SubspaceOptions, total=False):
     """Options of an optimizer that refreshes its subspace every so many steps."""
 
     refresh_every: int
+    stagger: bool
 
 
 class ScaledOptions(Options, total=False):

@@ -1,6 +1,7 @@
 """Step: moments that rotate with the basis."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import jax
@@ -17,6 +18,7 @@ from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.resolution import row_resolution
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
 from lowrank_optax.core.trees import frames_of, map_frames
+from lowrank_optax.steps.in_turn import map_due
 from lowrank_optax.steps.subspace import in_subspace
 
 
@@ -39,6 +41,9 @@ def rotate_moments(
     keeps only r/m of V. With a jump every 40 steps it raised the loss by 0.115 +-
     0.045, without recovery (docs/results/ablations.md). docs/methods/steps.md has the
     reasons.
+
+    Where matrices are refreshed in turn (`low_rank(stagger=True)`), a loop rotates the
+    moments of those that are, one after the other, and no others are touched.
 
     Works with `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
     `ScaleByLionState`, also inside `chain`, `masked`, `partition` and
@@ -87,10 +92,13 @@ def rotate_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
         if any(not frame.full_rank for frame in frames_of(frames)):
+            rotated = partial(_rotated, inner, frames, with_second=moments == "both")
+            in_turn = any(frame.due is not None for frame in frames_of(frames))
+            later = now.step > 0  # step 0 has no moments to rotate
             inner_state = branch(
-                both(now.refresh, now.step > 0),  # step 0 has no moments to rotate
-                lambda s: _rotated(inner, frames, s, with_second=moments == "both"),
-                lambda s: s,
+                both(now.refresh, later),
+                rotated,
+                partial(rotated, in_turn=later) if in_turn else lambda s: s,
                 state.inner_state,
             )
             state = SubspaceState(inner_state)
@@ -105,23 +113,34 @@ def _rotated(
     state: optax.OptState,
     *,
     with_second: bool,
+    in_turn: jax.Array | None = None,
 ) -> optax.OptState:
-    """The state of `inner` with its moments rotated."""
+    """The state of `inner` with its moments rotated.
+
+    With `in_turn` those of the matrices with a new basis alone, where it is True.
+    """
     ones = map_frames(
         lambda f: jnp.ones(f.low_shape, f.gradient.dtype), frames, plain=jnp.ones_like
     )
     # From this state instead of a new one, for its hyperparameters.
     _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
-    rotation = Rotation(frames, with_second=with_second)
+    rotation = Rotation(frames, with_second=with_second, in_turn=in_turn)
     return map_moments(rotation.moments, state, unit)
 
 
 class Rotation:
     """Rotates the moments of a tree of Frames; other leaves stay."""
 
-    def __init__(self, frames: optax.Updates, *, with_second: bool = True):
+    def __init__(
+        self,
+        frames: optax.Updates,
+        *,
+        with_second: bool = True,
+        in_turn: jax.Array | None = None,
+    ):
         self._frames = frames
         self._with_second = with_second
+        self._in_turn = in_turn
 
     def moments(self, kind: Moments, state: Tree, unit: Tree) -> Tree:
         """The state with its moments rotated.
@@ -133,27 +152,35 @@ class Rotation:
             holds 1 - beta.
         """
         mu = getattr(state, kind.first)
-        rotated = {kind.first: self._map(self._first, mu)}
-        if kind.second is not None and self._with_second:
-            nu, count = getattr(state, kind.second), getattr(state, kind.count)
-            counts = count
-            # Adam counts once for all leaves, per_matrix() for each.
-            if jax.tree.structure(count) != jax.tree.structure(nu):
-                counts = jax.tree.map(lambda _: count, nu)
-            weights = (
-                jax.tree.map(_weight, getattr(unit, field), counts)
-                for field in (kind.second, kind.first)
-            )
-            rotated[kind.second] = self._map(self._second, nu, mu, *weights)
-        elif kind.second is not None:
-            nu = getattr(state, kind.second)
-            rotated[kind.first] = self._map(_seen, rotated[kind.first], nu)
-        return state._replace(**rotated)
+        if kind.second is None:
+            return state._replace(**{kind.first: self._map(self._first, mu)})
+        nu, count = getattr(state, kind.second), getattr(state, kind.count)
+        if not self._with_second:
+            return state._replace(**{kind.first: self._map(self._first_seen, mu, nu)})
+        counts = count
+        # Adam counts once for all leaves, per_matrix() for each.
+        if jax.tree.structure(count) != jax.tree.structure(nu):
+            counts = jax.tree.map(lambda _: count, nu)
+        gains = (getattr(unit, field) for field in (kind.second, kind.first))
+        if self._in_turn is not None:
+            gains = (jax.tree.map(_of_matrix, gain) for gain in gains)
+        weights = (jax.tree.map(_weight, gain, counts) for gain in gains)
+        return state._replace(
+            **{
+                kind.first: self._map(self._first, mu),
+                kind.second: self._map(self._second, nu, mu, *weights),
+            }
+        )
 
     def _first(self, frame: Frame, m: jax.Array) -> jax.Array:
         """C M (eq. 7), and zero in rows of rounding, which Adam would step along."""
         rotated = product(_rotation_of(frame), m)
         return rows_above(rotated, row_resolution(frame, products=False))
+
+    def _first_seen(self, frame: Frame, m: jax.Array, v: jax.Array) -> jax.Array:
+        """C M, but zero in rows without a V: M / (sqrt(V) + eps) had no bound."""
+        seen = jnp.any(v != 0, axis=-1, keepdims=True)
+        return jnp.where(seen, self._first(frame, m), 0)
 
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
@@ -171,17 +198,15 @@ class Rotation:
         return w_v * jnp.abs(product(jnp.square(c), variance) + jnp.square(mean))
 
     def _map(self, f: Callable[..., jax.Array], moment: Tree, *rest: Tree) -> Tree:
+        if self._in_turn is not None:
+            return map_due(f, self._frames, self._in_turn, moment, *rest)
+
         def one(frame: Frame, m: Tree, *others: Tree) -> Tree:
             if frame.full_rank or isinstance(m, optax.MaskedNode):
                 return m
             return f(frame, m, *others).astype(m.dtype)
 
         return map_frames(one, self._frames, moment, *rest, plain=lambda _, m, *__: m)
-
-
-def _seen(_: Frame, m: jax.Array, v: jax.Array) -> jax.Array:
-    """M, but zero in rows without a V: M / (sqrt(V) + eps) would have no bound."""
-    return jnp.where(jnp.any(v != 0, axis=-1, keepdims=True), m, 0)
 
 
 def _rotation_of(frame: Frame) -> jax.Array:
@@ -191,6 +216,11 @@ def _rotation_of(frame: Frame) -> jax.Array:
             "use in_subspace(inner), which does not rotate moments"
         )
     return frame.need("rotation")
+
+
+def _of_matrix(gain: jax.Array) -> jax.Array:
+    """1 - beta for each matrix, (*batch, 1, 1): all entries of one have the same."""
+    return gain[..., :1, :1] if gain.ndim > 1 else gain
 
 
 def _weight(gain: jax.Array, count: jax.Array) -> jax.Array:

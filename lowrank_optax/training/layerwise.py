@@ -36,7 +36,8 @@ def per_layer(
     Otherwise a loop updates them: under `vmap` both branches of a conditional would
     run, and a batch of factorizations takes longer than a loop. With `refresh=True` the
     singular vectors of small matrices, which are faster in a batch, are computed for
-    all layers before the loop.
+    all layers before the loop. What `low_rank(stagger=True)` refreshes with
+    `refresh=False`, one loop over the matrices of all layers does.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
@@ -77,15 +78,16 @@ def per_layer(
             inner, updates, state, params, extra_args, inside
         )
 
+        count = count_of(updates)
+
         def one(
             i: jax.Array, carry: tuple[Tree, Tree], other: Tree
         ) -> tuple[Tree, Tree]:
             p, chosen = other
-            own = inside.replace(layer=i, bases=chosen)
+            own = inside.replace(layer=i, layers=count, bases=chosen)
             return inner.update(*carry, p, inside=own, **extra_args)
 
-        together = extra_args.get("refresh") is False
-        block = count_of(updates) if together else 1
+        block = count if extra_args.get("refresh") is False else 1
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases), block)
 
@@ -183,6 +185,7 @@ def update_layers(
         inside: Inside,
         **extra_args: Any,
     ) -> tuple[Tree, Tree]:
+        count = count_of(params)
         bases = dict(inside.bases) or _chosen_together(
             tx, gradient, state, params, extra_args, inside, load
         )
@@ -191,11 +194,10 @@ def update_layers(
             i: jax.Array, carry: tuple[Tree, Tree], other: Tree
         ) -> tuple[Tree, Tree]:
             g, chosen = other
-            own = inside.replace(bases=chosen)
+            own = inside.replace(layers=count, bases=chosen)
             step = _step(tx, load, apply_updates, extra_args, own)
             return step(i, g, *carry, *operands)
 
-        count = count_of(params)
         size = _even(count if block is None else block, count)
         if extra_args.get("refresh") is not False:
             size = 1
@@ -352,9 +354,11 @@ def update_in_backward(
       >>> bool(jnp.all(layers.close().params < params))
       True
     """
-    step = _step(tx, load, apply_updates, extra_args, NOTHING_INSIDE)
+    tx = transformation("update_in_backward()", tx, "lowrank_optax.galore(0.01)")
 
     def use(index: jax.Array, layers: Layers, gradient: Tree) -> None:
+        inside = Inside(layers=len(layers.squares))
+        step = _step(tx, load, apply_updates, extra_args, inside)
         stored, state = read((layers.params, layers.state), index)
         new = step(index, gradient, stored, state, *layers.operands)
         write((layers.params, layers.state), index, new)

@@ -20,6 +20,8 @@ FREE += ("data.bad_lines",)
 CLIP = "optimizer.clip_norm"
 # Where it falls is known by the rates of the steps that are done (`check_rates`).
 DECAY = "optimizer.decay"
+# Options that are newer than some runs, and what those did.
+NEWER = {"optimizer.stagger": False}
 
 
 def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
@@ -30,7 +32,7 @@ def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
       given: of its resumption.
       path: where the former is.
     """
-    old, new = _flat(stored), _flat(given)
+    old, new = NEWER | _flat(stored), NEWER | _flat(given)
     same = all(x.get(CLIP, ...) is None for x in (old, new))
     same &= all(x.get("microbatches") == 1 for x in (old, new))
     free = (*FREE, DECAY, "layerwise") if same else (*FREE, DECAY)

@@ -186,10 +186,10 @@ WEIGHT_MATRICES = (
 
 # Options that a method of the library decides for itself.
 OWN: dict[str, Mapping[str, Any]] = {
-    "ldadam": {"refresh_every": 1},
+    "ldadam": {"refresh_every": 1, "stagger": False},
     "apollo_mini": {"rank": 1},
     "scale_sgd": {"dimension_numbers": WEIGHT_MATRICES},
-    "dct_adamw": {"refresh_every": 1},
+    "dct_adamw": {"refresh_every": 1, "stagger": False},
     "online_subspace_descent": {"refresh_every": ONCE},
 }
 

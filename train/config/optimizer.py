@@ -62,6 +62,11 @@ class OptimizerConfig:
       refresh_every: steps between two choices of the subspace. Default: by optimizer,
         with --schedule cosine at most a sixth of the steps: with fewer subspaces no
         rate was measured.
+      stagger: whether each matrix gets its new subspace at its own step of the
+        interval, rather than all at one, which then takes many times as long as others.
+        From one of its refreshes to the next a matrix still has refresh_every steps.
+        The first step chooses all, as without it. For refreshes that take time, such as
+        those of svd and sara with large matrices.
       learning_rate: the peak. Default: by optimizer.
       schedule: the learning rate after the warm-up. cosine: down to the last step;
         constant: the peak; wsd (warm-up, stable, decay): the peak, then a straight line
@@ -117,6 +122,7 @@ class OptimizerConfig:
     refresh_every: Annotated[
         int | None, _by_method("refresh_every", lambda method: method.interval)
     ] = None
+    stagger: bool = False
     learning_rate: Annotated[
         float | None, _by_method("learning_rate", lambda method: method.rate)
     ] = None

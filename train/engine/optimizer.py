@@ -24,7 +24,7 @@ from train.config.config import (
     model_config,
     resolved,
 )
-from train.config.methods import METHODS, NUMBERS, OF_THE_BASIS, basis_of
+from train.config.methods import METHODS, NUMBERS, OF_THE_BASIS, ONCE, basis_of
 from train.config.ranks import check_ranks, parse_rank
 from train.config.unread import unread
 from train.engine.layer_metrics import check_measured, measured
@@ -85,7 +85,8 @@ class Optimizer:
         is not finite.
       clip: of gradients; has no state.
       schedule: step, from 0, to learning rate.
-      refresh_every: steps between two bases; None for a method without any.
+      refresh_every: steps from one refresh of all bases to the next; `ONCE` where those
+        after the first step are staggered; None for a method without any.
       square: the side of square matrices that is projected.
     """
 
@@ -251,6 +252,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, key: jax.Array) -> Optim
     if not method.low_rank:
         return Optimizer(skip_not_finite(tx), clip, schedule, None, MEGATRON_SQUARES)
     refresh_every = method.own.get("refresh_every", every)
+    if config.stagger and refresh_every > 1 and "stagger" in method.reads():
+        refresh_every = ONCE
     square = (
         MEGATRON_SQUARES if config.square == "megatron" else method.options["square"]
     )

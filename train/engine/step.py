@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
       step: () int32, steps done, skipped ones included.
       params: the model's weights, as stored.
       opt_state: the optimizer's state, in `Parts`.
-      until_refresh: () int32, steps until new bases are due; 0: at the next.
+      until_refresh: () int32, steps until all bases are due; 0: at the next.
       skipped: () int32, steps at which a gradient was not finite; layer by layer, that
         of any layer or of the rest.
       skipped_in_a_row: () int32, how many of the last steps were skipped.
@@ -206,7 +206,8 @@ def train_step(
     """Takes one step; bind `work`, jit with `refresh` static, donate the state.
 
     A step whose gradient is not finite changes nothing but the counts. `refresh` says
-    whether new bases are chosen. Returns the new state, and the metrics.
+    whether all bases are chosen anew; staggered refreshes are part of all other steps.
+    Returns the new state, and the metrics.
     """
     by_layer = work.layerwise and work.microbatches == 1
     take = layerwise_step if by_layer else full_step

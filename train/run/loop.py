@@ -53,7 +53,7 @@ class Program(NamedTuple):
       step: (state, batch, refresh) to (state, metrics); consumes the state.
       loss_sums: (params, batch) to the summed loss and weight.
       put: a batch of this process' rows to the global batch.
-      refresh_every: steps from one refresh to the next; None for no refreshes.
+      refresh_every: steps from one refresh of all bases to the next; None for none.
       compile_s: seconds to compile `step`.
       memory: of each kind of step, by whether it is a refresh.
       adamw: of AdamW's step with all gradients first; None if it was not asked for.

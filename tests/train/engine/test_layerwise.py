@@ -225,6 +225,24 @@ def check_a_stopped_run(
     return whole
 
 
+@pytest.mark.parametrize("layerwise", slow_but(["on"], ["on", "off"], slow=["off"]))
+def test_staggered_refreshes_resume_bit_for_bit(layerwise, tmp_path, asked):
+    """All bases at the first step, then some at each; a skipped step's come again."""
+    config = config_of("grass_walk", layerwise=layerwise)
+    optimizer = dataclasses.replace(config.optimizer, stagger=True)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    whole = run(config, tmp_path / "whole", data_of(batches_of(14, poisoned=4)))
+    assert [refresh for refresh, _ in asked] == [True] + [False] * 13
+    again = run_in_parts(
+        *(config, config, config), folder=tmp_path / "parts", stops=(6, 12), poisoned=4
+    )
+    assert bits(again.state) == bits(whole.state)
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    intervals = [r["refreshes"] for r in records(tmp_path / "whole")]
+    assert intervals == [1] * 5 + [2] * 4 + [3] * 4 + [4]
+    assert int(whole.state.skipped_in_a_row) == 0
+
+
 def check_small_weights(config: Config, trained: Trained, eval_loss: float) -> None:
     model, weights = trained.work.model, trained.weights
     in_float32 = jax.eval_shape(

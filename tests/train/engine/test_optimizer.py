@@ -237,6 +237,15 @@ def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
     assert {every[name] for name in {*every} - moving} == {7}
 
 
+def test_staggered_refreshes_are_part_of_all_steps_but_the_first():
+    staggered = made(name="galore", refresh_every=7, stagger=True)
+    assert staggered.refresh_every == ONCE
+    assert kinds_of_steps(staggered) == [False, True]
+    assert made(name="galore", refresh_every=1, stagger=True).refresh_every == 1
+    assert made(name="ldadam", refresh_every=7, stagger=True).refresh_every == 1
+    assert made(name="adamw", stagger=True).refresh_every is None
+
+
 def test_muon_is_for_the_matrices_alone():
     config = resolved_optimizer(name="muon", learning_rate=1.0, warmup=0.0, final=1.0)
     tx = make_optimizer(config, 10, jax.random.key(0)).tx

@@ -111,6 +111,16 @@ def test_a_field_that_one_version_lacks_is_a_difference(tmp_path):
         check_folder(config_of(tmp_path, "--resume"))
 
 
+def test_a_run_that_is_older_than_an_option_did_without_it(tmp_path):
+    store(config_of(tmp_path))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["optimizer"]["stagger"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    check_folder(config_of(tmp_path, "--resume"))
+    with pytest.raises(ValueError, match="--stagger: False there, True here"):
+        check_folder(config_of(tmp_path, "--resume", "--stagger"))
+
+
 def restore(config: Config, step: int, like=None) -> tuple[Any, np.ndarray]:
     """A checkpoint's state, on one device by default, and the batch that follows it."""
     batches = iter(open_text(config).train)

@@ -1,0 +1,139 @@
+"""Rows that are due, replaced one by one in a loop that `jax.vmap` does not batch."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.custom_batching import custom_vmap
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from lowrank_optax.core.aliases import Tree
+
+
+class Rows(NamedTuple):
+    """The rows of one leaf, its matrices; all arrays have them along their first axis.
+
+    Attributes:
+      due: (L,) bool, which rows are replaced.
+      replaced: a tree of arrays (L, ...).
+      read: a tree of arrays (L, ...), what a new row is computed from.
+    """
+
+    due: jax.Array
+    replaced: Tree
+    read: Tree
+
+
+def replace_due(
+    fs: Sequence[Callable[..., Tree]], leaves: Sequence[Rows], common: Tree = ()
+) -> list[Tree]:
+    """`replaced` of each leaf, with row i <- f(row i, what is read of it) where due.
+
+        while any row is due:  i = the first;  row i <- f(row i, read row i, common)
+
+    A loop whose length the device decides: it costs nothing for rows that are not due,
+    and works in place. `jax.vmap` would run it for all of its batch as often as for the
+    one with most rows; here it runs one loop over the rows of all.
+
+    Args:
+      fs: of each leaf, f(replaced, read, common) to the new row; may close over arrays.
+      leaves: the leaves' rows.
+      common: a tree of arrays that every f gets.
+
+    Example:
+      >>> rows = Rows(jnp.array([False, True]), jnp.zeros(2), jnp.ones(2))
+      >>> replace_due([lambda x, y, _: x + y], [rows])[0].tolist()
+      [0.0, 1.0]
+    """
+    if not leaves:
+        return []
+    # What f closes over may be batched, so it is passed by the side of `common`.
+    pairs = [
+        _opened(f, _row(x.replaced, 0), _row(x.read, 0), common)
+        for f, x in zip(fs, leaves, strict=True)
+    ]
+    opened = [f for f, _ in pairs]
+    shared = common, [closed_over for _, closed_over in pairs]
+    shared = jax.tree.map(lambda x: jnp.asarray(x)[None], shared)
+
+    @custom_vmap
+    def run(leaves: list[Rows], shared: Tree) -> list[Tree]:
+        return _loops(opened, leaves, *shared)
+
+    @run.def_vmap
+    def _(size: int, batched: Tree, leaves: list[Rows], shared: Tree) -> Tree:
+        flat = jax.tree.map(lambda x, b: _merged(x, size, b), leaves, batched[0])
+        # What all members have in common stays one row for all of them.
+        own = jax.tree.map(
+            lambda x, b: x if len(x) == 1 and not b else _merged(x, size, b),
+            shared,
+            batched[1],
+        )
+        new = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), run(flat, own))
+        return new, jax.tree.map(lambda _: True, new)
+
+    return run(list(leaves), shared)
+
+
+def _loops(
+    fs: list[Callable[..., Tree]],
+    leaves: list[Rows],
+    common: Tree,
+    closed_over: list[Tree],
+) -> list[Tree]:
+    def of_leaf(f: Callable[..., Tree], rows: Rows, own: Tree, state: Tree) -> Tree:
+        def one(state: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+            left, replaced = state
+            i = jnp.argmax(left)
+            group, more = jax.tree.map(lambda x: x[i * len(x) // len(left)], own)
+            new = f(_row(replaced, i), _row(rows.read, i), group, more)
+            put = jax.tree.map(lambda x, y: x.at[i].set(y), replaced, new)
+            return left.at[i].set(False), put
+
+        return jax.lax.while_loop(lambda state: jnp.any(state[0]), one, state)
+
+    def all_leaves(states: list[Tree]) -> list[Tree]:
+        rows = zip(fs, leaves, closed_over, states, strict=True)
+        return [of_leaf(f, x, (common, own), state) for f, x, own, state in rows]
+
+    def any_left(states: list[Tree]) -> jax.Array:
+        return jnp.any(jnp.concatenate([left for left, _ in states]))
+
+    # The host waits for a loop's test. The outer loop is one test for all leaves, where
+    # nothing is due; it runs once where something is.
+    states = [(x.due, x.replaced) for x in leaves]
+    done = jax.lax.while_loop(any_left, all_leaves, states)
+    return [replaced for _, replaced in done]
+
+
+def _opened(f: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
+    """f with the traced arrays that it closes over as further arguments, and these."""
+    # jax.closure_convert leaves those that vmap batches, and caches f with its arrays.
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    traced = [isinstance(x, Tracer) for x in closed.consts]
+    structure = jax.tree.structure(shapes)
+
+    def opened(*args_and_traced: Tree) -> Tree:
+        *args, arrays = args_and_traced
+        arrays = iter(arrays)
+        consts = [
+            next(arrays) if is_traced else x
+            for x, is_traced in zip(closed.consts, traced, strict=True)
+        ]
+        run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))
+        return structure.unflatten(run(*jax.tree.leaves(args)))
+
+    return opened, [x for x in closed.consts if isinstance(x, Tracer)]
+
+
+def _row(tree: Tree, i: jax.Array | int) -> Tree:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _merged(x: jax.Array, size: int, batched: bool) -> jax.Array:
+    """(size, L, ...), or (L, ...) for each, to (size * L, ...)."""
+    if not batched:
+        x = jnp.broadcast_to(x[None], (size, *x.shape))
+    return x.reshape(-1, *x.shape[2:])
