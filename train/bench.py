@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,8 @@ class BenchConfig:
       remat: what the backward pass recomputes.
       precision: of the products with the basis, as the trainer takes it.
       mesh: over which devices weights are sharded; memory is that of one device.
+      stagger: spread refreshes over the interval, and report the slowest of `steps`
+        steps, each timed alone.
       steps: ordinary steps in a timing; the median of three timings counts.
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.
@@ -105,6 +108,7 @@ class BenchConfig:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     precision: str = "default"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    stagger: bool = False
     steps: int = 20
     skip_refreshes: bool = False
     compile_only: bool = False
@@ -149,6 +153,7 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
         refresh_every=config.refresh_every,
         clip_norm=None,
         precision=config.precision,
+        stagger=config.stagger,
         learning_rate=1e-3,
     )
     model = ModelConfig(
@@ -240,6 +245,9 @@ def times(config: BenchConfig, steps: Steps) -> Row:
     jax.block_until_ready(steps.take(steps.kinds[-1]))  # bases first
     row: Row = {"step_ms": 1e3 * median_seconds(steps.ordinary, config.steps)}
     row["mean_ms"] = row["step_ms"]
+    if config.stagger:
+        each = [1e3 * seconds(steps.ordinary) for _ in range(config.steps)]
+        row["slowest"] = max(each) / statistics.median(each)
     if len(steps.kinds) > 1 and steps.every and not config.skip_refreshes:
         row["refresh_ms"] = 1e3 * seconds(partial(steps.take, True))
         row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / steps.every

@@ -13,6 +13,7 @@ def table(rows: Sequence[Row]) -> str:
         "step_ms": "step, ms",
         "ratio": "of AdamW's",
         "refresh_ms": "refresh, ms",
+        "slowest": "slowest of the median",
         "mean_ratio": "of AdamW's with refreshes",
         "tokens_per_s": "tokens/s",
         "peak_rate": "% of the peak rate",
