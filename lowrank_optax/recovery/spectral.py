@@ -1,5 +1,7 @@
 """Back: the step, plus a step in the spectral norm on the residual."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +12,7 @@ from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.newton_schulz import newton_schulz
 from lowrank_optax.core.resolution import resolution
+from lowrank_optax.core.spread import whole_matrices
 from lowrank_optax.core.stage import check_first, stateless_stage
 
 
@@ -66,7 +69,8 @@ def spectral_residual(
         resolved = _norm(R) > resolution(frame) * _norm(G)
         size = jnp.where(resolved, residual_scale * jnp.sqrt(n), 0).astype(R.dtype)
         narrow = None if R.dtype == jnp.float64 else dtype
-        outside = newton_schulz(R, iterations, narrow)
+        polar = partial(newton_schulz, iterations=iterations, dtype=narrow)
+        outside = whole_matrices(polar, R, narrow)
         # Rounding in the subspace, where R has nothing, grows up to 3.4 a time.
         inside = jnp.multiply(scale, low_step) - size * frame.down(outside)
         return frame.replace(step=frame.up(inside) + size * outside)
