@@ -150,7 +150,8 @@ def update_layers(
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are stored.
       block: how many layers are updated together, rounded down to a divisor of L; None
-        for all. One at a time unless `refresh=False` (see `per_layer`).
+        for all. One at a time unless `refresh=False` (see `per_layer`), or on a mesh,
+        where a refresh has chosen all bases before.
       operands: arrays that `apply_updates` gets, such as this step's random key.
       tx, load, apply_updates: as in `update_in_backward`.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
@@ -197,7 +198,8 @@ def update_layers(
 
         count = count_of(params)
         size = _even(count if block is None else block, count)
-        if extra_args.get("refresh") is not False:
+        # Once every basis is chosen a refresh is as an ordinary step.
+        if extra_args.get("refresh") is not False and not (bases and spreads()):
             size = 1
         return _in_blocks(one, (params, state), (gradient, bases), size)
 
