@@ -36,7 +36,7 @@ def per_layer(
     Otherwise a loop updates them: under `vmap` both branches of a conditional would
     run, and a batch of factorizations takes longer than a loop. With `refresh=True` the
     singular vectors of small matrices, which are faster in a batch, are computed for
-    all layers before the loop.
+    all layers before the loop. On a mesh all bases are, and there is no loop.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
@@ -84,8 +84,7 @@ def per_layer(
             own = inside.replace(layer=i, bases=chosen)
             return inner.update(*carry, p, inside=own, **extra_args)
 
-        together = extra_args.get("refresh") is False
-        block = count_of(updates) if together else 1
+        block = count_of(updates) if _together(extra_args, bases) else 1
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases), block)
 
@@ -117,6 +116,12 @@ def _in_blocks(
         return jax.tree.map(put, carry, new)
 
     return jax.lax.fori_loop(0, count // block, body, carry)
+
+
+def _together(extra_args: Mapping[str, object], bases: Mapping[str, Tree]) -> bool:
+    """Whether layers may be updated in a batch: no basis is chosen there."""
+    # On a mesh a refresh has chosen all of them before (`_chosen_together`).
+    return extra_args.get("refresh") is False or (bool(bases) and spreads())
 
 
 def _even(block: int, count: int) -> int:
@@ -198,8 +203,7 @@ def update_layers(
 
         count = count_of(params)
         size = _even(count if block is None else block, count)
-        # Once every basis is chosen a refresh is as an ordinary step.
-        if extra_args.get("refresh") is not False and not (bases and spreads()):
+        if not _together(extra_args, bases):
             size = 1
         return _in_blocks(one, (params, state), (gradient, bases), size)
 
