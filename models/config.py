@@ -30,7 +30,7 @@ class LlamaConfig:
         stores the outputs of the weight matmuls, "full" stores block inputs only.
       attention: the attention kernel. "auto" asks for cuDNN where it can run (a
         CUDA GPU of compute capability 8 or more, 16-bit compute, an even sequence
-        length, a head size that is a multiple of 8 and at most 128), else XLA. It
+        length, a head size of at most 128), else XLA. It
         looks at JAX's default backend while the forward pass is traced, so to lower
         for another platform name the kernel.
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from models.padding import aligned, pad_to
+
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -147,12 +149,20 @@ def _fold(T: int, S: int, step: Callable[..., Any], carry: Any) -> Any:
 
 
 def _block_losses(
-    x_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array
+    x_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, tokens: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each token's loss (B, S), its normalizer (B, S, 1) and its logits (B, S, V)."""
+    """Each token's loss (B, S), its normalizer (B, S, 1) and its logits (B, S, V).
+
+    The kernel and the logits may have more columns than the vocabulary has tokens.
+    """
     logits_BSV = _einsum("bsd,dv->bsv", x_BSD, kernel_DV)
+    columns = kernel_DV.shape[1]
+    if columns > tokens:
+        logits_BSV = jnp.where(jnp.arange(columns) < tokens, logits_BSV, -jnp.inf)
     normalizer_BS1 = jax.nn.logsumexp(logits_BSV, axis=-1, keepdims=True)
-    target_BS1 = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)
+    target_BS1 = jnp.take_along_axis(
+        logits_BSV[..., :tokens], targets_BS[..., None], axis=-1
+    )
     return (normalizer_BS1 - target_BS1)[..., 0], normalizer_BS1, logits_BSV
 
 
@@ -162,9 +172,10 @@ def _weighted_sum(losses_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
 
 
 def _narrow(kernel_DV: jax.Array, dtype: jnp.dtype, spread: Spread) -> jax.Array:
-    """The kernel as the product takes it: rounded first, then it travels."""
+    """The kernel as the product takes it: rounded, moved, then of an aligned width."""
     kernel_DV = spread.put(kernel_DV, spread.kernel).astype(dtype)
-    return spread.put(kernel_DV, spread.used)
+    kernel_DV = spread.put(kernel_DV, spread.used)
+    return pad_to(kernel_DV, aligned(kernel_DV.shape[1]), 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -177,11 +188,12 @@ def _loss(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> jax.Array:
+    tokens = kernel_DV.shape[1]
     kernel_DV = _narrow(kernel_DV, dtype, spread)
 
     def step(losses_BT: jax.Array, read: Any, write: Any, _: Any) -> jax.Array:
         losses_BS, _, _ = _block_losses(
-            read(x_BTD).astype(dtype), kernel_DV, read(targets_BT)
+            read(x_BTD).astype(dtype), kernel_DV, read(targets_BT), tokens
         )
         return write(losses_BT, losses_BS)
 
@@ -198,8 +210,9 @@ def _forward(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    id_V = jnp.arange(kernel_DV.shape[1])
+    tokens = kernel_DV.shape[1]
     narrow_DV = _narrow(kernel_DV, dtype, spread)
+    id_V = jnp.arange(narrow_DV.shape[1])
     of_groups = P(spread.rows, *spread.used)
     # The logits' gradient is rounded before its two products, which then run at the
     # speed of 16 bits; JAX's own rule rounds the products instead, by as much. But
@@ -210,11 +223,12 @@ def _forward(
         losses_BT, dx_BTD, dkernel_GDV = carry
         x_BSD, targets_BS = read(x_BTD).astype(dtype), read(targets_BT)
         losses_BS, normalizer_BS1, logits_BSV = _block_losses(
-            x_BSD, narrow_DV, targets_BS
+            x_BSD, narrow_DV, targets_BS, tokens
         )
         # As take_along_axis reads ids: a negative one counts from the end.
+        # (What this hits beyond the vocabulary meets zeros, and is cut off at the end.)
         targets_BS1 = targets_BS[..., None]
-        hit_BSV = (targets_BS1 == id_V) | (targets_BS1 == id_V - id_V.size)
+        hit_BSV = (targets_BS1 == id_V) | (targets_BS1 == id_V - tokens)
         slope_BSV = jnp.exp(logits_BSV - normalizer_BS1) - hit_BSV
         weights_BS1 = jnp.where(fresh_S, read(weights_BT), 0)[..., None]
         slope_BSV = (weights_BS1 * slope_BSV).astype(slope_dtype)
@@ -229,14 +243,15 @@ def _forward(
             spread.put(dkernel_GDV, of_groups),
         )
 
-    zeros_GDV = jnp.zeros((spread.groups, *kernel_DV.shape), jnp.float32)
+    zeros_GDV = jnp.zeros((spread.groups, *narrow_DV.shape), jnp.float32)
     zeros = (
         jnp.zeros_like(weights_BT),
         jnp.zeros_like(x_BTD),
         spread.put(zeros_GDV, of_groups),
     )
     losses_BT, dx_BTD, dkernel_GDV = _fold(x_BTD.shape[1], S, step, zeros)
-    dkernel_DV = spread.put(jnp.sum(dkernel_GDV, axis=0), spread.kernel)
+    dkernel_DV = jnp.sum(dkernel_GDV[..., :tokens], axis=0)
+    dkernel_DV = spread.put(dkernel_DV, spread.kernel)
     gradients = dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT
     return _weighted_sum(losses_BT, weights_BT), gradients
 

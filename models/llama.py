@@ -4,6 +4,7 @@ Array names end in their axes: B batch, T tokens, D hidden, N query heads,
 K key/value heads, H head size, F MLP, V vocabulary, L layers.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.extend.backend import get_backend
 
 from models.config import LlamaConfig
+from models.padding import NO_PADDING, PadKernel, aligned, pad_to
 
 # Of functions of arrays; a module is one in a scan, which hands it its arrays.
 REMAT: dict[str, Callable[..., Any]] = {
@@ -34,22 +36,39 @@ REMAT: dict[str, Callable[..., Any]] = {
 }
 
 
+def _options(config: LlamaConfig, pad: PadKernel, rngs: nnx.Rngs) -> dict[str, Any]:
+    return {
+        "use_bias": False,
+        "dtype": jnp.dtype(config.compute_dtype),
+        "promote_dtype": pad,
+        "kernel_init": nnx.initializers.normal(config.init_std),
+        "rngs": rngs,
+    }
+
+
 def _linear(
     config: LlamaConfig,
     size_in: int,
     size_out: int,
     rngs: nnx.Rngs,
-    out_dtype: Any = None,
+    pad: PadKernel = NO_PADDING,
 ) -> nnx.Linear:
-    return nnx.Linear(
-        size_in,
-        size_out,
-        use_bias=False,
-        dtype=jnp.dtype(config.compute_dtype),
-        preferred_element_type=out_dtype,
-        kernel_init=nnx.initializers.normal(config.init_std),
-        rngs=rngs,
-    )
+    return nnx.Linear(size_in, size_out, **_options(config, pad, rngs))
+
+
+class Head(nnx.Linear):
+    """(..., D) -> float32 (..., V): logits that the loss never sees in 16 bits."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        super().__init__(
+            config.hidden_size,
+            config.vocab_size,
+            preferred_element_type=jnp.float32,
+            **_options(config, PadKernel(outputs=True), rngs),
+        )
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding)[..., : self.out_features]
 
 
 def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -69,12 +88,6 @@ def embedding(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Embed:
         embedding_init=nnx.initializers.normal(config.init_std),
         rngs=rngs,
     )
-
-
-def output_head(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    # Summed and kept in float32: the loss never sees logits rounded to 16 bits.
-    sizes = config.hidden_size, config.vocab_size
-    return _linear(config, *sizes, rngs, out_dtype=jnp.float32)
 
 
 def rotary_angles(T: int, H: int, theta: float) -> jax.Array:
@@ -102,7 +115,7 @@ def _attention_kernel(config: LlamaConfig, T: int) -> Literal["xla", "cudnn"]:
     if config.attention != "auto":
         return config.attention
     # Some JAX releases refuse odd lengths in the backward pass of the cuDNN kernel.
-    fits = config.head_size % 8 == 0 and config.head_size <= 128 and T % 2 == 0
+    fits = aligned(config.head_size) <= 128 and T % 2 == 0
     if config.compute_dtype == "float32" or not fits:
         return "xla"
     backend = get_backend()
@@ -129,14 +142,15 @@ class Attention(nnx.Module):
         q_BTNH = rotate(self.q(x_BTD).reshape(B, T, -1, H), angle_TP)
         k_BTKH = rotate(self.k(x_BTD).reshape(B, T, -1, H), angle_TP)
         v_BTKH = self.v(x_BTD).reshape(B, T, -1, H)
-        mixed_BTNH = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            is_causal=True,
-            implementation=_attention_kernel(self.config, T),
+        kernel = _attention_kernel(self.config, T)
+        padded = (
+            pad_to(x, aligned(H) if kernel == "cudnn" else H, -1)
+            for x in (q_BTNH, k_BTKH, v_BTKH)
         )
-        return self.o(mixed_BTNH.reshape(B, T, D))
+        mixed_BTNH = jax.nn.dot_product_attention(
+            *padded, scale=1 / math.sqrt(H), is_causal=True, implementation=kernel
+        )
+        return self.o(mixed_BTNH[..., :H].reshape(B, T, D))
 
 
 class MLP(nnx.Module):
@@ -144,9 +158,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.mlp_size
-        self.gate = _linear(config, D, F, rngs)
-        self.up = _linear(config, D, F, rngs)
-        self.down = _linear(config, F, D, rngs)
+        self.gate = _linear(config, D, F, rngs, pad=PadKernel(outputs=True))
+        self.up = _linear(config, D, F, rngs, pad=PadKernel(outputs=True))
+        self.down = _linear(config, F, D, rngs, pad=PadKernel(inputs=True))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -191,7 +205,7 @@ class Llama(nnx.Module):
         self.embed = embedding(config, rngs)
         self.layers = stack_blocks(rngs)
         self.norm = rms_norm(config, rngs)
-        self.head = output_head(config, rngs)
+        self.head = Head(config, rngs=rngs)
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """Computes the head's input: int (B, T) -> float32 (B, T, D)."""

@@ -11,9 +11,9 @@ from models.config import LlamaConfig
 from models.llama import (
     REMAT,
     Block,
+    Head,
     Llama,
     embedding,
-    output_head,
     rms_norm,
     rotary_angles,
 )
@@ -54,7 +54,7 @@ def draw_params(
         return store(_pure(Block(config, rngs=nnx.Rngs(key))))
 
     layers = jax.lax.map(draw_layer, keys)
-    parts |= {"norm": rms_norm(config, rngs), "head": output_head(config, rngs)}
+    parts |= {"norm": rms_norm(config, rngs), "head": Head(config, rngs=rngs)}
     return {**store({k: _pure(part) for k, part in parts.items()}), "layers": layers}
 
 

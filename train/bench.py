@@ -4,46 +4,63 @@ import dataclasses
 import gc
 import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-import optax
+import tyro
 from jax.sharding import Mesh
 
-from models import SIZES, LlamaConfig, init_params
+from models import LlamaConfig
 from train.config.command_line import check_numbers, parse
-from train.config.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Size
+from train.config.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Size,
+    model_config,
+)
 from train.config.named import named
 from train.config.resolve import resolve
+from train.engine.flops import flops_per_token, peak_flops
 from train.engine.memory import GIB, device_peak
 from train.engine.mesh import by_row, make_mesh
-from train.engine.optimizer import Tree, check_meant, check_optimizer, make_optimizer
+from train.engine.optimizer import check_meant, check_optimizer, make_optimizer
 from train.engine.step import TrainState
+from train.engine.timing import Steps, median_seconds, profile, seconds
+from train.engine.update_alone import update_alone
 from train.host.errors import usage_errors
-from train.records.markdown import Row, append, check_out, markdown, rounded
+from train.records.markdown import Row, append, check_out, rounded
+from train.records.profile import tables
+from train.records.step_table import table
 from train.run.loop import Program, build_program, initial, kinds_of_steps, work_of
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
 compiles them, for every optimizer in one process: milliseconds of an ordinary step, of
 a refresh, and of both in the mean at the optimizer's own interval; the memory that the
-compiler counts, and the device's own peak; beside AdamW's.
+compiler counts, and the device's own peak; beside AdamW's. A row with an error makes
+the exit status 1.
 
 Examples:
   python -m train.bench --size 60m --batch-size 128 --rank 128
   python -m train.bench --size 1b --rank 512 --layerwise off on
   python -m train.bench --size 7b --rank 1024 --compile-only
-  python -m train.bench --size 1b --rank 512 --update-alone
+  python -m train.bench --size 1b --rank 512 --update-alone --profile
   python -m train.bench --size 7b --rank 1024 --batch-size 32 --fsdp 8
 
 With --update-alone only the optimizer's update and the addition to the weights are
-timed, on random gradients. Run it on an accelerator."""
+timed, on random gradients. --profile also prints an ordinary step by its kernels. The
+share of the peak rate counts 6 N + 6 L D T operations a token (N numbers in the
+matrices of layers and head, L layers of width D, T tokens in a window, half of which
+causal attention sees) against the device's dense bfloat16 rate in its vendor's data
+sheet, where that is known. Run it on an accelerator."""
+
+PROFILED_STEPS = 5
 
 T = TypeVar("T")
 Layerwise = Literal["off", "on"]
@@ -71,6 +88,8 @@ class BenchConfig:
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.
       update_alone: the optimizer's update alone, no model.
+      profile: print an ordinary step by its kernels; the traces are kept in a folder
+        that is named.
       out: file to append the results to, one JSON line each.
     """
 
@@ -90,6 +109,9 @@ class BenchConfig:
     skip_refreshes: bool = False
     compile_only: bool = False
     update_alone: bool = False
+    profile: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = (
+        None
+    )
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +125,10 @@ class BenchConfig:
             dataclasses.replace(base, rank=None),
             [named(name, base) for name in self.names],
         )
+        if self.profile is not None and self.compile_only:
+            raise ValueError("compile_only runs no step: leave out profile")
+        if len(self.profile or ()) > 1:
+            raise ValueError("profile: name one folder, or none")
         untouched = {f: getattr(BenchConfig, f) for f in ("layerwise", "weight_dtype")}
         untouched |= {"remat": "auto", "compile_only": False, "mesh": MeshConfig()}
         for field, value in untouched.items():
@@ -139,19 +165,6 @@ def run_of(config: BenchConfig, name: str, layerwise: Layerwise) -> Config:
             optimizer=named(name, optimizer),
         )
     )
-
-
-def seconds(run: Callable[[], object], steps: int = 1) -> float:
-    """Seconds for one `run`, which starts work and returns what to wait for."""
-    start = time.perf_counter()
-    jax.block_until_ready([run() for _ in range(steps)])
-    return (time.perf_counter() - start) / steps
-
-
-def median_seconds(run: Callable[[], object], steps: int) -> float:
-    """The median of three `seconds`, after one run that does not count."""
-    jax.block_until_ready(run())
-    return statistics.median(seconds(run, steps) for _ in range(3))
 
 
 class Compiled(NamedTuple):
@@ -206,74 +219,78 @@ def compile_step(config: BenchConfig, name: str, layerwise: Layerwise) -> Compil
     return Compiled(row, mesh, work.model, make, program, kinds, every)
 
 
-def time_step(config: BenchConfig, compiled: Compiled) -> Row:
-    """Times in ms, and the device's peak if no step before had a higher one."""
-    program, kinds = compiled.program, compiled.kinds
-    shape = (config.batch_size, config.seq_len)
+def whole_steps(config: BenchConfig, compiled: Compiled) -> Steps:
+    """Steps on one batch of random tokens, from the first state on."""
+    program, shape = compiled.program, (config.batch_size, config.seq_len)
+    state = compiled.make(jax.random.key(0))
+    vocabulary = compiled.model.vocab_size
+    tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
+    batch = {"tokens": jax.device_put(tokens, by_row(compiled.mesh))}
+
+    def take(refresh: bool) -> object:
+        nonlocal state
+        state, metrics = program.step(state, batch, refresh)
+        return metrics
+
+    return Steps(take, compiled.kinds, compiled.every)
+
+
+def times(config: BenchConfig, steps: Steps) -> Row:
+    """Of an ordinary step, of a refresh, and in the mean, in ms."""
+    jax.block_until_ready(steps.take(steps.kinds[-1]))  # bases first
+    row: Row = {"step_ms": 1e3 * median_seconds(steps.ordinary, config.steps)}
+    row["mean_ms"] = row["step_ms"]
+    if len(steps.kinds) > 1 and steps.every and not config.skip_refreshes:
+        row["refresh_ms"] = 1e3 * seconds(partial(steps.take, True))
+        row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / steps.every
+    return row
+
+
+def profiled(config: BenchConfig, row: Row, steps: Steps) -> Row:
+    """Prints an ordinary step by its kernels, if that is asked for."""
+    if config.profile is None:
+        return {}
+    name, way = row["optimizer"], row["layerwise"]
+    folder = config.profile[0] / f"{name}-{way}".rstrip("-") if config.profile else None
+    found = profile(steps.ordinary, PROFILED_STEPS, folder)
+    title = f"{name}, layer by layer" if way == "on" else name
+    print("\n" + tables(title, found), flush=True)
+    kinds = {kind.name: kind.ms for kind in found.kinds}
+    return {"busy_ms": found.busy_ms, "kinds_ms": kinds}
+
+
+def rates(config: BenchConfig, compiled: Compiled, step_ms: float) -> Row:
+    """Tokens a second on all devices, and the share of these devices' peak rate."""
+    tokens = 1e3 * config.batch_size * config.seq_len / step_ms
+    flops = tokens * flops_per_token(compiled.model, config.seq_len)
+    devices = compiled.mesh.devices
+    peak = peak_flops(devices.flat[0].device_kind)
+    share = {} if peak is None else {"peak_rate": 100 * flops / (peak * devices.size)}
+    return {"tokens_per_s": tokens, **share}
+
+
+def bench_step(config: BenchConfig, row: Row, compiled: Compiled) -> Row:
+    """Times, rates, and the device's peak if no step before had a higher one."""
     before = device_peak()
     with jax.set_mesh(compiled.mesh):
-        state = compiled.make(jax.random.key(0))
-        vocabulary = compiled.model.vocab_size
-        tokens = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
-        batch = {"tokens": jax.device_put(tokens, by_row(compiled.mesh))}
-
-        def step(refresh: bool) -> Callable[[], object]:
-            def run() -> object:
-                nonlocal state
-                state, metrics = program.step(state, batch, refresh)
-                return metrics
-
-            return run
-
-        jax.block_until_ready(step(kinds[-1])())  # bases first
-        row: Row = {"step_ms": 1e3 * median_seconds(step(kinds[0]), config.steps)}
-        row["tokens_per_s"] = 1e3 * tokens.size / row["step_ms"]
-        row["mean_ms"] = row["step_ms"]
-        if len(kinds) > 1 and compiled.every and not config.skip_refreshes:
-            row["refresh_ms"] = 1e3 * seconds(step(True))
-            extra = row["refresh_ms"] - row["step_ms"]
-            row["mean_ms"] += extra / compiled.every
-    after = device_peak()
-    if after is not None and after != before:
-        row["device_peak"] = after / GIB
-    return row
+        steps = whole_steps(config, compiled)
+        found = times(config, steps)
+        found |= rates(config, compiled, found["step_ms"])
+        after = device_peak()
+        if after is not None and after != before:
+            found["device_peak"] = after / GIB
+        return found | profiled(config, row, steps)
 
 
-def bench_update(config: BenchConfig, name: str) -> Row:
-    """The row of an update alone: times in ms."""
-    run = run_of(config, name, "off")
+def bench_update(config: BenchConfig, row: Row) -> Row:
+    """Times of an update alone, and its temporaries without the gradients."""
+    run = run_of(config, row["optimizer"], "off")
     optimizer = make_optimizer(run.optimizer, run.steps, jax.random.key(0))
-    tx, every = optimizer.tx, optimizer.refresh_every
-    key_w, key_g = jax.random.split(jax.random.key(0))
-    params, grads = (
-        jax.jit(lambda k: init_params(SIZES[config.size], k))(k) for k in (key_w, key_g)
-    )
-    state = jax.jit(tx.init)(params)
-
-    def step(refresh: bool) -> Callable[[], object]:
-        def update(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-            updates, state = tx.update(
-                grads, state, params, refresh=refresh, accept=jnp.bool_(True)
-            )
-            return optax.apply_updates(params, updates), state
-
-        compiled = jax.jit(update, donate_argnums=(0, 1))
-
-        def run() -> object:
-            nonlocal params, state
-            params, state = compiled(params, state, grads)
-            return params
-
-        return run
-
-    row: Row = {"optimizer": name, "layerwise": "-"}
-    if every is not None:
-        refresh = step(True)
-        jax.block_until_ready(refresh())
-        if not config.skip_refreshes:
-            row["refresh_ms"] = 1e3 * seconds(refresh)
-    row["step_ms"] = 1e3 * median_seconds(step(every == 1), config.steps)
-    return row
+    kinds = kinds_of_steps(optimizer)
+    update = update_alone(optimizer, model_config(run.model), kinds)
+    found: Row = {"temporaries": update.temporaries / GIB}
+    found |= {"compile_s": update.compile_s, **times(config, update.steps)}
+    return found | profiled(config, row, update.steps)
 
 
 def attempt(row: Row, run: Callable[[], T]) -> T | None:
@@ -288,11 +305,11 @@ def attempt(row: Row, run: Callable[[], T]) -> T | None:
 def measure(config: BenchConfig, row: Row, step: Compiled | None) -> None:
     """Fills a row in and prints it; `step` is None for one that is not compiled."""
     if config.update_alone:
-        row.update(attempt(row, lambda: bench_update(config, row["optimizer"])) or {})
+        row.update(attempt(row, lambda: bench_update(config, row)) or {})
     elif step is not None:
         row.update(step.row)
         if not config.compile_only:
-            row.update(attempt(row, lambda: time_step(config, step)) or {})
+            row.update(attempt(row, lambda: bench_step(config, row, step)) or {})
     print(json.dumps(rounded(row)), flush=True)
 
 
@@ -324,26 +341,6 @@ def bench(config: BenchConfig) -> list[Row]:
             if ms in row and "step_ms" in rows[0]:
                 row[ratio] = row[ms] / rows[0]["step_ms"]
     return rows
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown; memory in GiB on a device, tokens on all of them."""
-    columns = {
-        "optimizer": "optimizer",
-        "layerwise": "layer by layer",
-        "step_ms": "step, ms",
-        "ratio": "of AdamW's",
-        "refresh_ms": "refresh, ms",
-        "mean_ratio": "of AdamW's with refreshes",
-        "tokens_per_s": "tokens/s",
-        "weights": "weights",
-        "state": "state",
-        "gradients": "gradients",
-        "temporaries": "all of the step alone",
-        "peak": "peak, GiB",
-        "device_peak": "the device's own",
-    }
-    return markdown(rows, columns)
 
 
 def check(config: BenchConfig) -> None:
@@ -378,6 +375,11 @@ def main() -> None:
     print("\n" + table(rows))
     if config.out is not None:
         append(config.out, rows, {**dataclasses.asdict(config), "device": device})
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        print(f"{row['optimizer']}: {row['error']}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

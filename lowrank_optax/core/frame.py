@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.aligned import pad_columns
+
 _SET_BY = {
     "low": "project()",
     "low_step": "in_subspace() or rotate_moments()",
@@ -125,8 +127,8 @@ class Frame:
         if are_coordinates(basis):
             return jnp.take_along_axis(x, basis[..., None], axis=-2)
         return jnp.einsum(
-            "...mr,...mk->...rk", basis, x, precision=self.precision
-        ).astype(x.dtype)
+            "...mr,...mk->...rk", basis.astype(x.dtype), x, precision=self.precision
+        )
 
     def nonzero(self) -> jax.Array:
         """(*batch,) bool, whether G is not zero, or S^T G where G is away."""
@@ -153,8 +155,9 @@ class Frame:
                 spread = jax.vmap(spread)
             return spread(basis, y)
         product = "...mr,...rk->...km" if self.transposed else "...mr,...rk->...mk"
-        x = jnp.einsum(product, basis, y, precision=self.precision)
-        return self.as_stored(x.astype(y.dtype))
+        n = y.shape[-1]
+        x = jnp.einsum(product, basis, pad_columns(y), precision=self.precision)
+        return self.as_stored(x.astype(y.dtype))[..., :n]
 
     def _spread(self, rows: jax.Array, y: jax.Array) -> jax.Array:
         # A gather, which can be part of the addition to the weights; a scatter cannot.

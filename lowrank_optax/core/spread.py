@@ -76,8 +76,8 @@ def over_devices(
 
 
 def whole_matrices(
-    f: Callable[[jax.Array], jax.Array], x: jax.Array, dtype: DTypeLike | None = None
-) -> jax.Array:
+    f: Callable[[jax.Array], Tree], x: jax.Array, dtype: DTypeLike | None = None
+) -> Tree:
     """f(x), with whole matrices of x (*batch, m, n) distributed over the devices.
 
     Without this every product of a matrix with itself sums over all devices. Under
@@ -86,49 +86,37 @@ def whole_matrices(
     stays as it is sharded.
 
     Args:
-      f: to an array of the same shape; it treats each matrix by itself.
+      f: to a tree of arrays (*batch, ...); it treats each matrix by itself.
       x: the matrices.
-      dtype: what x and f(x) are rounded to, on the way to other devices and on one
-        device; None for that of x.
+      dtype: what f rounds x to before anything else; they move in it. None for that of
+        x.
     """
     if not spreads():
-        return _through(f, dtype, x)
+        return f(x)
     every = jax.custom_batching.custom_vmap(partial(_on_whole, f, dtype))
 
     @every.def_vmap
-    def _(count: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    def _(count: int, batched: list[bool], x: jax.Array) -> tuple[Tree, Tree]:
         del count, batched  # the only argument: it has the axis
-        return whole_matrices(f, x, dtype), True
+        out = whole_matrices(f, x, dtype)
+        return out, jax.tree.map(lambda _: True, out)
 
     return every(x)
 
 
 def _on_whole(
-    f: Callable[[jax.Array], jax.Array], dtype: DTypeLike | None, x: jax.Array
-) -> jax.Array:
-    flat = x.reshape(-1, *x.shape[-2:])
+    f: Callable[[jax.Array], Tree], dtype: DTypeLike | None, x: jax.Array
+) -> Tree:
+    batch, flat = x.shape[:-2], x.reshape(-1, *x.shape[-2:])
     if len(flat) == 1:
-        return _through(f, dtype, x)
-    narrow = x.dtype if dtype is None else dtype
-
-    def on_each(part: jax.Array, _: Tree) -> jax.Array:
-        return f(part.astype(x.dtype)).astype(narrow)
-
-    out = over_devices(on_each, flat.astype(narrow), columns=True)
-    return out.astype(x.dtype).reshape(x.shape)
-
-
-def _through(
-    f: Callable[[jax.Array], jax.Array], dtype: DTypeLike | None, x: jax.Array
-) -> jax.Array:
-    """f(x) with both rounded to `dtype`, which a pair of casts might not be."""
-    if dtype is None:
         return f(x)
-    bits = jnp.finfo(dtype)
-    rounded = partial(
-        jax.lax.reduce_precision, exponent_bits=bits.nexp, mantissa_bits=bits.nmant
-    )
-    return rounded(f(rounded(x)))
+
+    def on_each(part: jax.Array, _: Tree) -> Tree:
+        return f(part.astype(x.dtype))
+
+    moved = flat if dtype is None else flat.astype(dtype)
+    out = over_devices(on_each, moved, columns=True)
+    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
 def replicated(x: jax.Array) -> jax.Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Unpack
 
 import optax
 
 from lowrank_optax.bases.momentum import power_iterate
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.newton_schulz import FITTED, Quintic
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.projection import project
@@ -22,7 +24,7 @@ def spectral_adam(
     basis: optax.GradientTransformation | None = None,
     scale: Number = 1.0,
     residual_scale: Number = 0.5,
-    iterations: int = 5,
+    coefficients: Sequence[Quintic] = FITTED,
     b1: Number = 0.908,
     b2: Number = 0.99,
     eps: Number = 1e-8,
@@ -57,18 +59,18 @@ def spectral_adam(
       basis: another basis rule in place of the power step.
       scale: on the matrices' step inside the subspace.
       residual_scale: on the step outside.
-      iterations: of Newton-Schulz.
+      coefficients: (a, b, c) of each Newton-Schulz step (`spectral_residual`).
       learning_rate, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
     Raises:
-      ValueError: iterations below 1; and as `low_rank` does.
+      ValueError: no coefficients; and as `low_rank` does.
 
     Example:
       >>> tx = lro.spectral_adam(4.5e-3, rank=4)
     """
     rule = basis_or(basis, lambda: power_iterate(b1=b1))
     step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
-    back = spectral_residual(residual_scale, scale=scale, iterations=iterations)
+    back = spectral_residual(residual_scale, scale=scale, coefficients=coefficients)
     stages = optax.chain(rule, project(), step, back)
     return low_rank_optimizer(stages, learning_rate, **options)

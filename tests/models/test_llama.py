@@ -1,5 +1,6 @@
 """The model against its equations, its contract of paths, and its promises."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from models import (
     init_params,
 )
 from models.llama import Block, rotary_angles, rotate
+from models.padding import pad_to
 from models.params import embed, finish, run_layer
 
 # A large init_std makes attention and the gates far from linear.
@@ -109,14 +111,43 @@ def reference_logits(config, params, tokens):
     return np.stack([logits(row) for row in np.asarray(tokens)])
 
 
-@pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
-def test_forward_follows_the_equations(num_kv_heads):
-    config = replace(SMALL, num_kv_heads=num_kv_heads)
+@pytest.mark.parametrize(
+    "change", [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1}, {"mlp_size": 43}]
+)
+def test_forward_follows_the_equations(change):
+    config = replace(SMALL, **change)
     params, tokens = draw(config), draw_tokens(config, 2, 9)
     expected = reference_logits(config, params, tokens)
     # The logits spread over some units, so the tolerance is far below the signal.
     assert expected.std() > 0.5
     np.testing.assert_allclose(run(config, params, tokens), expected, **ROUNDING)
+
+
+def test_odd_widths_are_padded_in_the_products_alone():
+    config = replace(SMALL, mlp_size=43, vocab_size=61)
+    params, tokens = draw(config), draw_tokens(config, 2, 8)
+    assert params["layers"]["mlp"]["down"]["kernel"].shape == (3, 43, 32)
+    program = gradient.lower(config, params, tokens).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert any("x48x" in line for line in products)
+    assert not any(re.search(r"[x<](43|61)[x>]", line) for line in products)
+
+
+def test_a_gradient_of_odd_widths_is_that_of_zeros_appended_to_the_weights():
+    config = replace(SMALL, mlp_size=43)
+    params, tokens = draw(config), draw_tokens(config, 2, 8)
+    mlp = params["layers"]["mlp"]
+    padded = {
+        name: {"kernel": pad_to(mlp[name]["kernel"], 48, 1 if name == "down" else 2)}
+        for name in mlp
+    }
+    wider = params | {"layers": params["layers"] | {"mlp": padded}}
+    found = gradient(config, params, tokens)
+    expected = gradient(replace(config, mlp_size=48), wider, tokens)
+    for name, part in found["layers"]["mlp"].items():
+        rest = expected["layers"]["mlp"][name]["kernel"]
+        rest = rest[:, :43] if name == "down" else rest[..., :43]
+        np.testing.assert_allclose(part["kernel"], rest, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
@@ -371,7 +402,7 @@ def test_a_bad_config_is_refused_with_the_fix(change, message):
         ("cuda 13000", "9.0", 5, {"attention": "cudnn"}, "cudnn"),
         ("cuda 13000", "9.0", 4, {"compute_dtype": "float32"}, "xla"),
         ("cuda 13000", "7.5", 4, {}, "xla"),
-        ("cuda 13000", "9.0", 4, {"hidden_size": 48}, "xla"),
+        ("cuda 13000", "9.0", 4, {"hidden_size": 48}, "cudnn"),
         ("cuda 13000", "9.0", 4, {"hidden_size": 1024}, "xla"),
         ("cuda 13000", "9.0", 4, {"attention": "xla"}, "xla"),
         ("rocm 60000", "gfx90a", 4, {}, "xla"),
@@ -385,8 +416,10 @@ def test_cudnn_is_asked_for_where_it_can_run(
     backend = SimpleNamespace(platform_version=platform, local_devices=lambda: [device])
     asked = []
 
-    def record(query, key, value, *, is_causal, implementation):
+    def record(query, key, value, *, scale, is_causal, implementation):
         assert is_causal
+        assert scale == 1 / np.sqrt(config.head_size)  # also where a head is padded
+        assert implementation == "xla" or query.shape[-1] % 8 == 0
         asked.append(implementation)
         return query
 

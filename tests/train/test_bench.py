@@ -1,16 +1,20 @@
 """The bench of training steps: its rows, its table, its switches, its errors."""
 
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import train.bench
 from models import SIZES, LlamaConfig
 from train.bench import BenchConfig, bench, check, run_of, table
 from train.config.config import Config
+from train.engine.flops import flops_per_token
 from train.engine.memory import GIB
 from train.engine.mesh import make_mesh
+from train.engine.timing import median_seconds, seconds
 
 
 @pytest.fixture(autouse=True)
@@ -102,15 +106,66 @@ def test_memory_alone_is_compiled_and_not_run(monkeypatch):
 
 @pytest.mark.slow
 def test_the_update_alone_has_no_model():
-    rows = bench(config_of("msgd", update_alone=True))
+    rows = bench(config_of("msgd", update_alone=True, steps=3))
     assert [row["optimizer"] for row in rows] == ["adamw", "msgd"]
-    assert rows[0].keys() == {"optimizer", "layerwise", "step_ms", "ratio"}
+    times = {"compile_s", "step_ms", "mean_ms", "ratio", "mean_ratio"}
+    assert rows[0].keys() == {"optimizer", "layerwise", "temporaries", *times}
     assert {row["layerwise"] for row in rows} == {"-"}
     assert rows[1].keys() == {*rows[0], "refresh_ms"}
     assert all(row["step_ms"] > 0 for row in rows)
     assert cells(table(rows).splitlines()[0]) == [
-        *("optimizer", "layer by layer", "step, ms", "of AdamW's", "refresh, ms")
+        *("optimizer", "layer by layer", "step, ms", "of AdamW's", "refresh, ms"),
+        *("of AdamW's with refreshes", "compile, s", "all of the step alone"),
     ]
+
+
+def test_results_that_the_next_step_overwrites_are_not_waited_for():
+    results = [jnp.zeros(1)]
+
+    def run():
+        results[-1].delete()  # as a donated array is
+        results.append(jnp.ones(1))
+        return results[-1]
+
+    assert seconds(run, steps=4) > 0
+    assert median_seconds(run, steps=2) > 0
+    assert len(results) == 1 + 4 + 7
+    assert not results[-1].is_deleted()
+
+
+def test_an_update_by_its_kernels(tmp_path, capsys):
+    (row,) = bench(config_of(update_alone=True, steps=2, profile=(tmp_path,)))
+    printed = capsys.readouterr().out
+    assert "\nadamw: under the profiler a step takes " in printed
+    assert "| kernel | ms a step | % | launches a step |" in printed
+    assert "| elementwise and reductions | " in printed
+    assert row["busy_ms"] > 0
+    assert sum(row["kinds_ms"].values()) >= row["busy_ms"] * (1 - 1e-6)
+    assert [*(tmp_path / "adamw").rglob("*.xplane.pb")]
+    assert "device busy, ms" in table([row])
+
+
+def test_the_share_of_the_peak_rate(monkeypatch):
+    monkeypatch.setattr(train.bench, "peak_flops", lambda kind: 1e12)
+    (row,) = bench(config_of())
+    config = SIZES["micro"]
+    flops = row["tokens_per_s"] * flops_per_token(config, 12)
+    assert row["peak_rate"] == pytest.approx(100 * flops / 1e12)
+    assert "% of the peak rate" in table([row])
+
+
+def test_a_row_with_an_error_ends_in_status_1(monkeypatch, tmp_path, capsys):
+    row = {"optimizer": "fira", "layerwise": "off", "error": "RESOURCE_EXHAUSTED"}
+    monkeypatch.setattr(train.bench, "bench", lambda config: [row])
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr("sys.argv", ["bench", "--optimizers=fira", f"--out={out}"])
+    with pytest.raises(SystemExit) as ended:
+        train.bench.main()
+    assert ended.value.code == 1
+    assert json.loads(out.read_text())["error"] == "RESOURCE_EXHAUSTED"
+    printed = capsys.readouterr()
+    assert "| fira | off |" in printed.out
+    assert "fira: RESOURCE_EXHAUSTED" in printed.err
 
 
 def test_an_optimizer_that_does_not_exist_is_an_error_at_once():
@@ -125,6 +180,8 @@ def test_an_optimizer_that_does_not_exist_is_an_error_at_once():
         ({"steps": 0}, "steps=0 must be above 0"),
         ({"layerwise": ()}, "layerwise: name off, on, or both"),
         ({"basis_dtype": "bfloat16"}, "needs a basis by name"),
+        ({"profile": (), "compile_only": True}, "runs no step: leave out profile"),
+        ({"profile": (Path("a"), Path("b"))}, "name one folder, or none"),
         ({"update_alone": True, "compile_only": True}, "has no model: leave out com"),
         ({"update_alone": True, "weight_dtype": "int8"}, "has no model: leave out we"),
     ],

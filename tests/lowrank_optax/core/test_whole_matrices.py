@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank_optax.core.newton_schulz import newton_schulz
+from lowrank_optax.core.newton_schulz import FITTED, polar_of_spectrum
 from lowrank_optax.core.spread import whole_matrices
 from tests.helpers.sharded import moved
 
@@ -24,7 +24,17 @@ def mesh_of(name):
 
 
 def polar(dtype):
-    return functools.partial(newton_schulz, iterations=5, dtype=dtype)
+    """Rounds to `dtype` at the start alone, and by itself.
+
+    On a CPU XLA may leave out a cast to bfloat16 between two products.
+    """
+
+    def f(x):
+        if dtype is not None:
+            x = jax.lax.reduce_precision(x, 8, 7)
+        return polar_of_spectrum(x, FITTED)
+
+    return f
 
 
 def together(dtype, x):
@@ -43,9 +53,10 @@ def matrices():
 
 def compiled(f, mesh):
     spec = NamedSharding(mesh, P(None, None, mesh.axis_names))
+    own = spec, NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((L, M, N), jnp.float32, sharding=spec)
     with jax.set_mesh(mesh):
-        return jax.jit(f, out_shardings=spec).lower(x).compile(), spec
+        return jax.jit(f, out_shardings=own).lower(x).compile(), spec
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -56,10 +67,12 @@ def test_the_bits_are_those_of_one_device(how, dtype, mesh):
     alone = jax.jit(f)(matrices())
     step, spec = compiled(f, mesh_of(mesh))
     found = step(jax.device_put(matrices(), spec))
-    np.testing.assert_array_equal(found, alone)
-    assert not np.any(alone[3])
-    sizes = np.linalg.svd(alone[0], compute_uv=False)
-    assert (sizes > 0.5).all()
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
+    outside, squared = jax.device_get(alone)
+    assert not outside[3].any()
+    sizes = np.linalg.svd(outside[0].astype(np.float32), compute_uv=False)
+    assert (sizes > 0.25).all()
+    np.testing.assert_allclose(squared[0], np.sum(matrices()[0] ** 2), rtol=1e-2)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -75,6 +88,6 @@ def test_a_single_matrix_stays_as_it_is_sharded():
     spec = NamedSharding(mesh, P(None, "fsdp"))
     x = matrices()[0]
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(together, None))(jax.device_put(x, spec))
-    np.testing.assert_allclose(found, polar(None)(x), rtol=0, atol=1e-5)
+        found, _ = jax.jit(functools.partial(together, None))(jax.device_put(x, spec))
+    np.testing.assert_allclose(found, polar(None)(x)[0], rtol=0, atol=1e-5)
     assert not found.sharding.is_fully_replicated
