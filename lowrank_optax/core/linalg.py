@@ -17,6 +17,7 @@ from jax.lax.linalg import EighImplementation
 from jax.typing import DTypeLike
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.tall_qr import tall_q
 
 Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
@@ -179,7 +180,7 @@ def qr_by_panels(x: jax.Array) -> jax.Array:
         panel = jax.lax.fori_loop(
             0,
             3,
-            lambda _, p: jnp.linalg.qr(p - matmul(q, matmul(transpose(q), p)))[0],
+            lambda _, p: tall_q(p - matmul(q, matmul(transpose(q), p))),
             panel,
         )
         return jax.lax.dynamic_update_slice_in_dim(q, panel, i * width, 1)
