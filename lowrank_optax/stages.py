@@ -4,7 +4,7 @@ from lowrank_optax.bracket.bracket import LowRankState
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import sample_indices
-from lowrank_optax.core.linalg import left_singular
+from lowrank_optax.core.singular import left_singular
 from lowrank_optax.core.stage import Clock
 from lowrank_optax.core.trees import map_frames, update_frames
 

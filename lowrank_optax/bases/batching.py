@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.bases.rule import Rule
-from lowrank_optax.core import linalg
+from lowrank_optax.core import singular
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.linalg import select
@@ -203,7 +203,7 @@ def _with_early(
     first = jax.lax.cond(
         jnp.any(jnp.concatenate(early)),
         lambda: [
-            linalg.leading(rows["gradient"], rank, rule.decomposition)
+            singular.leading(rows["gradient"], rank, rule.decomposition)
             for rank, rows, _ in leaves
         ],
         lambda: [rows["basis"] for _, rows, _ in leaves],

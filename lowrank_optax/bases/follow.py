@@ -8,12 +8,12 @@ import optax
 
 from lowrank_optax.bases.refresh import Chosen, Refresh, on_subspaces, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, Choose, Rule
-from lowrank_optax.core import linalg
+from lowrank_optax.core import singular
 from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, split, stored_key
-from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import frames_of
 
@@ -67,7 +67,7 @@ def basis_rule(
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.basis_rule(top_and_sample, key=0))
     """
-    linalg.check_full(decomposition)
+    singular.check_full(decomposition)
     if not callable(choose):
         raise ValueError(
             f"basis_rule() needs a function choose(frame, keys, clock), not {choose!r}"

@@ -13,7 +13,8 @@ from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
-from lowrank_optax.core.linalg import Decomposition, fence
+from lowrank_optax.core.linalg import fence
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock
 
 

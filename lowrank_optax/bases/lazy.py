@@ -13,7 +13,7 @@ from lowrank_optax.bases.batching import Request
 from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
-from lowrank_optax.bases.rule import BasisRule, BasisState, Rule, rule_of
+from lowrank_optax.bases.rule import BasisRule, BasisState, Rule, never, rule_of
 from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
@@ -40,7 +40,7 @@ def frozen(rule: optax.GradientTransformation) -> BasisRule:
     """
     inside = rule_of(rule, "frozen()")
     # Not batched: most steps of the run choose no basis.
-    inside = dataclasses.replace(inside, once=True, batched=False)
+    inside = dataclasses.replace(inside, once=True, batched=never)
     return redraw(inside) if isinstance(rule, Redrawn) else follow(inside)
 
 
@@ -99,7 +99,7 @@ def lazy_refresh(
     """
     check_count("window", window)
     check_count("factor", factor)
-    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=False)
+    inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=never)
     if isinstance(rule, Redrawn) or inside.once:
         raise ValueError(
             "lazy_refresh() compares a basis with the last one; wrap a rule other than "

@@ -6,11 +6,12 @@ import optax
 
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
-from lowrank_optax.core import linalg
+from lowrank_optax.core import linalg, singular
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import Decomposition, average_weight, transpose
+from lowrank_optax.core.linalg import average_weight, transpose
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock
 
 
@@ -133,8 +134,10 @@ def _sketched(
     """The left singular vectors of G Q, Q an orthonormal basis of G^T S."""
     sketch = linalg.matmul(g, linalg.orthonormalize(linalg.matmul(transpose(g), s)))
     q = linalg.orthonormalize(sketch)
-    inner, _ = linalg.left_singular(linalg.matmul(transpose(q), sketch), decomposition)
-    return linalg.fix_signs(linalg.matmul(q, inner))
+    inner, _ = singular.left_singular(
+        linalg.matmul(transpose(q), sketch), decomposition
+    )
+    return singular.fix_signs(linalg.matmul(q, inner))
 
 
 def _momentum(frame: Frame, rule: str) -> jax.Array:

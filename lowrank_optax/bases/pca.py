@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core import linalg
+from lowrank_optax.core import linalg, singular
 from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame, eye_basis
-from lowrank_optax.core.linalg import Decomposition
 from lowrank_optax.core.sharding import shard_basis, shard_batch
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.spread import over_devices, replicated
 from lowrank_optax.core.stage import Clock, both, branch, check_only_rule, timed_stage
 from lowrank_optax.core.trees import map_frames
@@ -70,7 +70,7 @@ def online_pca(
       >>> stages = optax.chain(lro.bases.online_pca(optax.adam(1e-3)), lro.project(),
       ...     lro.in_subspace(optax.scale_by_adam()), lro.project_back(0.25))
     """
-    linalg.check_full(decomposition)
+    singular.check_full(decomposition)
     if optimizer is None:
         optimizer = optax.adamw(1 / 200, weight_decay=0.01)
     optimizer = transformation("online_pca()", optimizer, "optax.adam(1e-3)")
@@ -142,7 +142,7 @@ def _started(
 
     def leading() -> jax.Array:
         g = frame.gradient.reshape(-1, *frame.gradient.shape[-2:])
-        s = over_devices(lambda g, _: linalg.leading(g, frame.rank, decomposition), g)
+        s = over_devices(lambda g, _: singular.leading(g, frame.rank, decomposition), g)
         return replicated(s).reshape(frame.basis_shape)
 
     return branch(start, leading, lambda: p)

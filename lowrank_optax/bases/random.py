@@ -12,7 +12,8 @@ from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
-from lowrank_optax.core.linalg import Decomposition, fence
+from lowrank_optax.core.linalg import fence
+from lowrank_optax.core.singular import Decomposition
 
 
 def random_basis(frame: Frame, keys: jax.Array) -> jax.Array:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Step, Tree
 from lowrank_optax.core.frame import Frame, eye_basis
-from lowrank_optax.core.linalg import Decomposition
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock
 
 # The keys are None for a rule without a key.
@@ -53,6 +52,12 @@ class Storage(NamedTuple):
 AS_IT_IS = Storage(pack=lambda _, s: s, unpack=lambda _, s: s)
 
 
+def never(m: int, r: int) -> bool:
+    """For `Rule.batched`."""
+    del m, r
+    return False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """A basis rule as data; `basis_rule` documents the other fields.
@@ -61,8 +66,8 @@ class Rule:
       first: the basis before the first refresh, from a Frame.
       storage: how bases are stored.
       once: whether the basis of step 0 stays.
-      batched: whether one call for many small matrices is faster than a loop
-        (`is_batched`); `choose` has no conditional, and reads only gradients and keys.
+      batched: from m and r to whether one call for many matrices is faster than a
+        loop; `choose` then has no conditional, and reads no moments.
       by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
       reads_gradient: whether `choose` reads gradients; where it does not, only the
         singular vectors of `svd_until` do.
@@ -77,13 +82,13 @@ class Rule:
     from_gradient: bool = True
     storage: Storage = AS_IT_IS
     once: bool = False
-    batched: bool = False
+    batched: Callable[[int, int], bool] = never
     by_path: bool = False
     reads_gradient: bool = True
 
     def is_batched(self, frame: Frame) -> bool:
         """Whether the matrices of a leaf take less time in one batch than in a loop."""
-        return self.batched and frame.basis_shape[-2] <= linalg.TOGETHER
+        return self.batched(*frame.basis_shape[-2:])
 
     def first(self, frame: Frame) -> jax.Array:
         if self.coordinates:

@@ -9,12 +9,13 @@ import optax
 
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.rule import BasisRule
-from lowrank_optax.core import linalg
+from lowrank_optax.core import linalg, singular
 from lowrank_optax.core.aliases import Key, Number, Tree
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key, sample_indices
-from lowrank_optax.core.linalg import Decomposition, matmul, transpose
+from lowrank_optax.core.linalg import matmul, transpose
 from lowrank_optax.core.sharding import shard_batch
+from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock, around, check_wrapped
 
 
@@ -104,7 +105,7 @@ def leading_of_step(frame: Frame) -> jax.Array:
 
     new = linalg.orthonormalize(through(s))
     _, vectors = linalg.eigh(matmul(transpose(new), through(new)))
-    return linalg.fix_signs(matmul(new, vectors[..., ::-1]))
+    return singular.fix_signs(matmul(new, vectors[..., ::-1]))
 
 
 def _of_unit_size(

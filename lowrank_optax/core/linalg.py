@@ -1,4 +1,4 @@
-"""The linear algebra of subspaces: orthonormal bases and left singular factors.
+"""The linear algebra of subspaces: products, orthonormal bases, eigenvectors.
 
 Everything runs at the highest matmul precision, since a product in bfloat16 or tf32
 loses orthonormality, and takes leading batch axes. A batch of factorisations is a
@@ -8,8 +8,8 @@ device.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.tall_qr import tall_q
 
-Decomposition = Literal["svd", "gram", "randomized"]
 T = TypeVar("T")
 
 # The largest m for which a batch of eigendecompositions is faster in one call than in a
@@ -106,32 +105,73 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     CholeskyQR2 (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
     algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
     matrix products almost alone, but breaks down once the condition number passes
-    about 1 / sqrt(eps). The batch then goes through a Householder QR, which
-    gives an orthonormal basis of any input, rank-deficient and zero ones too.
+    about 1 / sqrt(eps). Such matrices go through two passes with a shifted X^T X first
+    (Fukaya et al. 2020, "Shifted Cholesky QR"), and through a Householder QR if that
+    does not help, which gives an orthonormal basis of any input, rank-deficient and
+    zero ones too. What a matrix goes through does not depend on the others.
     """
-    x = x / largest(x)
+    return _orthonormalized(x)
 
-    def cholesky_qr(x: jax.Array) -> jax.Array:
-        lower = jnp.linalg.cholesky(gram(x))
+
+@jax.custom_batching.custom_vmap
+def _orthonormalized(x: jax.Array) -> jax.Array:
+    x = x / largest(x)
+    eps = float(jnp.finfo(x.dtype).eps)
+
+    def accurate(q: jax.Array) -> jax.Array:
+        # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN is not accurate.
+        error = jnp.max(jnp.abs(minus_identity(gram(q))), axis=(-2, -1))
+        return error < 50 * eps
+
+    def or_else(q: jax.Array, other: Callable[[], jax.Array]) -> jax.Array:
+        good = accurate(q)
+        return jax.lax.cond(jnp.all(good), lambda: q, lambda: select(good, q, other()))
+
+    def householder() -> jax.Array:
+        def factor(x: jax.Array) -> jax.Array:
+            return jax.lax.platform_dependent(
+                x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
+            )
+
+        return per_matrix(factor, x)
+
+    q = _cholesky_passes(x, (0, 0))
+    return or_else(
+        q, lambda: or_else(_cholesky_passes(x, (eps, eps, 0, 0)), householder)
+    )
+
+
+@_orthonormalized.def_vmap
+def _(_: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    """Under `jax.vmap` one more batch axis, so that one branch of a `cond` runs."""
+    return _orthonormalized(x), batched[0]
+
+
+def _cholesky_passes(x: jax.Array, shifts: Sequence[float]) -> jax.Array:
+    """X R^-1 with R^T R = X^T X + shift tr(X^T X) I, once for each shift."""
+
+    def factor(x: jax.Array, shift: jax.Array) -> jax.Array:
+        squares = gram(x)
+        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+        trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
+        return jnp.linalg.cholesky(squares + shift * trace * eye)
+
+    def solve(x: jax.Array, shift: jax.Array) -> jax.Array:
+        lower = factor(x, shift)
         return jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
 
-    def by_inverse(_: int, x: jax.Array) -> jax.Array:
-        lower = jnp.linalg.cholesky(gram(x))
-        return matmul(x, transpose(triangular_inverse(lower)))
+    def invert(x: jax.Array, shift: jax.Array) -> jax.Array:
+        return matmul(x, transpose(triangular_inverse(factor(x, shift))))
 
-    def householder(x: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(
-            x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
-        )
+    def passes(step: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        each = jnp.asarray(shifts, x.dtype)
+        return jax.lax.fori_loop(0, len(shifts), lambda i, x: step(x, each[i]), x)
 
-    q = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         x,
-        tpu=lambda x: jax.lax.fori_loop(0, 2, by_inverse, x),
-        default=lambda x: together(lambda x: cholesky_qr(cholesky_qr(x)), x),
+        tpu=functools.partial(passes, invert),
+        default=lambda x: together(functools.partial(passes, solve), x),
     )
-    # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN fails the comparison too.
-    accurate = orthonormality_error(q) < 50 * jnp.finfo(x.dtype).eps
-    return jax.lax.cond(accurate, lambda: q, lambda: per_matrix(householder, x))
 
 
 # For TPUs XLA unrolls a triangular solve and a QR into code that grows with the square
@@ -253,100 +293,6 @@ def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (together if a.shape[-1] <= TOGETHER else per_matrix)(factors, a)
 
 
-def left_singular(
-    g: jax.Array, decomposition: Decomposition | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """All m left singular vectors and values of G, (*batch, m, n) with m <= n.
-
-    Args:
-      g: the matrix.
-      decomposition: "svd", a thin SVD; "gram", the eigenvectors of G G^T, much faster
-        on an accelerator, where singular values under sqrt(eps) times the largest
-        are rounding; None: "svd" on a CPU, "gram" elsewhere, chosen when the
-        program is lowered.
-
-    Returns:
-      U (*batch, m, m) orthonormal, each column's largest entry positive, and the
-      singular values (*batch, m), descending and not negative.
-
-    Raises:
-      ValueError: another decomposition.
-
-    Example:
-      >>> u, s = lro.stages.left_singular(jnp.diag(jnp.array([1.0, 3.0])))
-      >>> u.shape, [round(float(x), 3) for x in s]
-      ((2, 2), [3.0, 1.0])
-    """
-
-    def one_svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # LAPACK's SVD never returns from an Inf, and does from a NaN.
-        g = jnp.where(jnp.isfinite(g), g, jnp.nan)
-        u, s, _ = jnp.linalg.svd(g, full_matrices=False)
-        return u, s
-
-    def svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return per_matrix(one_svd, g)
-
-    def by_gram(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = largest(g)
-        values, vectors = eigh(gram(transpose(g / scale)))
-        s = scale[..., 0] * jnp.sqrt(jnp.maximum(values, 0))
-        return vectors[..., ::-1], s[..., ::-1]
-
-    check_full(decomposition)
-
-    def factors(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if decomposition is None:
-            u, s = jax.lax.platform_dependent(g, cpu=svd, default=by_gram)
-        else:
-            u, s = svd(g) if decomposition == "svd" else by_gram(g)
-        return fix_signs(u), s
-
-    return factors(g) if g.shape[-2] <= TOGETHER else per_matrix(factors, g)
-
-
-def leading(
-    g: jax.Array,
-    rank: int,
-    decomposition: Decomposition | None = None,
-    keys: jax.Array | None = None,
-) -> jax.Array:
-    """The r leading left singular vectors of G: (*batch, m, r).
-
-    Args:
-      g: (*batch, m, n) with m <= n.
-      rank: r <= m.
-      decomposition: as in `left_singular`, or "randomized": a range finder with two
-        power steps (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
-      keys: one key per matrix, for "randomized" alone.
-    """
-    if decomposition != "randomized":
-        return left_singular(g, decomposition)[0][..., :rank]
-    if keys is None:
-        raise ValueError('decomposition="randomized" draws a sketch: pass a key')
-
-    def one(g: jax.Array, key: jax.Array) -> jax.Array:
-        width = min(rank + 8, g.shape[0])
-        q = orthonormalize(
-            matmul(g, jax.random.normal(key, (g.shape[1], width), g.dtype))
-        )
-        for _ in range(2):
-            q = orthonormalize(matmul(g, orthonormalize(matmul(transpose(g), q))))
-        inner, _ = left_singular(matmul(transpose(q), g), "gram")
-        return fix_signs(matmul(q, inner[:, :rank]))
-
-    return per_matrix(one, g, keys)
-
-
-def check_full(decomposition: Decomposition | None) -> None:
-    """ValueError for a decomposition that computes only some singular vectors."""
-    if decomposition not in (None, "svd", "gram"):
-        raise ValueError(
-            f"decomposition={decomposition!r} computes no full set of singular "
-            'vectors; choose "svd", "gram" or None'
-        )
-
-
 def normal(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """A standard normal array of `shape` for each of the keys (L,): (L, *shape)."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
@@ -358,18 +304,6 @@ def average_weight(gain: jax.Array, count: jax.Array) -> jax.Array:
     By expm1 and log1p, since float32 would round 1 - beta^t away.
     """
     return -jnp.expm1(count * jnp.log1p(-gain))
-
-
-def fix_signs(u: jax.Array) -> jax.Array:
-    """Makes each column's entry of largest magnitude positive.
-
-    A singular vector is defined up to its sign; a fixed choice keeps moments that are
-    not rotated meaningful while the subspace stands still.
-    """
-    largest = jnp.take_along_axis(
-        u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2
-    )
-    return u * jnp.where(largest < 0, -1, 1).astype(u.dtype)
 
 
 def select(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

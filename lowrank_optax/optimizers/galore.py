@@ -45,7 +45,7 @@ def galore(
     than the noise (0.001 +- 0.059; docs/results/ablations.md). When not: with a random
     basis, which alone misses most of the gradient; `grass_jump` recovers that part.
 
-    Deviations: the signs of singular vectors are fixed (`linalg.fix_signs`).
+    Deviations: the signs of singular vectors are fixed (`singular.fix_signs`).
     `variant="published"` is galore-torch 1.0 step for step: bias correction on the step
     size, eps 1e-6, weight decay last, on the stepped weights, and never scaled.
 

@@ -222,6 +222,7 @@ METHODS = {
 BASES: dict[str, Make] = {
     "svd": lro.dominant_svd,
     "sketch": functools.partial(lro.dominant_svd, decomposition="randomized"),
+    "iterate": functools.partial(lro.dominant_svd, decomposition="iterate"),
     "sara": lro.sara_sample,
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,

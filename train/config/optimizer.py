@@ -48,6 +48,7 @@ class OptimizerConfig:
         grass_jump, the default, is cheaper, and better with --basis sara.
       basis: how the subspace is chosen at a refresh. svd: the dominant singular
         vectors; sketch: the same from a random sketch, much faster for large matrices;
+        iterate: the same from the old basis, by two steps of subspace iteration;
         sara: a sample of them; walk: a step of a random walk; jump: a fresh
         random subspace; track: SubTrack++'s step along the estimation error; power:
         LDAdam's power step towards momentum and gradient; frozen: the first gradient's,

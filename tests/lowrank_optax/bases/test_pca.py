@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 import lowrank_optax as lro
-from lowrank_optax.core.linalg import leading
+from lowrank_optax.core.singular import leading
 from tests.helpers.rules import M, N, R, Walk, normal, same_bits, scanned, walk
 
 few = settings(derandomize=True, deadline=None, max_examples=20)

@@ -14,7 +14,8 @@ from scipy.linalg import subspace_angles
 from scipy.stats import chi2
 
 import lowrank_optax as lro
-from lowrank_optax.core.linalg import leading, orthonormality_error
+from lowrank_optax.core.linalg import orthonormality_error
+from lowrank_optax.core.singular import leading
 from lowrank_optax.core.stage import Clock
 from tests.helpers.rules import (
     M,

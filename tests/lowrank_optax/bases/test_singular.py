@@ -11,7 +11,8 @@ from scipy.linalg import subspace_angles
 from scipy.stats import chi2
 
 import lowrank_optax as lro
-from lowrank_optax.core.linalg import leading, left_singular, orthonormality_error
+from lowrank_optax.core.linalg import orthonormality_error
+from lowrank_optax.core.singular import leading, left_singular
 from tests.helpers.rules import M, N, R, bracket, draw, gaussian, run
 
 

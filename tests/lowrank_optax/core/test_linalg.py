@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import subspace_angles
 
-from lowrank_optax.core import linalg
+from lowrank_optax.core import linalg, singular
 
 M, R, N = 40, 12, 64
 # What the bases promise in float32 (eps 1.2e-7); in float64 rounding is 5e8 times
@@ -165,11 +165,11 @@ def test_eigh(dtype):
 def test_fix_signs():
     u = rotation(np.random.default_rng(3), M, R).astype(np.float32)
     flips = np.where(np.arange(R) % 2, -1, 1).astype(np.float32)
-    fixed = np.asarray(linalg.fix_signs(jnp.asarray(u)))
+    fixed = np.asarray(singular.fix_signs(jnp.asarray(u)))
     np.testing.assert_array_equal(np.abs(fixed), np.abs(u))
     assert (np.take_along_axis(fixed, abs(fixed).argmax(0)[None], 0) > 0).all()
-    np.testing.assert_array_equal(linalg.fix_signs(jnp.asarray(u * flips)), fixed)
-    np.testing.assert_array_equal(linalg.fix_signs(jnp.zeros((4, 2))), 0)
+    np.testing.assert_array_equal(singular.fix_signs(jnp.asarray(u * flips)), fixed)
+    np.testing.assert_array_equal(singular.fix_signs(jnp.zeros((4, 2))), 0)
 
 
 SPECTRUM = np.linspace(2, 1, M) ** 2  # relative gaps of 1/20 and more
@@ -178,7 +178,7 @@ SPECTRUM = np.linspace(2, 1, M) ** 2  # relative gaps of 1/20 and more
 @pytest.mark.parametrize("decomposition", ["svd", "gram", None])
 def test_left_singular_recovers_the_factors(decomposition, dtype):
     g = np.stack([with_spectrum(SPECTRUM, seed=s) for s in range(2)])
-    u, s = linalg.left_singular(jnp.asarray(g, dtype), decomposition)
+    u, s = singular.left_singular(jnp.asarray(g, dtype), decomposition)
     assert (u.shape, s.shape, u.dtype, s.dtype) == ((2, M, M), (2, M), dtype, dtype)
     eps = float(jnp.finfo(dtype).eps)
     # Values: eps times the largest (4) with a factor for 40 x 64 entries; the Gram
@@ -207,7 +207,7 @@ def test_left_singular_recovers_the_factors(decomposition, dtype):
     ],
 )
 def test_left_singular_of_bad_gradients(name, g, decomposition, dtype):
-    u, s = linalg.left_singular(jnp.asarray(g, dtype), decomposition)
+    u, s = singular.left_singular(jnp.asarray(g, dtype), decomposition)
     assert orthonormality_error(u) < ORTHONORMAL[dtype]
     exact = np.linalg.svd(g, compute_uv=False)
     assert (np.asarray(s) >= 0).all()
@@ -227,7 +227,7 @@ def test_left_singular_of_bad_gradients(name, g, decomposition, dtype):
 
 def test_svd_and_gram_agree_on_the_leading_projector(dtype):
     g = jnp.asarray(with_spectrum(SPECTRUM), dtype)
-    p, q = (linalg.leading(g, R, d) for d in ("svd", "gram"))
+    p, q = (singular.leading(g, R, d) for d in ("svd", "gram"))
     # Error over gap, as above: 100 eps * 4 / 0.05.
     tolerance = 8000 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(p @ p.T, q @ q.T, atol=tolerance)
@@ -239,7 +239,7 @@ def test_randomized_captures_a_decaying_spectrum(dtype):
     decay = 0.5 ** np.arange(M)
     g = np.stack([with_spectrum(decay, seed=s) for s in range(3)])
     keys = jax.random.split(jax.random.key(0), 3)
-    s = jax.jit(lambda g: linalg.leading(g, 6, "randomized", keys))(
+    s = jax.jit(lambda g: singular.leading(g, 6, "randomized", keys))(
         jnp.asarray(g, dtype)
     )
     assert s.shape == (3, M, 6)
@@ -254,7 +254,7 @@ def test_randomized_captures_a_decaying_spectrum(dtype):
 
 
 def test_randomized_without_decay_is_orthonormal_and_seeded():
-    leading = jax.jit(lambda g, seed: linalg.leading(g, R, "randomized", seed))
+    leading = jax.jit(lambda g, seed: singular.leading(g, R, "randomized", seed))
     key, other = jax.random.split(jax.random.key(1))
     for g in (jnp.zeros((M, N)), jnp.ones((M, N)), jnp.eye(M, N)):
         s = leading(g, key)
@@ -265,23 +265,23 @@ def test_randomized_without_decay_is_orthonormal_and_seeded():
 
 def test_leading_is_the_head_of_left_singular():
     g = jnp.asarray(with_spectrum(SPECTRUM), jnp.float32)
-    u, _ = linalg.left_singular(g, "svd")
-    np.testing.assert_array_equal(linalg.leading(g, 5, "svd"), u[:, :5])
+    u, _ = singular.left_singular(g, "svd")
+    np.testing.assert_array_equal(singular.leading(g, 5, "svd"), u[:, :5])
 
 
 def test_bad_decompositions_say_what_to_do():
     g = jnp.ones((4, 6))
     with pytest.raises(ValueError, match="draws a sketch: pass a key"):
-        linalg.leading(g, 2, "randomized")
+        singular.leading(g, 2, "randomized")
     with pytest.raises(ValueError, match="'randomized' computes no full set"):
-        linalg.left_singular(g, "randomized")
+        singular.left_singular(g, "randomized")
 
 
 def test_a_batch_is_the_loop_over_its_matrices():
     g = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 8, 12)), jnp.float32)
-    u, s = jax.jit(linalg.left_singular)(g)
+    u, s = jax.jit(singular.left_singular)(g)
     assert (u.shape, s.shape) == ((2, 3, 8, 8), (2, 3, 8))
-    one = jax.jit(linalg.left_singular)
+    one = jax.jit(singular.left_singular)
     for i, j in np.ndindex(2, 3):
         # The same LAPACK call on the same numbers: the same bits.
         np.testing.assert_array_equal(u[i, j], one(g[i, j])[0])
