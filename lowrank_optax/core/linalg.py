@@ -164,7 +164,9 @@ def _cholesky_passes(x: jax.Array, shifts: Sequence[float]) -> jax.Array:
         return matmul(x, transpose(triangular_inverse(factor(x, shift))))
 
     def passes(step: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        each = jnp.asarray(shifts, x.dtype)
+        # Of scalars: an array that a `custom_vmap` closes over may not be batched, and
+        # is where the call is in a `cond` under `jax.vmap`.
+        each = jnp.stack([jnp.full([], shift, x.dtype) for shift in shifts])
         return jax.lax.fori_loop(0, len(shifts), lambda i, x: step(x, each[i]), x)
 
     return jax.lax.platform_dependent(
