@@ -116,8 +116,9 @@ class LlamaConfig:
 
 
 # The widths of the GaLore paper's pre-training runs (Zhao et al., 2024,
-# https://arxiv.org/abs/2403.03507); "tiny", which trains on a laptop's CPU; and LLaMA's
-# own next size.
+# https://arxiv.org/abs/2403.03507); "tiny", which trains on a laptop's CPU; LLaMA's own
+# next size; and LLaMA 3's of 70 billion weights (Grattafiori et al., 2024,
+# https://arxiv.org/abs/2407.21783), whose query heads share keys and values.
 SIZES: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(4096, 128, 344, num_heads=4, num_layers=4),
     "60m": LlamaConfig(32000, 512, 1376, num_heads=8, num_layers=8),
@@ -126,4 +127,14 @@ SIZES: dict[str, LlamaConfig] = {
     "1b": LlamaConfig(32000, 2048, 5461, num_heads=32, num_layers=24),
     "7b": LlamaConfig(32000, 4096, 11008, num_heads=32, num_layers=32),
     "13b": LlamaConfig(32000, 5120, 13824, num_heads=40, num_layers=40),
+    "70b": LlamaConfig(
+        128256,
+        8192,
+        28672,
+        num_heads=64,
+        num_layers=80,
+        num_kv_heads=8,
+        rope_theta=5e5,
+        norm_eps=1e-5,
+    ),
 }

@@ -17,6 +17,7 @@ from jax.lax.linalg import EighImplementation
 from jax.typing import DTypeLike
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.tall_qr import tall_q
 
 T = TypeVar("T")
 
@@ -163,7 +164,9 @@ def _cholesky_passes(x: jax.Array, shifts: Sequence[float]) -> jax.Array:
         return matmul(x, transpose(triangular_inverse(factor(x, shift))))
 
     def passes(step: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        each = jnp.asarray(shifts, x.dtype)
+        # Of scalars: an array that a `custom_vmap` closes over may not be batched, and
+        # is where the call is in a `cond` under `jax.vmap`.
+        each = jnp.stack([jnp.full([], shift, x.dtype) for shift in shifts])
         return jax.lax.fori_loop(0, len(shifts), lambda i, x: step(x, each[i]), x)
 
     return jax.lax.platform_dependent(
@@ -219,7 +222,7 @@ def qr_by_panels(x: jax.Array) -> jax.Array:
         panel = jax.lax.fori_loop(
             0,
             3,
-            lambda _, p: jnp.linalg.qr(p - matmul(q, matmul(transpose(q), p)))[0],
+            lambda _, p: tall_q(p - matmul(q, matmul(transpose(q), p))),
             panel,
         )
         return jax.lax.dynamic_update_slice_in_dim(q, panel, i * width, 1)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.linalg import fence
@@ -25,7 +27,9 @@ def spreads() -> bool:
     return mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto}
 
 
-def over_devices(f: Callable[..., Tree], each: Tree, common: Tree = ()) -> Tree:
+def over_devices(
+    f: Callable[..., Tree], each: Tree, common: Tree = (), *, columns: bool = False
+) -> Tree:
     """f(each, common), with the L matrices distributed over the devices.
 
     Without this every device would factorize every matrix, since XLA has no sharded
@@ -38,6 +42,8 @@ def over_devices(f: Callable[..., Tree], each: Tree, common: Tree = ()) -> Tree:
       each: a tree of arrays (L, ...); f gets a share of L. The first matrices are
         repeated so that the number of devices divides L.
       common: a tree of arrays that every call of f gets.
+      columns: whether the results return sharded along their columns, as the matrices
+        arrive, if these divide.
     """
     count = len(jax.tree.leaves(each)[0])
     if not spreads() or count == 1:
@@ -61,7 +67,8 @@ def over_devices(f: Callable[..., Tree], each: Tree, common: Tree = ()) -> Tree:
     work = jax.shard_map(on_each, **specs, check_vma=False)
 
     def back(x: jax.Array) -> jax.Array:
-        fits = [i for i in range(1, x.ndim) if x.shape[i] % devices == 0]
+        axes = range(1, x.ndim)
+        fits = [i for i in axes[:: -1 if columns else 1] if x.shape[i] % devices == 0]
         spec = P(*(None,) * fits[0], mesh.axis_names) if fits else P()
         return jax.lax.with_sharding_constraint(x, spec)[:count]
 
@@ -74,6 +81,50 @@ def on_every_device(f: Callable[[Tree], Tree], each: Tree) -> Tree:
         return f(each)
     work = jax.shard_map(f, in_specs=P(), out_specs=P(), check_vma=False)
     return work(jax.tree.map(replicated, each))
+
+
+def whole_matrices(
+    f: Callable[[jax.Array], Tree], x: jax.Array, dtype: DTypeLike | None = None
+) -> Tree:
+    """f(x), with whole matrices of x (*batch, m, n) distributed over the devices.
+
+    Without this every product of a matrix with itself sums over all devices. Under
+    `jax.vmap` the matrices of all its calls are distributed, so that the layers of a
+    stack may be updated one by one. The bits are those of one device. A single matrix
+    stays as it is sharded.
+
+    Args:
+      f: to a tree of arrays (*batch, ...); it treats each matrix by itself.
+      x: the matrices.
+      dtype: what f rounds x to before anything else; they move in it. None for that of
+        x.
+    """
+    if not spreads():
+        return f(x)
+    every = jax.custom_batching.custom_vmap(partial(_on_whole, f, dtype))
+
+    @every.def_vmap
+    def _(count: int, batched: list[bool], x: jax.Array) -> tuple[Tree, Tree]:
+        del count, batched  # the only argument: it has the axis
+        out = whole_matrices(f, x, dtype)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return every(x)
+
+
+def _on_whole(
+    f: Callable[[jax.Array], Tree], dtype: DTypeLike | None, x: jax.Array
+) -> Tree:
+    batch, flat = x.shape[:-2], x.reshape(-1, *x.shape[-2:])
+    if len(flat) == 1:
+        return f(x)
+
+    def on_each(part: jax.Array, _: Tree) -> Tree:
+        return f(part.astype(x.dtype))
+
+    moved = flat if dtype is None else flat.astype(dtype)
+    out = over_devices(on_each, moved, columns=True)
+    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
 def replicated(x: jax.Array) -> jax.Array:

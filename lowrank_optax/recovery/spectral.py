@@ -1,6 +1,7 @@
 """Back: the step, plus a step in the spectral norm on the residual."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import largest
 from lowrank_optax.core.newton_schulz import FITTED, Quintic, polar_of_spectrum
 from lowrank_optax.core.resolution import resolution
+from lowrank_optax.core.spread import whole_matrices
 from lowrank_optax.core.stage import check_first, stateless_stage
 
 
@@ -71,7 +73,8 @@ def spectral_residual(
         unit = largest(low)
         R = (frame.gradient - frame.up(low)) / unit
         n = R.shape[-1]
-        outside, squared = polar_of_spectrum(R, quintics, narrow)
+        polar = partial(polar_of_spectrum, coefficients=quintics, dtype=narrow)
+        outside, squared = whole_matrices(polar, R, narrow)
         # S is orthonormal: ||G||^2 = ||R||^2 + ||G~||^2.
         total = squared + jnp.sum(jnp.square(low / unit), axis=(-2, -1), keepdims=True)
         resolved = squared > resolution(frame) ** 2 * total

@@ -36,8 +36,9 @@ def per_layer(
     Otherwise a loop updates them: under `vmap` both branches of a conditional would
     run, and a batch of factorizations takes longer than a loop. With `refresh=True` the
     singular vectors of small matrices, which are faster in a batch, are computed for
-    all layers before the loop. What `low_rank(stagger=True)` refreshes with
-    `refresh=False`, one loop over the matrices of all layers does.
+    all layers before the loop. On a mesh all bases are, and there is no loop. What
+    `low_rank(stagger=True)` refreshes with `refresh=False`, one loop over the matrices
+    of all layers does.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
@@ -87,7 +88,7 @@ def per_layer(
             own = inside.replace(layer=i, layers=count, bases=chosen)
             return inner.update(*carry, p, inside=own, **extra_args)
 
-        block = count if extra_args.get("refresh") is False else 1
+        block = count if _together(extra_args, bases) else 1
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases), block)
 
@@ -121,6 +122,12 @@ def _in_blocks(
     return jax.lax.fori_loop(0, count // block, body, carry)
 
 
+def _together(extra_args: Mapping[str, object], bases: Mapping[str, Tree]) -> bool:
+    """Whether layers may be updated in a batch: no basis is chosen there."""
+    # On a mesh a refresh has chosen all of them before (`_chosen_together`).
+    return extra_args.get("refresh") is False or (bool(bases) and spreads())
+
+
 def _even(block: int, count: int) -> int:
     """The largest divisor of `count` up to `block`."""
     return max(k for k in range(1, max(1, min(block, count)) + 1) if count % k == 0)
@@ -152,7 +159,8 @@ def update_layers(
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are stored.
       block: how many layers are updated together, rounded down to a divisor of L; None
-        for all. One at a time unless `refresh=False` (see `per_layer`).
+        for all. One at a time unless `refresh=False` (see `per_layer`), or on a mesh,
+        where a refresh has chosen all bases before.
       operands: arrays that `apply_updates` gets, such as this step's random key.
       tx, load, apply_updates: as in `update_in_backward`.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
@@ -199,7 +207,7 @@ def update_layers(
             return step(i, g, *carry, *operands)
 
         size = _even(count if block is None else block, count)
-        if extra_args.get("refresh") is not False:
+        if not _together(extra_args, bases):
             size = 1
         return _in_blocks(one, (params, state), (gradient, bases), size)
 

@@ -281,17 +281,20 @@ def test_bf16_compute_sums_a_frequent_tokens_gradient_in_float32():
         ("1b", 32000, 2048, 5461, 24, 64, 1_339_082_752),
         ("7b", 32000, 4096, 11008, 32, 128, 6_738_415_616),
         ("13b", 32000, 5120, 13824, 40, 128, 13_015_864_320),
+        ("70b", 128256, 8192, 28672, 80, 128, 70_553_706_496),
     ],
 )
 def test_paths_shapes_and_count_of_every_size(name, V, D, F, L, head_size, count):
     config = SIZES[name]
+    kv = config.kv_heads * head_size
+    outputs = {"q": D, "k": kv, "v": kv, "o": D}
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype.name), params) == jax.tree.map(
         lambda shape: (shape, "float32"),
         {
             "embed": {"embedding": (V, D)},
             "layers": {
-                "attention": {n: {"kernel": (L, D, D)} for n in "qkvo"},
+                "attention": {n: {"kernel": (L, D, k)} for n, k in outputs.items()},
                 "attention_norm": {"scale": (L, D)},
                 "mlp": {
                     "gate": {"kernel": (L, D, F)},
@@ -307,7 +310,8 @@ def test_paths_shapes_and_count_of_every_size(name, V, D, F, L, head_size, count
     )
     assert config.head_size == head_size
     assert count_params(config) == count
-    assert count == 2 * V * D + L * (4 * D * D + 3 * D * F + 2 * D) + D
+    attention = 2 * D * D + 2 * D * kv
+    assert count == 2 * V * D + L * (attention + 3 * D * F + 2 * D) + D
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     logits = jax.eval_shape(partial(forward, config), params, tokens)
     assert (logits.shape, logits.dtype) == ((2, 16, V), jnp.float32)

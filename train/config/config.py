@@ -39,7 +39,7 @@ class ModelConfig:
     Attributes:
       size: which LLaMA; tiny trains on a laptop's CPU.
       vocab_size: tokens that the model knows, and the size of a tokenizer trained for
-        it. Default: 4096 for tiny, 32000 for the others.
+        it. Default: 4096 for tiny, 128256 for 70b, 32000 for the others.
       weight_dtype: how weights are stored. bfloat16: half the memory, and every update
         is rounded at random, so that small ones arrive in the mean; int8: the matrices
         of attention and MLP likewise in 8 bits a number, all else in bfloat16.

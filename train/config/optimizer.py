@@ -58,7 +58,8 @@ class OptimizerConfig:
       rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
         matrix' smaller side; attention=64,mlp=0.25: by the first regular expression
         found in its path (layers/attention/q/kernel), and =full for full rank. Default:
-        a quarter of the model's hidden size.
+        a quarter of the model's hidden size; 0.25 for 70b, whose keys and values are
+        smaller.
       refresh_every: steps between two choices of the subspace. Default: by optimizer,
         with --schedule cosine at most a sixth of the steps: with fewer subspaces no
         rate was measured.

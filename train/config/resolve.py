@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from models import SIZES
+from models import SIZES, LlamaConfig
 from train.config.config import (
     Config,
     OptimizerConfig,
@@ -55,12 +55,21 @@ def resolve(config: Config, platform: str | None = None) -> Config:
     method = METHODS[optimizer.name]
     optimizer = _filled(
         _scheduled(_on_mesh(config, optimizer, begun), config.steps),
-        rank=size.hidden_size // 4,
+        rank=quarter(size),
         refresh_every=_interval(optimizer, config.steps),
         learning_rate=method.rate,
         **{option: method.options.get(option) for option in NUMBERS},
     )
     return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def quarter(model: LlamaConfig) -> int | float:
+    """The default rank: a quarter of the hidden size, the smaller side of a matrix.
+
+    Keys and values of grouped heads are smaller, so there it is 0.25.
+    """
+    grouped = model.kv_heads < model.num_heads
+    return 0.25 if grouped else model.hidden_size // 4
 
 
 def _interval(optimizer: OptimizerConfig, steps: int) -> int | None:

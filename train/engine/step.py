@@ -264,7 +264,7 @@ def full_step(
         of_layers,
         state.opt_state.layers,
         old.layers,
-        block=1 if large_layers(work.model) else None,
+        block=work.shards.parts() if large_layers(work.model) else None,
         load=partial(dense, work),
         apply_updates=added,
         operands=(key,),

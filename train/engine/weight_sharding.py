@@ -158,6 +158,15 @@ class Shards:
         }
         return [f"{what}: {', '.join(x)}" for what, x in remarks.items() if x]
 
+    def parts(self) -> int:
+        """How many devices share each weight.
+
+        That many layers together take no more of a device than one does of one device,
+        and what needs whole matrices gives each device some.
+        """
+        mesh = _sharding_mesh()
+        return 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+
     def spread(self, kernel: jax.Array) -> Spread:
         """How the output head's work is spread."""
         mesh = jax.sharding.get_abstract_mesh()

@@ -210,12 +210,13 @@ def group_size(text: str) -> int:
     """How many chips take part in a collective: those of its first group.
 
     Groups are written {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}, where it
-    may be a part of an axis, 'b':(1)2.
+    may be a part of an axis, 'b':(1)2, and the order of the devices may come between.
 
     Raises:
       ValueError: they are written in another way.
     """
-    found = re.search(r"replica_groups=(mesh\S+ \{[^}]*\}|\S+)", text)
+    of_mesh = r"mesh\S+(?: device_ids=\S+)? \{[^}]*\}"
+    found = re.search(rf"replica_groups=({of_mesh}|\S+)", text)
     groups = found[1] if found else ""
     if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed[1].split(","))

@@ -286,3 +286,15 @@ def test_a_batch_is_the_loop_over_its_matrices():
         # The same LAPACK call on the same numbers: the same bits.
         np.testing.assert_array_equal(u[i, j], one(g[i, j])[0])
         np.testing.assert_array_equal(s[i, j], one(g[i, j])[1])
+
+
+def test_a_cond_under_vmap_may_orthonormalize():
+    x = np.random.default_rng(0).standard_normal((3, 16, 4), np.float32)
+
+    def one(which, x):
+        return jax.lax.cond(which, linalg.orthonormalize, lambda x: x, x)
+
+    found = jax.jit(jax.vmap(one))(jnp.array([True, False, True]), x)
+    np.testing.assert_array_equal(found[1], x[1])
+    for i in (0, 2):
+        np.testing.assert_allclose(found[i].T @ found[i], np.eye(4), atol=1e-5)

@@ -223,6 +223,13 @@ def test_defaults_go_by_optimizer(name):
     assert (given.optimizer.learning_rate, given.optimizer.rank) == (7, 5)
 
 
+@pytest.mark.parametrize(("size", "rank"), [("13b", 1280), ("70b", 0.25)])
+def test_the_default_rank_fits_keys_of_grouped_heads(size, rank):
+    config = resolve(config_of("--size", size, "--optimizer", "galore"))
+    assert config.optimizer.rank == rank
+    check_optimizer(config)  # allocates nothing
+
+
 @pytest.mark.parametrize(
     ("name", "long", "short"),
     [

@@ -127,6 +127,7 @@ def test_what_a_reduce_scatter_takes_is_counted():
         ("mesh['a'=4,'b'=1,'c'=2] {'a','b'}", 4),
         ("mesh['a'=4,'b'=8] {'b':(2)4}", 4),
         ("mesh['a'=4,'b'=8] {'a','b':(1)2}", 8),
+        ("mesh['a'=1,'b'=4,'c'=4], device_ids=([4,4]T(1,0)) {'b','c'}", 16),
     ],
 )
 def test_the_size_of_a_group(groups, size):
