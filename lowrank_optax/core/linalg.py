@@ -8,7 +8,7 @@ device.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -116,16 +116,22 @@ def orthonormalize(x: jax.Array) -> jax.Array:
 @jax.custom_batching.custom_vmap
 def _orthonormalized(x: jax.Array) -> jax.Array:
     x = x / largest(x)
-    eps = float(jnp.finfo(x.dtype).eps)
 
     def accurate(q: jax.Array) -> jax.Array:
         # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN is not accurate.
         error = jnp.max(jnp.abs(minus_identity(gram(q))), axis=(-2, -1))
-        return error < 50 * eps
+        return error < 50 * jnp.finfo(x.dtype).eps
 
-    def or_else(q: jax.Array, other: Callable[[], jax.Array]) -> jax.Array:
-        good = accurate(q)
-        return jax.lax.cond(jnp.all(good), lambda: q, lambda: select(good, q, other()))
+    def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        count, good, q = state
+        q = select(good, q, _cholesky_passes(x, shifted=2 * count))
+        return count + 1, accurate(q), q
+
+    # A loop, and not twice the code, which takes long to compile.
+    start = jnp.int32(0), jnp.zeros(x.shape[:-2], bool), x
+    _, good, q = jax.lax.while_loop(
+        lambda state: (state[0] < 2) & ~jnp.all(state[1]), again, start
+    )
 
     def householder() -> jax.Array:
         def factor(x: jax.Array) -> jax.Array:
@@ -133,12 +139,9 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
                 x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
             )
 
-        return per_matrix(factor, x)
+        return select(good, q, per_matrix(factor, x))
 
-    q = _cholesky_passes(x, (0, 0))
-    return or_else(
-        q, lambda: or_else(_cholesky_passes(x, (eps, eps, 0, 0)), householder)
-    )
+    return jax.lax.cond(jnp.all(good), lambda: q, householder)
 
 
 @_orthonormalized.def_vmap
@@ -147,27 +150,25 @@ def _(_: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
     return _orthonormalized(x), batched[0]
 
 
-def _cholesky_passes(x: jax.Array, shifts: Sequence[float]) -> jax.Array:
-    """X R^-1 with R^T R = X^T X + shift tr(X^T X) I, once for each shift."""
+def _cholesky_passes(x: jax.Array, shifted: jax.Array) -> jax.Array:
+    """X <- X R^-1 with R^T R = X^T X + shift I, in `shifted` passes and two without."""
 
-    def factor(x: jax.Array, shift: jax.Array) -> jax.Array:
+    def factor(i: jax.Array, x: jax.Array) -> jax.Array:
         squares = gram(x)
-        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+        shift = jnp.where(i < shifted, jnp.finfo(x.dtype).eps, 0).astype(x.dtype)
         trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
+        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
         return jnp.linalg.cholesky(squares + shift * trace * eye)
 
-    def solve(x: jax.Array, shift: jax.Array) -> jax.Array:
-        lower = factor(x, shift)
+    def solve(i: jax.Array, x: jax.Array) -> jax.Array:
+        lower = factor(i, x)
         return jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
 
-    def invert(x: jax.Array, shift: jax.Array) -> jax.Array:
-        return matmul(x, transpose(triangular_inverse(factor(x, shift))))
+    def invert(i: jax.Array, x: jax.Array) -> jax.Array:
+        return matmul(x, transpose(triangular_inverse(factor(i, x))))
 
     def passes(step: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        # Of scalars: an array that a `custom_vmap` closes over may not be batched, and
-        # is where the call is in a `cond` under `jax.vmap`.
-        each = jnp.stack([jnp.full([], shift, x.dtype) for shift in shifts])
-        return jax.lax.fori_loop(0, len(shifts), lambda i, x: step(x, each[i]), x)
+        return jax.lax.fori_loop(0, shifted + 2, step, x)
 
     return jax.lax.platform_dependent(
         x,
