@@ -12,7 +12,7 @@ import optax
 from lowrank_optax.bases.rule import Rule
 from lowrank_optax.core import singular
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.frame import Frame, is_frame
+from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame
 from lowrank_optax.core.linalg import select
 from lowrank_optax.core.spread import over_devices, replicated, sharing, spreads
 from lowrank_optax.core.stage import Clock
@@ -58,13 +58,14 @@ class Request:
         }
         groups: dict[object, list[int]] = {}
         for i in joins:
-            groups.setdefault(_kind(leaves[i]), []).append(i)
+            groups.setdefault(self._kind(leaves[i]), []).append(i)
         chosen: dict[int, jax.Array] = {}
         for group in groups.values():
-            ask = self._ask if self._wholly(leaves[group[0]]) else self._ask_later
+            wholly = self._wholly(leaves[group[0]])
+            ask, read = (self._ask, rows) if wholly else (self._ask_later, _late(rows))
             ends = np.cumsum([len(rows[i]["started"]) for i in group])[:-1]
             joined = jax.tree.map(
-                lambda *xs: jnp.concatenate(xs), *(rows[i] for i in group)
+                lambda *xs: jnp.concatenate(xs), *(read[i] for i in group)
             )
             parts = jnp.split(ask(leaves[group[0]], joined), ends)
             chosen |= zip(group, parts, strict=True)
@@ -86,6 +87,14 @@ class Request:
         return {
             i: f.keys_below(k) for (i, f), k in zip(frames.items(), own, strict=True)
         }
+
+    def _kind(self, frame: Frame) -> object:
+        """A key that is equal for Frames that can share a call."""
+        own = frame.rank, frame.gradient.dtype
+        if not self._wholly(frame):  # n does not matter where gradients are not read
+            return frame.gradient.shape[-2], *own
+        absent = frame.momentum is None, frame.tracked is None
+        return *frame.gradient.shape[-2:], *own, absent
 
     def _joins(self, frame: Frame) -> bool:
         """Whether a leaf shares a call with other leaves of its shape."""
@@ -126,7 +135,12 @@ class Request:
 
     def _ask_later(self, frame: Frame, rows: Rows) -> jax.Array:
         """The choice of a rule that reads keys and bases alone: (L, m, r)."""
-        return self.rule.choose(_seen(frame, rows), rows.get("keys"), self.now)
+        like = frame.gradient
+        shape = (len(rows["basis"]), *like.shape[-2:])
+        seen = frame.replace(
+            gradient=ProjectedAway(frame.path, shape, like.dtype), basis=rows["basis"]
+        )
+        return self.rule.choose(seen, rows.get("keys"), self.now)
 
     def _ask(self, frame: Frame, rows: Rows) -> jax.Array:
         """S_t of matrices like those of a Frame: (L, m, r)."""
@@ -144,10 +158,10 @@ class Request:
         )
 
 
-def _kind(frame: Frame) -> object:
-    """Returns a key that is equal for Frames that can share a call."""
-    absent = frame.momentum is None, frame.tracked is None
-    return *frame.gradient.shape[-2:], frame.rank, frame.gradient.dtype, absent
+def _late(rows: dict[int, Rows]) -> dict[int, Rows]:
+    """What a rule that does not read gradients looks at."""
+    read = ("basis", "started", "keys")
+    return {i: {k: x for k, x in row.items() if k in read} for i, row in rows.items()}
 
 
 def _answer(rule: Rule, frame: Frame, rows: Rows, now: Clock) -> jax.Array:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.core.aligned import pad_columns
 from lowrank_optax.core.linalg import product, transpose
 
 _SET_BY = {
@@ -159,9 +158,8 @@ class Frame:
                 spread = jax.vmap(spread)
             return spread(basis, y)
         product = "...mr,...rk->...km" if self.transposed else "...mr,...rk->...mk"
-        n = y.shape[-1]
-        x = jnp.einsum(product, basis, pad_columns(y), precision=self.precision)
-        return self.as_stored(x.astype(y.dtype))[..., :n]
+        x = jnp.einsum(product, basis, y, precision=self.precision)
+        return self.as_stored(x.astype(y.dtype))
 
     def _spread(self, rows: jax.Array, y: jax.Array) -> jax.Array:
         # A gather, which can be part of the addition to the weights; a scatter cannot.

@@ -17,10 +17,11 @@ Quintic = tuple[float, float, float]
 MUON: Quintic = (3.4445, -4.7750, 2.0315)
 
 FITTED: tuple[Quintic, ...] = (
-    (3.6463, -10.5211, 7.7455),
-    (4.7896, -12.8543, 11.0336),
+    (3.7204, -10.9562, 8.1173),
+    (4.1768, -13.8770, 12.7534),
+    (3.7235, -7.0583, 4.7225),
 )
-"""Two quintics, fitted to the spectra of residuals (docs/results/polar_factor.md)."""
+"""Three quintics, fitted to the spectra of residuals (docs/results/polar_factor.md)."""
 
 
 def newton_schulz(

@@ -153,8 +153,8 @@ def test_a_tracked_direction_is_kept_though_the_gradient_has_left_it() -> None:
     assert abs(found @ s[:, 1]) > 0.99 > abs(without @ s[:, 1])
 
 
-@pytest.mark.parametrize("size", [1e-25, 1.0, 1e15])
-@pytest.mark.parametrize("past", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1e-25, 1e15])
+@pytest.mark.parametrize("past", [1e-6, 1e6])
 def test_no_product_of_what_is_tracked_leaves_float32(size: float, past: float) -> None:
     g, s = np.float32(size) * normal(1, M, N), orthonormal()[None]
     t = np.float32(past * min(size, 1e15) ** 2) * np.eye(R, dtype=np.float32)[None]

@@ -9,6 +9,7 @@ import pytest
 
 import lowrank_optax as lro
 from tests.helpers.battery import ALL, build
+from tests.helpers.marks import slow_but
 
 RULES = {
     "svd": lro.dominant_svd(),
@@ -89,7 +90,10 @@ NONE |= {"racs", "scale_sgd"}
 WITH_QR = {"golore", "ldadam", "coap", "alice", "spectral_adam"}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but({"galore", "grass_jump", "ldadam", "apollo", "spectral_adam"}, OPTIMIZERS),
+)
 def test_the_update_of_an_optimizer_on_a_tpu_and_a_gpu(name: str) -> None:
     """Nothing but Jacobi on r x r or m x m, and a thin QR: no SVD, no default eigh."""
     tx = OPTIMIZERS[name]()
@@ -114,7 +118,10 @@ NO_LAPACK |= {"frugal_coordinates", "dct_adamw", "dct_adamw_feedback"}
 NO_LAPACK |= {"racs", "scale_sgd"}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name",
+    slow_but({"galore", "grass_jump", "spectral_adam", "coap", "apollo"}, ALL),
+)
 def test_a_cpu_factorises_one_matrix_at_a_time(name: str) -> None:
     """Two batched calls of jaxlib 0.10 at once, on two cores, wait for each other."""
     g = {"layers": jnp.ones((3, 8, 12)), "matrix": jnp.ones((12, 16))}

@@ -82,12 +82,14 @@ def test_the_polar_factor_is_a_polynomial_of_singular_values(
 
 def test_the_fitted_steps_whiten_a_spectrum_like_those_of_residuals() -> None:
     # Singular values of the residuals of LLaMA-60M lie in 0.02 to 1 times the norm.
-    s = np.geomspace(0.02, 1, 1000)
+    # The largest few, above 0.75, may end lower.
+    whole = np.geomspace(1e-3, 1, 4000)
+    s = whole
     for a, b, c in FITTED:
         s = a * s + b * s**3 + c * s**5
-    assert s.min() > 0.25
+    assert s.min() > 0
     assert s.max() < 1.25
-    assert (s > 0.7).mean() > 0.7
+    assert s[(whole > 0.02) & (whole < 0.75)].min() > 0.88
 
 
 def test_sizes_that_are_padded_give_the_same() -> None:

@@ -16,6 +16,7 @@ from lowrank_optax.steps.quantize import (
     quantize_moments,
 )
 from tests.helpers import numpy_reference as reference
+from tests.helpers.marks import NIGHTLY
 from tests.helpers.numpy_quantize import rounded
 
 M, N, R = 8, 37, 3  # 37: blocks of 19 and 18 at block size 32
@@ -376,7 +377,9 @@ def test_map_params_reaches_codes_and_whole_arrays_and_scales():
     ids=["rotate_moments", "per_matrix", "both"],
 )
 @pytest.mark.parametrize(
-    "inner", [optax.trace(0.9), optax.scale_by_adam()], ids=["trace", "adam"]
+    "inner",
+    [pytest.param(optax.trace(0.9), marks=NIGHTLY), optax.scale_by_adam()],
+    ids=["trace", "adam"],
 )
 def test_a_stacked_kernel_in_a_nest(wrap, inner):
     grads = [

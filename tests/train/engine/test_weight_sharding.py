@@ -191,6 +191,7 @@ MOVES = (
 )
 
 
+@pytest.mark.slow
 def test_an_ordinary_step_gathers_one_layer_at_a_time() -> None:
     """Whole weights of one layer, bases, and no gradient or moment."""
     text = spread("layerwise").steps[False].as_text()
