@@ -47,8 +47,9 @@ def spectral_adam(
     larger or longer was tried.
 
     When not: where the time of the update matters more than the number of steps. At
-    LLaMA-1B a step took 2.93 of AdamW's with 4,096 tokens and 1.50 with 16,384
-    (docs/results/step_time.md). Nor where microbatches are summed in the subspace.
+    LLaMA-1B a step took 1.35 of AdamW's with 16,384 tokens, and takes a larger share
+    with fewer (docs/results/step_time.md). Nor where microbatches are summed in the
+    subspace.
 
     COSMOS (arXiv 2502.17410) is the nearest published method. It keeps the full
     momentum, mn numbers more, and takes both steps from it. Here both steps come from
