@@ -43,6 +43,19 @@ def test_dominant_svd_follows_the_gradient_of_its_step():
         np.testing.assert_array_equal(bases[t], tops[source])
 
 
+def test_iterate_follows_the_gradient_and_starts_from_any():
+    rule = lro.dominant_svd(decomposition="iterate", key=0)
+    gradients = jnp.broadcast_to(gaussian(1, M, N), (4, M, N))
+    # The first rows are zero, where the placeholder of the first basis lies.
+    gradients = gradients.at[:, :R].set(0)
+    bases = run(bracket(rule, refresh_every=1), gradients)
+    u = np.linalg.svd(np.asarray(gradients[0], np.float64))[0][:, :R]
+    angles = [subspace_angles(u, np.asarray(s, np.float64)).max() for s in bases]
+    # Eight columns beyond the rank: all of so small a matrix is seen.
+    assert max(angles) < 1e-3
+    assert angles[-1] < 1e-4
+
+
 def inclusion(weights, r):
     """P(index in the sample), drawing r without replacement: summed over all orders."""
     p = np.zeros(len(weights))

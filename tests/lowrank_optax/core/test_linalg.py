@@ -263,6 +263,49 @@ def test_randomized_without_decay_is_orthonormal_and_seeded():
     assert jnp.any(s != leading(g, other))
 
 
+def test_iterate_comes_nearer_from_the_old_basis(dtype):
+    # Slow decay: two steps leave an angle from a random start, but not from a near one.
+    slow = 0.9 ** np.arange(M)
+    g = jnp.asarray(with_spectrum(slow), dtype)
+    top = np.linalg.svd(np.asarray(g, np.float64))[0][:, :R]
+    rng = np.random.default_rng(0)
+    near = np.linalg.qr(top + 1e-3 * rng.normal(size=top.shape))[0]
+    far = np.linalg.qr(rng.normal(size=top.shape))[0]
+
+    def angle(old):
+        keys, old = jax.random.split(jax.random.key(0), 1)[0], jnp.asarray(old, dtype)
+        s = jax.jit(lambda old: singular.leading(g, R, "iterate", keys, old))(old)
+        assert orthonormality_error(s) < ORTHONORMAL[dtype]
+        return subspace_angles(top, np.asarray(s, np.float64)).max()
+
+    assert angle(near) < 1e-3 < angle(far)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e6])
+def test_orthonormalize_takes_large_condition_numbers(condition):
+    """CholeskyQR2 breaks down at 4e3 in float32; the span has to stay."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 12)))[0] for n in (60, 12))
+    x = jnp.asarray((u * np.geomspace(1, 1 / condition, 12)) @ v.T, jnp.float32)
+    q = np.asarray(jax.jit(linalg.orthonormalize)(x), np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(12), atol=6e-6)
+    # Of the directions that float32 still sees well: eps times the condition.
+    assert subspace_angles(u[:, :6], q).max() < 3e-7 * condition
+
+
+def test_a_basis_does_not_depend_on_what_shares_its_call():
+    rng = np.random.default_rng(0)
+    good = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+    steep = jnp.asarray(rng.normal(size=(16, 4)) * 10.0 ** -np.arange(0, 8, 2), "f4")
+    flat = jnp.zeros((16, 4)).at[0].set(1)
+    run = jax.jit(linalg.orthonormalize)
+    together = run(jnp.stack([good, steep, flat]))
+    for x, q in zip((good, steep, flat), together, strict=True):
+        # On a CPU each matrix has its own call: the same bits.
+        np.testing.assert_array_equal(q, run(x[None])[0])
+        np.testing.assert_allclose(q.T @ q, np.eye(4), atol=6e-6)
+
+
 def test_leading_is_the_head_of_left_singular():
     g = jnp.asarray(with_spectrum(SPECTRUM), jnp.float32)
     u, _ = singular.left_singular(g, "svd")
@@ -273,6 +316,8 @@ def test_bad_decompositions_say_what_to_do():
     g = jnp.ones((4, 6))
     with pytest.raises(ValueError, match="draws a sketch: pass a key"):
         singular.leading(g, 2, "randomized")
+    with pytest.raises(ValueError, match="'iterate' draws a sketch: pass a key"):
+        singular.leading(g, 2, "iterate")
     with pytest.raises(ValueError, match="'randomized' computes no full set"):
         singular.left_singular(g, "randomized")
 
