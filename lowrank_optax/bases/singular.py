@@ -30,7 +30,8 @@ def dominant_svd(
         on an accelerator; or one of two that compute only r + 8 directions, much
         faster for large matrices (docs/results/refresh_time.md): "randomized", a
         range finder with two power steps, and "iterate", two steps of subspace
-        iteration that start from the old basis.
+        iteration that start from the old basis. In float32 both lose directions whose
+        singular values are below 3e-4 of the largest.
       key: a seed or a typed key, for "randomized" and "iterate".
 
     Raises:
@@ -77,8 +78,9 @@ def _small(m: int, _: int) -> bool:
     return m <= linalg.TOGETHER
 
 
-def _few(_: int, r: int) -> bool:
-    return r + singular.OVERSAMPLING <= linalg.TOGETHER
+def _few(m: int, r: int) -> bool:
+    # One call takes copies of all gradients: too much memory for larger matrices.
+    return m <= 2048 and r + singular.OVERSAMPLING <= linalg.TOGETHER
 
 
 def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> BasisRule:

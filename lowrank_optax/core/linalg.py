@@ -157,7 +157,7 @@ def _cholesky_passes(x: jax.Array, shifted: jax.Array) -> jax.Array:
         squares = gram(x)
         shift = jnp.where(i < shifted, jnp.finfo(x.dtype).eps, 0).astype(x.dtype)
         trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
-        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+        eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), squares.shape)
         return jnp.linalg.cholesky(squares + shift * trace * eye)
 
     def solve(i: jax.Array, x: jax.Array) -> jax.Array:

@@ -56,9 +56,9 @@ def polar_of_spectrum(
     """About U V^T of X, by few quintics that are made for spectra like its own.
 
     X / ||X||_S, where the Schatten norm (sum_i s_i^8)^(1/8) is at least the largest
-    singular value, and hardly more. It costs nothing: with A = X X^T, which the first
-    quintic needs anyway, it is ||A^2||_F^(1/4). The Frobenius norm of a residual is
-    two to six times as large, and the first steps of Muon's iteration make up for that.
+    singular value, and seldom a tenth more. It costs nothing: with A = X X^T, which
+    the first quintic needs anyway, it is ||A^2||_F^(1/4). The Frobenius norm of a
+    residual is two to six times as large, which Muon's first steps make up for.
 
     Args:
       x: (*batch, m, n) with m <= n; its squares must neither over- nor underflow.
@@ -83,7 +83,7 @@ def polar_of_spectrum(
         square = _squared(gram, dtype)
         eighth = jnp.sum(jnp.square(square.astype(original)), (-2, -1), keepdims=True)
         a, b, c = quintic
-        root = eighth**0.25  # of ||X||_S^2 / ||X||_F^2, squared
+        root = eighth**0.25  # ||X||_S^2 / ||X||_F^2
         size = jnp.sqrt(squared) * jnp.sqrt(root)
         scaled = [_over(a, size), _over(b, size * root), _over(c, size * root**2)]
         x = _polynomial(scaled, x, gram, square, dtype)

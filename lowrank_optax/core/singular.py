@@ -80,7 +80,7 @@ def leading(
       rank: r <= m.
       decomposition: as in `left_singular`, or two power steps and a Rayleigh-Ritz
         step: "randomized" from G's product with a Gaussian matrix (Halko, Martinsson
-        and Tropp 2011, algorithms 4.4 and 5.1), "iterate" from the old basis.
+        and Tropp 2011, algorithms 4.3 and 5.1), "iterate" from the old basis.
       keys: one key per matrix, (*batch,), for those two.
       old: (*batch, m, r), for "iterate".
     """
@@ -88,6 +88,8 @@ def leading(
         return left_singular(g, decomposition)[0][..., :rank]
     if keys is None:
         raise ValueError(f"decomposition={decomposition!r} draws a sketch: pass a key")
+    if (old is None) == (decomposition == "iterate"):
+        raise ValueError('the old basis is for decomposition="iterate", which needs it')
     g = linalg.unit_largest(g)
     m, n = g.shape[-2:]
     width = min(rank + OVERSAMPLING, m)

@@ -38,9 +38,9 @@ def spectral_residual(
     combining it with a subspace is our own. There is no state.
 
     U V^T is approximated by Newton-Schulz steps X <- a X + b A X + c A^2 X, A = X X^T.
-    X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default are three
+    X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default is three
     steps whose coefficients are fitted to the residuals of LLaMA-60M. They make
-    singular values of 0.9 to 1.2 from those of 0.02 to 0.75 times the norm, which are
+    singular values of 0.88 to 1.2 from those of 0.02 to 0.75 times the norm, which are
     nearly all, and reach the loss of Muon's five steps (docs/results/polar_factor.md).
 
     The residual's step has entries of about `residual_scale`, whatever the size of G,
@@ -56,19 +56,26 @@ def spectral_residual(
         precision. A float64 gradient has its products in float64.
 
     Raises:
-      ValueError: no coefficients, or others than triples; at update, as
-        `recover_residual` does.
+      ValueError: no coefficients, or others than triples; dtype float16, in which
+        squares over- and underflow; at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
     """
     quintics = _checked(coefficients)
+    if dtype is not None and jnp.dtype(dtype) == jnp.float16:
+        raise ValueError(
+            "dtype=float16: squares over- and underflow in it; choose bfloat16, "
+            "float32 or None"
+        )
 
     def one(frame: Frame) -> Frame:
         check_first(frame, "step")
         frame.check_residual("spectral_residual()")
         low, low_step = frame.need("low"), frame.need("low_step")
+        if frame.full_rank:
+            return frame.replace(step=jnp.multiply(scale, low_step))
         narrow = None if low.dtype == jnp.float64 else dtype
         # Of a size whose squares are finite; only that of R itself would need a pass.
         unit = largest(low)
@@ -79,6 +86,8 @@ def spectral_residual(
         # S is orthonormal: ||G||^2 = ||R||^2 + ||G~||^2.
         total = squared + jnp.sum(jnp.square(low / unit), axis=(-2, -1), keepdims=True)
         resolved = squared > resolution(frame) ** 2 * total
+        # Where squares overflow, the polar factor is NaN: there is no step either.
+        outside = jnp.where(resolved, outside, 0)
         size = jnp.where(resolved, residual_scale * jnp.sqrt(n), 0).astype(R.dtype)
         # Rounding in the subspace, where R has nothing, grows with each step.
         inside = jnp.multiply(scale, low_step) - size * _down(frame, outside)
@@ -107,7 +116,13 @@ def _down(frame: Frame, outside: jax.Array) -> jax.Array:
 
 
 def _checked(coefficients: Sequence[Quintic]) -> tuple[Quintic, ...]:
-    quintics = tuple((a, b, c) for a, b, c in coefficients)
+    try:
+        quintics = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
+    except (TypeError, ValueError):
+        quintics = ()
     if not quintics:
-        raise ValueError("coefficients=(): give (a, b, c) of one step at least")
+        raise ValueError(
+            f"coefficients={coefficients!r}: give a sequence of triples (a, b, c), one "
+            "for each step"
+        )
     return quintics

@@ -194,10 +194,14 @@ def apollo(channels: bool, alpha: float) -> Callable[..., Array]:
 
 def spectral(g: Array, s: Array, low: Array, low_step: Array, memory: dict) -> Array:
     rest = g - s @ low
-    x = rest / np.linalg.norm(rest)
-    for _ in range(5):
+    x = rest / np.sum(np.linalg.svd(rest, compute_uv=False) ** 8) ** (1 / 8)
+    for a, b, c in (
+        (3.7204, -10.9562, 8.1173),
+        (4.1768, -13.8770, 12.7534),
+        (3.7235, -7.0583, 4.7225),
+    ):
         q = x @ x.T
-        x = (3.4445 * np.eye(len(q)) - 4.7750 * q + 2.0315 * q @ q) @ x
+        x = (a * np.eye(len(q)) + b * q + c * q @ q) @ x
     return s @ low_step + 0.5 * np.sqrt(g.shape[1]) * x
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax as lro
+from lowrank_optax.core.frame import eye_basis
 from lowrank_optax.core.newton_schulz import (
     FITTED,
     MUON,
@@ -189,8 +190,28 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
     tx = lro.low_rank(chain, rank=2, refresh_every=1)
     with pytest.raises(ValueError, match=r"w: spectral_residual.*not orthonormal"):
         tx.update(g, tx.init(g))
-    with pytest.raises(ValueError, match="one step at least"):
-        lro.spectral_residual(coefficients=())
+    for bad in ((), (3.4, -4.7, 2.0), ((1.0, 2.0),), 5):
+        with pytest.raises(ValueError, match=r"give a sequence of triples \(a, b, c\)"):
+            lro.spectral_residual(coefficients=bad)
+    with pytest.raises(ValueError, match="dtype=float16"):
+        lro.spectral_residual(dtype=jnp.float16)
+
+
+def test_a_residual_whose_squares_overflow_gets_no_step() -> None:
+    """Its polar factor would be NaN, and S^T G, which decides on a step, is finite."""
+    tx = lro.low_rank(
+        optax.chain(
+            lro.basis_rule(lambda frame, *_: eye_basis(frame), from_gradient=False),
+            lro.project(),
+            lro.in_subspace(optax.identity()),
+            lro.spectral_residual(),
+        ),
+        rank=2,
+        refresh_every=1,
+        dimension_numbers=None,
+    )
+    g = {"w": jnp.full((6, 9), 1e25).at[:2].set(0)}
+    assert not tx.update(g, tx.init(g))[0]["w"].any()
 
 
 def test_spectral_adam_is_its_chain() -> None:
