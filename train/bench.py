@@ -241,7 +241,7 @@ def whole_steps(config: BenchConfig, compiled: Compiled) -> Steps:
 
 
 def times(config: BenchConfig, steps: Steps) -> Row:
-    """Of an ordinary step, of a refresh, and in the mean, in ms."""
+    """Times an ordinary step, a refresh, and the mean of both, in ms."""
     jax.block_until_ready(steps.take(steps.kinds[-1]))  # bases first
     row: Row = {"step_ms": 1e3 * median_seconds(steps.ordinary, config.steps)}
     row["mean_ms"] = row["step_ms"]

@@ -159,7 +159,7 @@ class Request:
 
 
 def _late(rows: dict[int, Rows]) -> dict[int, Rows]:
-    """What a rule that does not read gradients looks at."""
+    """Keeps the rows that a rule reads which does not read gradients."""
     read = ("basis", "started", "keys")
     return {i: {k: x for k, x in row.items() if k in read} for i, row in rows.items()}
 

@@ -79,8 +79,7 @@ def _small(m: int, _: int) -> bool:
 
 
 def _few(m: int, r: int) -> bool:
-    # One call takes copies of all gradients: too much memory for larger matrices.
-    return m <= 2048 and r + singular.OVERSAMPLING <= linalg.TOGETHER
+    return m <= singular.ONE_CALL and r + singular.OVERSAMPLING <= linalg.TOGETHER
 
 
 def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> BasisRule:

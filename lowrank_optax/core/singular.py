@@ -10,6 +10,9 @@ from lowrank_optax.core.linalg import matmul, orthonormalize, per_matrix, transp
 
 Decomposition = Literal["svd", "gram", "randomized", "iterate"]
 
+ONE_CALL = 2048
+"""Up to this m all sketches of a refresh are one call; it copies all gradients."""
+
 OVERSAMPLING = 8
 """Columns of a sketch beyond the rank (Halko, Martinsson and Tropp 2011, section 4)."""
 
@@ -90,14 +93,19 @@ def leading(
         raise ValueError(f"decomposition={decomposition!r} draws a sketch: pass a key")
     if (old is None) == (decomposition == "iterate"):
         raise ValueError('the old basis is for decomposition="iterate", which needs it')
-    g = linalg.unit_largest(g)
     m, n = g.shape[-2:]
     width = min(rank + OVERSAMPLING, m)
-    if old is None:
-        q = orthonormalize(matmul(g, _gaussian(keys, n, width, g)))
-    else:
-        q = jnp.concatenate([old, _gaussian(keys, m, width - rank, g)], axis=-1)
-    return ritz(g, power_steps(g, q), rank)
+
+    def sketched(g: jax.Array, keys: jax.Array, *old: jax.Array) -> jax.Array:
+        g = linalg.unit_largest(g)
+        if old:
+            q = jnp.concatenate([*old, _gaussian(keys, m, width - rank, g)], axis=-1)
+        else:
+            q = orthonormalize(matmul(g, _gaussian(keys, n, width, g)))
+        return ritz(g, power_steps(g, q), rank)
+
+    args = (keys,) if old is None else (keys, old)
+    return sketched(g, *args) if m <= ONE_CALL else per_matrix(sketched, g, *args)
 
 
 def power_steps(g: jax.Array, q: jax.Array, count: int = 2) -> jax.Array:

@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What the kernels of one name take, or those of one kind, in each step."""
+    """Time and launches per step of the kernels of one name, or of one kind."""
 
     name: str
     ms: float
@@ -158,7 +158,7 @@ def merged(each: Iterable[tuple[str, Kernel]]) -> list[Kernel]:
 
 
 def kind_of(name: str) -> str:
-    """One of `KINDS`, or other."""
+    """Names the kind of a kernel: one of `KINDS`, or other."""
     name = name.lower()
     return next((kind for kind, x in KINDS.items() if re.search(x, name)), OTHER)
 

@@ -53,7 +53,7 @@ def bases(state: Any, name: str) -> Any:
 
 
 def changed(before: Any, after: Any) -> dict[str, list[int]]:
-    """Which matrices of each leaf have another basis."""
+    """Finds the matrices of each leaf whose basis changed."""
     return {
         name: [
             i

@@ -13,7 +13,7 @@ NEW = np.where(DUE[..., None], 10 * OLD + 1, OLD)
 
 
 def replaced(due, old, factor=10.0, one=1.0):
-    """Of two leaves that are alike; one number is closed over, the other is common."""
+    """Rows of two equal leaves; one number is closed over, the other is common."""
 
     def f(x, y, common):
         return {"x": factor * y + common}

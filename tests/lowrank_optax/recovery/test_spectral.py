@@ -198,7 +198,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
 
 
 def test_a_residual_whose_squares_overflow_gets_no_step() -> None:
-    """Its polar factor would be NaN, and S^T G, which decides on a step, is finite."""
+    """The polar factor would be NaN, and S^T G, which decides on a step, is finite."""
     tx = lro.low_rank(
         optax.chain(
             lro.basis_rule(lambda frame, *_: eye_basis(frame), from_gradient=False),
