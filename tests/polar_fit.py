@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from lowrank_optax.bases.rule import BasisState
-from lowrank_optax.core.newton_schulz import MUON
+from lowrank_optax.core.newton_schulz import FITTED, MUON
 from train.config.config import Config, ModelConfig, OptimizerConfig
 from train.config.resolve import resolve
 from train.engine.step import (
@@ -141,9 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{s.size} singular values, quantiles {quantiles.tolist()}")
     # A sample, since 60M has 40,000 of them.
     found = fit(np.sort(s)[:: max(1, s.size // 2000)], args.count)
-    p = composed(found, s)
-    print(found.round(4).tolist())
-    print(f"mean {p.mean():.3f}, mean square error {np.mean((p - 1) ** 2):.3f}")
+    for name, coefficients in (("fitted", found), ("default", np.array(FITTED))):
+        p = composed(coefficients, s)
+        cosine = p.mean() / np.sqrt(np.mean(p**2))
+        print(f"{name}: {coefficients.round(4).tolist()}")
+        print(
+            f"mean {p.mean():.3f}, mean square error {np.mean((p - 1) ** 2):.3f}, "
+            f"cosine with a vector of ones {cosine:.3f}"
+        )
 
 
 if __name__ == "__main__":

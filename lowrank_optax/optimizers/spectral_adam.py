@@ -47,7 +47,7 @@ def spectral_adam(
     larger or longer was tried.
 
     When not: where the time of the update matters more than the number of steps. At
-    LLaMA-1B a step took 1.35 of AdamW's with 16,384 tokens, and takes a larger share
+    LLaMA-1B a step took 1.37 of AdamW's with 16,384 tokens, and takes a larger share
     with fewer (docs/results/step_time.md). Nor where microbatches are summed in the
     subspace.
 
