@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from models.rope import RopeScaling
+
 DType = Literal["bfloat16", "float16", "float32"]
 Remat = Literal["none", "full", "dots"]
 Attention = Literal["auto", "xla", "cudnn"]
+AttentionBias = Literal["none", "qkv", "qkvo"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class LlamaConfig:
       vocab_size: number of token ids (V).
       hidden_size: width of the residual stream (D).
       mlp_size: width of the SwiGLU hidden layer (F).
-      num_heads: query heads; must divide `hidden_size` into even head sizes.
+      num_heads: query heads; without `head_dim` they must divide `hidden_size` into
+        even head sizes.
       num_layers: number of blocks (L).
       num_kv_heads: key/value heads, each shared by `num_heads / num_kv_heads`
         query heads; None means one for each query head.
@@ -33,6 +37,19 @@ class LlamaConfig:
         length, a head size of at most 128), else XLA. It
         looks at JAX's default backend while the forward pass is traced, so to lower
         for another platform name the kernel.
+      head_dim: width of an attention head (H), even; None means
+        `hidden_size / num_heads`. Queries are (D, N H), and the output is (N H, D).
+      tie_embeddings: whether the embedding is the head too: logits = x @ embedding.T.
+        The weights then have no `head`.
+      attention_bias: which projections of attention add a bias: "none", "qkv" (Qwen2)
+        or "qkvo".
+      mlp_bias: whether the three projections of the MLP add a bias.
+      sliding_window: how many tokens a token sees, itself included; None for all that
+        are before it.
+      rope_scaling: a change of the rotary frequencies, `models.rope.LinearScaling` or
+        `models.rope.Llama3Scaling`; None for none.
+      max_positions: the longest sequence that the weights are made for. The model does
+        not read it; exported weights state it.
 
     Raises:
       ValueError: if the fields contradict each other; the message says the fix.
@@ -50,11 +67,19 @@ class LlamaConfig:
     compute_dtype: DType = "bfloat16"
     remat: Remat = "none"
     attention: Attention = "auto"
+    head_dim: int | None = None
+    tie_embeddings: bool = False
+    attention_bias: AttentionBias = "none"
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    rope_scaling: RopeScaling | None = None
+    max_positions: int | None = None
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+        """Width of one attention head, with the default filled in."""
+        default = self.hidden_size // self.num_heads
+        return default if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -77,18 +102,21 @@ class LlamaConfig:
             "rope_theta",
             "norm_eps",
             "init_std",
+            "head_dim",
+            "sliding_window",
+            "max_positions",
         ):
-            if getattr(self, name) <= 0:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 field = "num_kv_heads" if name == "kv_heads" else name
-                raise ValueError(
-                    f"{field}={getattr(self, name)} must be positive; set it above 0"
-                )
+                raise ValueError(f"{field}={value} must be positive; set it above 0")
 
     def _check_choices(self) -> None:
         for name, choices in (
             ("compute_dtype", get_args(DType)),
             ("remat", get_args(Remat)),
             ("attention", get_args(Attention)),
+            ("attention_bias", get_args(AttentionBias)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -97,7 +125,12 @@ class LlamaConfig:
                 )
 
     def _check_heads(self) -> None:
-        if self.hidden_size % (2 * self.num_heads):
+        if self.head_size % 2 and self.head_dim is not None:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even, because RoPE rotates pairs "
+                "within a head; change it"
+            )
+        if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads="
                 f"{2 * self.num_heads}, because RoPE rotates pairs within a head; "

@@ -7,7 +7,7 @@ K key/value heads, H head size, F MLP, V vocabulary, L layers.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from jax.extend.backend import get_backend
 
 from models.config import LlamaConfig
 from models.padding import NO_PADDING, PadKernel, aligned, pad_to
+from models.rope import rotary_angles, rotate
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(B, T, N, H) queries, (B, S, K, H) keys and values -> (B, T, N, H) mixed values."""
 
 # Of functions of arrays; a module is one in a scan, which hands it its arrays.
 REMAT: dict[str, Callable[..., Any]] = {
@@ -36,9 +40,11 @@ REMAT: dict[str, Callable[..., Any]] = {
 }
 
 
-def _options(config: LlamaConfig, pad: PadKernel, rngs: nnx.Rngs) -> dict[str, Any]:
+def _options(
+    config: LlamaConfig, pad: PadKernel, rngs: nnx.Rngs, bias: bool = False
+) -> dict[str, Any]:
     return {
-        "use_bias": False,
+        "use_bias": bias,
         "dtype": jnp.dtype(config.compute_dtype),
         "promote_dtype": pad,
         "kernel_init": nnx.initializers.normal(config.init_std),
@@ -51,9 +57,11 @@ def _linear(
     size_in: int,
     size_out: int,
     rngs: nnx.Rngs,
+    *,
+    bias: bool,
     pad: PadKernel = NO_PADDING,
 ) -> nnx.Linear:
-    return nnx.Linear(size_in, size_out, **_options(config, pad, rngs))
+    return nnx.Linear(size_in, size_out, **_options(config, pad, rngs, bias))
 
 
 class Head(nnx.Linear):
@@ -90,27 +98,6 @@ def embedding(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Embed:
     )
 
 
-def rotary_angles(T: int, H: int, theta: float) -> jax.Array:
-    """Radians that position t turns pair i of a head by: t * theta**(-2 i / H).
-
-    Returns float32 (T, H / 2).
-    """
-    frequency = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    return jnp.arange(T, dtype=jnp.float32)[:, None] * frequency
-
-
-def rotate(x_BTNH: jax.Array, angle_TP: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864).
-
-    Turns the pair (unit i, unit i + H / 2) of every head by its angle, in float32.
-    Keeps shape and dtype.
-    """
-    cos, sin = jnp.cos(angle_TP)[:, None], jnp.sin(angle_TP)[:, None]
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
-
-
 def _attention_kernel(config: LlamaConfig, T: int) -> Literal["xla", "cudnn"]:
     if config.attention != "auto":
         return config.attention
@@ -125,32 +112,95 @@ def _attention_kernel(config: LlamaConfig, T: int) -> Literal["xla", "cudnn"]:
     return "cudnn" if capability >= 8 else "xla"
 
 
+def attend(
+    config: LlamaConfig,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask_B1TT: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention, within the sliding window and the mask if there are any."""
+    T, H = q_BTNH.shape[1], config.head_size
+    kernel = _attention_kernel(config, T)
+    padded = (
+        pad_to(x, aligned(H) if kernel == "cudnn" else H, -1)
+        for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    limits: dict[str, Any] = {}
+    if config.sliding_window is not None:
+        limits["local_window_size"] = (config.sliding_window - 1, 0)
+    if mask_B1TT is not None:
+        limits["mask"] = mask_B1TT
+    mixed_BTNH = jax.nn.dot_product_attention(
+        *padded, scale=1 / math.sqrt(H), is_causal=True, implementation=kernel, **limits
+    )
+    return mixed_BTNH[..., :H]
+
+
+class Context(NamedTuple):
+    """What a layer has to know of a batch besides its activations.
+
+    Attributes:
+      angles: those of RoPE, float32 (T, P) or (B, T, P).
+      mix: the attention between rotated queries, keys and values.
+    """
+
+    angles: jax.Array
+    mix: Mix
+
+
+def context_of(
+    config: LlamaConfig,
+    T: int,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+) -> Context:
+    """The angles and the attention of sequences of T tokens.
+
+    With segment ids a token attends to tokens of its own segment alone.
+
+    Args:
+      config: the model's.
+      T: the length.
+      segment_ids_BT: int (B, T), equal in tokens of one segment, which lie side by
+        side; None for one segment.
+      positions_BT: int (B, T), what RoPE takes as positions; None for 0 to T - 1,
+        counted anew in every segment.
+    """
+    mask_B1TT, positions = None, jnp.arange(T, dtype=jnp.float32)
+    if segment_ids_BT is not None:
+        mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None])[:, None]
+        begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+        begins_BT = begins_BT.at[:, 0].set(True)
+        positions -= jax.lax.cummax(jnp.where(begins_BT, positions, 0), axis=1)
+    if positions_BT is not None:
+        positions = positions_BT
+    angle_TP = rotary_angles(
+        positions, config.head_size, config.rope_theta, config.rope_scaling
+    )
+    return Context(angle_TP, partial(attend, config, mask_B1TT=mask_B1TT))
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, kv_size = config.hidden_size, config.kv_heads * config.head_size
+        D, H = config.hidden_size, config.head_size
+        q_size, kv_size = config.num_heads * H, config.kv_heads * H
+        qkv, o = config.attention_bias != "none", config.attention_bias == "qkvo"
         self.config = config
-        self.q = _linear(config, D, D, rngs)
-        self.k = _linear(config, D, kv_size, rngs)
-        self.v = _linear(config, D, kv_size, rngs)
-        self.o = _linear(config, D, D, rngs)
+        self.q = _linear(config, D, q_size, rngs, bias=qkv)
+        self.k = _linear(config, D, kv_size, rngs, bias=qkv)
+        self.v = _linear(config, D, kv_size, rngs, bias=qkv)
+        self.o = _linear(config, q_size, D, rngs, bias=o)
 
-    def __call__(self, x_BTD: jax.Array, angle_TP: jax.Array) -> jax.Array:
-        B, T, D = x_BTD.shape
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        B, T, _ = x_BTD.shape
         H = self.config.head_size
-        q_BTNH = rotate(self.q(x_BTD).reshape(B, T, -1, H), angle_TP)
-        k_BTKH = rotate(self.k(x_BTD).reshape(B, T, -1, H), angle_TP)
+        q_BTNH = rotate(self.q(x_BTD).reshape(B, T, -1, H), context.angles)
+        k_BTKH = rotate(self.k(x_BTD).reshape(B, T, -1, H), context.angles)
         v_BTKH = self.v(x_BTD).reshape(B, T, -1, H)
-        kernel = _attention_kernel(self.config, T)
-        padded = (
-            pad_to(x, aligned(H) if kernel == "cudnn" else H, -1)
-            for x in (q_BTNH, k_BTKH, v_BTKH)
-        )
-        mixed_BTNH = jax.nn.dot_product_attention(
-            *padded, scale=1 / math.sqrt(H), is_causal=True, implementation=kernel
-        )
-        return self.o(mixed_BTNH[..., :H].reshape(B, T, D))
+        return self.o(context.mix(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1))
 
 
 class MLP(nnx.Module):
@@ -158,9 +208,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.mlp_size
-        self.gate = _linear(config, D, F, rngs, pad=PadKernel(outputs=True))
-        self.up = _linear(config, D, F, rngs, pad=PadKernel(outputs=True))
-        self.down = _linear(config, F, D, rngs, pad=PadKernel(inputs=True))
+        inner = {"bias": config.mlp_bias, "pad": PadKernel(outputs=True)}
+        outer = {"bias": config.mlp_bias, "pad": PadKernel(inputs=True)}
+        self.gate = _linear(config, D, F, rngs, **inner)
+        self.up = _linear(config, D, F, rngs, **inner)
+        self.down = _linear(config, F, D, rngs, **outer)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -175,18 +227,22 @@ class Block(nnx.Module):
         self.mlp_norm = rms_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, angle_TP: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         normed_BTD = self.attention_norm(x_BTD).astype(x_BTD.dtype)
-        x_BTD = x_BTD + self.attention(normed_BTD, angle_TP)
+        x_BTD = x_BTD + self.attention(normed_BTD, context)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD).astype(x_BTD.dtype))
 
 
 class Llama(nnx.Module):
-    """LLaMA (Touvron et al., 2023, https://arxiv.org/abs/2302.13971), untied head.
+    """LLaMA (Touvron et al., 2023, https://arxiv.org/abs/2302.13971).
 
     Token ids int (B, T) -> float32 logits (B, T, V). Weights are float32,
     activations `config.compute_dtype`. An id of V or more turns its sequence's
     logits to NaN.
+
+    Several examples may share a row: `segment_ids` int (B, T), 0 for padding and 1, 2,
+    ... for the examples, which lie side by side, keep them apart. `positions` int
+    (B, T) are those of RoPE; by default they count from 0 in every segment.
 
     Example:
       >>> config = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2)
@@ -205,21 +261,54 @@ class Llama(nnx.Module):
         self.embed = embedding(config, rngs)
         self.layers = stack_blocks(rngs)
         self.norm = rms_norm(config, rngs)
-        self.head = Head(config, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = Head(config, rngs=rngs)
 
-    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
         """Computes the head's input: int (B, T) -> float32 (B, T, D)."""
         x_BTD = self.embed(tokens_BT).astype(self.config.compute_dtype)
-        angle_TP = rotary_angles(
-            tokens_BT.shape[1], self.config.head_size, self.config.rope_theta
-        )
+        own = context_of(self.config, tokens_BT.shape[1], segment_ids, positions)
         graph, layers = nnx.split(self.layers)
 
         @REMAT[self.config.remat]
         def run(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, layer)(x_BTD, angle_TP), None
+            return nnx.merge(graph, layer)(x_BTD, own), None
 
         return self.norm(jax.lax.scan(run, x_BTD, layers)[0])
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.head(self.hidden(tokens_BT))
+    def logits(self, x: jax.Array) -> jax.Array:
+        """What the head makes of its input: (..., D) -> float32 (..., V)."""
+        if not self.config.tie_embeddings:
+            return self.head(x)
+        return tied_logits(self.config, self.embed.embedding[...], x)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        x_BTD = self.hidden(tokens_BT, segment_ids=segment_ids, positions=positions)
+        return self.logits(x_BTD)
+
+
+def tied_logits(
+    config: LlamaConfig, embedding_VD: jax.Array, x: jax.Array
+) -> jax.Array:
+    """`Head` with the embedding as its kernel: (..., D) -> float32 (..., V)."""
+    V, dtype = config.vocab_size, config.compute_dtype
+    padded_VD = pad_to(embedding_VD.astype(dtype), aligned(V), 0)
+    logits = jnp.einsum(
+        "...d,vd->...v",
+        x.astype(dtype),
+        padded_VD,
+        preferred_element_type=jnp.float32,
+    )
+    return logits[..., :V]

@@ -58,6 +58,8 @@ class PadKernel:
         for axis, pads in enumerate((self.inputs, self.outputs)):
             if pads:
                 kernel = pad_to(kernel, aligned(kernel.shape[axis]), axis)
+        if self.outputs and bias is not None:
+            bias = pad_to(bias, aligned(bias.shape[0]), 0)
         return inputs, kernel, bias
 
 

@@ -13,9 +13,9 @@ from models.llama import (
     Block,
     Head,
     Llama,
+    context_of,
     embedding,
     rms_norm,
-    rotary_angles,
 )
 
 Params = dict[str, Any]
@@ -34,6 +34,10 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
         norm/scale (D,)                 layers/mlp_norm/scale (L, D)
                                         layers/mlp/{gate,up}/kernel (L, D, F)
                                         layers/mlp/down/kernel (L, F, D)
+
+    Where the config asks for biases, those of layers/attention/q/kernel are
+    layers/attention/q/bias (L, out), zeros at the start. A model with tied embeddings
+    has no head.
     """
     model = Llama(config, rngs=nnx.Rngs(key))
     return _pure(model)
@@ -47,14 +51,16 @@ def draw_params(
     So that of what `store` makes smaller never more than a layer is there in float32.
     """
     rngs = nnx.Rngs(key)
-    parts = {"embed": embedding(config, rngs)}
+    parts: dict[str, nnx.Module] = {"embed": embedding(config, rngs)}
     keys = jax.random.split(rngs(), config.num_layers)
 
     def draw_layer(key: jax.Array) -> Any:
         return store(_pure(Block(config, rngs=nnx.Rngs(key))))
 
     layers = jax.lax.map(draw_layer, keys)
-    parts |= {"norm": rms_norm(config, rngs), "head": Head(config, rngs=rngs)}
+    parts["norm"] = rms_norm(config, rngs)
+    if not config.tie_embeddings:
+        parts["head"] = Head(config, rngs=rngs)
     return {**store({k: _pure(part) for k, part in parts.items()}), "layers": layers}
 
 
@@ -68,22 +74,45 @@ def bind(config: LlamaConfig, params: Params) -> Llama:
     Raises:
       ValueError: if a weight is missing, unexpected, or of another shape.
     """
-    graphs, expected = _abstract(config)
-    found = _shapes(params)
+    check_params(config, params)
+    return nnx.merge(_abstract(config).graphs["model"], params)
+
+
+def check_params(config: LlamaConfig, params: Params) -> None:
+    """ValueError if a weight is missing, unexpected, or of another shape."""
+    expected, found = _abstract(config).shapes, _shapes(params)
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise ValueError(
                 f"params[{path!r}] has shape {found.get(path)}, but the config needs "
                 f"{expected.get(path)}; use the config that init_params was given"
             )
-    return nnx.merge(graphs["model"], params)
 
 
-def forward(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+) -> jax.Array:
     """Logits for the token after each position; position t sees tokens 0 to t only.
 
-    int (B, T) tokens -> float32 (B, T, V). Works under jit, grad and eval_shape, and
-    with sharded params. An id of V or more turns its sequence's logits to NaN.
+    Works under jit, grad and eval_shape, and with sharded params.
+
+    Args:
+      config: the model's configuration.
+      params: its weights, as from `init_params`.
+      tokens: int (B, T). An id of V or more turns its sequence's logits to NaN.
+      segment_ids: int (B, T), where several examples share a row: 0 for padding, and
+        1, 2, ... for the examples, which lie side by side. A token sees its own
+        example alone. Attention reads a (B, 1, T, T) mask then.
+      positions: int (B, T), those of RoPE; by default 0 to T - 1, counted from 0 in
+        every segment.
+
+    Returns:
+      float32 (B, T, V).
 
     Raises:
       ValueError: if `params` do not fit `config`.
@@ -95,7 +124,8 @@ def forward(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array
       >>> forward(SIZES["tiny"], params, jax.numpy.ones((2, 8), int)).shape
       (2, 8, 4096)
     """
-    return bind(config, params)(tokens)
+    model = bind(config, params)
+    return model(tokens, segment_ids=segment_ids, positions=positions)
 
 
 # What the head reads, for whoever goes through the layers by himself:
@@ -114,17 +144,21 @@ def run_layer(
     layer: Params,
     x: jax.Array,
     gather: Callable[[Params], Params] | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
 ) -> jax.Array:
     """Runs one layer, given its part of `params["layers"]`: (B, T, D).
 
     `gather` gathers weights that are sharded over devices, by sharding
     constraints: the backward pass does it again, and gathered ones are never stored.
+    `segment_ids` and `positions` are those of `forward`.
     """
-    angle_TP = rotary_angles(x.shape[1], config.head_size, config.rope_theta)
+    own = context_of(config, x.shape[1], segment_ids, positions)
 
     def run(layer: Params, x: jax.Array) -> jax.Array:
         layer = gather(layer) if gather else layer
-        return nnx.merge(_abstract(config).graphs["layer"], layer)(x, angle_TP)
+        return nnx.merge(_abstract(config).graphs["layer"], layer)(x, own)
 
     remat = "gathers" if gather and config.remat == "none" else config.remat
     return REMAT[remat](run)(layer, x)

@@ -34,6 +34,7 @@ from train.host.processes import join_processes
 from train.records.markdown import Row, markdown
 from train.records.metrics import read_metrics
 from train.records.plots import draw_runs
+from train.records.trackers import check_installed
 from train.run.errors import run_errors
 from train.run.folder import check_folder, own_folder
 from train.run.loop import train
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         join_processes(comparison.work.processes)
         configs = [pinned(config) for config in expand(comparison, folder)]
         check_writable(folder)
+        check_installed(comparison.work.report.track)
         for config in configs:
             check_folder(config)
             check_optimizer(config)

@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         available = memory_of(chips[0])
     work, tpu = config.work, f"{len(chips)} {chips[0].device_kind}"
     print(
-        f"LLaMA-{work.model.size}, {work.batch_size} x {work.seq_len} tokens, {tpu} "
+        f"{work.model.name}, {work.batch_size} x {work.seq_len} tokens, {tpu} "
         f"({config.topology}) of {available / GIB:.2f} GiB each"
     )
     rows: list[Row] = []

@@ -25,7 +25,7 @@ class SampleConfig:
 
     Attributes:
       run: a run's folder, for its newest checkpoint, or FOLDER@STEP.
-      prompt: the beginning of the text.
+      prompt: the beginning of the text; of a run on examples, what a user says.
       tokens: how many tokens to add.
       temperature: above 1 for more surprise, below for less; 0: always the likeliest
         token.
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = load_run(config.run)
         if run.tokenizer is None:
             raise ValueError(f"{config.run} has no tokenizer: it was trained on tokens")
-        prompt_tokens(run.tokenizer, config.prompt)
+        prompt_tokens(run.tokenizer, config.prompt, run.chat)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.weights,
             run.tokenizer,
             config.prompt,
+            chat=run.chat,
             tokens=config.tokens,
             seed=config.seed,
             temperature=config.temperature,

@@ -22,9 +22,10 @@ from models import (
     generate,
     init_params,
 )
-from models.llama import Block, rotary_angles, rotate
+from models.llama import Block, context_of
 from models.padding import pad_to
 from models.params import embed, finish, run_layer
+from models.rope import rotary_angles, rotate
 
 # A large init_std makes attention and the gates far from linear.
 SMALL = LlamaConfig(
@@ -162,7 +163,7 @@ def test_a_later_token_changes_no_earlier_logit(compute_dtype):
 
 def test_rope_scores_depend_on_the_distance_only():
     T, H = 24, 16
-    angle = rotary_angles(T, H, theta=1e4)
+    angle = rotary_angles(jnp.arange(T), H, theta=1e4)
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=H), jnp.float32) for _ in range(2))
     q, k = (rotate(jnp.broadcast_to(x, (1, T, 1, H)), angle)[0, :, 0] for x in (q, k))
@@ -197,11 +198,11 @@ def test_the_scan_equals_applying_the_layers_one_by_one():
     params, tokens = draw(SMALL), draw_tokens(SMALL, 2, 10)
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(SMALL, rngs=nnx.Rngs(0))))
     model = bind(SMALL, params)
-    angle = rotary_angles(10, SMALL.head_size, SMALL.rope_theta)
+    own = context_of(SMALL, 10)
     x = params["embed"]["embedding"][tokens]
     for i in range(SMALL.num_layers):
         layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-        x = nnx.merge(block, layer)(x, angle)
+        x = nnx.merge(block, layer)(x, own)
     expected = model.head(model.norm(x))
     # The same products; XLA may sum them in another order inside a loop.
     np.testing.assert_allclose(run(SMALL, params, tokens), expected, **ROUNDING)

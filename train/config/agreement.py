@@ -12,6 +12,7 @@ Json = dict[str, Any]
 # is the same is known by its fingerprint.
 FREE = ("preset", "out", "resume", "report.", "mesh.", "processes.")
 MOVED = ("data.source", "data.eval_source", "data.tokenizer", "data.data_dir")
+MOVED += ("data.chat_template",)
 FREE += (*MOVED, "data.cache_dir")
 # How many documents were read is in the fingerprint.
 FREE += ("data.bad_lines",)
@@ -21,7 +22,14 @@ CLIP = "optimizer.clip_norm"
 # Where it falls is known by the rates of the steps that are done (`check_rates`).
 DECAY = "optimizer.decay"
 # Options that are newer than some runs, and what those did.
-NEWER = {"optimizer.stagger": False}
+NEWER = {
+    "optimizer.stagger": False,
+    "model.shape_from": None,
+    "model.shape": None,
+    "data.example_field": None,
+    "data.example_form": "auto",
+    "data.train_on": "answers",
+}
 
 
 def check_same_run(stored: Json, given: Json, path: AnyPath) -> None:
@@ -75,8 +83,9 @@ def why_steps_matter(optimizer: Json) -> str | None:
 
 def flag_of(field: str) -> str:
     """ "--vocab-size" of "model.vocab_size"."""
-    if field == "optimizer.name":
-        return "--optimizer"
+    own = {"optimizer.name": "--optimizer", "model.shape_from": "--model"}
+    if field in own:
+        return own[field]
     return "--" + field.rpartition(".")[2].replace("_", "-")
 
 

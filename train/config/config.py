@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     Literal,
     get_args,
@@ -11,16 +12,20 @@ from typing import (
     get_type_hints,
 )
 
+import tyro
+
 from models import SIZES, LlamaConfig
 from train.config.command_line import check_numbers, check_seed
 from train.config.optimizer import Basis as Basis
 from train.config.optimizer import OptimizerConfig, steps_of
 from train.config.optimizer import OptimizerName as OptimizerName
 from train.config.presets import PRESETS
+from train.config.shape import name_of, shape_of
 from train.data.dataset import DataConfig
 from train.data.secrets import check_no_password
 from train.host.paths import RunFolder, to_path
 from train.host.processes import ProcessConfig
+from train.records.trackers import TrackerName
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,8 +43,13 @@ class ModelConfig:
 
     Attributes:
       size: which LLaMA; tiny trains on a laptop's CPU.
+      shape_from: a folder with a config.json of Hugging Face transformers, or the file:
+        that model's shape in place of a size (llama, mistral, qwen2). Default: that of
+        --init-from hf:FOLDER.
+      shape: what is stored of it.
       vocab_size: tokens that the model knows, and the size of a tokenizer trained for
-        it. Default: 4096 for tiny, 128256 for 70b, 32000 for the others.
+        it. Default: that of shape_from, or 4096 for tiny, 128256 for 70b, 32000 for the
+        others.
       weight_dtype: how weights are stored. bfloat16: half the memory, and every update
         is rounded at random, so that small ones arrive in the mean; int8: the matrices
         of attention and MLP likewise in 8 bits a number, all else in bfloat16.
@@ -51,6 +61,10 @@ class ModelConfig:
     """
 
     size: Size = "tiny"
+    shape_from: Annotated[
+        str | None, tyro.conf.arg(name="model", metavar="FOLDER_OR_FILE")
+    ] = None
+    shape: tyro.conf.Fixed[dict | None] = None
     vocab_size: int | None = None
     weight_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -58,6 +72,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("vocab_size",))
+        if self.shape_from is not None and self.size != "tiny":
+            raise ValueError(
+                f"--model {self.shape_from} and --size {self.size} both give a shape; "
+                "leave out one"
+            )
+
+    @property
+    def name(self) -> str:
+        """ "LLaMA-60m", or the name of a published model."""
+        if self.shape_from is None:
+            return f"LLaMA-{self.size}"
+        return name_of(self.shape_from)
+
+    @property
+    def base(self) -> LlamaConfig:
+        """The shape, without this run's own choices."""
+        return SIZES[self.size] if self.shape is None else shape_of(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +101,12 @@ class ReportConfig:
         end.
       checkpoint_every: steps between two checkpoints; 0: none at all.
       keep: how many checkpoints to keep, the latest ones.
-      prompt: beginning of the text that the trained model continues at the end.
+      prompt: beginning of the text that the trained model continues at the end; with
+        windows=examples, what a user says, which it answers.
       sample_tokens: length of that continuation; 0: none.
+      track: services that get the metrics too, wandb or trackio or both; each is an
+        extra to be installed. JSON lines and TensorBoard's files are always written.
+      track_project: the project in which they show the run.
     """
 
     log_every: int = 10
@@ -80,6 +115,8 @@ class ReportConfig:
     keep: int = 2
     prompt: str = "The American people"
     sample_tokens: int = 60
+    track: tuple[TrackerName, ...] = ()
+    track_project: str = "lowrank_optax"
 
     def __post_init__(self) -> None:
         at_least_0 = ("eval_every", "checkpoint_every", "sample_tokens")
@@ -111,9 +148,10 @@ class Config:
     """The work: what is trained, on how much, and where it is stored.
 
     Attributes:
-      preset: a published setting to begin from: size, batch, steps, optimizer, rank,
-        rate, as METHOD-SIZE. With it --help shows what it sets; other flags override
-        it. The data are yours to name: --source, --tokenizer, --windows documents.
+      preset: a published setting to begin from. METHOD-SIZE: size, batch, steps,
+        optimizer, rank, rate of pre-training. Those without a size are for fine-tuning:
+        give --init-from and --steps too. With it --help shows what it sets; other flags
+        override it. The data are yours to name: --source, --tokenizer, --windows.
       out: folder of the run, or gs://BUCKET/FOLDER. Default: runs/SIZE-OPTIMIZER.
       resume: go on with the run in `out` from its latest checkpoint; from the start,
         if it was stopped before its first. Its config.json has all flags that are not
@@ -124,6 +162,8 @@ class Config:
         ones are set aside. Means --resume.
       init_from: RUN_FOLDER or RUN_FOLDER@STEP: begin with the weights of that run's
         newest checkpoint, or of that one, and its tokenizer; everything else is new.
+        hf:FOLDER: with published weights, as transformers saves them (config.json,
+        safetensors, and its tokenizer.json or tokenizer.model).
       seed: fixes the weights at the start, the order of the data and every random
         subspace.
       steps: optimizer steps. Schedules of cosine and wsd end at the last one.
@@ -208,7 +248,7 @@ def title(optimizer: OptimizerConfig) -> str:
 def model_config(model: ModelConfig) -> LlamaConfig:
     """The shape of the LLaMA that a resolved `ModelConfig` names."""
     return dataclasses.replace(
-        SIZES[model.size],
+        model.base,
         vocab_size=resolved(model, "vocab_size"),
         compute_dtype=model.compute_dtype,
         remat=model.remat,
@@ -261,13 +301,18 @@ def _built(make: Any, values: Any, name: str, **others: Any) -> Any:
             raise ValueError(f"{name} has {field}, which no run of this version has")
         if not _fits(value, kinds[field]):
             raise ValueError(f"{name} has {field}={value!r:.40}, which no run has")
-    return make(**values, **others)
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return make(**own, **others)
 
 
 def _fits(value: object, kind: Any) -> bool:
     """Whether a value of JSON is of a type, as annotations have it."""
     if get_origin(kind) is Literal:
         return value in (tuple(SIZES) if kind == Size else get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(
+            _fits(x, get_args(kind)[0]) for x in value
+        )
     if get_args(kind):
         return any(_fits(value, one) for one in get_args(kind))
     if kind in (int, float):

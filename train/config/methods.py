@@ -181,7 +181,7 @@ ONCE = 2**31 - 1  # a basis is chosen at the first step alone
 WEIGHT_MATRICES = (
     (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
     (r"^(embed|head)/", "matrix"),
-    (r"^norm/|^layers/\w+_norm/", None),
+    (r"^norm/|^layers/\w+_norm/|/bias$", None),
 )
 
 # Options that a method of the library decides for itself.

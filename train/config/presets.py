@@ -1,12 +1,16 @@
-"""The published settings of each size, by name, to begin from; and what is best here.
+"""Published settings by name, to begin from; and what is best here.
 
-Sources: the pre-training scripts of GaLore, Fira and APOLLO, and Tables 5 and 6 of the
-SARA paper. What all have in common: C4 by the t5-base tokenizer, one document a window
-(`--windows documents`), weight decay 0, b1 0.9, b2 0.999, a tenth of the steps with a
-rising rate, then a cosine to a tenth of the peak.
+Pre-training, as METHOD-SIZE. Sources: the pre-training scripts of GaLore, Fira and
+APOLLO, and Tables 5 and 6 of the SARA paper. What all have in common: C4 by the t5-base
+tokenizer, one document a window (`--windows documents`), weight decay 0, b1 0.9, b2
+0.999, a tenth of the steps with a rising rate, then a cosine to a tenth of the peak.
 
 What differs here: weights are float32 unless `--weight-dtype` says so (the
 scripts have bfloat16 ones), and Adam's eps is 1e-8 (theirs is 1e-6).
+
+Fine-tuning, as METHOD-WORK, without a size: the weights have one. Sources: GaLore's
+command for RoBERTa on GLUE, and the settings of LLaMA-3-8B-Instruct on instructions in
+APOLLO's repository, for both methods (docs/choosing/fine_tuning.md).
 """
 
 import argparse
@@ -107,6 +111,38 @@ def _spectral_adam(size: str) -> Flags:
     }
 
 
+# GaLore's command for MRPC of GLUE. Its rate falls in a straight line to 0, without a
+# warm-up: so does wsd's, if all but a thousandth of the steps are its decay.
+_FINE_TUNING: Flags = {
+    "optimizer": "galore",
+    "rank": 4,
+    "refresh_every": 500,
+    "scale": 4.0,
+    "learning_rate": 3e-5,
+    "schedule": "wsd",
+    "warmup": 0,
+    "decay": 0.999,
+    "final": 0.0,
+    "weight_decay": 0.0,
+    "clip_norm": None,
+    "batch_size": 16,
+    "seq_len": 512,
+}
+
+# What both settings for LLaMA-3-8B-Instruct share.
+_INSTRUCTIONS: Flags = {
+    "rank": 128,
+    "refresh_every": 200,
+    "learning_rate": 1e-5,
+    "warmup": 0.1,
+    "final": 0.0,
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "batch_size": 1,
+    "seq_len": 2048,
+}
+
+
 def _of(make: Any, name: str, sizes: tuple[str, ...]) -> dict[str, Flags]:
     common = {"batch_size": 512, "warmup": 0.1, "final": 0.1, "weight_decay": 0.0}
     return {f"{name}-{s}": {"size": s, **common, **make(s)} for s in sizes}
@@ -120,6 +156,9 @@ PRESETS: dict[str, Flags] = {
     **_of(_fira_sara, "fira-sara", SIZES[:3]),
     **_of(_adamw, "adamw", SIZES[:4]),
     **_of(_spectral_adam, "spectral-adam", SIZES[:2]),
+    "galore-fine-tuning": _FINE_TUNING,
+    "galore-instructions": {"optimizer": "galore", "scale": 2.0, **_INSTRUCTIONS},
+    "apollo-instructions": {"optimizer": "apollo", "scale": 32.0, **_INSTRUCTIONS},
 }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from models import SIZES, LlamaConfig
+from models import LlamaConfig
 from train.config.config import (
     Config,
     OptimizerConfig,
@@ -16,6 +16,7 @@ from train.config.config import (
     steps_of,
 )
 from train.config.methods import METHODS, NUMBERS
+from train.config.shape import read_shape, with_shape_from
 from train.config.sizes import large_layers
 
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ def resolve(config: Config, platform: str | None = None) -> Config:
     """
     if config.resume_from is not None:
         config = dataclasses.replace(config, resume=True)
+    config = with_shape_from(config)
     model, optimizer = config.model, config.optimizer
-    size = SIZES[model.size]
+    if model.shape_from is not None and model.shape is None:
+        model = dataclasses.replace(model, shape=read_shape(model.shape_from))
+    size = model.base
     on_cpu = (platform or jax.default_backend()) == "cpu"
     if model.compute_dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
@@ -68,7 +72,7 @@ def quarter(model: LlamaConfig) -> int | float:
 
     Keys and values of grouped heads are smaller, so there it is 0.25.
     """
-    grouped = model.kv_heads < model.num_heads
+    grouped = model.kv_heads < model.num_heads or model.head_dim is not None
     return 0.25 if grouped else model.hidden_size // 4
 
 
@@ -93,8 +97,8 @@ def _scheduled(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
 
 def with_folder(config: Config) -> Config:
     """With the folder that a run has if it names none."""
-    name = f"{config.model.size}-{label(config.optimizer)}"
-    return _filled(config, out=Path("runs") / name)
+    model = with_shape_from(config).model.name.removeprefix("LLaMA-")
+    return _filled(config, out=Path("runs") / f"{model}-{label(config.optimizer)}")
 
 
 def _begun(config: Config) -> Config | None:

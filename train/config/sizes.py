@@ -9,5 +9,5 @@ def large_layers(model: LlamaConfig) -> bool:
     On an H100 that took 5 to 7 % less time at LLaMA-7B, with 200 million weights in a
     layer, and 3 to 10 % more at LLaMA-1B, with 50 million.
     """
-    hidden, mlp = model.hidden_size, model.mlp_size
-    return hidden * (4 * hidden + 3 * mlp) >= 100_000_000
+    heads = 2 * (model.num_heads + model.kv_heads) * model.head_size
+    return model.hidden_size * (heads + 3 * model.mlp_size) >= 100_000_000

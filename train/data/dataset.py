@@ -12,10 +12,12 @@ from train.data.batches import (
     packed_evaluation,
     prefetched,
 )
+from train.data.chat import Chat
+from train.data.data_config import DataConfig
 from train.data.fingerprint import Fingerprint
+from train.data.open_examples import open_examples
 from train.data.padded_windows import document_window
 from train.data.sources import (
-    DataConfig,
     check_held_out_is_apart,
     holds_tokens,
     open_text,
@@ -31,12 +33,14 @@ class Data:
 
     train: Batches
     """Endless {"tokens": int32 (B / process_count, T)}, and of documents as windows
-    {"weights": float32} too. Its iterators' get_state is a small dict for JSON, the
+    {"weights": float32} too; of examples also {"segment_ids", "positions": int32} (see
+    `example_window`). Its iterators' get_state is a small dict for JSON, the
     same on all processes; set_state resumes from it at exactly the next batch, with any
     number of processes."""
 
     evaluation: Batches
-    """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape.
+    """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape; of
+    examples also the others.
     Every held-out token occurs once with weight 1, except for those that are cut off;
     padding is 0 with weight 0."""
 
@@ -48,8 +52,11 @@ class Data:
     else the largest id plus one."""
 
     fingerprint: Fingerprint
-    """The data, in brief and for JSON: "source", "eval_source" and "tokenizer" (see
-    `train.data.fingerprint.changed`)."""
+    """The data, in brief and for JSON: "source", "eval_source" and "tokenizer", and of
+    examples "chat_template" (see `train.data.fingerprint.changed`)."""
+
+    chat: Chat | None = None
+    """Of examples: what wrote and encoded them."""
 
 
 def open_data(
@@ -69,13 +76,15 @@ def open_data(
     are split into windows first (the last tokens of a file, fewer than a window, are
     left out of training) and the windows shuffled, and so is a text that is a single
     document, whose last tokens are held out. With `windows="documents"` each
-    document is a window (see `document_window`). The seed does not change what is held
-    out.
+    document is a window (see `document_window`). With `windows="examples"` windows are
+    packed once, by the seed, and shuffled anew each epoch (see `open_examples`). The
+    seed does not change what is held out.
 
     The number of processes does not change the batches: process p has the rows from
     p B / process_count on. Of token files, and of documents, it reads those alone. Of
     packed text each process tokenizes the whole batch, as a window begins where the one
-    before ends: for many hosts, tokenize once, by python -m train.prepare.
+    before ends: for many hosts, tokenize once, by python -m train.prepare. Of examples
+    each process tokenizes all at the start.
 
     Args:
       config: the source and its options.
@@ -100,6 +109,8 @@ def open_data(
     check_held_out_is_apart(config)
     rows = batch_size // process_count
     share = slice(process_index * rows, (process_index + 1) * rows)
+    if config.windows == "examples":
+        return _open_examples(config, seq_len, batch_size, seed, vocab_size, share)
     tokens, documents = holds_tokens(config.source), config.windows == "documents"
     if not tokens:
         opened = open_text(config, seq_len, vocab_size)
@@ -125,6 +136,31 @@ def open_data(
             train = packed_batches(shuffled, seq_len, batch_size, share)
     return Data(
         train, evaluation, opened.tokenizer, opened.vocab_size, opened.fingerprint
+    )
+
+
+def _open_examples(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None,
+    share: slice,
+) -> Data:
+    opened = open_examples(config, seq_len, seed, vocab_size)
+    if len(opened.train) < batch_size:
+        raise ValueError(
+            f"source {config.source!r} fills {len(opened.train)} windows of {seq_len} "
+            f"tokens, but a batch has {batch_size}: add examples, or lower --seq-len "
+            "or --batch-size"
+        )
+    return Data(
+        endless_batches(opened.train.seed(seed).shuffle(), batch_size, share),
+        finite_batches(opened.held_out, batch_size, share),
+        opened.tokenizer,
+        opened.tokenizer.vocab_size,
+        opened.fingerprint,
+        opened.chat,
     )
 
 

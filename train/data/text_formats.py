@@ -1,9 +1,9 @@
-"""The texts in a file: one in plain text, one a line of JSON, one a row of Parquet."""
+"""The records in a file, a line of JSON or a row of Parquet each; or its text."""
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 from train.data.files import (
     DamagedError,
@@ -15,15 +15,31 @@ from train.data.files import (
     read_lines,
     read_start,
 )
-from train.data.text_fields import LONGEST, text_at, too_long
+from train.data.text_fields import LONGEST, TextField, too_long
 from train.host.paths import AnyPath
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
+TEXT_SUFFIXES = (".txt", *RECORD_SUFFIXES)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 OnBadLines = Literal["error", "skip"]
 
 _LISTED = 5
 _ROWS = 1000
+
+
+class Take(Protocol[T_co]):
+    """Makes something of each record of a file."""
+
+    def columns(self, there: Sequence[str]) -> list[str]:
+        """The columns of a Parquet file that it needs; ValueError if they lack."""
+        ...
+
+    def __call__(self, record: Any) -> T_co:
+        """What it makes of a record; ValueError if the record is not fit for it."""
+        ...
 
 
 class BadLines:
@@ -62,18 +78,14 @@ def read_texts(
 ) -> Iterator[str]:
     """The texts of a file in order; the file need not fit into memory.
 
-    `.txt` is one text, `.jsonl` and `.json` have one in a field of each line (as C4's
-    and SlimPajama's shards do) or, in `.json`, of each element of an array, which is
-    held in memory; all plain or with `.gz`, `.xz` or `.zst` after it; `.parquet` has
-    one in each row of a column.
+    `.txt` is one text; files of records have one in a field of each (`read_records`).
 
     Args:
-      path: the file.
+      path: the file; `.txt` too may have `.gz`, `.xz` or `.zst` after it.
       field: the field of an object, or the column, that holds the text (`text_at`).
-      bad: decides what happens to what cannot be read: a line that is no JSON object or
-        not UTF-8, a field that is missing, no text or too long, an empty file, and
-        everything after the point where one is damaged or cut short. (Overwritten gzip
-        may show only at its end.)
+      bad: decides what happens to what cannot be read: besides bad records, text that
+        is not UTF-8, and an empty or damaged file. (Overwritten gzip may show only at
+        its end.)
       on_bytes: called after every read.
 
     Raises:
@@ -81,23 +93,59 @@ def read_texts(
       ValueError: `bad` refuses a text; the file cannot be read, or is of another kind,
         or Parquet without the column.
     """
-    suffix = content_suffix(path)
-    if suffix == ".txt":
-        records: Iterable[Any] = _full_text(path, on_bytes)
-    elif suffix in (".jsonl", ".json"):
-        records = _objects(path, field, on_bytes)
-    elif path.suffix == ".parquet":
-        records = _rows(path, field, on_bytes)
+    if content_suffix(path) == ".txt":
+        yield from _accepted(_full_text(path, on_bytes), bad)
+    elif holds_records(path):
+        yield from read_records(path, TextField(field), bad, on_bytes)
     else:
         raise ValueError(
             f"{path} is not a text file: expected one of {', '.join(TEXT_SUFFIXES)} "
             "(all but .parquet plain, .gz, .xz or .zst)"
         )
+
+
+def holds_records(path: AnyPath) -> bool:
+    """Whether a file is one of records, by its suffix; Parquet is never compressed."""
+    return path.suffix == ".parquet" or content_suffix(path) in (".jsonl", ".json")
+
+
+def read_records(
+    path: AnyPath, take: Take[T], bad: BadLines, on_bytes: OnBytes
+) -> Iterator[T]:
+    """What `take` makes of each record of a file, in order.
+
+    `.jsonl` and `.json` have a record in each line (as C4's and SlimPajama's shards
+    do) or, in `.json`, in each element of an array, which is held in memory; plain or
+    with `.gz`, `.xz` or `.zst` after it; `.parquet` has one in each row.
+
+    Args:
+      path: the file.
+      take: makes something of a record, or refuses it.
+      bad: decides what happens to what cannot be read: a line that is no JSON object,
+        not UTF-8 or too long, a record that `take` refuses, an empty file, and
+        everything after the point where one is damaged or cut short.
+      on_bytes: called after every read.
+
+    Raises:
+      ModuleNotFoundError: `.zst` and `.parquet` need packages that are not installed.
+      ValueError: `bad` refuses a record; the file cannot be read, or is of another
+        kind, or Parquet without the columns.
+    """
+    if not holds_records(path):
+        raise ValueError(
+            f"{path} has no records: expected one of {', '.join(RECORD_SUFFIXES)} (all "
+            "but .parquet plain, .gz, .xz or .zst)"
+        )
+    read = _rows if path.suffix == ".parquet" else _objects
+    return _accepted(read(path, take, on_bytes), bad)
+
+
+def _accepted(records: Iterator[T | Exception], bad: BadLines) -> Iterator[T]:
     for record in records:
-        if isinstance(record, str):
-            yield record
-        else:
+        if isinstance(record, Exception):
             bad.meet(record)
+        else:
+            yield record
 
 
 def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
@@ -110,16 +158,18 @@ def _full_text(path: AnyPath, on_bytes: OnBytes) -> Iterator[str | Exception]:
         yield error
 
 
-def _objects(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """Yields the text of each line or its error; at damage, one error for the rest."""
+def _objects(
+    path: AnyPath, take: Take[T], on_bytes: OnBytes
+) -> Iterator[T | Exception]:
+    """Yields what each line gives or its error; at damage, one error for the rest."""
     if content_suffix(path) == ".json" and _begins_array(path):
-        yield from _items(path, field, on_bytes)
+        yield from _items(path, take, on_bytes)
         return
     number = 0
     try:
         for number, line in enumerate(read_lines(path, on_bytes, LONGEST), start=1):
             where = f"{path}, line {number}"
-            yield _at(where, too_long() if line is None else _json_text(line, field))
+            yield _at(where, too_long() if line is None else _of_line(line, take))
     except DamagedError as error:
         yield _after("line", number, error)
 
@@ -129,16 +179,16 @@ def _begins_array(path: AnyPath) -> bool:
     return start.lstrip().startswith(b"[")
 
 
-def _json_text(line: bytes, field: str) -> str | Exception:
+def _of_line(line: bytes, take: Take[T]) -> T | Exception:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return ValueError(f"not valid JSON ({error}): mend the line")
-    return _text(record, field)
+    return _taken(record, take)
 
 
-def _items(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """Yields the text of each element of a JSON array, or its error."""
+def _items(path: AnyPath, take: Take[T], on_bytes: OnBytes) -> Iterator[T | Exception]:
+    """Yields what each element of a JSON array gives, or its error."""
     try:
         records = json.loads(read_file(path, on_bytes).decode("utf-8-sig"))
     except DamagedError as error:
@@ -151,17 +201,17 @@ def _items(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Excep
         if not records:
             yield empty(path)
         for number, record in enumerate(records, start=1):
-            yield _at(f"{path}, element {number}", _text(record, field))
+            yield _at(f"{path}, element {number}", _taken(record, take))
 
 
-def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Exception]:
-    """Yields the text of each row or its error; at damage, one error for the rest."""
+def _rows(path: AnyPath, take: Take[T], on_bytes: OnBytes) -> Iterator[T | Exception]:
+    """Yields what each row gives or its error; at damage, one error for the rest."""
     parquet = _pyarrow_parquet(path)
     number = 0
     try:
-        for name, value in _column(parquet, path, field, on_bytes):
+        for row in _scalars(parquet, path, take, on_bytes):
             number += 1
-            yield _at(f"{path}, row {number}", _row_text(name, value, field))
+            yield _at(f"{path}, row {number}", _of_row(row, take))
     except DamagedError as error:
         yield _after("row", number, error)
     else:
@@ -169,47 +219,46 @@ def _rows(path: AnyPath, field: str, on_bytes: OnBytes) -> Iterator[str | Except
             yield empty(path)
 
 
-def _column(
-    parquet: Any, path: AnyPath, field: str, on_bytes: OnBytes
-) -> Iterator[tuple[str, Any]]:
-    """Arrow's scalars of the column that has the field, with its name."""
+def _scalars(
+    parquet: Any, path: AnyPath, take: Take[Any], on_bytes: OnBytes
+) -> Iterator[dict[str, Any]]:
+    """Each row as Arrow's scalars by column, of the columns that are needed."""
     with (
         read_errors(path),
         path.open("rb") as raw,
         parquet.ParquetFile(raw, page_checksum_verification=True) as file,
     ):
-        there = file.schema_arrow.names
-        name = field if field in there else field.partition(".")[0]
-        if name in there:
-            share = path.stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(_ROWS, columns=[name]):
-                on_bytes(round(share * len(batch)))
-                yield from ((name, value) for value in batch.column(0))
-    if name not in there:
-        raise ValueError(
-            f"{path}: no text in field {field!r}; the columns are {there}: set "
-            "text_field"
-        )
+        try:
+            names, lacking = take.columns(file.schema_arrow.names), None
+        except ValueError as error:
+            names, lacking = [], error
+        share = path.stat().st_size / max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(_ROWS, columns=names) if names else ():
+            on_bytes(round(share * len(batch)))
+            for row in zip(*batch.columns, strict=True):
+                yield dict(zip(batch.schema.names, row, strict=True))
+    if lacking is not None:
+        raise ValueError(f"{path}: {lacking}") from lacking
 
 
-def _row_text(name: str, value: Any, field: str) -> str | Exception:
+def _of_row(row: dict[str, Any], take: Take[T]) -> T | Exception:
     try:
-        record = {name: value.as_py()}
+        record = {name: value.as_py() for name, value in row.items()}
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 text ({error}): mend the row")
-    return _text(record, field)
+    return _taken(record, take)
 
 
-def _text(record: Any, field: str) -> str | Exception:
+def _taken(record: Any, take: Take[T]) -> T | Exception:
     try:
-        return text_at(record, field)
+        return take(record)
     except ValueError as error:
         return error
 
 
-def _at(where: str, text: str | Exception) -> str | Exception:
-    """The text, or the error with the place."""
-    return text if isinstance(text, str) else ValueError(f"{where}: {text}")
+def _at(where: str, taken: T | Exception) -> T | Exception:
+    """What was taken, or the error with the place."""
+    return ValueError(f"{where}: {taken}") if isinstance(taken, Exception) else taken
 
 
 def _after(unit: str, number: int, error: DamagedError) -> DamagedError:

@@ -18,19 +18,26 @@ PEAKS = (
 
 
 def multiplied_weights(model: LlamaConfig) -> int:
-    """Numbers in the matrices of layers and head; the embedding is looked up."""
-    width, of_kv = model.hidden_size, model.kv_heads * model.head_size
-    attention, mlp = 2 * width * (width + of_kv), 3 * width * model.mlp_size
+    """Numbers in the matrices of layers and head; the embedding is looked up.
+
+    A tied embedding counts once, as the head.
+    """
+    width, heads = model.hidden_size, model.num_heads + model.kv_heads
+    attention, mlp = 2 * width * heads * model.head_size, 3 * width * model.mlp_size
     return model.num_layers * (attention + mlp) + width * model.vocab_size
 
 
 def flops_per_token(model: LlamaConfig, seq_len: int) -> int:
-    """6 N + 6 L D T: the model's own operations, forward and backward, of one token.
+    """6 N + 12 L A S: the model's own operations, forward and backward, of one token.
 
-    N is `multiplied_weights`. The second term is causal attention, which looks at half
-    of the T tokens in the mean. What the backward pass recomputes does not count.
+    N is `multiplied_weights`. The second term is causal attention, whose heads together
+    are A wide (D, unless `head_dim` differs). In the mean a token sees S = T / 2 of the
+    T tokens or, with a sliding window of W < T, S = W - W^2 / 2 T. What the backward
+    pass recomputes does not count.
     """
-    attention = model.num_layers * model.hidden_size * seq_len
+    window = min(model.sliding_window or seq_len, seq_len)
+    width = model.num_layers * model.num_heads * model.head_size
+    attention = width * window * (2 * seq_len - window) // seq_len
     return 6 * (multiplied_weights(model) + attention)
 
 

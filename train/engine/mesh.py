@@ -9,7 +9,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models import SIZES
 from train.config.config import Config
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,12 +35,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices "
             "that there are; change either (--fsdp, --tensor)"
         )
-    model = SIZES[config.model.size]
+    model = config.model.base
     for heads in (model.num_heads, model.kv_heads):
         if heads % tensor:
             raise ValueError(
                 f"tensor={tensor} does not divide the {heads} attention heads of "
-                f"LLaMA-{config.model.size}; give a divisor, and shard more by fsdp"
+                f"{config.model.name}; give a divisor, and shard more by fsdp"
             )
     shares = len(devices) // tensor
     if config.batch_size % (shares * config.microbatches):
@@ -97,8 +96,10 @@ def like_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of the global batch that a run trains on."""
     shape = config.batch_size, config.seq_len
     like = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    if config.data.windows == "documents":
+    if config.data.windows != "packed":
         like["weights"] = jax.ShapeDtypeStruct(shape, np.float32)
+    if config.data.windows == "examples":
+        like["segment_ids"] = like["positions"] = like["tokens"]
     return like
 
 

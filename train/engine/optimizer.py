@@ -37,7 +37,7 @@ Tree = Any
 # matrix, the layers a batch of them. A parameter that no rule names is an error.
 MATRICES = (
     (r"^layers/(attention|mlp)/\w+/kernel$", lro.STACKED),
-    (r"^(embed|head|norm)/|^layers/\w+_norm/", None),
+    (r"^(embed|head|norm)/|^layers/\w+_norm/|/bias$", None),
 )
 
 # With square=megatron, the side of square matrices that is projected: the one that
@@ -372,9 +372,9 @@ def make_method(
 
 
 def decayed(params: optax.Params) -> Tree:
-    """True for the weights that decay: matrices and the embedding, not norm scales."""
+    """True for the weights that decay: matrices and the embedding, not vectors."""
 
     def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
-        return not jax.tree_util.keystr(path, simple=True).endswith("scale")
+        return not jax.tree_util.keystr(path, simple=True).endswith(("scale", "bias"))
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,7 +1,9 @@
 """One training step and one evaluation step: pure functions, to be jitted.
 
 A batch is {"tokens": int (B, T)} and may have "weights": float (B, T), the weight of
-each token as a prediction's target; the first token of a window is never one.
+each token as a prediction's target; the first token of a window is never one. Where
+examples share a window it has "segment_ids" and "positions": int (B, T), as
+`models.forward` takes them; then the first token of each example has weight 0.
 """
 
 from collections.abc import Callable
@@ -117,6 +119,11 @@ def inputs_of(work: Work, batch: Batch) -> jax.Array:
     return jnp.where(outside & (batch["weights"] == 0), 0, tokens)
 
 
+def places_of(batch: Batch) -> dict[str, jax.Array]:
+    """The example and the position of each token; none if a row is one text."""
+    return {x: batch[x] for x in ("segment_ids", "positions") if x in batch}
+
+
 def embedded(work: Work, rest: Params, batch: Batch) -> jax.Array:
     """The input of the first layer, (B, T, D)."""
     weights = work.shards.gather({"embed": rest["embed"]})
@@ -125,16 +132,19 @@ def embedded(work: Work, rest: Params, batch: Batch) -> jax.Array:
     return look_up(partial(embed, work.model, weights), embedding, tokens)
 
 
-def through_layer(work: Work, layer: Params, x: jax.Array) -> jax.Array:
+def through_layer(
+    work: Work, layer: Params, x: jax.Array, places: dict[str, jax.Array]
+) -> jax.Array:
     """Applies one layer, whose weights are gathered while it is computed."""
     gather = work.shards.gather if sharded_weights() else None
-    return shard_rows(run_layer(work.model, layer, x, gather))
+    return shard_rows(run_layer(work.model, layer, x, gather, **places))
 
 
 def head_loss(work: Work, rest: Params, x: jax.Array, batch: Batch) -> jax.Array:
     """The weighted sum of the cross-entropy, in nats, from the head's input."""
-    kernel = rest["head"]["kernel"]
-    spread = work.shards.spread(kernel)
+    tied = work.model.tie_embeddings
+    kernel = rest["embed"]["embedding"].T if tied else rest["head"]["kernel"]
+    spread = work.shards.spread(kernel, tied)
     return head_cross_entropy(
         shard_rows(x),
         kernel,
@@ -153,8 +163,9 @@ def loss_sums(work: Work, params: Params, batch: Batch) -> tuple[jax.Array, jax.
     """
 
     def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return through_layer(work, dense(work, layer), x), None
+        return through_layer(work, dense(work, layer), x, places), None
 
+    places = places_of(batch)
     rest = dense(work, parted(params).rest)
     x = embedded(work, rest, batch)
     x, _ = jax.lax.scan(body, x, params["layers"])
@@ -300,7 +311,7 @@ def projected_gradient(
 
     def add(carry: Any, part: Batch, *, first: bool) -> tuple[Any, None]:
         layer = lro.training.sum_in_backward(
-            lambda weights, x: through_layer(work, weights["layers"], x),
+            lambda weights, x, at: through_layer(work, weights["layers"], x, at),
             method,
             load=load,
             refresh=refresh,
@@ -339,8 +350,9 @@ def loss_through(
     """The weighted sum of the cross-entropy, through layers that are references."""
 
     def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        return layer(index, layers, x), None
+        return layer(index, layers, x, places), None
 
+    places = places_of(batch)
     x = embedded(work, rest, batch)
     x, _ = jax.lax.scan(body, x, jnp.arange(work.model.num_layers))
     return head_loss(work, rest, finish(work.model, rest, x), batch)
@@ -357,7 +369,7 @@ def layerwise_step(
     old, method = parted(state.params), work.optimizer.checked_method
     layers = lro.training.Layers.open(old.layers, state.opt_state.layers, key)
     layer = lro.training.update_in_backward(
-        lambda weights, x: through_layer(work, weights["layers"], x),
+        lambda weights, x, at: through_layer(work, weights["layers"], x, at),
         method,
         load=partial(dense, work),
         apply_updates=added,

@@ -49,7 +49,7 @@ class WeightSpecs(NamedTuple):
 def specs_of_weight(
     path: str, shape: tuple[int, ...], sizes: Mapping[str, int], square: Square
 ) -> WeightSpecs | None:
-    """The specs of a weight on a mesh of these sizes; None for a norm's scale.
+    """The specs of a weight on a mesh of these sizes; None for a scale or a bias.
 
     The axis "fsdp" shards the side without a subspace, the larger one or, of a square
     matrix, the one that is not projected: an ordinary step of the optimizer is then
@@ -60,7 +60,7 @@ def specs_of_weight(
     if re.search(EMBEDDING, path):
         orders = {"fsdp": (OUT, IN), "tensor": (OUT, IN)}
     elif axis is None:
-        return None  # a norm's scale
+        return None  # a norm's scale, or a bias
     else:
         wide = shape[IN] < shape[OUT]
         if shape[IN] == shape[OUT]:
@@ -167,8 +167,12 @@ class Shards:
         mesh = _sharding_mesh()
         return 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
 
-    def spread(self, kernel: jax.Array) -> Spread:
-        """How the output head's work is spread."""
+    def spread(self, kernel: jax.Array, tied: bool = False) -> Spread:
+        """How the work of the output head, (D, V), is spread.
+
+        A tied one is the transposed embedding: it is stored as that is, and used as a
+        head is.
+        """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return Spread()
@@ -176,6 +180,11 @@ class Shards:
             specs_of_weight("head/kernel", kernel.shape, mesh.shape, self.square)
             or WeightSpecs()
         )
+        if tied:
+            own = specs_of_weight(
+                "embed/embedding", kernel.shape[::-1], mesh.shape, "input"
+            )
+            specs = WeightSpecs(P(*(own or specs).stored[::-1]), specs.used)
         return Spread(shards_of(BATCH_AXES, mesh), BATCH_AXES, *specs)
 
     def _specs(self, keys: jax.tree_util.KeyPath, w: jax.Array) -> WeightSpecs | None:

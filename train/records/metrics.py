@@ -14,26 +14,32 @@ from train.host.atomic import Appender
 from train.host.console import warn
 from train.host.paths import AnyPath
 from train.records.tensorboard import Board, Record
+from train.records.tracking import Tracking
 
 Metrics = Mapping[str, jax.Array]
 
 
 class MetricsWriter:
-    """Appends records to `folder/metrics.jsonl` and `folder/tensorboard`.
+    """Appends records to `folder/metrics.jsonl`, `folder/tensorboard` and trackers.
 
     Each line is an object with "step", and is on the disk when it is written; a number
     that is not finite is null. Opening a folder again truncates it after `step`, the
     step that the run resumes from. Only process 0 writes. If a record cannot be written
     (a full disk), the run goes on: a warning is printed once, and the record is written
-    later.
+    later. A tracker also gets those records before `step` that it has not.
     """
 
-    def __init__(self, folder: AnyPath, step: int) -> None:
+    def __init__(
+        self, folder: AnyPath, step: int, trackers: Sequence[Tracking] = ()
+    ) -> None:
         self._outputs: list[_Output] = []
         if jax.process_index() == 0:
             lines = _Lines(folder / "metrics.jsonl", step)
             board = Board(folder / "tensorboard", purge_step=step + 1)
             self._outputs = [_Output(lines), _Output(board)]
+            for tracker in trackers:
+                self._outputs.append(_Output(tracker))
+                self._outputs[-1].write(*read_metrics(folder))
 
     def write(self, record: Record) -> None:
         numbers = {k: v if math.isfinite(v) else None for k, v in record.items()}
@@ -51,7 +57,7 @@ class MetricsWriter:
 class _Output:
     """An output, and the records that are still to be written there."""
 
-    def __init__(self, target: "_Lines | Board") -> None:
+    def __init__(self, target: "_Lines | Board | Tracking") -> None:
         self._target = target
         self._waiting: list[Record] = []
         self._warned = False

@@ -14,6 +14,7 @@ from upath import UPath
 
 from train.host.atomic import Appender
 from train.host.paths import AnyPath
+from train.records.tags import tag
 
 Record = dict[str, Any]
 
@@ -52,7 +53,7 @@ def _event(record: Record) -> Any:
     event = Event(wall_time=time.time(), step=record["step"])
     for name, value in record.items():
         if name != "step" and value is not None:
-            event.summary.value.extend(scalar(name, value).value)
+            event.summary.value.extend(scalar(tag(name), value).value)
     return event
 
 

@@ -31,8 +31,9 @@ def _begun(words: Sequence[str]) -> Config | None:
         look.add_argument(flag, action="store_true")
     for flag in ("--resume-from", "--out", "--preset"):
         look.add_argument(flag)
-    for flag in ("--size", "--optimizer", "--basis"):
+    for flag in ("--size", "--optimizer", "--basis", "--init-from"):
         look.add_argument(flag, default=argparse.SUPPRESS)
+    look.add_argument("--model", dest="shape_from", default=argparse.SUPPRESS)
     given = vars(look.parse_known_args([_with_dashes(word) for word in words])[0])
     resume = [given.pop(f"resume{x}") for x in ("", "_or_start", "_from")]
     out, preset = given.pop("out"), PRESETS.get(given.pop("preset"), {})

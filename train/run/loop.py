@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 import lowrank_optax as lro
 from models import Params
 from train.config.config import Config, model_config, resolved, title
+from train.config.shape import published_folder
 from train.data.dataset import Data
 from train.engine.memory import StepMemory, step_memory
-from train.engine.mesh import by_row, like_batch, on_mesh, replicated, to_devices
+from train.engine.mesh import by_row, like_batch, replicated, to_devices
 from train.engine.optimizer import Optimizer, make_optimizer
 from train.engine.schedule import last_stable_step
 from train.engine.step import (
@@ -39,8 +40,13 @@ from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
-from train.run.start import weights_for
-from train.run.stored import store_tokenizer
+from train.run.start import Shardings, weights_for
+from train.run.stored import (
+    store_chat_template,
+    store_special_tokens,
+    store_tokenizer,
+)
+from train.run.tracked import tracked
 
 HostBatch = Mapping[str, np.ndarray]
 """This process' rows of a batch."""
@@ -125,13 +131,18 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         or if the held-out loss is not finite.
       LostProcessError: another process had to end.
       MovedError: the folder was moved or removed.
+      OSError: as `tracked`.
       StoppedError: by a signal.
     """
     folder: AnyPath = resolved(config, "out")
+    # Before the tokenizer: a resumed run that has that looks beside it.
+    store_chat_template(folder, data.chat and data.chat.template)
     store_tokenizer(folder, data.tokenizer)
+    store_special_tokens(folder, published_folder(config.init_from))
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
     with (
+        tracked(config) as trackers,  # ends last: its upload may take long
         jax.set_mesh(mesh),
         Checkpoints(folder, config.report.keep) as checkpoints,
     ):
@@ -142,7 +153,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
         for remark in work.shards.remarks(mesh, weights):
             say(f"{name}: {remark}")
         say(
-            f"{name}: compiling the training step of LLaMA-{config.model.size}, "
+            f"{name}: compiling the training step of {config.model.name}, "
             f"{config.batch_size} x {config.seq_len} tokens ..."
         )
         program = build_program(
@@ -155,7 +166,7 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
             begun = Restored(make(init_key), [])
         start = int(begun.state.step)
         with (
-            MetricsWriter(folder, start) as writer,
+            MetricsWriter(folder, start, trackers) as writer,
             Progress(name, start, config.steps) as progress,
             Stop() as stop,
         ):
@@ -177,13 +188,12 @@ def work_of(config: Config, key: jax.Array) -> Work:
 
 
 def initial(
-    work: Work, mesh: Mesh, given: Callable[[], Params] | None = None
+    work: Work, mesh: Mesh, given: Callable[[Shardings], Params] | None = None
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """Returns a function from a key to the first state, and that state's shapes.
 
     The state is sharded as it is made, and its shapes have shardings. The key draws the
-    weights, unless `given` returns some, in the host's memory and stored as any run
-    does.
+    weights, unless `given` returns some, on the devices and stored as any run does.
     """
     like = like_of(work, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -194,8 +204,11 @@ def initial(
     def make(key: jax.Array) -> TrainState:
         if given is None:
             return rest(draw(key))
-        weights = given()
-        return rest(store(on_mesh(work.shards.shardings(mesh, weights), weights)))
+        weights = given(partial(work.shards.shardings, mesh))
+        as_stored = jax.tree.map(jax.typeof, weights) == jax.tree.map(
+            jax.typeof, like.params
+        )
+        return rest(weights if as_stored else store(weights))
 
     # One after the other: what drawing the weights takes is free again then.
     return make, like

@@ -16,7 +16,6 @@ from train.config.config import (
     title,
 )
 from train.data.dataset import Data
-from train.data.tokenizer import Tokenizer
 from train.engine.layer_metrics import measures
 from train.engine.memory import describe, device_peak
 from train.host.atomic import write_text
@@ -118,15 +117,15 @@ def work_title(config: Config) -> str:
     """ "LLaMA-tiny (1.8M weights), 16 x 128 tokens a step", of a resolved config."""
     weights = count_params(model_config(config.model)) / 1e6
     return (
-        f"LLaMA-{config.model.size} ({weights:,.1f}M weights), "
+        f"{config.model.name} ({weights:,.1f}M weights), "
         f"{config.batch_size} x {config.seq_len} tokens a step"
     )
 
 
-def check_prompt(config: ReportConfig, tokenizer: Tokenizer | None) -> None:
+def check_prompt(config: ReportConfig, data: Data) -> None:
     """ValueError for a prompt that the model could not continue at the end."""
-    if tokenizer is not None and config.sample_tokens:
-        prompt_tokens(tokenizer, config.prompt)
+    if data.tokenizer is not None and config.sample_tokens:
+        prompt_tokens(data.tokenizer, config.prompt, data.chat)
 
 
 def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
@@ -139,6 +138,7 @@ def sample_text(config: Config, data: Data, trained: Trained) -> str | None:
         trained.weights,
         data.tokenizer,
         config.report.prompt,
+        chat=data.chat,
         tokens=steps,
         seed=config.seed,
     )

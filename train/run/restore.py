@@ -9,15 +9,24 @@ import orbax.checkpoint as ocp
 
 import lowrank_optax as lro
 from models import LlamaConfig, Params
+from models.hugging_face import SpecialTokens
 from models.params import draw_params
 from train.config.config import Config, model_config
+from train.data.chat import Chat
 from train.data.tokenizer import Tokenizer
 from train.host.paths import AnyPath, for_orbax
 from train.host.quiet import quiet
 from train.run.checkpoint import brief, stored_checksums
 from train.run.checksum import checksums
+from train.run.own_chat import own_chat
 from train.run.own_tokenizer import own_tokenizer
-from train.run.stored import checked_step, read_config, run_and_step, saved_steps
+from train.run.stored import (
+    checked_step,
+    read_config,
+    run_and_step,
+    saved_steps,
+    stored_special_tokens,
+)
 
 
 class LoadedRun(NamedTuple):
@@ -30,6 +39,8 @@ class LoadedRun(NamedTuple):
         them; int8 weights are in the model's compute dtype, others as stored.
       tokenizer: the run's; None if it was trained on token files without one.
       step: how many steps were done.
+      chat: of a run that was trained on examples, what writes and encodes prompts.
+      special_tokens: their ids, as the published weights stated that it began with.
     """
 
     config: Config
@@ -37,6 +48,8 @@ class LoadedRun(NamedTuple):
     weights: Params
     tokenizer: Tokenizer | None
     step: int
+    chat: Chat | None = None
+    special_tokens: SpecialTokens = SpecialTokens(None, None, None)
 
 
 def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
@@ -70,7 +83,9 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
     weights = lro.weights.dense(
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
-    return LoadedRun(config, model, weights, tokenizer, step)
+    chat = own_chat(folder, config, tokenizer)
+    special = stored_special_tokens(folder)
+    return LoadedRun(config, model, weights, tokenizer, step, chat, special)
 
 
 def load_weights(folder: AnyPath, step: int) -> Params:

@@ -1,15 +1,27 @@
 """The start of a run: its data, its tokenizer, and its first weights."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from models import Params
-from train.config.config import Config, resolved
+from models import (
+    Params,
+    check_pretrained,
+    init_params,
+    load_pretrained,
+    pretrained_config,
+)
+from train.config.config import Config, model_config, resolved
+from train.config.shape import COMPUTED, PUBLISHED, published_folder
 from train.data.dataset import Data, open_data
 from train.data.tokenizer import Tokenizer
+from train.engine.mesh import on_mesh
 from train.engine.optimizer import make_schedule
 from train.host.paths import AnyPath, to_path
 from train.records.metrics import Record, read_metrics
@@ -23,11 +35,18 @@ from train.run.stored import (
     stored_tokenizer,
 )
 
+Shardings = Callable[[Any], Any]
+"""A tree of weights to a tree of shardings."""
+
 
 def open_text(config: Config) -> Data:
     """Opens the data of a resolved config, this process' share of it."""
     return open_data(
-        dataclasses.replace(config.data, tokenizer=tokenizer_file(config)),
+        dataclasses.replace(
+            config.data,
+            tokenizer=tokenizer_file(config),
+            chat_template=chat_template_file(config),
+        ),
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -47,6 +66,8 @@ def pinned(config: Config) -> Config:
     """
     if config.init_from is None:
         return config
+    if (published := published_folder(config.init_from)) is not None:
+        return dataclasses.replace(config, init_from=f"{PUBLISHED}{published}")
     folder, step = run_and_step(config.init_from)
     own: AnyPath = resolved(config, "out")
     if config.resume and (own / "config.json").is_file():
@@ -61,11 +82,28 @@ def pinned(config: Config) -> Config:
     return dataclasses.replace(config, init_from=str(name))
 
 
+def with_shape_of_run(config: Config) -> Config:
+    """Takes a published shape from the run that `init_from` names.
+
+    Sizes that have a name are named again.
+    """
+    if config.init_from is None or published_folder(config.init_from) is not None:
+        return config
+    own, path = config.model, run_and_step(config.init_from)[0] / "config.json"
+    if own.shape_from is not None or own.size != "tiny" or not path.is_file():
+        return config  # `check_start` says what is wrong there
+    there = read_config(path.parent).model
+    if there.shape is None:
+        return config
+    shape = {"shape_from": there.shape_from, "shape": there.shape}
+    return dataclasses.replace(config, model=dataclasses.replace(own, **shape))
+
+
 def tokenizer_file(config: Config) -> str | None:
     """The tokenizer that a resolved and pinned config names, or inherits.
 
     A resumed run has its own, if the file that it was given is gone. A run that starts
-    with another's weights has that run's, unless it names one.
+    with given weights has the tokenizer in their folder, unless it names one.
 
     Raises:
       ValueError: a resumed run is given another tokenizer than its own.
@@ -78,8 +116,22 @@ def tokenizer_file(config: Config) -> str | None:
             f"{own}: put that back, or leave it out"
         )
     if own is None and config.data.tokenizer is None and config.init_from is not None:
-        own = stored_tokenizer(run_and_step(config.init_from)[0])
+        published = published_folder(config.init_from)
+        folder = run_and_step(config.init_from)[0] if published is None else published
+        own = stored_tokenizer(folder)
     return config.data.tokenizer if own is None else str(own)
+
+
+def chat_template_file(config: Config) -> str | None:
+    """The chat template that a resolved config names; None for the tokenizer's own.
+
+    A resumed run has its own beside its tokenizer, if the file it was given is gone.
+    """
+    given = config.data.chat_template
+    if given is None or not given.endswith(".jinja") or to_path(given).is_file():
+        return given
+    own = resolved(config, "out") / "chat_template.jinja"
+    return None if config.resume and own.is_file() else given
 
 
 def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -95,12 +147,18 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
         return
     if config.resume and saved_steps(resolved(config, "out")):
         return  # They were needed at its first step alone.
+    if (published := published_folder(config.init_from)) is not None:
+        _check_published(config, published)
+        return
     folder, step = run_and_step(config.init_from)
     checked_step(folder, step)
     there, here = read_config(folder).model, config.model
-    for flag, field in (("--size", "size"), ("--vocab-size", "vocab_size")):
+    for flag, field in (
+        *(("--size", "size"), ("--model", "shape_from")),
+        ("--vocab-size", "vocab_size"),
+    ):
         old, new = getattr(there, field), getattr(here, field)
-        if old != new:
+        if old != new and not (field != "vocab_size" and there.base == here.base):
             raise ValueError(
                 f"init_from: {folder} has {field} {old}, and this run {new}; the "
                 f"weights do not fit: give {flag} {old}"
@@ -118,6 +176,19 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
             f"would read other tokens; leave out --tokenizer, or give "
             f"{stored_tokenizer(folder)}"
         )
+
+
+def _check_published(config: Config, folder: Path) -> None:
+    """ValueError unless the weights in the folder are those of the run's model."""
+    check_pretrained(folder)
+    here, there = model_config(config.model), pretrained_config(folder)
+    for name, value in dataclasses.asdict(there).items():
+        if name not in COMPUTED and value != dataclasses.asdict(here)[name]:
+            raise ValueError(
+                f"init_from: {folder} has {name}={value}, and this run "
+                f"{getattr(here, name)}; the weights do not fit: leave out --size, "
+                "--model and --vocab-size"
+            )
 
 
 def check_rates(config: Config) -> None:
@@ -160,7 +231,18 @@ def check_rates(config: Config) -> None:
     )
 
 
-def weights_for(config: Config) -> Params:
-    """Loads the weights that `init_from` of a pinned config names, as stored."""
+def weights_for(config: Config, shardings: Shardings) -> Params:
+    """Loads the weights that `init_from` of a pinned config names onto the devices.
+
+    They are as stored there; of published ones each device's part alone is read.
+    """
+    if (published := published_folder(config.init_from)) is not None:
+        model = model_config(config.model)
+        like = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+        # Those that become 8 bits are rounded once, from what the files have.
+        stored = config.model.weight_dtype
+        dtype = None if stored == "int8" else stored
+        return load_pretrained(published, dtype=dtype, sharding=shardings(like))
     folder, step = run_and_step(resolved(config, "init_from"))
-    return load_weights(folder, checked_step(folder, step))
+    weights = load_weights(folder, checked_step(folder, step))
+    return on_mesh(shardings(weights), weights)

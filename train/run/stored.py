@@ -1,11 +1,16 @@
-"""The folder of a run as stored: config, tokenizer, steps."""
+"""The folder of a run as stored: config, tokenizer and its templates, steps."""
+
+import json
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
+from models.hugging_face import SpecialTokens, special_tokens
 from train.config.config import Config, from_json
+from train.data.chat_template import ChatTemplate
 from train.data.tokenizer import Tokenizer
-from train.host.atomic import write_bytes
+from train.host.atomic import write_bytes, write_text
 from train.host.paths import AnyPath, for_orbax, to_path
 
 
@@ -68,3 +73,32 @@ def store_tokenizer(folder: AnyPath, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None or jax.process_index() or stored_tokenizer(folder):
         return
     write_bytes(folder / f"tokenizer{tokenizer.suffix}", tokenizer.content)
+
+
+def store_chat_template(folder: AnyPath, template: ChatTemplate | None) -> None:
+    """Stores a template where a tokenizer's own is looked for; process 0 does.
+
+    The template goes into chat_template.jinja, its tokens into tokenizer_config.json.
+    """
+    path = folder / "chat_template.jinja"
+    if template is None or jax.process_index() or path.is_file():
+        return
+    tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
+    write_text(folder / "tokenizer_config.json", json.dumps(tokens, indent=2) + "\n")
+    write_text(path, template.source)
+
+
+def store_special_tokens(folder: AnyPath, published: Path | None) -> None:
+    """Stores the ids of special tokens that published weights state; process 0 does."""
+    path = folder / "generation_config.json"
+    if published is None or jax.process_index() or path.is_file():
+        return
+    fields = special_tokens(published).fields()
+    write_text(path, json.dumps(fields, indent=2) + "\n")
+
+
+def stored_special_tokens(folder: AnyPath) -> SpecialTokens:
+    """The ids that `store_special_tokens` stored; None for those it did not."""
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    return SpecialTokens(*(fields.get(f"{x}_token_id") for x in SpecialTokens._fields))

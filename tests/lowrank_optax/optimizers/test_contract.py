@@ -175,7 +175,7 @@ def check_dtypes(name: str, weights: str, grads: str, **options: Any) -> Any:
     return state
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_leaves_without_numbers_and_of_two_widths(name: str) -> None:
     """Each leaf's dtype is its own."""
     with jax.enable_x64(True):
@@ -197,7 +197,7 @@ def test_leaves_without_numbers_and_of_two_widths(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, after)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_one_huge_gradient_does_not_end_the_run(name: str) -> None:
     """Finite, but V is not: weights were NaN then, or at the next refresh."""
     tx, update = compiled(name)
@@ -260,7 +260,11 @@ def full_rank(name: str) -> optax.GradientTransformation:
     return others.get(name, optax.adamw(RATE, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("name", ALL)
+# One of each kind of step that `full_rank` tells apart.
+STEPS = ["galore_published", "msgd", "flora", "spectral_adam", "coap"]
+
+
+@pytest.mark.parametrize("name", slow_but([*KINDS, *STEPS], ALL))
 def test_trees_without_a_matrix_get_the_full_rank_optimizer(name: str) -> None:
     params = {"vector": jnp.arange(3.0), "frozen": None, "scalar": jnp.ones([])}
     grads = [jax.tree.map(lambda x, k=k: x - k, params) for k in (0.5, 1.5, -3.5)]
@@ -331,7 +335,7 @@ def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
     close(out[1::2], scaled)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
     """Without any wrapper: at a refresh, between two, in a matrix and in a vector."""
     grads = gradients(EVERY + 1)
@@ -348,8 +352,8 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
         assert int(optax.tree.get(state, "skipped")) == 3
 
 
-@pytest.mark.slow  # each operation is compiled by itself
-@pytest.mark.parametrize("name", KINDS)
+# Each operation is compiled by itself.
+@pytest.mark.parametrize("name", slow_but([], KINDS, slow=["grass_walk", "q_galore"]))
 def test_nothing_depends_on_jit(name: str) -> None:
     grads = gradients(EVERY + 1)
     with jax.disable_jit():
@@ -455,7 +459,11 @@ def test_hyperparameters_follow_schedules(name: str) -> None:
         close(ours, theirs, 1e-3 * RATE)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+# The scan above has all of these wrappers at once, around every kind.
+each_wrapped = pytest.mark.parametrize("name", slow_but(["grass_walk"], WRAPPED))
+
+
+@each_wrapped
 def test_multi_steps_takes_the_mean_gradients_step(name: str) -> None:
     grads = gradients()
     out, _ = run(optax.MultiSteps(build(name), 2).gradient_transformation(), grads)
@@ -467,7 +475,7 @@ def test_multi_steps_takes_the_mean_gradients_step(name: str) -> None:
     close(out[1::2], plain(name, mean))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_a_learning_rate_schedule_scales_the_update(name: str) -> None:
     scheduled = build(name, learning_rate=lambda count: RATE / (1.0 + count))
     out, _ = run(scheduled, gradients())
@@ -477,7 +485,7 @@ def test_a_learning_rate_schedule_scales_the_update(name: str) -> None:
     close(out, scaled)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_apply_if_finite_steps_over_a_nan(name: str) -> None:
     grads = gradients(4)
     bad = {**grads[0], "vector": grads[0]["vector"].at[1].set(jnp.nan)}
@@ -489,7 +497,7 @@ def test_apply_if_finite_steps_over_a_nan(name: str) -> None:
     assert int(optax.tree.get(state, "skipped")) == 0  # the wrapper was there first
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_partition_and_masked_hand_over_their_leaves_only(name: str) -> None:
     labels = {"matrix": "low", "vector": "sgd", "frozen": None}
     tx = optax.partition({"low": build(name), "sgd": optax.sgd(1.0)}, labels)
@@ -509,7 +517,7 @@ def test_partition_and_masked_hand_over_their_leaves_only(name: str) -> None:
     assert not any("vector" in path for path in paths(state))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_clipping_before_it_and_unknown_extra_arguments(name: str) -> None:
     tx = optax.chain(optax.clip_by_global_norm(0.5), build(name))
     grads = gradients(EVERY + 1)

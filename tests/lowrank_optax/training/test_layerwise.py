@@ -18,7 +18,6 @@ from tests.helpers.battery import (
 )
 from tests.helpers.layers import (
     EVERY,
-    KINDS,
     LAYERS,
     RATE,
     TOLERANCE,
@@ -38,6 +37,7 @@ from tests.helpers.layers import (
     stepped,
     through,
 )
+from tests.helpers.marks import NIGHTLY, slow_but
 
 
 @pytest.fixture
@@ -49,23 +49,23 @@ def x64() -> Any:
 # --- blocks of layers ---
 
 
-def a_step(tx: Any, params: Any, **options: Any) -> Any:
-    """`update_layers` of these weights on themselves, after a refresh."""
+def after_a_refresh(tx: Any, params: Any) -> Any:
+    """The operands of a step of these weights on themselves."""
     state = jax.jit(lro.training.per_layer(tx).init)(params)
     g = jax.tree.map(jnp.sin, params)
     first = jax.jit(functools.partial(lro.training.per_layer(tx).update, refresh=True))
     _, state = first(g, state, params)
-    f = functools.partial(lro.training.update_layers, tx, refresh=False, **options)
-    return f, (g, state, params)
+    return g, state, params
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["grass_walk", "adamw"])
 def test_blocks(name: str) -> None:
     tx = optimizer(name)
-    params, results = arrays(layers_of(6)), []
+    operands, results = after_a_refresh(tx, arrays(layers_of(6))), []
+    update = functools.partial(lro.training.update_layers, tx, refresh=False)
     for layers, size in ((None, 6), (1, 1), (2, 2), (4, 3)):
-        f, operands = a_step(tx, params, block=layers)
+        f = functools.partial(update, block=layers)
         cut = r"slice_sizes=\((\d+), 8, 16\)"
         found = set(re.findall(cut, str(jax.make_jaxpr(f)(*operands))))
         assert found == ({str(size)} if size < 6 else set())
@@ -86,7 +86,7 @@ ALONE = ["lazy", "frozen"]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rule", GRAM)
+@pytest.mark.parametrize("rule", slow_but(["sara"], GRAM, slow=["lazy"]))
 def test_small_matrices_of_all_layers_and_leaves_in_one_call(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,8 +98,9 @@ def test_small_matrices_of_all_layers_and_leaves_in_one_call(
     shapes, results = [], []
     for limit in (WIDTH, WIDTH - 1):
         monkeypatch.setattr(linalg, "TOGETHER", limit)
-        f, operands = a_step(tx, arrays(layers_of()), block=LAYERS)
-        for way in (f, lro.training.per_layer(tx).update):
+        operands = after_a_refresh(tx, arrays(layers_of()))
+        in_blocks = functools.partial(lro.training.update_layers, tx, block=LAYERS)
+        for way in (in_blocks, lro.training.per_layer(tx).update):
             step = jax.jit(functools.partial(way, refresh=True))
             lowered = step.trace(*operands).lower(lowering_platforms=("cuda",))
             found = re.findall(
@@ -149,7 +150,9 @@ def by_stack(tx: Any, *, order: Any, refresh: bool) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", slow_but(["grass_jump", "gaussian of a key"], RULES, slow=["coordinates"])
+)
 def test_the_same_random_bases_however_layers_come(name: str) -> None:
     """Together in one stack, in turn by `update_layers`, in the backward pass."""
     stack, tx = (with_rule(RULES[name], stacked) for stacked in (True, False))
@@ -237,10 +240,17 @@ poisoned.defvjp(
 )
 
 
+OTHERS = ["galore_adafactor", "apollo", "frugal", "flora", "online_subspace_descent"]
+
+
 @pytest.mark.parametrize(
     ("name", "refresh"),
-    [(name, True) for name in [*KINDS, "frugal", "flora", "online_subspace_descent"]]
-    + [("grass_walk", False), ("apollo", False)],
+    [
+        *((name, True) for name in ("grass_walk", "ldadam", "q_galore_sara_8bit")),
+        ("apollo", False),
+        *(pytest.param(name, True, marks=NIGHTLY) for name in OTHERS),
+        pytest.param("grass_walk", False, marks=NIGHTLY),
+    ],
 )
 def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -> None:
     tx, bad = optimizer(name), 2
@@ -304,11 +314,21 @@ def rounded(w: Any, u: Any, i: Any, key: Any) -> Any:
     return lro.weights.add_updates(w, u, jax.random.fold_in(key, i))
 
 
-@pytest.mark.parametrize("name", ["apollo", "adamw"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("int8", "apollo"),
+        ("bfloat16", "adamw"),
+        pytest.param("bfloat16", "apollo", marks=NIGHTLY),
+        pytest.param("int8", "adamw", marks=NIGHTLY),
+    ],
+)
 def test_weights_in_few_bits(dtype: Any, name: str) -> None:
     tx = optimizer(name)
-    stored = lro.weights.store(arrays(layers_of()), dtype, lambda k: k != "norm")
+    store = functools.partial(
+        lro.weights.store, dtype=dtype, mask=lambda k: k != "norm"
+    )
+    stored = jax.jit(store)(arrays(layers_of()))
     options = {"load": as_float32, "apply_updates": rounded, "refresh": True}
     results = []
     for make in (in_backward, gradients_first):

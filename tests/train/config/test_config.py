@@ -17,6 +17,7 @@ from train.config.config import (
     OptimizerConfig,
     OptimizerName,
     Size,
+    from_json,
     model_config,
     title,
     to_json,
@@ -305,6 +306,17 @@ def test_json_holds_every_field():
     assert stored["optimizer"] == dataclasses.asdict(config.optimizer)
     assert stored["optimizer"]["learning_rate"] == 3e-3
     assert stored["data"] == dataclasses.asdict(config.data)
+
+
+@pytest.mark.parametrize("names", [(), ("trackio",), ("wandb", "trackio")])
+def test_trackers_are_a_list_in_json_and_on_the_command_line(names):
+    config = config_of("--track", *names, "--out", "a")
+    assert config.report.track == names
+    assert from_json(to_json(config)) == config
+    unknown = json.loads(to_json(config))
+    unknown["report"]["track"].append("tracker")
+    with pytest.raises(ValueError, match="report has track="):
+        from_json(json.dumps(unknown))
 
 
 def test_a_comparison_s_runs_differ_in_optimizer_and_folder_only():

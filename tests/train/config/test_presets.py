@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models import SIZES
@@ -10,6 +11,7 @@ from train.config.command_line import parse
 from train.config.config import Config, OptimizerConfig, to_json
 from train.config.methods import METHODS
 from train.config.presets import PRESETS, with_flags
+from train.engine.schedule import make_schedule
 from train.run.folder import check_same_run
 
 
@@ -17,7 +19,10 @@ def parsed(*argv: str) -> Config:
     return parse(Config, "", list(argv), "train")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+FINE_TUNING = ("galore-fine-tuning", "galore-instructions", "apollo-instructions")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in FINE_TUNING])
 def test_each_is_a_run(name: str) -> None:
     config = parsed("--preset", name)
     assert config.preset == name
@@ -44,6 +49,24 @@ def test_they_are_what_the_papers_have() -> None:
     assert parsed("--preset", "apollo-130m").optimizer.rank == 192
     assert parsed("--preset", "fira-1b").optimizer.scale == 0.0625
     assert parsed("--preset", "adamw-60m").optimizer.learning_rate == 2.5e-3
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_those_of_fine_tuning_leave_size_and_steps_to_the_run(name: str) -> None:
+    config = parsed("--preset", name, "--init-from", "hf:folder", "--steps", "6900")
+    assert (config.model, config.steps) == (Config().model, 6900)
+    assert not {"size", "steps"} & PRESETS[name].keys()
+    assert config.optimizer.final == 0
+
+
+def test_the_rate_of_galore_fine_tuning_falls_in_a_straight_line() -> None:
+    for steps in (300, 6900):  # the trainer's default; MRPC's 30 epochs
+        config = parsed("--preset", "galore-fine-tuning", "--steps", str(steps))
+        schedule = make_schedule(config.optimizer, config.steps)
+        rates = np.array([schedule(i) for i in np.linspace(0, steps - 1, 7).round()])
+        line = 3e-5 * np.linspace(1, 0, 7)
+        # The last of `steps` rates is 0, and the first the peak: a thousandth apart.
+        np.testing.assert_allclose(rates, line, atol=0.004 * 3e-5)
 
 
 def test_other_flags_override_it_wherever_they_stand() -> None:

@@ -87,7 +87,7 @@ def test_a_run_writes_what_it_measures(measured):
     assert is_picture(measured / "subspace.png")
     (events,) = (measured / "tensorboard").iterdir()
     for name in names:
-        assert name.encode() in events.read_bytes()
+        assert f"optimizer/{name}".encode() in events.read_bytes()
 
 
 @pytest.mark.slow

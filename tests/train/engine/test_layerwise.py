@@ -17,7 +17,7 @@ import pytest
 import train.engine.step
 import train.run.loop
 from models import SIZES, LlamaConfig, generate
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
 from train.config.config import (
     Config,
     ModelConfig,
@@ -225,21 +225,28 @@ def check_a_stopped_run(
     return whole
 
 
-@pytest.mark.parametrize("layerwise", slow_but(["on"], ["on", "off"], slow=["off"]))
-def test_staggered_refreshes_resume_bit_for_bit(layerwise, tmp_path, asked):
+@pytest.mark.parametrize(
+    ("name", "layerwise"),
+    [
+        ("galore", "on"),
+        pytest.param("grass_walk", "off", marks=pytest.mark.slow),
+        pytest.param("grass_walk", "on", marks=NIGHTLY),
+    ],
+)
+def test_staggered_refreshes_resume_bit_for_bit(name, layerwise, tmp_path, asked):
     """All bases at the first step, then some at each; a skipped step's come again."""
-    config = config_of("grass_walk", layerwise=layerwise)
+    config = config_of(name, layerwise=layerwise, steps=10)
     optimizer = dataclasses.replace(config.optimizer, stagger=True)
     config = dataclasses.replace(config, optimizer=optimizer)
     whole = run(config, tmp_path / "whole", data_of(batches_of(14, poisoned=4)))
-    assert [refresh for refresh, _ in asked] == [True] + [False] * 13
+    assert [refresh for refresh, _ in asked] == [True] + [False] * 9
     again = run_in_parts(
-        *(config, config, config), folder=tmp_path / "parts", stops=(6, 12), poisoned=4
+        *(config, config), folder=tmp_path / "parts", stops=(6,), poisoned=4
     )
     assert bits(again.state) == bits(whole.state)
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     intervals = [r["refreshes"] for r in records(tmp_path / "whole")]
-    assert intervals == [1] * 5 + [2] * 4 + [3] * 4 + [4]
+    assert intervals == [1] * 5 + [2] * 4 + [3]
     assert int(whole.state.skipped_in_a_row) == 0
 
 
@@ -271,12 +278,15 @@ def check_small_weights(config: Config, trained: Trained, eval_loss: float) -> N
     tokenizer = SimpleNamespace(
         encode=lambda text: [*map(int, text.split())],
         decode=lambda tokens: " ".join(map(str, tokens)),
+        eos_id=0,
     )
     report = dataclasses.replace(config.report, prompt="3 1 2", sample_tokens=4)
     config = dataclasses.replace(config, report=report)
     text = sample_text(config, data_of(batches_of(1), tokenizer), trained)
     prompt, key = jnp.array([[3, 1, 2]]), jax.random.key(config.seed)
-    expected = generate(model, weights, prompt, steps=4, key=key, temperature=0.8)
+    expected = generate(
+        model, weights, prompt, steps=4, key=key, temperature=0.8, end=0
+    )
     assert text == " ".join(map(str, expected[0].tolist()))
     assert text.startswith("3 1 2 ")
 
@@ -430,8 +440,8 @@ def with_the_mark(state: Any, layer: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "how", "clip_norm", "damage"),
     [
-        pytest.param("adamw", "on", 1.0, "overflow", marks=pytest.mark.slow),
-        ("adamw", "off", 1.0, "overflow"),
+        pytest.param("adamw", "on", 1.0, "overflow", marks=NIGHTLY),
+        pytest.param("adamw", "off", 1.0, "overflow", marks=pytest.mark.slow),
         ("galore_adam8bit", "on", 1.0, "nan"),
     ],
 )
@@ -516,6 +526,7 @@ def test_microbatches_are_summed_in_the_subspace(clip_norm):
     assert bits(states[0]).keys() == bits(states[1]).keys()
 
 
+@pytest.mark.slow
 def test_a_microbatch_that_is_not_finite_skips_the_step():
     config = config_of("galore", microbatches=2)
     optimizer = make_optimizer(config.optimizer, config.steps, jax.random.key(0))
