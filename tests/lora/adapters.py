@@ -9,7 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from models import Llama
-from models.llama import Block, Sequence
+from models.llama import Block, Context
 from models.padding import PadKernel, aligned, pad_to
 
 OUTPUT = "adapted"
@@ -54,11 +54,11 @@ class StoredOutputs(nnx.Module):
     def __init__(self, block: Block):
         self.block = block
 
-    def __call__(self, x_BTD: jax.Array, sequence: Sequence) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         graph, state = nnx.split(self.block)
 
         def run(state: Any, x_BTD: jax.Array) -> jax.Array:
-            return nnx.merge(graph, state)(x_BTD, sequence)
+            return nnx.merge(graph, state)(x_BTD, context)
 
         policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
         return jax.checkpoint(run, prevent_cse=False, policy=policy)(state, x_BTD)
