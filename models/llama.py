@@ -98,11 +98,14 @@ def embedding(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Embed:
     )
 
 
-def _attention_kernel(config: LlamaConfig, T: int) -> Literal["xla", "cudnn"]:
+def _attention_kernel(
+    config: LlamaConfig, T: int, limits: dict[str, Any]
+) -> Literal["xla", "cudnn"]:
     if config.attention != "auto":
         return config.attention
     # Some JAX releases refuse odd lengths in the backward pass of the cuDNN kernel.
     fits = aligned(config.head_size) <= 128 and T % 2 == 0
+    fits &= len(limits) < 2  # older ones refuse a window with a mask
     if config.compute_dtype == "float32" or not fits:
         return "xla"
     backend = get_backend()
@@ -121,16 +124,16 @@ def attend(
 ) -> jax.Array:
     """Causal attention, within the sliding window and the mask if there are any."""
     T, H = q_BTNH.shape[1], config.head_size
-    kernel = _attention_kernel(config, T)
+    limits: dict[str, Any] = {}
+    if config.sliding_window is not None and config.sliding_window < T:
+        limits["local_window_size"] = (config.sliding_window - 1, 0)
+    if mask_B1TT is not None:
+        limits["mask"] = mask_B1TT
+    kernel = _attention_kernel(config, T, limits)
     padded = (
         pad_to(x, aligned(H) if kernel == "cudnn" else H, -1)
         for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    limits: dict[str, Any] = {}
-    if config.sliding_window is not None:
-        limits["local_window_size"] = (config.sliding_window - 1, 0)
-    if mask_B1TT is not None:
-        limits["mask"] = mask_B1TT
     mixed_BTNH = jax.nn.dot_product_attention(
         *padded, scale=1 / math.sqrt(H), is_causal=True, implementation=kernel, **limits
     )

@@ -3,7 +3,7 @@
 from models.hugging_face.load import check_pretrained, load_pretrained
 from models.hugging_face.read_config import pretrained_config
 from models.hugging_face.save import save_pretrained
-from models.hugging_face.special_tokens import SpecialTokens, special_tokens
+from models.hugging_face.special_tokens import SpecialTokens
 
 __all__ = [
     "SpecialTokens",
@@ -11,5 +11,4 @@ __all__ = [
     "load_pretrained",
     "pretrained_config",
     "save_pretrained",
-    "special_tokens",
 ]

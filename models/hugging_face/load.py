@@ -30,6 +30,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike | None = "float32",
     sharding: Shardings | None = None,
+    store: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
     """Weights of a published model, in the layout of `init_params`.
 
@@ -47,6 +48,8 @@ def load_pretrained(
       sharding: where the weights go: one sharding for all of them, a tree of shardings
         like the parameters, or a function of a leaf's path, "layers/mlp/up/kernel",
         and its shape. By default they go to JAX's default device.
+      store: of a leaf's path and the leaf on its devices, what takes its place before
+        the next is read, such as the same in 8 bits.
 
     Raises:
       FileNotFoundError: the folder or one of its files is not there, or it has only
@@ -73,10 +76,12 @@ def load_pretrained(
     places = _places(sharding, like, leaves)
     with Tensors(folder) as tensors:
         _check(config, tensors, leaves)
-        loaded = [
-            _placed(tensors, leaf, _dtype(tensors, leaf, dtype), place)
-            for leaf, place in zip(leaves, places, strict=True)
-        ]
+        if config.tie_embeddings and HEAD in tensors.names:
+            _check_tied(tensors)
+        loaded = []
+        for leaf, place in zip(leaves, places, strict=True):
+            x = _placed(tensors, leaf, _dtype(tensors, leaf, dtype), place)
+            loaded.append(x if store is None else store(leaf.path, x))
     return jax.tree.unflatten(jax.tree.structure(like), loaded)
 
 
@@ -122,9 +127,8 @@ def _check(config: LlamaConfig, tensors: Tensors, leaves: list[Leaf]) -> None:
             tensors.dtype(name)
     known = {name for leaf in leaves for name in leaf.names}
     for name in sorted(found - known):
-        if config.tie_embeddings and name == HEAD:
-            _check_tied(tensors)
-        elif not BUFFER.fullmatch(name):
+        tied = config.tie_embeddings and name == HEAD
+        if not tied and not BUFFER.fullmatch(name):
             raise ValueError(
                 f"{tensors.file(name)}: the tensor {name} of shape "
                 f"{tensors.shape(name)} is none of the model of config.json; give a "

@@ -140,7 +140,8 @@ class _Fields:
     def take(self, name: str, kind: Any, default: Any = REQUIRED) -> Any:
         """A field's value; ValueError for one that is not there, or of another type."""
         self._left.pop(name, None)
-        value = self.values.get(name, default)
+        value = self.values.get(name)
+        value = default if value is None else value
         if value is REQUIRED:
             raise ValueError(
                 f"{self.path} has no {name}; give the config.json that belongs to the "
@@ -216,7 +217,8 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     name = "rope_parameters" if new else "rope_scaling"
     values = dict(new or old)
     own = values.pop("rope_theta", theta)
-    if (new and old and new != old) or (theta is not None and own != theta):
+    differ = new and old and _alike(new) != _alike(old)
+    if differ or (theta is not None and own != theta):
         raise ValueError(
             f"{fields.path}: rope_parameters={new} contradicts rope_theta={theta} or "
             f"rope_scaling={old}; remove the wrong one"
@@ -237,6 +239,12 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     for field, value in values.items():
         fields.unknown(f"{name}.{field}", value)
     return theta, scaling
+
+
+def _alike(values: dict[str, Any]) -> dict[str, Any]:
+    """A scaling without what both spellings need not state."""
+    named = {"rope_type": values.get("type", "default"), **values}
+    return {k: v for k, v in named.items() if k not in ("type", "rope_theta")}
 
 
 def _scaling(

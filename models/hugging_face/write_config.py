@@ -75,7 +75,8 @@ def config_fields(
         "attention_dropout": 0.0,
         "use_cache": True,
         "torch_dtype": dtype,
-        **tokens.fields(),
+        # transformers never trains the embedding of a pad_token_id that is here.
+        **tokens._replace(pad=None).fields(),
     }
     if kind == "llama":
         fields["attention_bias"] = config.attention_bias == "qkvo"

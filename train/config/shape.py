@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from models import LlamaConfig, pretrained_config
 from models.rope import LinearScaling, Llama3Scaling
+from train.config.presets import PRESETS
 
 if TYPE_CHECKING:
     from train.config.config import Config
@@ -26,8 +27,10 @@ def published_folder(init_from: str | None) -> Path | None:
 
 def name_of(path: str) -> str:
     """The name of a published model, from its folder or its config.json."""
-    named = Path(path).expanduser().resolve()
-    return named.parent.name if named.name == "config.json" else named.stem
+    named = Path(path).expanduser().absolute()
+    if named.name == "config.json":
+        return named.parent.name
+    return named.stem if named.suffix == ".json" else named.name
 
 
 def with_shape_from(config: "Config") -> "Config":
@@ -35,7 +38,15 @@ def with_shape_from(config: "Config") -> "Config":
     folder = published_folder(config.init_from)
     if folder is None or config.model.shape_from is not None:
         return config
-    model = dataclasses.replace(config.model, shape_from=str(folder))
+    size = config.model.size
+    if size == PRESETS.get(config.preset or "", {}).get("size"):
+        size = "tiny"  # no flag named it
+    if size != "tiny":
+        raise ValueError(
+            f"init_from {config.init_from} and --size {size} both give a shape; leave "
+            "out --size"
+        )
+    model = dataclasses.replace(config.model, size=size, shape_from=str(folder))
     return dataclasses.replace(config, model=model)
 
 

@@ -238,7 +238,8 @@ def open_given_tokenizer(path: str, vocab_size: int | None) -> Tokenizer:
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, more "
-            f"than vocab_size {vocab_size}: raise vocab_size"
+            f"than vocab_size {vocab_size}: raise vocab_size (or, with published "
+            "weights, remove the tokens that were added to the file)"
         )
     return tokenizer
 

@@ -18,6 +18,7 @@ from train.host.paths import AnyPath, to_path
 
 _END = "<|endoftext|>"
 _END_NAMES = (_END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+_END_NAMES += ("<｜end▁of▁sentence｜>", "<|im_end|>")
 _SAMPLE_CHARACTERS = 2**25
 _LONGEST_WORD = 1000
 _PIECE = 2**22

@@ -11,6 +11,7 @@ from train.config.presets import PRESETS, with_flags
 from train.config.resolve import with_folder
 from train.host.paths import run_folder
 from train.host.processes import ProcessConfig
+from train.run.start import with_shape_of_run
 from train.run.stored import read_config
 
 
@@ -41,9 +42,8 @@ def _begun(words: Sequence[str]) -> Config | None:
         return None
     if out is None:
         try:
-            out = resolved(
-                with_folder(with_flags(Config(), {**preset, **given})), "out"
-            )
+            named = with_shape_of_run(with_flags(Config(), {**preset, **given}))
+            out = resolved(with_folder(named), "out")
         except (KeyError, ValueError):
             return None  # whoever parses all flags says what is wrong
     folder = run_folder(str(out))

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 import lowrank_optax as lro
 from models import Params
 from train.config.config import Config, model_config, resolved, title
-from train.config.shape import published_folder
 from train.data.dataset import Data
 from train.engine.memory import StepMemory, step_memory
 from train.engine.mesh import by_row, like_batch, replicated, to_devices
@@ -40,10 +39,10 @@ from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
-from train.run.start import Shardings, weights_for
+from train.run.start import Shardings, begun_from, weights_for
 from train.run.stored import (
     store_chat_template,
-    store_special_tokens,
+    store_settings,
     store_tokenizer,
 )
 from train.run.tracked import tracked
@@ -137,8 +136,8 @@ def train(config: Config, data: Data, mesh: Mesh) -> Trained:
     folder: AnyPath = resolved(config, "out")
     # Before the tokenizer: a resumed run that has that looks beside it.
     store_chat_template(folder, data.chat and data.chat.template)
+    store_settings(folder, begun_from(config), data.tokenizer)
     store_tokenizer(folder, data.tokenizer)
-    store_special_tokens(folder, published_folder(config.init_from))
     init_key, optimizer_key = jax.random.split(jax.random.key(config.seed))
     work = work_of(config, optimizer_key)
     with (
@@ -205,13 +204,15 @@ def initial(
         if given is None:
             return rest(draw(key))
         weights = given(partial(work.shards.shardings, mesh))
-        as_stored = jax.tree.map(jax.typeof, weights) == jax.tree.map(
-            jax.typeof, like.params
-        )
+        as_stored = _shapes(weights) == _shapes(like.params)
         return rest(weights if as_stored else store(weights))
 
     # One after the other: what drawing the weights takes is free again then.
     return make, like
+
+
+def _shapes(params: Params) -> Params:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
 def like_of(work: Work, mesh: Mesh) -> TrainState:

@@ -9,7 +9,6 @@ import orbax.checkpoint as ocp
 
 import lowrank_optax as lro
 from models import LlamaConfig, Params
-from models.hugging_face import SpecialTokens
 from models.params import draw_params
 from train.config.config import Config, model_config
 from train.data.chat import Chat
@@ -20,13 +19,7 @@ from train.run.checkpoint import brief, stored_checksums
 from train.run.checksum import checksums
 from train.run.own_chat import own_chat
 from train.run.own_tokenizer import own_tokenizer
-from train.run.stored import (
-    checked_step,
-    read_config,
-    run_and_step,
-    saved_steps,
-    stored_special_tokens,
-)
+from train.run.stored import checked_step, read_config, run_and_step, saved_steps
 
 
 class LoadedRun(NamedTuple):
@@ -40,7 +33,7 @@ class LoadedRun(NamedTuple):
       tokenizer: the run's; None if it was trained on token files without one.
       step: how many steps were done.
       chat: of a run that was trained on examples, what writes and encodes prompts.
-      special_tokens: their ids, as the published weights stated that it began with.
+      folder: the run's.
     """
 
     config: Config
@@ -48,8 +41,8 @@ class LoadedRun(NamedTuple):
     weights: Params
     tokenizer: Tokenizer | None
     step: int
-    chat: Chat | None = None
-    special_tokens: SpecialTokens = SpecialTokens(None, None, None)
+    chat: Chat | None
+    folder: AnyPath
 
 
 def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
@@ -84,8 +77,7 @@ def load_run(folder: str | AnyPath, step: int | None = None) -> LoadedRun:
         jax.tree.map(jax.numpy.asarray, stored), model.compute_dtype
     )
     chat = own_chat(folder, config, tokenizer)
-    special = stored_special_tokens(folder)
-    return LoadedRun(config, model, weights, tokenizer, step, chat, special)
+    return LoadedRun(config, model, weights, tokenizer, step, chat, folder)
 
 
 def load_weights(folder: AnyPath, step: int) -> Params:

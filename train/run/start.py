@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import lowrank_optax as lro
 from models import (
     Params,
     check_pretrained,
@@ -20,6 +21,7 @@ from models import (
 from train.config.config import Config, model_config, resolved
 from train.config.shape import COMPUTED, PUBLISHED, published_folder
 from train.data.dataset import Data, open_data
+from train.data.sources import holds_tokens
 from train.data.tokenizer import Tokenizer
 from train.engine.mesh import on_mesh
 from train.engine.optimizer import make_schedule
@@ -82,6 +84,14 @@ def pinned(config: Config) -> Config:
     return dataclasses.replace(config, init_from=str(name))
 
 
+def begun_from(config: Config) -> AnyPath | None:
+    """The folder that `init_from` names, of a run or of published weights."""
+    if config.init_from is None:
+        return None
+    published = published_folder(config.init_from)
+    return run_and_step(config.init_from)[0] if published is None else published
+
+
 def with_shape_of_run(config: Config) -> Config:
     """Takes a published shape from the run that `init_from` names.
 
@@ -115,10 +125,11 @@ def tokenizer_file(config: Config) -> str | None:
             f"tokenizer {given} is not the one that the run began with, which is "
             f"{own}: put that back, or leave it out"
         )
-    if own is None and config.data.tokenizer is None and config.init_from is not None:
-        published = published_folder(config.init_from)
-        folder = run_and_step(config.init_from)[0] if published is None else published
+    folder = begun_from(config)
+    if own is None and config.data.tokenizer is None and folder is not None:
         own = stored_tokenizer(folder)
+        if own is None and published_folder(config.init_from) is not None:
+            _check_needs_no_tokenizer(config)
     return config.data.tokenizer if own is None else str(own)
 
 
@@ -178,6 +189,17 @@ def check_start(config: Config, tokenizer: Tokenizer | None) -> None:
         )
 
 
+def _check_needs_no_tokenizer(config: Config) -> None:
+    """FileNotFoundError for text: a tokenizer that is trained has other tokens."""
+    sources = (config.data.source, config.data.eval_source or config.data.source)
+    if not all(map(holds_tokens, sources)):
+        raise FileNotFoundError(
+            f"init_from: {begun_from(config)} has neither tokenizer.json nor "
+            "tokenizer.model, without which the weights cannot read text: download "
+            "it, or give the file to --tokenizer"
+        )
+
+
 def _check_published(config: Config, folder: Path) -> None:
     """ValueError unless the weights in the folder are those of the run's model."""
     check_pretrained(folder)
@@ -189,6 +211,31 @@ def _check_published(config: Config, folder: Path) -> None:
                 f"{getattr(here, name)}; the weights do not fit: leave out --size, "
                 "--model and --vocab-size"
             )
+
+
+def _matrices(weights: Params) -> frozenset[str]:
+    """The paths of weights that are stored in 8 bits, which all of them decide."""
+
+    def quantized(x: object) -> bool:
+        return isinstance(x, lro.weights.QuantizedWeights)
+
+    stored = jax.eval_shape(partial(lro.weights.store, dtype="int8"), weights)
+    leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=quantized)
+    return frozenset(
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, x in leaves
+        if quantized(x)
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _in_8_bits(matrices: frozenset[str], path: str, weight: jax.Array) -> Any:
+    """A leaf as a run stores it, whose layers are rounded one at a time."""
+
+    def store(x: jax.Array) -> Any:
+        return lro.weights.store({path: x}, "int8", matrices.__contains__)[path]
+
+    return jax.lax.map(store, weight) if path.startswith("layers/") else store(weight)
 
 
 def check_rates(config: Config) -> None:
@@ -239,10 +286,12 @@ def weights_for(config: Config, shardings: Shardings) -> Params:
     if (published := published_folder(config.init_from)) is not None:
         model = model_config(config.model)
         like = jax.eval_shape(partial(init_params, model), jax.random.key(0))
-        # Those that become 8 bits are rounded once, from what the files have.
-        stored = config.model.weight_dtype
-        dtype = None if stored == "int8" else stored
-        return load_pretrained(published, dtype=dtype, sharding=shardings(like))
+        dtype = config.model.weight_dtype
+        load = partial(load_pretrained, published, sharding=shardings(like))
+        if dtype != "int8":
+            return load(dtype=dtype)
+        # Rounded once, from what the files have.
+        return load(dtype=None, store=partial(_in_8_bits, _matrices(like)))
     folder, step = run_and_step(resolved(config, "init_from"))
     weights = load_weights(folder, checked_step(folder, step))
     return on_mesh(shardings(weights), weights)

@@ -1,12 +1,12 @@
 """The folder of a run as stored: config, tokenizer and its templates, steps."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from models.hugging_face import SpecialTokens, special_tokens
+from models.hugging_face import SpecialTokens
 from train.config.config import Config, from_json
 from train.data.chat_template import ChatTemplate
 from train.data.tokenizer import Tokenizer
@@ -83,22 +83,44 @@ def store_chat_template(folder: AnyPath, template: ChatTemplate | None) -> None:
     path = folder / "chat_template.jinja"
     if template is None or jax.process_index() or path.is_file():
         return
-    tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
-    write_text(folder / "tokenizer_config.json", json.dumps(tokens, indent=2) + "\n")
+    settings = read_object(folder / "tokenizer_config.json")
+    settings |= {"bos_token": template.bos_token, "eos_token": template.eos_token}
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
     write_text(path, template.source)
 
 
-def store_special_tokens(folder: AnyPath, published: Path | None) -> None:
-    """Stores the ids of special tokens that published weights state; process 0 does."""
-    path = folder / "generation_config.json"
-    if published is None or jax.process_index() or path.is_file():
+def store_settings(
+    folder: AnyPath, begun_from: AnyPath | None, tokenizer: Tokenizer | None
+) -> None:
+    """Stores what published weights state of tokens; process 0 does.
+
+    They are the ids of special tokens, in generation_config.json, and if the run has
+    the same tokenizer tokenizer_config.json with the chat template. A run that begins
+    with another's weights takes that run's.
+    """
+    if begun_from is None or jax.process_index():
         return
-    fields = special_tokens(published).fields()
-    write_text(path, json.dumps(fields, indent=2) + "\n")
+    ids = _special_tokens(begun_from)
+    copies = {"generation_config.json": json.dumps(ids, indent=2).encode() + b"\n"}
+    theirs = stored_tokenizer(begun_from)
+    if tokenizer and theirs and theirs.read_bytes() == tokenizer.content:
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            if (begun_from / name).is_file():
+                copies[name] = (begun_from / name).read_bytes()
+    for name, content in copies.items():
+        if not (folder / name).exists():
+            write_bytes(folder / name, content)
 
 
-def stored_special_tokens(folder: AnyPath) -> SpecialTokens:
-    """The ids that `store_special_tokens` stored; None for those it did not."""
-    path = folder / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
-    return SpecialTokens(*(fields.get(f"{x}_token_id") for x in SpecialTokens._fields))
+def read_object(path: AnyPath) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file."""
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _special_tokens(folder: AnyPath) -> dict[str, Any]:
+    """The ids in generation_config.json, or else in config.json, of a model."""
+    there = [read_object(folder / "config.json")]
+    there += [read_object(folder / "generation_config.json")]
+    names = [f"{x}_token_id" for x in SpecialTokens._fields]
+    return {name: x[name] for x in there for name in names if x.get(name) is not None}
