@@ -54,11 +54,11 @@ class Chat:
 
     @property
     def end(self) -> int | None:
-        """The special token that ends an answer; None if the template has none."""
+        """The special or added token that ends an answer; None if that is no token."""
         turns = [{"role": x, "content": "x"} for x in ("user", "assistant")]
         ids, learned = self.tokens(Example(turns))
         last = int(ids[learned][-1])
-        return last if last in self.encoder.special_ids else None
+        return last if last in self.encoder.added else None
 
 
 class TakeTokens:

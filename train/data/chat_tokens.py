@@ -6,6 +6,7 @@ the data before the template is rendered, so that they can be told apart in its 
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +34,7 @@ class Encoded(NamedTuple):
 
 class _Encoder(Protocol):
     specials: dict[str, int]
+    added: set[int]
     begin: str
     end: str
 
@@ -47,18 +49,18 @@ class ChatEncoder:
     Attributes:
       begin: the token that begins a document, "" for none.
       end: the token that ends one.
-      special_ids: ids of the tokens that only a template writes.
+      added: ids of tokens that were added to those of texts: the special ones, which
+        only a template writes, and others.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         kinds = {".json": _BytePair, ".model": _SentencePiece}
         self._encoder: _Encoder = kinds[tokenizer.suffix](tokenizer)
         self.begin, self.end = self._encoder.begin, self._encoder.end
-        self.special_ids = {*self._encoder.specials.values()}
-        longest_first = sorted(self._encoder.specials, key=len, reverse=True)
-        tokens = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self.added = self._encoder.added
+        tokens = _longest_of(self._encoder.specials)
         self._token = re.compile(tokens)
-        self._maybe_marked = re.compile(f"{_MARK}?(?:{tokens})")
+        self._maybe_marked = re.compile(f"{_MARK}{tokens}|{tokens}")
 
     def guarded(self, data: Any) -> Any:
         """Strings, lists and dicts of the data, special tokens in them marked as text.
@@ -120,6 +122,21 @@ class ChatEncoder:
         return self._maybe_marked.sub(turn, text)
 
 
+def _longest_of(words: Iterable[str]) -> str:
+    """A pattern of the longest word that is there; it reads each character once.
+
+    Alternatives would be tried one after the other, and some tokenizers have thousands.
+    """
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        rests.setdefault(word[:1], []).append(word[1:])
+    may_end = rests.pop("", None) is not None
+    branches = [re.escape(x) + _longest_of(own) for x, own in rests.items()]
+    if not branches:
+        return "" if may_end else "(?!)"
+    return f"(?:{'|'.join(branches)})" + ("?" if may_end else "")
+
+
 class _BytePair:
     """Marked special tokens are further tokens, with the ids of the special ones."""
 
@@ -136,6 +153,7 @@ class _BytePair:
         added = own.get_added_tokens_decoder()
         special = {id: token for id, token in added.items() if token.special}
         self.specials = {token.content: id for id, token in special.items()}
+        self.added = {*added}
         own.add_tokens([_marked(token) for token in special.values()])
         self._vocabulary = own.get_vocab(with_added_tokens=True)
         self._ids = np.arange(max(self._vocabulary.values()) + 1, dtype=np.int32)
@@ -170,6 +188,7 @@ class _SentencePiece:
 
     def __init__(self, tokenizer: Tokenizer):
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
 
         self._model: Any = sentencepiece.SentencePieceProcessor(
             model_proto=tokenizer.content
@@ -177,11 +196,14 @@ class _SentencePiece:
         count = self._model.vocab_size()
         ids = [id for id in range(count) if self._model.is_control(id)]
         self.specials = {self._model.id_to_piece(id): id for id in ids}
+        model: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
+        own = model.SentencePiece.USER_DEFINED
+        defined = (id for id, piece in enumerate(model.pieces) if piece.type == own)
+        self.added = {*ids, *defined}
         begin = self._model.bos_id()
         self.begin = self._model.id_to_piece(begin) if begin >= 0 else ""
         self.end = self._model.id_to_piece(tokenizer.eos_id)
-        names = "|".join(map(re.escape, self.specials)) or "(?!)"
-        self._marked = re.compile(f"({_MARK}(?:{names}))")
+        self._marked = re.compile(f"({_MARK}{_longest_of(self.specials)})")
 
     def has(self, token: str) -> bool:
         id = self._model.piece_to_id(token)
@@ -201,4 +223,6 @@ class _SentencePiece:
                 offsets += [(at + start, at + stop) for start, stop in found["offsets"]]
             at += len(part)
         spans = np.asarray(offsets, np.int32).reshape(-1, 2)
-        return Encoded(np.asarray(ids, np.int32), spans[:, 0], spans[:, 1])
+        starts, stops = spans[:, 0], spans[:, 1]
+        # Of the bytes of a character, only the last has its width.
+        return Encoded(np.asarray(ids, np.int32), starts, np.maximum(stops, starts + 1))
