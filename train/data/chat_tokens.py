@@ -196,9 +196,10 @@ class _SentencePiece:
         count = self._model.vocab_size()
         ids = [id for id in range(count) if self._model.is_control(id)]
         self.specials = {self._model.id_to_piece(id): id for id in ids}
-        model: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
-        own = model.SentencePiece.USER_DEFINED
-        defined = (id for id, piece in enumerate(model.pieces) if piece.type == own)
+        kind: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+        own = kind.SentencePiece.USER_DEFINED
+        pieces = kind.FromString(tokenizer.content).pieces
+        defined = (id for id, piece in enumerate(pieces) if piece.type == own)
         self.added = {*ids, *defined}
         begin = self._model.bos_id()
         self.begin = self._model.id_to_piece(begin) if begin >= 0 else ""

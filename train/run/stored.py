@@ -83,8 +83,8 @@ def store_chat_template(folder: AnyPath, template: ChatTemplate | None) -> None:
     path = folder / "chat_template.jinja"
     if template is None or jax.process_index() or path.is_file():
         return
-    tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
-    write_text(folder / "tokenizer_config.json", json.dumps(tokens, indent=2) + "\n")
+    tokens = json.dumps(template.tokens, indent=2)
+    write_text(folder / "tokenizer_config.json", tokens + "\n")
     write_text(path, template.source)
 
 

@@ -11,6 +11,7 @@ from train.data.chat_template_files import CHAT_TEMPLATES, open_chat_template
 from train.data.dataset import DataConfig, open_data
 from train.data.examples import Example, TakeExample
 from train.data.text_formats import TakeError
+from train.run.stored import store_chat_template
 
 TURNS = {"messages": said("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")}
 TASK = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
@@ -255,6 +256,9 @@ def test_a_template_is_found_by_name_by_file_and_beside_the_tokenizer(tmp_path):
         ],
         "bos_token": None,
         "eos_token": {"content": "<|im_end|>", "__type": "AddedToken"},
+        "pad_token": {"content": "<pad>"},
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "add_bos_token": True,
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert opened().source == "settings"
@@ -264,6 +268,19 @@ def test_a_template_is_found_by_name_by_file_and_beside_the_tokenizer(tmp_path):
     assert opened(str(tmp_path / "other.jinja")).source == "other"
     assert opened("chatml").source == named_template("chatml").source
     assert (opened().bos_token, opened().eos_token) == ("", "<|im_end|>")
+
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ pad_token + additional_special_tokens | join }}{{ mask_token }}"
+        "{{ documents is none }}"
+    )
+    assert opened().render(said("Hi")) == "<pad><a><b>True"
+    other = ChatTemplate("", opened().source, "", "<|im_end|>")
+    assert other.fingerprint != opened().fingerprint
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store_chat_template(folder, opened())
+    again = open_chat_template(None, folder / "tokenizer.json", "<s>", "</s>")
+    assert again.fingerprint == opened().fingerprint
 
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):

@@ -204,10 +204,10 @@ def test_other_names_are_taken(url):
 def test_records_that_are_examples_are_named_as_such():
     for record in ({"messages": []}, {"id": 1, "prompt": "a", "completion": "b"}):
         with pytest.raises(
-            ValueError, match="set --windows examples to .* or --text-f"
+            ValueError, match=r"set --windows examples to .* or --text-f"
         ):
             text_at(record, "text")
     with pytest.raises(ValueError, match=r"\['prompt'\]: set --text-field"):
         text_at({"prompt": "a"}, "text")
-    with pytest.raises(ValueError, match="set --windows examples to .* or --text-f"):
+    with pytest.raises(ValueError, match=r"set --windows examples to .* or --text-f"):
         TextField("text").columns(["id", "conversations"])
