@@ -60,7 +60,7 @@ class TakeExample:
       field: where in the record the example is: a field with the list of messages, or
         one with the fields above; "data.messages" is `messages` within `data`. None:
         the record is the example.
-      form: auto: the first form in the table of which the record has all fields.
+      form: auto: the first form in the table whose fields the record has.
 
     Example:
       >>> take = TakeExample()
