@@ -6,7 +6,7 @@ the data before the template is rendered, so that they can be told apart in its 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Encoder(Protocol):
 
     def has(self, token: str) -> bool: ...
 
-    def encode(self, text: str) -> Encoded: ...
+    def encode(self, texts: Sequence[str]) -> list[Encoded]: ...
 
 
 class ChatEncoder:
@@ -86,14 +86,34 @@ class ChatEncoder:
             raise ValueError("half a surrogate pair: mend the \\u escapes") from error
         return self._token.sub(lambda match: _MARK + match[0], data)
 
-    def encode(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a text rendered from `guarded` data, and which are of an answer.
+    def encode(
+        self, rendered: Iterable[Rendered]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens of texts rendered from `guarded` data, and which are of an answer.
 
-        A token is of an answer if any of its characters is.
+        A token is of an answer if any of its characters is. Several texts are encoded
+        on all cores.
 
         Returns:
-          int32 (n,) and bool (n,).
+          Of each text int32 (n,) and bool (n,).
         """
+        turned = [self._turned_whole(text) for text in rendered]
+        encoded = self._encoder.encode([text for text, _ in turned])
+        found = []
+        for (_, spans), (ids, starts, stops) in zip(turned, encoded, strict=True):
+            answers = np.zeros(len(ids), bool)
+            for start, stop in spans:
+                answers |= (starts < stop) & (stops > start)
+            found.append((ids, answers))
+        return found
+
+    def unknown(self, template: str) -> list[str]:
+        """Names like <|im_end|> in a template that are no token of the tokenizer."""
+        names = dict.fromkeys(re.findall(r"<\|[\w]+\|>", template))
+        return [name for name in names if not self._encoder.has(name)]
+
+    def _turned_whole(self, rendered: Rendered) -> Rendered:
+        """`_turned`, with where the answers then are."""
         text, spans, at = "", [], 0
         for start, stop in rendered.answers:
             text += self._turned(rendered.text[at:start])
@@ -101,16 +121,7 @@ class ChatEncoder:
             text += self._turned(rendered.text[start:stop])
             spans.append((begin, len(text)))
             at = stop
-        encoded = self._encoder.encode(text + self._turned(rendered.text[at:]))
-        answers = np.zeros(len(encoded.ids), bool)
-        for start, stop in spans:
-            answers |= (encoded.starts < stop) & (encoded.stops > start)
-        return encoded.ids, answers
-
-    def unknown(self, template: str) -> list[str]:
-        """Names like <|im_end|> in a template that are no token of the tokenizer."""
-        names = dict.fromkeys(re.findall(r"<\|[\w]+\|>", template))
-        return [name for name in names if not self._encoder.has(name)]
+        return Rendered(text + self._turned(rendered.text[at:]), spans)
 
     def _turned(self, text: str) -> str:
         """Marks the template's special tokens instead of the data's."""
@@ -164,8 +175,11 @@ class _BytePair:
     def has(self, token: str) -> bool:
         return token in self._vocabulary
 
-    def encode(self, text: str) -> Encoded:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self._encoded(encoding) for encoding in encodings]
+
+    def _encoded(self, encoding: tokenizers.Encoding) -> Encoded:
         offsets = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
         ids = self._ids[np.asarray(encoding.ids, np.int32)]
         return Encoded(ids, offsets[:, 0], offsets[:, 1])
@@ -210,7 +224,10 @@ class _SentencePiece:
         id = self._model.piece_to_id(token)
         return id != self._model.unk_id()
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        return [self._encoded(text) for text in texts]
+
+    def _encoded(self, text: str) -> Encoded:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0

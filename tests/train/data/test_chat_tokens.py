@@ -114,7 +114,7 @@ def test_what_is_no_special_token_is_one_token_in_the_data_too():
 def test_a_token_that_begins_in_the_prompt_is_of_the_answer(byte_pair):
     encoder = ChatEncoder(byte_pair)
     text = "user: hello"  # " hello" is one token
-    ids, learned = encoder.encode(Rendered(text, [(6, 11)]))
+    ((ids, learned),) = encoder.encode([Rendered(text, [(6, 11)])])
     assert text_of(byte_pair, ids[learned]) == " hello"
 
 
