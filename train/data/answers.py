@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from train.data.chat_template import BEGIN, END, ChatTemplate
 from train.data.examples import Example, Message
+from train.data.text_formats import TakeError
 
 
 class Rendered(NamedTuple):
@@ -27,8 +28,8 @@ def render_example(template: ChatTemplate, example: Example) -> Rendered:
     ends it.
 
     Raises:
-      ValueError: the template refuses the messages, or fails; or the answers cannot be
-        told from the rest.
+      ValueError: the template refuses the messages, or fails.
+      TakeError: the answers cannot be told from the rest.
 
     Example:
       >>> from train.data.chat_template import ChatTemplate
@@ -46,10 +47,10 @@ def render_example(template: ChatTemplate, example: Example) -> Rendered:
         own = [_added(template, marked, example, i) for i in turns if i >= first]
         return Rendered(marked, own)
     rendered = _of_blocks(marked)
-    if first == 0:
+    if all(i >= first for i in turns):  # whatever a block has, it is learned
         return rendered
     if len(rendered.answers) != len(turns):
-        raise ValueError(
+        raise TakeError(
             f"chat template {template.name} has {len(rendered.answers)} generation "
             f"blocks for {len(turns)} turns of the assistant, so it is unknown which "
             "are the completion's: use another --chat-template"
@@ -76,7 +77,7 @@ def _added(
     if turn + 1 < len(messages):
         after = template.render(messages[: turn + 1], example.tools)
     if not (after.startswith(before) and text.startswith(after)):
-        raise ValueError(
+        raise TakeError(
             f"chat template {template.name} writes message {turn}, or what is before "
             "it, otherwise if more follows, so the answer cannot be told from the "
             "rest: put {% generation %} blocks around the answers in the template, or "

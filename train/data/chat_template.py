@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -29,12 +29,14 @@ class ChatTemplate:
 
     It is rendered in jinja2's sandbox, with `trim_blocks`, `lstrip_blocks`, loop
     controls, `raise_exception`, a `tojson` that escapes nothing, `{% generation %}`
-    blocks, `bos_token` and `eos_token`. Deviation: `strftime_now` has a fixed date.
+    blocks, the special tokens by name, and `documents`, always None. Deviation:
+    `strftime_now` has a fixed date.
 
     Attributes:
       name: what error messages call it.
       source: the Jinja text.
       bos_token, eos_token: the tokens that begin and end a text, "" for none.
+      further_tokens: other special tokens by name, such as {"pad_token": "<pad>"}.
 
     Raises:
       ValueError: it is not valid Jinja.
@@ -46,12 +48,18 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, name: str, source: str, bos_token: str = "", eos_token: str = ""
+        self,
+        name: str,
+        source: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        further_tokens: Mapping[str, str | list[str]] | None = None,
     ):
         self.name = name
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
+        self.further_tokens = further_tokens or {}
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -60,9 +68,15 @@ class ChatTemplate:
             ) from error
 
     @property
+    def tokens(self) -> dict[str, str | list[str]]:
+        """All special tokens by name, as tokenizer_config.json has them."""
+        own = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        return {**self.further_tokens, **own}
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """What the written text depends on, besides the conversation."""
-        parts = json.dumps([self.source, self.bos_token, self.eos_token])
+        parts = json.dumps([self.source, self.tokens], sort_keys=True)
         return {"sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
     def render(
@@ -95,9 +109,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages,
                 tools=tools,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
+                **self.tokens,
             )
         except Exception as error:  # of any class: a template is a program
             raise ValueError(

@@ -20,16 +20,20 @@ def open_chat_template(
     Args:
       name: one of `CHAT_TEMPLATES`, or a `.jinja` file. None: the tokenizer's own, in
         `chat_template.jinja` or `tokenizer_config.json` in the folder of its file.
-      tokenizer: the tokenizer's file. `bos_token` and `eos_token` are those of its
-        `tokenizer_config.json`, if that has them.
-      begin, end: else these are.
+      tokenizer: the tokenizer's file. The special tokens are those of the
+        `tokenizer_config.json` beside it.
+      begin, end: `bos_token` and `eos_token` if it does not have them.
 
     Raises:
       FileNotFoundError: there is no such file, or the tokenizer has no template.
       ValueError: an unknown name, or a file that cannot be read.
     """
     settings = _settings(tokenizer.parent / "tokenizer_config.json")
-    tokens = (_token(settings, "bos_token", begin), _token(settings, "eos_token", end))
+    tokens = (
+        _token(settings.get("bos_token", begin)) or "",
+        _token(settings.get("eos_token", end)) or "",
+        _further(settings),
+    )
     if name in CHAT_TEMPLATES:
         return ChatTemplate(name, _read(_FOLDER / f"{name}.jinja"), *tokens)
     if name is not None:
@@ -67,12 +71,24 @@ def _settings(path: AnyPath) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _token(settings: dict[str, Any], name: str, default: str) -> str:
+_FURTHER = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _further(settings: dict[str, Any]) -> dict[str, str | list[str]]:
+    """The special tokens besides bos_token and eos_token."""
+    found = {name: _token(settings.get(name)) for name in _FURTHER}
+    further: dict[str, str | list[str]] = {k: x for k, x in found.items() if x}
+    if isinstance(several := settings.get("additional_special_tokens"), list):
+        tokens = [token for token in map(_token, several) if token]
+        further["additional_special_tokens"] = tokens
+    return further
+
+
+def _token(token: Any) -> str | None:
     """A token of tokenizer_config.json: a string, or an object with its content."""
-    token = settings.get(name, default)
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else ""
+    return token if isinstance(token, str) else None
 
 
 def _read(path: AnyPath) -> str:

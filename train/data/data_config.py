@@ -28,18 +28,19 @@ class DataConfig:
         documents spread evenly over the source, or, in packed windows, the last tokens
         of token files, or of a text that is a single document.
       windows: packed: documents joined, and split into windows of seq_len tokens;
-        documents: a window has one, cut off after seq_len tokens, of which the last is
-        then the end token, or padded, with weight 0 in the loss (as GaLore's scripts
-        have it). Tokens that are counted, as in tokens/s, include padding. Token files
-        then need the tokenizer, to know where documents end; examples: for fine-tuning,
-        each record of .jsonl, .json or .parquet files is an example, which a chat
-        template writes. Several share a window, and do not see each other.
+        documents: a window has one document; examples: for fine-tuning, each record of
+        .jsonl, .json or .parquet files is an example, which a chat template writes;
+        several share a window, and do not see each other. With documents, a document is
+        cut off after seq_len tokens, of which the last is then the end token, or
+        padded, with weight 0 in the loss (as GaLore's scripts have it). Tokens that are
+        counted, as in tokens/s, then include padding, and token files need the
+        tokenizer, to know where documents end.
       example_field: with examples, the field that holds the example or its messages, if
         the record itself does not; data.messages: the field messages in the field data.
       example_form: with examples, what a record has. messages: a list of role and
         content; conversations: of from and value (ShareGPT); prompt: prompt and
         completion; instruction: instruction, output and any input (Alpaca); auto: the
-        first of these of which it has all fields.
+        first of these whose fields it has.
       chat_template: with examples, alpaca, chatml, llama2, llama3, mistral, plain, or a
         .jinja file. Default: the tokenizer's own, in chat_template.jinja or
         tokenizer_config.json beside its file.

@@ -40,9 +40,9 @@ class Data:
 
     evaluation: Batches
     """Finite and re-iterable {"tokens": int32, "weights": float32}, the same shape; of
-    examples also the others.
-    Every held-out token occurs once with weight 1, except for those that are cut off;
-    padding is 0 with weight 0."""
+    examples also the others. Every held-out token that is not cut off occurs once, with
+    weight 1, or 0 if it is a token of examples that is not learned. Padding is 0 with
+    weight 0."""
 
     tokenizer: Tokenizer | None
     """None for token files opened without one."""

@@ -3,7 +3,7 @@
 Every form becomes a list of messages, which a chat template then writes as text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,17 @@ Message = dict[str, Any]
 
 ExampleForm = Literal["auto", "messages", "conversations", "prompt", "instruction"]
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {
+    name: role
+    for role, names in {
+        "system": ("system",),
+        "developer": ("developer",),
+        "user": ("user", "human"),
+        "assistant": ("assistant", "gpt", "chatgpt", "bot", "model"),
+        "tool": ("tool", "function", "observation"),
+    }.items()
+    for name in names
+}
 
 
 class Example(NamedTuple):
@@ -41,15 +51,16 @@ class TakeExample:
     | prompt | prompt and completion: strings, or lists of messages |
     | instruction | instruction, output, and any input: strings (Alpaca) |
 
-    Any form may have `system`, a string that becomes the first message, and `tools`, a
-    list for the template. A message may be spelled {role, content} or {from, value} in
-    every form.
+    `system`, a string that becomes the first message, and `tools`, a list for the
+    template, may stand beside any form, or in an object around it. An empty `system` is
+    none. A message may be spelled {role, content} or {from, value} in every form, and
+    its role as ShareGPT and others have it: human, gpt, observation.
 
     Attributes:
       field: where in the record the example is: a field with the list of messages, or
         one with the fields above; "data.messages" is `messages` within `data`. None:
         the record is the example.
-      form: auto: the first form in the table of which the record has all fields.
+      form: auto: the first form in the table whose fields the record has.
 
     Example:
       >>> take = TakeExample()
@@ -62,14 +73,13 @@ class TakeExample:
 
     def columns(self, there: Sequence[str]) -> list[str]:
         """Those of the field, or of any form; ValueError if there are none."""
-        if self.field is not None:
-            wanted = {self.field, self.field.partition(".")[0]}
+        if self.field is None:
+            wanted = {name for form in _FORMS.values() for name in form.fields}
         else:
-            wanted = {*_OPTIONAL}.union(*(form.fields for form in _FORMS.values()))
-        found = [name for name in there if name in wanted]
-        if not {*found} - {*_OPTIONAL}:
+            wanted = {self.field, self.field.partition(".")[0]}
+        if wanted.isdisjoint(there):
             raise ValueError(f"no example in the columns {[*there]}: {_REMEDY}")
-        return found
+        return [name for name in there if name in {*wanted, *_OPTIONAL}]
 
     def __call__(self, record: Any) -> Example:
         """The example of a record.
@@ -77,22 +87,28 @@ class TakeExample:
         Raises:
           ValueError: the record has no example of the form, or a message is none.
         """
-        value = _at(record, self.field)
+        *around, value = _path(record, self.field)
         if isinstance(value, list):
-            return _checked(Example(_messages(value, self.field or "the record")))
-        if not isinstance(value, dict):
+            example = Example(_messages(value, self.field or "the record"))
+        elif isinstance(value, dict):
+            example = _FORMS[_form_of(value, self.form)].read(value)
+        else:
             raise ValueError(f"no example: {_kind(value)} is there, {_REMEDY}")
-        form = _FORMS[_form_of(value, self.form)]
-        example = form.read(value)
-        if (tools := value.get("tools")) is not None:
+        objects = [x for x in (value, *reversed(around)) if isinstance(x, dict)]
+        if (tools := _nearest(objects, "tools")) is not None:
             if not isinstance(tools, list):
                 raise ValueError(f"tools is {_kind(tools)}: give a list")
             example = example._replace(tools=tools)
-        if (system := value.get("system")) is not None:
+        if system := _nearest(objects, "system"):
             first = {"role": "system", "content": _text(system, "system")}
             messages = [first, *example.messages]
             example = example._replace(messages=messages, first=example.first + 1)
         return _checked(example)
+
+
+def fits_a_form(fields: Iterable[str]) -> bool:
+    """Whether records with these fields have all of a form."""
+    return any({*form.fields} <= {*fields} for form in _FORMS.values())
 
 
 def _of_messages(record: dict[str, Any]) -> Example:
@@ -146,19 +162,27 @@ _REMEDY = (
 )
 
 
-def _at(record: Any, field: str | None) -> Any:
-    """The value of a field: of that name, or, with dots, within others."""
+def _path(record: Any, field: str | None) -> list[Any]:
+    """The record, the objects within it that hold the field, and the field's value.
+
+    A field is of that name, or, with dots, within others.
+    """
     if field is None:
-        return record
+        return [record]
     if isinstance(record, dict):
         if field in record:
-            return record[field]
+            return [record, record[field]]
         head, dot, rest = field.partition(".")
         if dot and head in record:
-            return _at(record[head], rest)
+            return [record, *_path(record[head], rest)]
     raise ValueError(
         f"no field {field!r}; there is {_kind(record)}: set --example-field"
     )
+
+
+def _nearest(objects: Sequence[dict[str, Any]], field: str) -> Any:
+    """The field in the first object that has it; None if none has."""
+    return next((x[field] for x in objects if x.get(field) is not None), None)
 
 
 def _form_of(record: dict[str, Any], form: ExampleForm) -> str:
@@ -188,12 +212,18 @@ def _message(value: Any, what: str) -> Message:
         raise ValueError(f"{what} is {_kind(value)}: write {{role, content}}")
     message = {name: x for name, x in value.items() if x is not None}
     if "role" not in message and "from" in message:
-        role = message.pop("from")
-        message["role"] = _SHAREGPT_ROLES.get(role, role)
+        message["role"] = message.pop("from")
         message["content"] = message.pop("value", None)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise ValueError(f"{what} has no role, only {sorted(value)}: name who speaks")
+        has = f"the role {role!r}" if role else f"no role, only {sorted(value)}"
+        raise ValueError(f"{what} has {has}: name who speaks")
+    if role not in _ROLES:
+        raise ValueError(
+            f"{what} has the role {role!r}, which is unknown: write one of "
+            f"{', '.join(_ROLES)}"
+        )
+    message["role"] = _ROLES[role]
     if content is None and "tool_calls" in message:
         content = ""
     return message | {"content": _text(content, f"the content of {what}")}

@@ -1,5 +1,6 @@
 """Opens files of examples: their tokens to train and to evaluate on, in windows."""
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.data.batches import WindowDataset
-from train.data.chat import Chat, TakeTokens
+from train.data.chat import Chat, TakeRendered, WindowTokens
 from train.data.chat_template_files import open_chat_template
 from train.data.chat_tokens import ChatEncoder
 from train.data.data_config import DataConfig
@@ -26,6 +27,9 @@ from train.data.text_formats import (
 from train.data.tokenizer import Tokenizer
 from train.host.console import say, warn
 from train.host.paths import to_path
+
+_TEXTS = 256
+"""Examples to encode at a time."""
 
 
 class OpenedExamples(NamedTuple):
@@ -115,18 +119,21 @@ def _read(
         )
     bad = BadLines(config.bad_lines)
     example = TakeExample(config.example_field, config.example_form)
-    take = TakeTokens(example, chat, config.train_on, length)
+    take = TakeRendered(example, chat, config.train_on)
+    encode = WindowTokens(chat.encoder, config.train_on, length)
     size = sum(path.stat().st_size for path in paths)
     bar = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
     with tqdm(desc="reading examples", total=size, leave=False, **bar) as read:
-        found = [x for p in paths for x in read_records(p, take, bad, read.update)]
+        texts = (x for p in paths for x in read_records(p, take, bad, read.update))
+        parts = iter(lambda: [*itertools.islice(texts, _TEXTS)], [])
+        found = [tokens for part in parts for tokens in encode(part)]
     if bad.count:
         warn(f"source {source!r}: {bad}")
-    if take.truncated or take.left_out:
+    if encode.truncated or encode.left_out:
         warn(
-            f"source {source!r}: of {len(found)} examples {take.truncated} lost what "
-            f"is beyond the {length} tokens of a window, and {take.left_out} are left "
-            "out, as their answers begin beyond it"
+            f"source {source!r}: of {len(found)} examples {encode.truncated} lost what "
+            f"is beyond the {length} tokens of a window, and {encode.left_out} are "
+            "left out, as none of what is learned is within it"
         )
     return found, {"examples": len(found), **of_files(paths)}
 

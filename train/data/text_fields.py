@@ -1,8 +1,10 @@
 """The text in a record, by the name of its field."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from train.data.examples import fits_a_form
 
 LONGEST = 2**25
 """Bytes of a line, and characters of a text in a record: 32 MiB. Longer ones are
@@ -20,8 +22,8 @@ class TextField:
         column = self.name if self.name in there else self.name.partition(".")[0]
         if column not in there:
             raise ValueError(
-                f"no text in field {self.name!r}; the columns are {there}: set "
-                "text_field"
+                f"no text in field {self.name!r}; the columns are {[*there]}: "
+                f"{_remedy(there)}"
             )
         return [column]
 
@@ -70,7 +72,15 @@ def _found(value: Any, field: str) -> Any:
         if dot and head in value:
             return _found(value[head], rest)
     there = f"only {sorted(value)}" if isinstance(value, dict) else _kind(value)
-    raise ValueError(f"no text in field {field!r}; there is {there}: set --text-field")
+    remedy = _remedy(value if isinstance(value, dict) else ())
+    raise ValueError(f"no text in field {field!r}; there is {there}: {remedy}")
+
+
+def _remedy(fields: Iterable[str]) -> str:
+    """What to set where there are these fields, and no text."""
+    if fits_a_form(fields):
+        return "set --windows examples to train on examples, or --text-field"
+    return "set --text-field"
 
 
 def _joined(value: Any, field: str) -> str:

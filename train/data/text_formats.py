@@ -30,6 +30,10 @@ _LISTED = 5
 _ROWS = 1000
 
 
+class TakeError(ValueError):
+    """What is made of records is at fault, not the record: skipping would not help."""
+
+
 class Take(Protocol[T_co]):
     """Makes something of each record of a file."""
 
@@ -38,7 +42,10 @@ class Take(Protocol[T_co]):
         ...
 
     def __call__(self, record: Any) -> T_co:
-        """What it makes of a record; ValueError if the record is not fit for it."""
+        """What it makes of a record; ValueError if the record is not fit for it.
+
+        A `TakeError` ends the run whatever `BadLines` says.
+        """
         ...
 
 
@@ -56,7 +63,12 @@ class BadLines:
         self.first: list[str] = []
 
     def meet(self, error: Exception) -> None:
-        """Counts an error; raises it as ValueError if that is the choice."""
+        """Counts an error; raises it as ValueError if that is the choice.
+
+        A `TakeError` is always raised.
+        """
+        if isinstance(error, TakeError):
+            raise error
         if self._choice == "error":
             raise ValueError(f"{error}, or set --bad-lines skip") from error
         self.add(1, [str(error)])
@@ -130,6 +142,7 @@ def read_records(
       ModuleNotFoundError: `.zst` and `.parquet` need packages that are not installed.
       ValueError: `bad` refuses a record; the file cannot be read, or is of another
         kind, or Parquet without the columns.
+      TakeError: `take` raises it; the message has the place too.
     """
     if not holds_records(path):
         raise ValueError(
@@ -243,10 +256,19 @@ def _scalars(
 
 def _of_row(row: dict[str, Any], take: Take[T]) -> T | Exception:
     try:
-        record = {name: value.as_py() for name, value in row.items()}
+        record = {name: _unpadded(value.as_py()) for name, value in row.items()}
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 text ({error}): mend the row")
     return _taken(record, take)
+
+
+def _unpadded(value: Any) -> Any:
+    """Without nulls in objects: all objects of a column have the fields of all."""
+    if isinstance(value, dict):
+        return {name: _unpadded(x) for name, x in value.items() if x is not None}
+    if isinstance(value, list):
+        return [_unpadded(x) for x in value]
+    return value
 
 
 def _taken(record: Any, take: Take[T]) -> T | Exception:
@@ -258,7 +280,10 @@ def _taken(record: Any, take: Take[T]) -> T | Exception:
 
 def _at(where: str, taken: T | Exception) -> T | Exception:
     """What was taken, or the error with the place."""
-    return ValueError(f"{where}: {taken}") if isinstance(taken, Exception) else taken
+    if not isinstance(taken, Exception):
+        return taken
+    kind = TakeError if isinstance(taken, TakeError) else ValueError
+    return kind(f"{where}: {taken}")
 
 
 def _after(unit: str, number: int, error: DamagedError) -> DamagedError:

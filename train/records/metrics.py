@@ -26,7 +26,7 @@ class MetricsWriter:
     that is not finite is null. Opening a folder again truncates it after `step`, the
     step that the run resumes from. Only process 0 writes. If a record cannot be written
     (a full disk), the run goes on: a warning is printed once, and the record is written
-    later. A tracker also gets those records before `step` that it has not.
+    later. A tracker also gets those records up to `step` that it has not.
     """
 
     def __init__(
@@ -37,9 +37,11 @@ class MetricsWriter:
             lines = _Lines(folder / "metrics.jsonl", step)
             board = Board(folder / "tensorboard", purge_step=step + 1)
             self._outputs = [_Output(lines), _Output(board)]
+            # A bucket's file has later records until it is written again.
+            earlier = [x for x in read_metrics(folder) if x["step"] <= step]
             for tracker in trackers:
                 self._outputs.append(_Output(tracker))
-                self._outputs[-1].write(*read_metrics(folder))
+                self._outputs[-1].write(*earlier)
 
     def write(self, record: Record) -> None:
         numbers = {k: v if math.isfinite(v) else None for k, v in record.items()}

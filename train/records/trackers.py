@@ -52,12 +52,22 @@ class Tracker(Protocol):
 class Wandb:
     """A run of Weights & Biases; its files are in `folder/wandb`, or $WANDB_DIR."""
 
-    UPLOAD_S = 120.0
-    """How long the end of a run waits for the upload; the files stay."""
+    UPLOAD_S = 10.0
+    """How long the end of a run waits for the upload; the files stay.
+
+    wandb takes one limit for every end. The other processes of a run wait `PARTING_S`,
+    and a cluster kills a stopped run after perhaps 30 s.
+    """
+
+    LOGIN_S = 60.0
+    """How long wandb's question for a key waits for somebody who answers."""
 
     def __init__(self, run: Tracked) -> None:
         import wandb  # type: ignore[import-not-found]
 
+        # The login does not read the settings of `init`.
+        process = wandb.setup(settings=wandb.Settings(login_timeout=self.LOGIN_S))
+        meant = process.settings.mode == "disabled"
         elsewhere = isinstance(run.folder, UPath) or "WANDB_DIR" in os.environ
         self._run = wandb.init(
             project=run.project,
@@ -80,6 +90,11 @@ class Wandb:
                 x_transaction_log_flush_interval=1.0,
             ),
         )
+        if self._run.disabled and not meant:
+            raise TimeoutError(
+                f"nobody logged in within {self.LOGIN_S:.0f} s; call `wandb login`, or "
+                "set WANDB_MODE=offline"
+            )
 
     def last_step(self) -> int | None:
         return None if self._run.offline else max(0, self._run.starting_step - 1)

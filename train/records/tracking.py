@@ -81,7 +81,8 @@ class Tracking:
             there = self._tracker.last_step()
         except Exception as error:  # of its network, its login, its files
             raise OSError(f"{name} did not start ({_line(error)})") from error
-        if there is not None and there < sent.step:  # a kill lost what was on its way
+        # A kill loses what is on its way, or the note of it in the file.
+        if there is not None:
             self._sent = sent._replace(step=there)
 
     def append(self, records: Sequence[Record]) -> None:

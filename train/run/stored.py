@@ -83,9 +83,9 @@ def store_chat_template(folder: AnyPath, template: ChatTemplate | None) -> None:
     path = folder / "chat_template.jinja"
     if template is None or jax.process_index() or path.is_file():
         return
-    settings = read_object(folder / "tokenizer_config.json")
-    settings |= {"bos_token": template.bos_token, "eos_token": template.eos_token}
-    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    settings = read_object(folder / "tokenizer_config.json") | template.tokens
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "
+")
     write_text(path, template.source)
 
 

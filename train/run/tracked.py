@@ -8,6 +8,7 @@ import jax
 from upath import UPath
 
 from train.config.config import Config, resolved, to_json
+from train.host.agreement import agree
 from train.host.console import warn
 from train.host.paths import AnyPath
 from train.records.tracking import Sent, Tracking, new, read_sent
@@ -27,6 +28,7 @@ def tracked(config: Config) -> Iterator[list[Tracking]]:
       OSError: a tracker of a new run did not start. A resumed run warns and goes on
         without it, as nobody may be there: when it is resumed again, the tracker gets
         what it missed.
+      LostProcessError: on the other processes, if process 0 raises that.
     """
     report, folder = config.report, resolved(config, "out")
     options = {
@@ -35,7 +37,8 @@ def tracked(config: Config) -> Iterator[list[Tracking]]:
         if name not in OF_THE_PROCESS
     }
     with ExitStack() as stack:
-        trackers = []
+        trackers: list[Tracking] = []
+        problem = None
         for name in dict.fromkeys(report.track) if jax.process_index() == 0 else ():
             try:
                 sent = read_sent(folder, name) if config.resume else None
@@ -44,13 +47,16 @@ def tracked(config: Config) -> Iterator[list[Tracking]]:
                 tracker = Tracking(name, folder, _title(folder), options, sent)
             except (OSError, ValueError) as error:
                 if not config.resume:
-                    raise OSError(
+                    problem = OSError(
                         f"--track {name}: {error}; put that right and go on by "
-                        "--resume, or leave it out"
-                    ) from error
+                        "--resume, or go on without trackers by --resume --track, "
+                        "which names none"
+                    )
+                    break
                 warn(f"{error}; the run goes on without it")
             else:
                 trackers.append(stack.enter_context(tracker))
+        agree(problem, ends=True)
         yield trackers
 
 

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from tests.helpers.chat import named_template, said, write_tokenizer
+from tests.helpers.chat import named_template, said, write_lines, write_tokenizer
 from train.data.answers import render_example
 from train.data.chat_template import ChatTemplate
 from train.data.chat_template_files import CHAT_TEMPLATES, open_chat_template
-from train.data.dataset import DataConfig
+from train.data.dataset import DataConfig, open_data
 from train.data.examples import Example, TakeExample
+from train.data.text_formats import TakeError
+from train.run.stored import store_chat_template
 
 TURNS = {"messages": said("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")}
 TASK = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
@@ -116,6 +118,20 @@ def test_turns_that_do_not_alternate_are_refused_by_templates_that_need_it(name)
         render_example(named_template(name), twice)
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_tools_and_their_calls_are_refused_and_not_dropped(name):
+    template = named_template(name)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    calling = TakeExample()({"messages": [*said("Hi"), call]})
+    offered = TakeExample()({"messages": said("Hi", "Hello"), "tools": [{"name": "a"}]})
+    for example in (calling, offered):
+        with pytest.raises(
+            ValueError, match=f"{name} cannot .* neither tools nor tool"
+        ):
+            render_example(template, example)
+    assert render_example(template, offered._replace(tools=[])).answers
+
+
 BLOCKS = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}"
     "{% if m.role == 'assistant' %}"
@@ -135,11 +151,38 @@ def test_generation_blocks_are_the_answers_if_a_template_has_them():
     assert template.render(messages) == text
 
 
-def test_a_template_that_rewrites_earlier_turns_is_named():
+def test_one_block_for_all_answers_is_learned_unless_a_prompt_has_one():
+    source = (
+        "{{ messages[0].content }}{% generation %}{% for m in messages[1:] %}"
+        "{{ m.content }}{% endfor %}{% endgeneration %}"
+    )
+    template = ChatTemplate("one", source)
+    beside = TakeExample()({"system": "s", "messages": said("a", "b", "c", "d")})
+    assert shown(template, beside) == "s«abcd»"
+    with pytest.raises(TakeError, match="has 1 generation blocks for 2 turns"):
+        render_example(template, beside._replace(first=3))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_named_whatever_is_skipped(tmp_path):
     source = BLOCKS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     template = ChatTemplate("rewrites", source)
     with pytest.raises(ValueError, match="template rewrites writes message 1, or what"):
         render_example(template, Example(said("a", "hm|b", "c", "oh|d")))
+    (tmp_path / "own.jinja").write_text(source)
+    records = [{"text": "bad"}, {"messages": said("a", "hm|b", "c", "oh|d")}]
+    write_lines(tmp_path / "a.jsonl", records)
+    config = DataConfig(
+        str(tmp_path / "a.jsonl"),
+        windows="examples",
+        chat_template=str(tmp_path / "own.jinja"),
+        tokenizer=str(write_tokenizer(tmp_path)),
+        bad_lines="skip",
+    )
+    with pytest.raises(
+        ValueError, match=r"jsonl, line 2: .* writes message 1"
+    ) as error:
+        open_data(config, seq_len=64, batch_size=1)
+    assert "--bad-lines" not in str(error.value)
 
 
 def test_an_assistant_that_begins_is_learned_if_the_template_can_write_it():
@@ -213,6 +256,9 @@ def test_a_template_is_found_by_name_by_file_and_beside_the_tokenizer(tmp_path):
         ],
         "bos_token": None,
         "eos_token": {"content": "<|im_end|>", "__type": "AddedToken"},
+        "pad_token": {"content": "<pad>"},
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "add_bos_token": True,
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert opened().source == "settings"
@@ -222,6 +268,19 @@ def test_a_template_is_found_by_name_by_file_and_beside_the_tokenizer(tmp_path):
     assert opened(str(tmp_path / "other.jinja")).source == "other"
     assert opened("chatml").source == named_template("chatml").source
     assert (opened().bos_token, opened().eos_token) == ("", "<|im_end|>")
+
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ pad_token + additional_special_tokens | join }}{{ mask_token }}"
+        "{{ documents is none }}"
+    )
+    assert opened().render(said("Hi")) == "<pad><a><b>True"
+    other = ChatTemplate("", opened().source, "", "<|im_end|>")
+    assert other.fingerprint != opened().fingerprint
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store_chat_template(folder, opened())
+    again = open_chat_template(None, folder / "tokenizer.json", "<s>", "</s>")
+    assert again.fingerprint == opened().fingerprint
 
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):

@@ -26,17 +26,29 @@ def byte_pair() -> Tokenizer:
     return BytePairTokenizer(chat_tokenizer().encode())
 
 
-@pytest.fixture(scope="module")
-def sentence_piece() -> Tokenizer:
+def trained(vocab_size: int, **options) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["INST hello world über Hi [/INST]"] * 9),
         model_writer=model,
-        vocab_size=40,
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def sentence_piece() -> Tokenizer:
+    return trained(40)
+
+
+@pytest.fixture(scope="module")
+def with_bytes() -> Tokenizer:
+    """One that writes unknown characters as bytes, and has a user's symbol."""
+    symbols = ["<|im_end|>"]
+    return trained(300, byte_fallback=True, user_defined_symbols=symbols)
 
 
 def with_specials(text: str) -> list[int]:
@@ -102,7 +114,7 @@ def test_what_is_no_special_token_is_one_token_in_the_data_too():
 def test_a_token_that_begins_in_the_prompt_is_of_the_answer(byte_pair):
     encoder = ChatEncoder(byte_pair)
     text = "user: hello"  # " hello" is one token
-    ids, learned = encoder.encode(Rendered(text, [(6, 11)]))
+    ((ids, learned),) = encoder.encode([Rendered(text, [(6, 11)])])
     assert text_of(byte_pair, ids[learned]) == " hello"
 
 
@@ -141,6 +153,38 @@ def test_the_special_token_that_ends_an_answer(byte_pair):
     ends = {name: chat(byte_pair, name).end for name in ("chatml", "plain", "llama3")}
     (im_end,), (eos,) = with_specials("<|im_end|>"), with_specials("</s>")
     assert ends == {"chatml": im_end, "plain": eos, "llama3": None}
+
+
+def test_the_token_that_ends_an_answer_need_not_be_special(with_bytes):
+    tokenizer = tokenizers.Tokenizer.from_str(chat_tokenizer())
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=False)])
+    own = BytePairTokenizer(tokenizer.to_str().encode())
+    assert chat(own, "llama3").end == tokenizer.token_to_id("<|eot_id|>")
+    model = sentencepiece.SentencePieceProcessor(model_proto=with_bytes.content)
+    assert chat(with_bytes, "chatml").end == model.piece_to_id("<|im_end|>")
+    assert chat(with_bytes, "llama3").end is None
+
+
+def test_all_bytes_of_an_answer_s_characters_are_learned(with_bytes):
+    ids, learned = chat(with_bytes, "plain").tokens(Example(said("日", "本é")))
+    model = sentencepiece.SentencePieceProcessor(model_proto=with_bytes.content)
+    pieces = [model.id_to_piece(id) for id in ids[learned].tolist()]
+    expected = [f"<0x{byte:02X}>" for byte in "本é".encode()]
+    assert pieces == [*expected, "</s>"]
+
+
+def test_the_longest_special_token_is_found():
+    tokenizer = tokenizers.Tokenizer.from_str(chat_tokenizer())
+    names = ["<a", "<ab>", "<a>", "b>"]
+    tokenizer.add_special_tokens(names)
+    own = BytePairTokenizer(tokenizer.to_str().encode())
+    template = ChatTemplate(
+        "own", "{% for m in messages %}<ab><a>{{ m.content }}b>{% endfor %}"
+    )
+    ids, _ = Chat(template, ChatEncoder(own)).tokens(Example(said("<ab", "<ab><a-")))
+    found = [id for id in ids.tolist() if id >= tokenizer.token_to_id("<a")]
+    ab, a, b = (tokenizer.token_to_id(x) for x in ("<ab>", "<a>", "b>"))
+    assert found == [ab, a, b] * 2
 
 
 def test_markers_that_are_no_tokens_are_found(byte_pair, sentence_piece):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.chat import said, write_lines, write_tokenizer
+from train.data import open_examples
 from train.data.dataset import Data, DataConfig, open_data
 from train.data.example_windows import ExampleTokens, example_window, pack
 from train.data.fingerprint import changed, read_fingerprint
@@ -194,6 +195,14 @@ def test_the_seed_decides_the_order_and_not_what_is_held_out(folder):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
 
+def test_how_many_are_encoded_at_a_time_does_not_matter(folder, monkeypatch):
+    whole = taken(opened(folder).train, 6)
+    monkeypatch.setattr(open_examples, "_TEXTS", 7)
+    for one, other in zip(whole, taken(opened(folder).train, 6), strict=True):
+        for name in NAMES:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
 def test_long_examples_are_cut_or_left_out_and_it_is_said(folder, capsys):
     long = [
         {"messages": said("a", "b" * 200)},  # its answer is cut
@@ -203,7 +212,7 @@ def test_long_examples_are_cut_or_left_out_and_it_is_said(folder, capsys):
     data = opened(folder, "long.jsonl", eval_source=str(folder / "a.jsonl"))
     captured = capsys.readouterr()
     assert "of 32 examples 1 lost what is beyond the 64 tokens" in captured.err
-    assert "1 are left out" in captured.err
+    assert "and 1 are left out" in captured.err
     assert "31 examples in" in captured.out
     lengths = Counter(
         len(example)

@@ -31,6 +31,23 @@ FORMS = {
         {"system": "Be brief.", "conversations": SHAREGPT},
         said("Hi", "Hello", system="Be brief."),
     ),
+    "an empty system": ({"system": "", "messages": HI}, HI),
+    "other names of roles": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "user", "value": "Hi"},
+                {"from": "chatgpt", "value": "Hello"},
+                {"from": "observation", "value": "4"},
+                {"from": "model", "value": "4"},
+            ]
+        },
+        [
+            *said("Hi", "Hello", system="Be brief."),
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "4"},
+        ],
+    ),
     "a prompt beside messages": ({"prompt": "Hi", "messages": HI}, HI),
     "parts of text": (
         {
@@ -94,6 +111,20 @@ def test_a_field_may_hold_the_example(field, record):
     assert TakeExample(field)(record).messages == HI
 
 
+@pytest.mark.parametrize(
+    ("field", "record"),
+    [
+        ("messages", {"messages": HI, "system": "s", "tools": [1]}),
+        ("a.b", {"a": {"b": HI, "system": "s"}, "system": "other", "tools": [1]}),
+        ("a", {"a": {"messages": HI, "tools": [1]}, "system": "s", "tools": [2]}),
+        ("a", {"a": {"messages": HI, "system": None}, "system": "s", "tools": [1]}),
+    ],
+)
+def test_system_and_tools_may_stand_around_the_field(field, record):
+    example = TakeExample(field)(record)
+    assert example == Example(said("Hi", "Hello", system="s"), first=1, tools=[1])
+
+
 def test_a_form_may_be_named():
     record = {"messages": said("a", "b"), "instruction": "Hi", "output": "Hello"}
     assert TakeExample(form="instruction")(record).messages == HI
@@ -113,6 +144,14 @@ WRONG = {
     "no messages": ({"messages": []}, "messages is an empty list"),
     "messages of strings": ({"messages": ["Hi"]}, "message 0 of messages is a string"),
     "no role": ({"messages": [{"content": "Hi"}]}, "message 0 of messages has no role"),
+    "a role that is a list": (
+        {"conversations": [{"from": ["x"], "value": "Hi"}]},
+        "message 0 of conversations has the role ['x']: name who speaks",
+    ),
+    "a role that nobody knows": (
+        {"conversations": [*SHAREGPT, {"from": "critic", "value": "No."}]},
+        "message 2 of conversations has the role 'critic', which is unknown: write one",
+    ),
     "content null": (
         {"messages": [{"role": "user", "content": None}]},
         "the content of message 0 of messages is null",
@@ -180,6 +219,20 @@ def test_examples_in_parquet(tmp_path):
     assert example.messages == HI
     with pytest.raises(ValueError, match=r"b\.parquet: no example .*\['id', 'data'\]"):
         read(tmp_path / "b.parquet")
+
+
+def test_parquet_pads_objects_with_nulls_which_are_taken_out(tmp_path):
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "now", "zone": "UTC"}]
+    turns = [
+        [said("Hi")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        for call in calls
+    ]
+    tools = [[{"name": "add", "a": {"type": "int"}}], [{"name": "now", "b": 2}]]
+    table = pyarrow.table({"turns": turns, "tools": tools, "system": ["s", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet", take=TakeExample("turns"))
+    assert [x.messages for x in found] == [[*said(system="s"), *turns[0]], turns[1]]
+    assert [x.tools for x in found] == tools
 
 
 def test_a_bad_record_is_named_or_skipped_and_counted(tmp_path):

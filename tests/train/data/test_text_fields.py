@@ -13,7 +13,7 @@ import train.data.tokenizer
 from train.config.config import Config
 from train.data import text_fields, text_formats
 from train.data.dataset import DataConfig, open_data
-from train.data.text_fields import LONGEST, text_at
+from train.data.text_fields import LONGEST, TextField, text_at
 from train.data.text_formats import BadLines, read_texts
 from train.data.tokenizer import document_tokens, train_tokenizer
 from train.prepare import PrepareConfig
@@ -199,3 +199,15 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url, field):
 )
 def test_other_names_are_taken(url):
     assert DataConfig(source=url).source == url
+
+
+def test_records_that_are_examples_are_named_as_such():
+    for record in ({"messages": []}, {"id": 1, "prompt": "a", "completion": "b"}):
+        with pytest.raises(
+            ValueError, match=r"set --windows examples to .* or --text-f"
+        ):
+            text_at(record, "text")
+    with pytest.raises(ValueError, match=r"\['prompt'\]: set --text-field"):
+        text_at({"prompt": "a"}, "text")
+    with pytest.raises(ValueError, match=r"set --windows examples to .* or --text-f"):
+        TextField("text").columns(["id", "conversations"])

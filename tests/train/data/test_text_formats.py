@@ -179,7 +179,7 @@ def test_a_column_of_numbers_or_none_of_the_name(tmp_path):
         texts_in(path)
     for choice in "error", "skip":
         with pytest.raises(
-            ValueError, match=r"columns are \['url', 'text'\]: set text"
+            ValueError, match=r"columns are \['url', 'text'\]: set --text"
         ):
             texts_in(path, BadLines(choice), field="body")
     path.write_bytes(parquet_of(TEXTS, "body"))

@@ -4,16 +4,23 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import sqlite3
 import sys
+import uuid
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from tests.helpers.wandb_files import wandb_records
 from train.config.config import Config, ReportConfig
+from train.host import agreement
+from train.host.agreement import LostProcessError
 from train.host.errors import StoppedError
+from train.host.paths import to_path
+from train.host.processes import PARTING_S
 from train.records.metrics import MetricsWriter
 from train.records.trackers import check_installed
 from train.run.tracked import tracked
@@ -30,6 +37,12 @@ class Service:
         self.begun, self.logged, self.ended = [], [], []
         self.failing = set()
         self.offline, self.starting_step = True, 0
+        self.disabled, self.settings = False, SimpleNamespace(mode=None)
+        self.of_the_process = {}
+
+    def setup(self, settings):
+        self.of_the_process = settings
+        return self
 
     def Settings(self, **settings):
         return settings
@@ -193,7 +206,7 @@ def test_a_service_that_does_not_start_ends_a_new_run_alone(services, tmp_path, 
     services.trackio.failing = {"init"}
     config = config_of(tmp_path, "wandb", "trackio")
     with pytest.raises(
-        OSError, match=r"--track trackio: trackio did not start .* leave it"
+        OSError, match=r"--track trackio: trackio did not start .* --resume --track,"
     ):
         write(config, 0)
     assert services.wandb.ended == [1]
@@ -203,6 +216,54 @@ def test_a_service_that_does_not_start_ends_a_new_run_alone(services, tmp_path, 
     assert "did not start" in told
     assert "wandb.json does not name a tracked run" in told
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_what_a_service_has_is_believed_before_the_run_s_file(services, tmp_path):
+    config = config_of(tmp_path, "trackio", resume=True)
+    write(config, 0, 1, 4, 8)
+    sent = json.loads((tmp_path / "trackio.json").read_text())
+    (tmp_path / "trackio.json").write_text(json.dumps(sent | {"step": 1}))
+    write(config, 8, 12)
+    assert services.trackio.steps == [1, 4, 8, 12]
+
+
+def test_in_a_bucket_the_discarded_records_are_not_sent(services):
+    folder = to_path(f"memory://{uuid.uuid4()}/run")
+    config = config_of(folder, "wandb", resume=True)
+    write(config, 0, 1, 4, 8)
+    write(dataclasses.replace(config, resume_from=4), 4)
+    assert services.wandb.steps == [1, 4, 8, 1, 4]  # the second one is a new run
+    write(dataclasses.replace(config, resume_from=4), 4, 6)
+    assert services.wandb.steps[5:] == [6]
+
+
+def test_the_end_is_shorter_than_the_others_wait_and_a_login_ends(services, tmp_path):
+    write(config_of(tmp_path, "wandb"), 0, 1)
+    (options,) = services.wandb.begun
+    assert 0 < options["settings"]["finish_timeout"] < PARTING_S / 2
+    assert 0 < services.wandb.of_the_process["login_timeout"] < math.inf
+    services.wandb.disabled = True  # as wandb does if nobody answers
+    with pytest.raises(OSError, match="nobody logged in within 60 s; call `wandb log"):
+        write(config_of(tmp_path / "b", "wandb"), 0, 1)
+    services.wandb.settings.mode = "disabled"  # as the user said
+    write(config_of(tmp_path, "wandb", resume=True), 1, 2)
+
+
+def test_if_process_0_cannot_track_all_processes_end(services, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        agreement.multihost_utils, "process_allgather", lambda row: np.stack([row] * 2)
+    )
+    services.wandb.failing = {"init"}
+    with pytest.raises(OSError, match="--track wandb: wandb did not start"):
+        write(config_of(tmp_path, "wandb"), 0)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    failed = np.asarray([[2], [0]])
+    monkeypatch.setattr(
+        agreement.multihost_utils, "process_allgather", lambda _: failed
+    )
+    with pytest.raises(LostProcessError, match="process 0 had to end"):
+        write(config_of(tmp_path, "wandb"), 0)
 
 
 def test_one_of_several_processes_tracks(services, tmp_path, monkeypatch):
