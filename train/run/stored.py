@@ -84,8 +84,7 @@ def store_chat_template(folder: AnyPath, template: ChatTemplate | None) -> None:
     if template is None or jax.process_index() or path.is_file():
         return
     settings = read_object(folder / "tokenizer_config.json") | template.tokens
-    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "
-")
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
     write_text(path, template.source)
 
 
