@@ -34,6 +34,9 @@ KINDS = [
     *("q_galore_sara_8bit", "flora"),
 ]
 STEPS = 3 * EVERY
+# What is stored: moments that turn and a key; and quantised, lazily.
+FEW = ["grass_walk", "q_galore_sara_8bit"]
+few_kinds = pytest.mark.parametrize("name", slow_but(FEW, [*KINDS, "ldadam"]))
 
 
 @functools.cache
@@ -145,7 +148,9 @@ def test_without_a_subspace_there_is_nothing_to_refresh(name: str) -> None:
         assert not operations(text)
 
 
-@pytest.mark.parametrize("name", [*KINDS, "golore", "coap", "subtrack", "alice"])
+@pytest.mark.parametrize(
+    "name", slow_but([*FEW, "coap"], [*KINDS, "golore", "coap", "subtrack", "alice"])
+)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_nor_on_other_platforms(name: str, platform: str) -> None:
     """Conditionals are `lax.platform_dependent`'s alone, on a constant."""
@@ -163,7 +168,7 @@ def test_nor_on_other_platforms(name: str, platform: str) -> None:
     assert calls <= {"Sharding", "TopK", "cu_threefry2x32_ffi", "mhlo"}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(FEW, KINDS))
 def test_a_traced_refresh(name: str) -> None:
     tx, update = compiled(name)
     theirs = walk(*program(name), gradients(STEPS), due)
@@ -244,7 +249,7 @@ def test_a_matrix_that_begins_late(name: str) -> None:
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("name", [*KINDS, "ldadam"])
+@few_kinds
 def test_a_step_that_is_not_accepted(name: str, traced: bool) -> None:
     """Finite or not, and at a refresh too."""
     tx, update = compiled(name) if traced else program(name, "accept")
@@ -260,7 +265,7 @@ def test_a_step_that_is_not_accepted(name: str, traced: bool) -> None:
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("name", [*KINDS, "ldadam"])
+@few_kinds
 def test_a_step_that_is_accepted(name: str, traced: bool) -> None:
     tx, update = compiled(name) if traced else program(name, "accept")
     yes: Any = jnp.array(True) if traced else True
@@ -290,25 +295,24 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
+@functools.cache
+def told(wrapper: str | None) -> Any:
+    """A walk whose host decides all, behind a wrapper or none."""
+    tx, _ = compiled("grass_walk")
+    tx = tx if wrapper is None else WRAPPERS[wrapper](tx)
+    update = jax.jit(tx.update, static_argnames=("refresh", "accept"))
+    return walk(
+        tx,
+        update,
+        gradients(6),
+        lambda t: {"refresh": t in (0, 1, 4), "accept": t != 2},
+    )
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_arguments_arrive(wrapper: str) -> None:
-    at = (0, 1, 4)
-    tx, _ = compiled("grass_walk")
-    wrapped = WRAPPERS[wrapper](tx)
-    names = ("refresh", "accept")
-    ours = walk(
-        wrapped,
-        jax.jit(wrapped.update, static_argnames=names),
-        gradients(6),
-        lambda t: {"refresh": t in at, "accept": t != 2},
-    )
-    theirs = walk(
-        tx,
-        jax.jit(tx.update, static_argnames=names),
-        gradients(6),
-        lambda t: {"refresh": t in at, "accept": t != 2},
-    )
-    for (a, _), (b, _) in zip(ours, theirs, strict=True):
+    ours = told(wrapper)
+    for (a, _), (b, _) in zip(ours, told(None), strict=True):
         close(a, b, 1e-6 * RATE)
     state = optax.tree.get_all_with_path(ours[-1][1], "refreshes")
     assert [int(x) for _, x in state] == [3]

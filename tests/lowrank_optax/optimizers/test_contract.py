@@ -175,7 +175,7 @@ def check_dtypes(name: str, weights: str, grads: str, **options: Any) -> Any:
     return state
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_leaves_without_numbers_and_of_two_widths(name: str) -> None:
     """Each leaf's dtype is its own."""
     with jax.enable_x64(True):
@@ -197,7 +197,7 @@ def test_leaves_without_numbers_and_of_two_widths(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, after)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_one_huge_gradient_does_not_end_the_run(name: str) -> None:
     """Finite, but V is not: weights were NaN then, or at the next refresh."""
     tx, update = compiled(name)
@@ -260,7 +260,11 @@ def full_rank(name: str) -> optax.GradientTransformation:
     return others.get(name, optax.adamw(RATE, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("name", ALL)
+# One of each kind of step that `full_rank` tells apart.
+STEPS = ["galore_published", "msgd", "flora", "spectral_adam", "coap"]
+
+
+@pytest.mark.parametrize("name", slow_but([*KINDS, *STEPS], ALL))
 def test_trees_without_a_matrix_get_the_full_rank_optimizer(name: str) -> None:
     params = {"vector": jnp.arange(3.0), "frozen": None, "scalar": jnp.ones([])}
     grads = [jax.tree.map(lambda x, k=k: x - k, params) for k in (0.5, 1.5, -3.5)]
@@ -331,7 +335,7 @@ def test_all_of_optax_around_it_in_one_scan(name: str) -> None:
     close(out[1::2], scaled)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
     """Without any wrapper: at a refresh, between two, in a matrix and in a vector."""
     grads = gradients(EVERY + 1)

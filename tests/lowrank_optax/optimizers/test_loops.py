@@ -103,9 +103,9 @@ def test_no_step_in_a_basis_that_nobody_chose(name):
 def test_arithmetic_on_states(name):
     """Wrappers and serializers that know arrays, and no keys."""
     tx = build(name, dimension_numbers=None)
-    params, state = PARAMS, tx.init(PARAMS)
+    params, state, update = PARAMS, tx.init(PARAMS), jax.jit(tx.update)
     for _ in range(2):
-        updates, state = tx.update(gradient(params), state, params)
+        updates, state = update(gradient(params), state, params)
         params = optax.apply_updates(params, updates)
     assert optax.tree.norm(state).shape == ()  # of keys too, which says little
     saved = flax.serialization.to_bytes(state)
@@ -178,7 +178,7 @@ class Model(nnx.Module):
         return self.mlp.down(nnx.relu(self.mlp.up(x)))
 
 
-@each
+@pytest.mark.parametrize("name", slow_but(["grass_jump"], ALL, slow=["ldadam"]))
 def test_nnx_optimizer_on_a_mesh_with_annotated_parameters(name):
     x = normal(8, 8)
 

@@ -33,8 +33,9 @@ TOKENS = jax.random.randint(jax.random.key(0), (5, 8), 0, WORDS)
 NAMES = [name for name in ALL if not name.endswith(("_sara", "_published"))]
 # A state for each leaf, quantised state, an error fed back, keys from paths, a reset.
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
-each_kind = pytest.mark.parametrize("name", KINDS)
-each_optimizer = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
+FEW = ["q_galore_sara_8bit", "ldadam"]
+each_kind = pytest.mark.parametrize("name", slow_but(FEW, KINDS))
+each_optimizer = pytest.mark.parametrize("name", slow_but(FEW, NAMES, slow=["apollo"]))
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.helpers.battery import ALL, RATE, build, close, full_tree, types
+from tests.helpers.battery import ALL, KINDS, RATE, build, close, full_tree, types
+from tests.helpers.marks import slow_but
 from tests.helpers.stages import chain_of, normal, run
 
 
@@ -24,7 +25,7 @@ def state_after_a_step(tx: Any, params: Any) -> tuple[Any, Any]:
     return types(state), types(after)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
 def test_no_rank_is_promoted_and_64_bits_change_no_state(name: str) -> None:
     tx, params = build(name, weight_decay=lambda step: 0.1 * step), full_tree()
     with jax.numpy_rank_promotion("raise"), jax.enable_x64(True):

@@ -43,7 +43,10 @@ from tests.helpers.layers import (
     start,
     through,
 )
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
+
+# What differs most in how state is kept: moments that turn, and a key; few bits.
+FEW = ["grass_walk", "q_galore_sara_8bit"]
 
 
 @pytest.fixture
@@ -82,7 +85,9 @@ def run_on_a_mesh(tx: Any, spread: str, steps: int) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", slow_but(KINDS, [*NAMES, *OTHERS]))
+@pytest.mark.parametrize(
+    "name", slow_but(FEW, [*NAMES, *OTHERS], slow=["ldadam", "apollo"])
+)
 def test_backward_is_gradients_first(name: str) -> None:
     """Twenty steps, of which every fifth refreshes; some on eight devices too."""
     tx = optimizer(name)
@@ -102,7 +107,7 @@ def test_backward_is_gradients_first(name: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [*KINDS, "adamw"])
+@pytest.mark.parametrize("name", slow_but([*FEW, "adamw"], [*KINDS, "adamw"]))
 def test_per_layer_is_update_layers(name: str) -> None:
     tx = optimizer(name)
     ours, theirs = (run(f, tx, 7) for f in (by_per_layer, gradients_first))
@@ -207,7 +212,7 @@ POLICIES: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["adamw", "apollo"])
+@pytest.mark.parametrize("name", slow_but(["apollo"], ["adamw", "apollo"]))
 def test_the_same_numbers_with_any_checkpointing(name: str) -> None:
     tx = optimizer(name)
     none, *others = (
@@ -236,9 +241,25 @@ def temporaries(make: Any, tx: Any, count: int, **options: Any) -> int:
 COPIED = pytest.mark.xfail(strict=True, reason="XLA for CPU copies the weights")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    "name", ["apollo", "grass_walk", pytest.param("adamw", marks=COPIED)]
+    ("name", "policy"),
+    [
+        ("grass_walk", "none"),
+        ("apollo", "full"),
+        pytest.param("adamw", "full", marks=COPIED),
+        *(
+            pytest.param(name, policy, marks=NIGHTLY)
+            for name, policies in (
+                ("grass_walk", ("full", "dots")),
+                ("apollo", ("none", "dots")),
+            )
+            for policy in policies
+        ),
+        *(
+            pytest.param("adamw", policy, marks=[*NIGHTLY, COPIED])
+            for policy in ("none", "dots")
+        ),
+    ],
 )
 def test_no_copy_of_the_weights_and_no_gradients(name: str, policy: str) -> None:
     tx, remat, count = optimizer(name), POLICIES[policy], 32
@@ -259,8 +280,15 @@ def on_one_device(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["grass_walk", "adamw"])
-@pytest.mark.parametrize("spread", ["columns", "batch"])
+@pytest.mark.parametrize(
+    ("name", "spread"),
+    [
+        ("grass_walk", "columns"),
+        ("adamw", "batch"),
+        pytest.param("grass_walk", "batch", marks=NIGHTLY),
+        pytest.param("adamw", "columns", marks=NIGHTLY),
+    ],
+)
 def test_on_a_mesh(spread: str, name: str) -> None:
     done = run_on_a_mesh(optimizer(name), spread, 7)
     if spread != "batch":

@@ -18,7 +18,6 @@ from tests.helpers.battery import (
 )
 from tests.helpers.layers import (
     EVERY,
-    KINDS,
     LAYERS,
     RATE,
     TOLERANCE,
@@ -38,6 +37,7 @@ from tests.helpers.layers import (
     stepped,
     through,
 )
+from tests.helpers.marks import NIGHTLY, slow_but
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ ALONE = ["lazy", "frozen"]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rule", GRAM)
+@pytest.mark.parametrize("rule", slow_but(["sara", "lazy"], GRAM))
 def test_small_matrices_of_all_layers_and_leaves_in_one_call(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +149,9 @@ def by_stack(tx: Any, *, order: Any, refresh: bool) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", slow_but(["grass_jump", "gaussian of a key"], RULES, slow=["coordinates"])
+)
 def test_the_same_random_bases_however_layers_come(name: str) -> None:
     """Together in one stack, in turn by `update_layers`, in the backward pass."""
     stack, tx = (with_rule(RULES[name], stacked) for stacked in (True, False))
@@ -237,10 +239,17 @@ poisoned.defvjp(
 )
 
 
+OTHERS = ["galore_adafactor", "apollo", "frugal", "flora", "online_subspace_descent"]
+
+
 @pytest.mark.parametrize(
     ("name", "refresh"),
-    [(name, True) for name in [*KINDS, "frugal", "flora", "online_subspace_descent"]]
-    + [("grass_walk", False), ("apollo", False)],
+    [
+        *((name, True) for name in ("grass_walk", "ldadam", "q_galore_sara_8bit")),
+        ("apollo", False),
+        *(pytest.param(name, True, marks=NIGHTLY) for name in OTHERS),
+        pytest.param("grass_walk", False, marks=NIGHTLY),
+    ],
 )
 def test_a_layer_that_is_not_finite_is_skipped_alone(name: str, refresh: bool) -> None:
     tx, bad = optimizer(name), 2
@@ -304,8 +313,15 @@ def rounded(w: Any, u: Any, i: Any, key: Any) -> Any:
     return lro.weights.add_updates(w, u, jax.random.fold_in(key, i))
 
 
-@pytest.mark.parametrize("name", ["apollo", "adamw"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("int8", "apollo"),
+        ("bfloat16", "adamw"),
+        pytest.param("bfloat16", "apollo", marks=NIGHTLY),
+        pytest.param("int8", "adamw", marks=NIGHTLY),
+    ],
+)
 def test_weights_in_few_bits(dtype: Any, name: str) -> None:
     tx = optimizer(name)
     stored = lro.weights.store(arrays(layers_of()), dtype, lambda k: k != "norm")

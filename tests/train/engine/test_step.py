@@ -56,9 +56,9 @@ def work_of(name: str, **how: Any) -> Work:
 
 
 @cache
-def make(name: str):
+def make(name: str, **how: Any):
     """An optimizer, its jitted step, and a state to start from."""
-    work = work_of(name)
+    work = work_of(name, **how)
     step = jax.jit(partial(train_step, work), static_argnames="refresh")
     init = jax.jit(lambda key: init_state(work, init_weights(work, key)))
     return work.optimizer, step, init(jax.random.key(0))
@@ -69,6 +69,7 @@ def refresh_due(state: TrainState) -> bool:
     return int(state.until_refresh) == 0
 
 
+sums_of_adamw = jax.jit(partial(loss_sums, work_of("adamw")))
 gradient_in_parts = jax.jit(
     partial(mean_gradient, partial(loss_sums, work_of("adamw"))), static_argnums=2
 )
@@ -93,22 +94,20 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
     weights = (rng.random((16, 12)) < np.linspace(0.1, 1, 16)[:, None]) * 1.0
     batch = {"tokens": tokens_of(0), "weights": weights.astype(np.float32)}
     loss, whole = gradient_in_parts(params, batch, 1)
-    for parts in (4, 16):
-        loss_in_parts, in_parts = gradient_in_parts(params, batch, parts)
-        # Float32 sums in another order: a few units in the last place, 1.2e-7 each,
-        # of the largest terms.
-        np.testing.assert_allclose(loss_in_parts, loss, rtol=1e-6)
-        for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    loss_in_parts, in_parts = gradient_in_parts(params, batch, 4)
+    # Float32 sums in another order: a few units in the last place, 1.2e-7 each, of the
+    # largest terms.
+    np.testing.assert_allclose(loss_in_parts, loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(
     "layerwise", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 def test_padding_outside_of_the_vocabulary_changes_nothing(layerwise):
-    work = work_of("grass_jump", layerwise=layerwise)
-    step = jax.jit(partial(train_step, work, refresh=True))
-    state = init_state(work, init_weights(work, jax.random.key(0)))
+    _, step, state = make("grass_jump", layerwise=layerwise)
+    step = partial(step, refresh=True)
     tokens, weights = tokens_of(0), np.ones((16, 12), np.float32)
     weights[:, 7:] = 0
 
@@ -144,9 +143,7 @@ def test_evaluation_is_a_mean_over_tokens_not_over_batches():
         weights = np.zeros((16, 12), np.float32)
         weights[:, :kept] = 1
         batches.append({"tokens": tokens_of(seed), "weights": weights})
-    program = SimpleNamespace(
-        loss_sums=jax.jit(partial(loss_sums, work_of("adamw"))), put=lambda batch: batch
-    )
+    program = SimpleNamespace(loss_sums=sums_of_adamw, put=lambda batch: batch)
     sums, means = [], []
     for batch in batches:
         losses, weights = numpy_losses(params, batch["tokens"]), batch["weights"][:, 1:]
@@ -170,11 +167,9 @@ def test_the_first_token_of_a_window_is_no_target_and_nothing_follows_the_last()
     params = make_params()
     weights = np.zeros((16, 12), np.float32)
     weights[:, 0] = 1
-    loss, weight = loss_sums(
-        work_of("adamw"), params, {"tokens": tokens_of(0), "weights": weights}
-    )
+    loss, weight = sums_of_adamw(params, {"tokens": tokens_of(0), "weights": weights})
     assert (float(loss), float(weight)) == (0.0, 0.0)
-    _, weight = loss_sums(work_of("adamw"), params, {"tokens": tokens_of(0)})
+    _, weight = sums_of_adamw(params, {"tokens": tokens_of(0)})
     assert float(weight) == 16 * 11
 
 

@@ -214,9 +214,13 @@ def test_an_ordinary_step_gathers_one_layer_at_a_time() -> None:
     assert not stacked
 
 
+@pytest.mark.parametrize(
+    "case", slow_but(["adamw"], ["adamw", "layerwise"], slow=["layerwise"])
+)
 @pytest.mark.parametrize("there", [True, False], ids=["to one", "from one"])
-def test_a_checkpoint_goes_on_with_another_mesh(there: bool, tmp_path: Path) -> None:
-    case = "layerwise"
+def test_a_checkpoint_goes_on_with_another_mesh(
+    there: bool, case: str, tmp_path: Path
+) -> None:
     first, then = spread(case), alone(case)
     if not there:
         first, then = then, first

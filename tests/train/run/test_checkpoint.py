@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from models import SIZES, LlamaConfig
 from tests.helpers.checkpoints import config_of, store
 from train.config.config import Config, model_config, resolved
 from train.engine.optimizer import make_optimizer
@@ -19,6 +20,14 @@ from train.run.checkpoint import CheckpointError, Checkpoints
 from train.run.folder import check_folder, resumed_if_there
 from train.run.keep_healthy import KeepHealthy
 from train.run.start import open_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_model():
+    model = LlamaConfig(300, 16, 24, num_heads=2, num_layers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", model)
+        yield
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):

@@ -14,6 +14,7 @@ import train.engine.step
 import train.main
 import train.records.plots
 import train.run.report
+from tests.helpers.marks import NIGHTLY
 from tests.helpers.pictures import is_picture
 from tests.helpers.run_files import strict_lines
 from train.config.config import Config
@@ -291,26 +292,32 @@ def test_a_sample_that_fails_leaves_all_the_rest(
     assert "none was asked for (--sample-tokens 0)" in capsys.readouterr().out
 
 
+GRASS_JUMP = ("--optimizer", "grass_jump", "--rank", "4", "--refresh-every", "3")
+
+
 @pytest.mark.parametrize(
-    ("schedule", "resumed"),
+    ("schedule", "optimizer", "resumed"),
     [
-        pytest.param(("--warmup", "0", "--final", "1"), (), marks=pytest.mark.slow),
+        pytest.param(("--warmup", "0", "--final", "1"), GRASS_JUMP, (), marks=NIGHTLY),
         pytest.param(
-            ("--schedule", "constant", "--warmup", "1"), (), marks=pytest.mark.slow
+            ("--schedule", "constant", "--warmup", "1"),
+            GRASS_JUMP,
+            (),
+            marks=pytest.mark.slow,
         ),
         (
             ("--schedule", "wsd", "--warmup", "1", "--decay", "2", "--keep", "1"),
+            ("--optimizer", "adamw"),
             ("--resume-from", "2"),
         ),
     ],
     ids=["no decay", "constant", "wsd"],
 )
 def test_a_longer_run_takes_the_steps_it_would_have_taken(
-    schedule, resumed, flags, tmp_path, capsys
+    schedule, optimizer, resumed, flags, tmp_path, capsys
 ):
-    argv = (*flags, *schedule, "--optimizer", "grass_jump", "--rank", "4")
+    argv = (*flags, *schedule, *optimizer)
     argv += ("--sample-tokens", "0", "--eval-every", "4", "--checkpoint-every", "4")
-    argv += ("--refresh-every", "3")
     whole, grown = (tmp_path / name for name in ("whole", "grown"))
     main([*argv, "--out", str(whole), "--steps", "8"])
     main([*argv, "--out", str(grown), "--steps", "4"])
