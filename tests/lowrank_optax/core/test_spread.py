@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from tests.helpers.marks import slow_but
 
 STEPS, R = 5, 5
 # A leaf's shape without and its layout on a mesh of eight.
@@ -233,8 +234,10 @@ TO_ROUNDING = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*OTHER_RULES, *TO_ROUNDING])
+@pytest.mark.parametrize(
+    "name",
+    slow_but([], [*OTHER_RULES, *TO_ROUNDING], slow=["4 bits", "power_iterate"]),
+)
 def test_the_other_rules_over_a_mesh(name):
     stages = optax.chain(
         (OTHER_RULES | TO_ROUNDING)[name],

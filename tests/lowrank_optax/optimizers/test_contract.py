@@ -352,8 +352,8 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
         assert int(optax.tree.get(state, "skipped")) == 3
 
 
-@pytest.mark.slow  # each operation is compiled by itself
-@pytest.mark.parametrize("name", KINDS)
+# Each operation is compiled by itself.
+@pytest.mark.parametrize("name", slow_but([], KINDS, slow=["grass_walk", "q_galore"]))
 def test_nothing_depends_on_jit(name: str) -> None:
     grads = gradients(EVERY + 1)
     with jax.disable_jit():

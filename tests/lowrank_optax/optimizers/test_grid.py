@@ -140,8 +140,8 @@ PARAMS = {
 }
 
 
-# Singular vectors, a basis that is not orthonormal, rows, and momentum.
-FEW = ["dominant_svd", "gaussian", "coordinates", "power_iterate"]
+# A basis that is not orthonormal, and one of the momentum.
+FEW = ["gaussian", "power_iterate"]
 
 
 @pytest.mark.parametrize("basis", slow_but([], BASES, slow=FEW))

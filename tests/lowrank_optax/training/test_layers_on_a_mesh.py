@@ -8,6 +8,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.core.aliases import Tree
 from tests.helpers import sharded
+from tests.helpers.marks import slow_but
 
 TX = lro.spectral_adam(1e-2, rank=sharded.R, refresh_every=2)
 WEIGHTS = {"mlp": {k: sharded.gradient(0)["layers"]["mlp"][k] for k in ("down", "up")}}
@@ -22,8 +23,7 @@ def step(refresh: bool, block: int | None) -> jax.stages.Wrapped:
     return jax.jit(take)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", [None, 3])
+@pytest.mark.parametrize("block", slow_but([], [None, 3], slow=[None]))
 def test_no_device_sums_products_of_whole_matrices(block: int | None) -> None:
     mesh = sharded.mesh_of("fsdp")
     cut = {"mlp": {k: sharded.on(mesh)["layers"]["mlp"][k] for k in ("down", "up")}}

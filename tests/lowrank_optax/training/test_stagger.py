@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from tests.helpers.marks import NIGHTLY
 
 L, T, STEPS = 4, 3, 7
 SHAPES = {"up": (L, 16, 24), "down": (L, 24, 16), "norm": (L, 16)}
@@ -121,15 +122,26 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *(("grass_walk", way) for way in ("per_layer", "two together", "in_backward")),
+        pytest.param("grass_walk", "one at a time", marks=NIGHTLY),
+        *(pytest.param("galore", way, marks=NIGHTLY) for way in WAYS),
+    ],
+)
 def test_layers_take_the_same_turns_in_any_way(name, way):
     same(run(WAYS[way], made(name)), reference(name))
 
 
-@pytest.mark.parametrize("way", [stacked, by_layer], ids=["stacked", "per_layer"])
 @pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+    ("way", "kind"),
+    [
+        (stacked, AxisType.Auto),
+        pytest.param(by_layer, AxisType.Auto, marks=NIGHTLY),
+        pytest.param(stacked, AxisType.Explicit, marks=NIGHTLY),
+        pytest.param(by_layer, AxisType.Explicit, marks=pytest.mark.slow),
+    ],
 )
 def test_on_a_mesh(way, kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)

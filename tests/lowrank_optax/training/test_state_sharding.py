@@ -135,7 +135,8 @@ def test_8_bit_blocks_lie_on_one_shard():
         (512, 4, P()),
     ):
         x = {"w": jnp.ones((64, n))}
-        assert tx.init(x).scales[1]["w"].shape == (64, blocks)
+        state = jax.eval_shape(tx.init, x)
+        assert state.scales[1]["w"].shape == (64, blocks)
         found = lro.state_shardings(tx, x, cut)
         assert found.scales[1]["w"].spec == spec
         assert found.inner_state.mu["w"].spec == P(None, "d")
@@ -198,11 +199,12 @@ def check_same(name, seen, state):
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        ["grass_jump", "ldadam"],
+        ["grass_jump"],
         [
             *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
             *("alice_0", "sumo"),
         ],
+        slow=["online_subspace_descent"],
     ),
 )
 def test_the_same_steps_on_a_mesh(name):

@@ -17,7 +17,7 @@ import pytest
 import train.engine.step
 import train.run.loop
 from models import SIZES, LlamaConfig, generate
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
 from train.config.config import (
     Config,
     ModelConfig,
@@ -225,10 +225,17 @@ def check_a_stopped_run(
     return whole
 
 
-@pytest.mark.parametrize("layerwise", slow_but(["on"], ["on", "off"], slow=["off"]))
-def test_staggered_refreshes_resume_bit_for_bit(layerwise, tmp_path, asked):
+@pytest.mark.parametrize(
+    ("name", "layerwise"),
+    [
+        ("galore", "on"),
+        pytest.param("grass_walk", "off", marks=pytest.mark.slow),
+        pytest.param("grass_walk", "on", marks=NIGHTLY),
+    ],
+)
+def test_staggered_refreshes_resume_bit_for_bit(name, layerwise, tmp_path, asked):
     """All bases at the first step, then some at each; a skipped step's come again."""
-    config = config_of("grass_walk", layerwise=layerwise)
+    config = config_of(name, layerwise=layerwise)
     optimizer = dataclasses.replace(config.optimizer, stagger=True)
     config = dataclasses.replace(config, optimizer=optimizer)
     whole = run(config, tmp_path / "whole", data_of(batches_of(14, poisoned=4)))

@@ -49,7 +49,7 @@ TIMES = {
 
 
 # One kind each: a process, one of two, checkpoints, and what a run reads.
-EACH = ["kills", "stops", "stops_of_two", "checkpoints_of_one_of_two", "damages"]
+EACH = ["kills", "stops_of_two", "checkpoints_of_one_of_two", "damages"]
 EACH += ["changed_inputs"]
 
 
