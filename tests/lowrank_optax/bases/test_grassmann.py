@@ -154,6 +154,7 @@ def _searched(first: Any, g: Any) -> Any:
     return np.float64(bases)
 
 
+@pytest.mark.slow
 def test_five_thousand_walks_stay_orthonormal():
     def one(s, key):
         s = geodesic(s, jax.random.normal(key, s.shape), 0.3)
