@@ -6,6 +6,7 @@ sums over n or m numbers that a mesh may add up in another order, agree to round
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
 
 STEPS, R = 5, 5
 # A leaf's shape without and its layout on a mesh of eight.
@@ -113,29 +114,36 @@ def on_a_mesh(rule, decomposition, specs, kind=AxisType.Auto):
 
 SHARDED = {name: spec for name, (_, spec) in LEAVES.items()}
 REPLICATED = dict.fromkeys(LEAVES, P())
-some_rules = pytest.mark.parametrize(
-    ("rule", "decomposition"),
-    [("sara_sample", None), ("walk", "gram"), ("jump", None)],
+
+
+def rules(*quick, of=(("sara_sample", None), ("walk", "gram"), ("jump", None))):
+    """The rules and decompositions as parameters, all but the quick at night."""
+    return pytest.mark.parametrize(
+        ("rule", "decomposition"),
+        [pytest.param(*x, marks=() if x in quick else NIGHTLY) for x in of],
+    )
+
+
+@rules(
+    *(("sara_sample", None), ("walk", "gram")),
+    of=[*itertools.product(RULES, (None, "gram"))],
 )
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("decomposition", [None, "gram"])
 def test_jit_over_a_mesh(rule, decomposition):
     check(on_a_mesh(rule, decomposition, SHARDED), rule, decomposition)
 
 
+@pytest.mark.slow
 def test_jit_over_a_mesh_with_whole_gradients():
     check(on_a_mesh("walk", None, REPLICATED), "walk", None)
 
 
-@pytest.mark.parametrize("rule", ["sara_sample", "walk"])
+@pytest.mark.parametrize("rule", slow_but(["sara_sample"], ["sara_sample", "walk"]))
 def test_jit_over_a_mesh_of_explicit_axes(rule):
     """What jax.make_mesh gives unless told otherwise."""
     check(on_a_mesh(rule, None, REPLICATED, AxisType.Explicit), rule, None)
 
 
-@some_rules
+@rules(("sara_sample", None))
 def test_pmap(rule, decomposition):
     tx = optimizer(rule, decomposition)
     devices = jax.devices()[:4]
@@ -149,7 +157,7 @@ def test_pmap(rule, decomposition):
         check(jax.tree.map(lambda x, i=i: x[:, i], found), rule, decomposition)
 
 
-@some_rules
+@rules(("walk", "gram"))
 def test_shard_map(rule, decomposition):
     """Each device has its share of the gradient; they are summed inside."""
     tx = optimizer(rule, decomposition)
@@ -174,7 +182,9 @@ def test_shard_map(rule, decomposition):
     check(trajectory(update, tx.init(at(0)), split), rule, decomposition)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=NIGHTLY)]
+)
 def test_the_step_stays_sharded(dtype):
     """Whole matrices are for the refresh alone: updates and moments stay spread.
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lowrank_optax.core.newton_schulz import FITTED, polar_of_spectrum
 from lowrank_optax.core.spread import whole_matrices
+from tests.helpers.marks import NIGHTLY
 from tests.helpers.sharded import moved
 
 L, M, N = 5, 16, 48
@@ -59,9 +60,15 @@ def compiled(f, mesh):
         return jax.jit(f, out_shardings=own).lower(x).compile(), spec
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("how", [together, in_a_vmap])
+@pytest.mark.parametrize(
+    ("how", "dtype", "mesh"),
+    [
+        (together, jnp.bfloat16, "two axes"),
+        (in_a_vmap, None, "one axis"),
+        pytest.param(together, None, "one axis", marks=NIGHTLY),
+        pytest.param(in_a_vmap, jnp.bfloat16, "two axes", marks=NIGHTLY),
+    ],
+)
 def test_the_bits_are_those_of_one_device(how, dtype, mesh):
     f = functools.partial(how, dtype)
     alone = jax.jit(f)(matrices())
@@ -75,8 +82,9 @@ def test_the_bits_are_those_of_one_device(how, dtype, mesh):
     np.testing.assert_allclose(squared[0], np.sum(matrices()[0] ** 2), rtol=1e-2)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("how", [together, in_a_vmap])
+@pytest.mark.parametrize(
+    ("how", "mesh"), [(together, "two axes"), (in_a_vmap, "one axis")]
+)
 def test_each_matrix_moves_twice_and_no_sum_is_over_devices(how, mesh):
     step, _ = compiled(functools.partial(how, jnp.bfloat16), mesh_of(mesh))
     large = [kind for kind, size in moved(step) if size > M]  # not the indices

@@ -24,6 +24,7 @@ from tests.helpers.battery import (
     gradients,
     tree_of,
 )
+from tests.helpers.marks import NIGHTLY, slow_but
 
 L, M, N, R, T, K = 2, 5, 7, 2, 2, 4
 few = settings(derandomize=True, deadline=None, max_examples=20)
@@ -318,7 +319,13 @@ def same_bits(a: Any, b: Any) -> None:
 # One of each way back, moments that turn or begin anew, columns and coordinates.
 @pytest.mark.parametrize(
     "name",
-    ["galore_sara", "fira", "grass_walk", "frugal_coordinates", "ldadam", "dct_adamw"],
+    slow_but(
+        ["grass_walk", "frugal_coordinates"],
+        [
+            *("galore_sara", "fira", "grass_walk", "frugal_coordinates", "ldadam"),
+            "dct_adamw",
+        ],
+    ),
 )
 def test_a_stage_that_measures_changes_no_bit_of_a_step(name: str) -> None:
     tx = build(name)
@@ -345,8 +352,15 @@ def test_it_may_stand_in_a_named_optimizers_basis() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "passes"), [("galore", 1), ("fira", 0)])
-@pytest.mark.parametrize("where", ["basis", "end"])
+@pytest.mark.parametrize(
+    ("name", "passes", "where"),
+    [
+        ("galore", 1, "basis"),
+        ("fira", 0, "end"),
+        pytest.param("galore", 1, "end", marks=NIGHTLY),
+        pytest.param("fira", 0, "basis", marks=NIGHTLY),
+    ],
+)
 def test_what_an_ordinary_step_costs(name: str, passes: int, where: str) -> None:
     """No product, and one more sum over the gradient where no residual has it."""
     m, n, r = 16, 256, 4
@@ -442,7 +456,9 @@ def test_the_backward_pass_measures_what_it_updates() -> None:
     check_like_the_stack(state)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=NIGHTLY)]
+)
 def test_on_a_mesh(kind: AxisType) -> None:
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(kind,))
     cut = {"w": NamedSharding(mesh, P(None, None, "fsdp"))}
