@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
 
 EYE = {"w": jnp.eye(4, 2)[None], "layers": jnp.tile(jnp.eye(4, 2), (1, 3, 1, 1))}
 BASES = {
@@ -167,7 +167,10 @@ def test_every_combination_works_or_is_refused_with_a_reason(basis: str) -> None
                 assert "use project_back() alone" in said
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize(
+    "basis",
+    slow_but(["grassmann_walk", "coordinates", "power_iterate", "gaussian"], BASES),
+)
 def test_error_feedback_goes_around_orthonormal_bases(basis: str) -> None:
     def around(step: str, back: str) -> Any:
         where = lro.error_feedback(optax.chain(BASES[basis], lro.project()))
@@ -200,7 +203,12 @@ ABLATED = {
     "svd": lro.dominant_svd(),
     "frozen": lro.bases.frozen(lro.dominant_svd()),
 }
-CELLS = list(itertools.product(ABLATED, (False, True), (False, True)))
+# A basis that moves a little, one that moves far, and one that stands still.
+THREE = ["walk", "jump", "frozen"]
+CELLS = [
+    pytest.param(*cell, marks=() if cell[0] in THREE else NIGHTLY)
+    for cell in itertools.product(ABLATED, (False, True), (False, True))
+]
 TRAINING = 120
 NEITHER = ("jump", False, False)
 
@@ -262,7 +270,7 @@ def test_each_component_helps_where_it_must() -> None:
     assert left("frozen", False, False) > 1.5 * left("frozen", False, True)
 
 
-@pytest.mark.parametrize("basis", ABLATED)
+@pytest.mark.parametrize("basis", slow_but(THREE, ABLATED))
 def test_cells_differ_where_they_should(basis: str) -> None:
     def same(a: tuple[bool, bool], b: tuple[bool, bool]) -> bool:
         # A few ulps: two programs may round in another order.
