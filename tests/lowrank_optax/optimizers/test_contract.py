@@ -459,7 +459,11 @@ def test_hyperparameters_follow_schedules(name: str) -> None:
         close(ours, theirs, 1e-3 * RATE)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+# The scan above has all of these wrappers at once, around every kind.
+each_wrapped = pytest.mark.parametrize("name", slow_but(["grass_walk"], WRAPPED))
+
+
+@each_wrapped
 def test_multi_steps_takes_the_mean_gradients_step(name: str) -> None:
     grads = gradients()
     out, _ = run(optax.MultiSteps(build(name), 2).gradient_transformation(), grads)
@@ -471,7 +475,7 @@ def test_multi_steps_takes_the_mean_gradients_step(name: str) -> None:
     close(out[1::2], plain(name, mean))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_a_learning_rate_schedule_scales_the_update(name: str) -> None:
     scheduled = build(name, learning_rate=lambda count: RATE / (1.0 + count))
     out, _ = run(scheduled, gradients())
@@ -481,7 +485,7 @@ def test_a_learning_rate_schedule_scales_the_update(name: str) -> None:
     close(out, scaled)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_apply_if_finite_steps_over_a_nan(name: str) -> None:
     grads = gradients(4)
     bad = {**grads[0], "vector": grads[0]["vector"].at[1].set(jnp.nan)}
@@ -493,7 +497,7 @@ def test_apply_if_finite_steps_over_a_nan(name: str) -> None:
     assert int(optax.tree.get(state, "skipped")) == 0  # the wrapper was there first
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_partition_and_masked_hand_over_their_leaves_only(name: str) -> None:
     labels = {"matrix": "low", "vector": "sgd", "frozen": None}
     tx = optax.partition({"low": build(name), "sgd": optax.sgd(1.0)}, labels)
@@ -513,7 +517,7 @@ def test_partition_and_masked_hand_over_their_leaves_only(name: str) -> None:
     assert not any("vector" in path for path in paths(state))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@each_wrapped
 def test_clipping_before_it_and_unknown_extra_arguments(name: str) -> None:
     tx = optax.chain(optax.clip_by_global_norm(0.5), build(name))
     grads = gradients(EVERY + 1)
