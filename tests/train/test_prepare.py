@@ -20,6 +20,7 @@ from tokenizers import models, pre_tokenizers
 
 import train.data.tokenize_shards
 import train.prepare
+from tests.helpers.marks import slow_but
 from tests.helpers.text_files import (
     TEXTS,
     lines_of,
@@ -246,8 +247,9 @@ STOPS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", STOPS)
+@pytest.mark.parametrize(
+    "case", slow_but([], STOPS, slow=["SIGTERM, workers", "SIGKILL"])
+)
 def test_what_was_stopped_goes_on(texts, tmp_path, work, case):
     """No half file is there in between; at the end all is as of one that was not."""
     number, status, workers = STOPS[case]
