@@ -325,7 +325,10 @@ def rounded(w: Any, u: Any, i: Any, key: Any) -> Any:
 )
 def test_weights_in_few_bits(dtype: Any, name: str) -> None:
     tx = optimizer(name)
-    stored = lro.weights.store(arrays(layers_of()), dtype, lambda k: k != "norm")
+    store = functools.partial(
+        lro.weights.store, dtype=dtype, mask=lambda k: k != "norm"
+    )
+    stored = jax.jit(store)(arrays(layers_of()))
     options = {"load": as_float32, "apply_updates": rounded, "refresh": True}
     results = []
     for make in (in_backward, gradients_first):

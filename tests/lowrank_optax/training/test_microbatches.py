@@ -175,7 +175,9 @@ def test_a_step_that_needs_the_gradient_is_refused(name: str) -> None:
 def test_without_a_subspace_nothing_is_projected(name: str) -> None:
     tx, params = optimizer(name), {"up": jnp.ones((WIDTH, HIDDEN))}
     with pytest.raises(ValueError, match="this transformation has 0; sum full"):
-        lro.training.project_gradient(tx, params, tx.init(params), params)
+        jax.eval_shape(
+            lambda p: lro.training.project_gradient(tx, p, tx.init(p), p), params
+        )
 
 
 def test_every_named_optimizer_is_one_of_these() -> None:

@@ -125,7 +125,8 @@ WAYS = {
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *(("grass_walk", way) for way in ("per_layer", "two together", "in_backward")),
+        *(("grass_walk", way) for way in ("per_layer", "in_backward")),
+        pytest.param("grass_walk", "two together", marks=pytest.mark.slow),
         pytest.param("grass_walk", "one at a time", marks=NIGHTLY),
         *(pytest.param("galore", way, marks=NIGHTLY) for way in WAYS),
     ],

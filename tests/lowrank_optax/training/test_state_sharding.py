@@ -217,7 +217,7 @@ def test_the_same_steps_on_a_mesh(name):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-@pytest.mark.parametrize("mesh", slow_but(["fsdp"], ["fsdp", "tensor"]))
+@pytest.mark.parametrize("mesh", slow_but([], ["fsdp", "tensor"], slow=["tensor"]))
 def test_the_same_steps_on_a_mesh_of_one_kind(mesh):
     check_same("galore", *steps(named("galore"), mesh_of(mesh)))
 
