@@ -196,12 +196,13 @@ def test_scale_embedding_and_head_are_normalised_and_the_head_has_momentum():
     assert kept == {"head/kernel": SHAPES["head"]["kernel"].shape}
 
 
-@pytest.mark.parametrize("name", ["racs", "alice"])
+@pytest.mark.parametrize("name", slow_but(["racs"], ["racs", "alice"]))
 def test_a_scale_is_a_run_s(name):
     (a, b), (c, d) = (updates_of(name=name, scale=s) for s in (0.1, 0.2))
     np.testing.assert_allclose(np.stack([c, d]), 2 * np.stack([a, b]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ldadam_is_the_ablations_method_with_its_parts():
     like_it = {"basis": "power", "back": "feedback", "b1": 0.908, "b2": 0.99}
     parts = updates_of(name="subspace_adam", learning_rate=3e-3, **like_it)
@@ -326,7 +327,8 @@ def test_a_basis_replaces_the_method_s_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "basis"), [("grass_walk", "default"), ("galore", "walk")]
+    ("name", "basis"),
+    [("galore", "walk"), pytest.param("grass_walk", "default", marks=NIGHTLY)],
 )
 def test_the_angle_and_the_rank_of_a_walk_reach_it(name, basis):
     walk = partial(updates_of, name=name, basis=basis)
@@ -352,6 +354,7 @@ def test_a_number_that_is_not_given_is_the_optimizer_s_own():
         assert far_apart(own[1], updates_of(name="galore", **change)[1])
 
 
+@pytest.mark.slow
 def test_golore_switches_after_its_part_of_the_steps():
     def second(switch: float) -> np.ndarray:
         return updates_of(name="golore", switch=switch)[1]  # of 10 steps, number 1
@@ -372,7 +375,7 @@ def test_matrices_and_embedding_decay_and_norm_scales_do_not():
         "layers/mlp_norm/scale",
     }
     zero = jax.tree.map(jnp.zeros_like, params)
-    for name in ("adamw", "grass_jump"):
+    for name in ("adamw", "galore"):
         optimizer = made(name=name, weight_decay=0.1, learning_rate=1.0)
         updates = first_update(optimizer.tx, zero, params)
         rate = float(optimizer.schedule(0))
