@@ -154,7 +154,8 @@ def test_a_basis_comes_back_to_half_a_scale(bits, shape, rank, size):
 def test_two_codes_share_a_byte():
     s = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
     g = {"w": np.ones((5, 9), np.float32)}
-    _, state = (tx := packed_bracket(replayed(s))).update(g, tx.init(g))
+    tx = packed_bracket(replayed(s))
+    _, state = jax.jit(tx.update)(g, jax.jit(tx.init)(g))
     q = packed_leaf(state)
     low_high = [c for byte in np.asarray(q.codes) for c in (byte & 15, byte >> 4)]
     codes = np.array(low_high[:15], np.int64).reshape(5, 3)

@@ -164,17 +164,21 @@ def test_coordinates_are_measured_as_the_columns_that_they_are(x64: Any) -> None
 # --- what the numbers mean ---
 
 
-def measured(old: Any, new: Any, g: Any, **what: Any) -> lro.measuring.Measurement:
-    """Of one frame whose basis goes from `old` to `new`, by the stage alone."""
-    stage = lro.measure_subspace(**{"spectrum": R, **what})
-    frame = Frame(gradient=jnp.asarray(g), rank=R, path="w")
+@jax.jit
+def after_a_turn(old: Any, new: Any, g: Any) -> Any:
+    stage = lro.measure_subspace(spectrum=R)
+    frame = Frame(gradient=g, rank=R, path="w")
     state = stage.init(frame)._replace(started=jnp.array(True))
-    old, new = jnp.asarray(old), jnp.asarray(new)
     frame = frame.replace(
         basis=new, previous=old, rotation=new.T @ old, refreshed=jnp.array(True)
     )
     clock = Clock(jnp.int32(3), True, jnp.int32(1))
-    found = lro.measurements({"w": stage.update(frame, state, clock=clock)[1]})
+    return stage.update(frame, state, clock=clock)[1]
+
+
+def measured(old: Any, new: Any, g: Any) -> lro.measuring.Measurement:
+    """Of one frame whose basis goes from `old` to `new`, by the stage alone."""
+    found = lro.measurements({"w": after_a_turn(old, new, g)})
     return next(iter(found.values()))
 
 
@@ -306,7 +310,7 @@ def test_whole_spaces_and_vectors_are_not_measured() -> None:
     with pytest.warns(UserWarning, match="all"):
         state = tx.init(params)
     assert [*lro.measurements(state)] == ["w"]
-    assert [*lro.measurements(tx.update(params, state)[1])] == ["w"]
+    assert [*lro.measurements(jax.jit(tx.update)(params, state)[1])] == ["w"]
 
 
 # --- no step is another ---
@@ -478,7 +482,7 @@ def test_on_a_mesh(kind: AxisType) -> None:
         check_like_the_stack(state)
 
 
-@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize("refresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_matrix_moves_to_be_measured(refresh: bool) -> None:
     """Between refreshes its sums go with those that are there; then bases do."""
     plain, mesh = sharded.named("grass_jump"), sharded.mesh_of("both")
@@ -499,13 +503,15 @@ def test_sums_in_the_subspace_have_overlaps_and_no_energy() -> None:
     def steps(stage: Any) -> Any:
         tx = bracket(rule, stage)
         state = tx.init(weights)
+
+        @functools.partial(jax.jit, static_argnames="refresh")
+        def step(g: Any, state: Any, refresh: bool) -> Any:
+            how: Any = {"refresh": refresh}
+            low = lro.training.project_gradient(tx, g, state, weights, **how)
+            return lro.training.update_projected(tx, low, state, weights, **how)[1]
+
         for t, g in enumerate(grads):
-            first = lro.training.project_gradient(
-                tx, g, state, weights, refresh=t % T == 0
-            )
-            _, state = lro.training.update_projected(
-                tx, first, state, weights, refresh=t % T == 0
-            )
+            state = step(g, state, refresh=t % T == 0)
         return lro.measurements(state)["w"]
 
     plain = after_each_step(bracket(rule, lro.measure_subspace()), grads)[-1]["w"]
