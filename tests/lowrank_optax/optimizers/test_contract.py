@@ -353,7 +353,7 @@ def test_gradients_that_are_not_finite_change_nothing(name: str) -> None:
 
 
 # Each operation is compiled by itself.
-@pytest.mark.parametrize("name", slow_but([], KINDS, slow=["grass_walk", "q_galore"]))
+@pytest.mark.parametrize("name", slow_but([], KINDS, slow=["q_galore"]))
 def test_nothing_depends_on_jit(name: str) -> None:
     grads = gradients(EVERY + 1)
     with jax.disable_jit():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import lowrank_optax as lro
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import NIGHTLY, slow_but
 from tests.helpers.sharded import (
     BASES,
     BOTH,
@@ -204,7 +204,6 @@ def check_same(name, seen, state):
             *("galore", "grass_jump", "ldadam", "q_galore", "online_subspace_descent"),
             *("alice_0", "sumo"),
         ],
-        slow=["online_subspace_descent"],
     ),
 )
 def test_the_same_steps_on_a_mesh(name):
@@ -259,14 +258,19 @@ def steps_by_layer(tx, mesh):
         return seen
 
 
-@pytest.mark.slow
-def test_layers_on_a_mesh():
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, marks=NIGHTLY),
+    ],
+)
+def test_layers_on_a_mesh(kind):
     tx = named("grass_walk")
     expected = steps_by_layer(tx, None)
     # Weights of size one: an update's rounding, and their own.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        jax.tree.map(close, steps_by_layer(tx, mesh_of("both", kind)), expected)
+    jax.tree.map(close, steps_by_layer(tx, mesh_of("both", kind)), expected)
 
 
 # Eight devices, of which each gets one of L matrices, padded to eight.

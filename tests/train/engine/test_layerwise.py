@@ -149,7 +149,7 @@ def arrays_bytes(tree: Any) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    slow_but([], ["adamw", "grass_jump", "galore_adam8bit"], slow=["galore_adam8bit"]),
+    slow_but([], ["adamw", "grass_jump", "galore_adam8bit"], slow=["adamw"]),
 )
 def test_a_step_may_be_taken_layer_by_layer_and_changed_when_resumed(
     name, tmp_path, asked
@@ -229,7 +229,8 @@ def check_a_stopped_run(
     ("name", "layerwise"),
     [
         ("galore", "on"),
-        pytest.param("grass_walk", "off", marks=pytest.mark.slow),
+        pytest.param("galore", "off", marks=pytest.mark.slow),
+        pytest.param("grass_walk", "off", marks=NIGHTLY),
         pytest.param("grass_walk", "on", marks=NIGHTLY),
     ],
 )
@@ -486,8 +487,7 @@ def test_a_layer_is_skipped_by_itself(name, how, clip_norm, damage, monkeypatch)
         before = after
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+@pytest.mark.parametrize("clip_norm", slow_but([], [None, 1e-3], slow=[None]))
 def test_microbatches_are_summed_in_the_subspace(clip_norm):
     """The steps of whole gradients, if the first microbatch decides where they go."""
     config = config_of("golore", microbatches=2)  # random from its switch on: at once

@@ -12,6 +12,7 @@ import pytest
 
 import train.engine.step
 from models import LlamaConfig, bind, forward, init_params
+from tests.helpers.marks import NIGHTLY
 from train.config.config import Config, OptimizerConfig
 from train.config.resolve import resolve
 from train.engine.mesh import make_mesh, replicated
@@ -103,11 +104,12 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
 
 
 @pytest.mark.parametrize(
-    "layerwise", [False, pytest.param(True, marks=pytest.mark.slow)]
+    ("name", "layerwise"),
+    [("grass_jump", False), pytest.param("adamw", True, marks=pytest.mark.slow)],
 )
-def test_padding_outside_of_the_vocabulary_changes_nothing(layerwise):
-    _, step, state = make("grass_jump", layerwise=layerwise)
-    step = partial(step, refresh=True)
+def test_padding_outside_of_the_vocabulary_changes_nothing(name, layerwise):
+    _, step, state = make(name, layerwise=layerwise)
+    step = partial(step, refresh=name != "adamw")
     tokens, weights = tokens_of(0), np.ones((16, 12), np.float32)
     weights[:, 7:] = 0
 
@@ -190,18 +192,18 @@ def test_the_loss_in_blocks_is_that_of_all_logits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("name", "how"),
     [
-        {"microbatches": 2},
-        {"layerwise": True},
+        pytest.param("adamw", {"microbatches": 2}, marks=pytest.mark.slow),
+        pytest.param("grass_jump", {"microbatches": 2}, marks=NIGHTLY),
+        pytest.param("grass_jump", {"layerwise": True}, marks=NIGHTLY),
     ],
-    ids=["whole", "layerwise"],
+    ids=["adamw", "whole", "layerwise"],
 )
-@pytest.mark.slow
-def test_eight_devices_take_the_steps_of_one(how):
-    work = work_of("grass_jump", **how)
+def test_eight_devices_take_the_steps_of_one(name, how):
+    work = work_of(name, **how)
     config = Config(batch_size=16, seq_len=12, microbatches=work.microbatches)
-    start, losses = make("grass_jump")[-1], []
+    start, losses = make(name)[-1], []
     for mesh in (make_mesh(config), make_mesh(config, jax.devices()[:1])):
         with jax.set_mesh(mesh):
             kinds = kinds_of_steps(work.optimizer)
@@ -213,7 +215,8 @@ def test_eight_devices_take_the_steps_of_one(how):
             for seed in range(4):
                 batch = program.put({"tokens": tokens_of(seed)})
                 assert len(batch["tokens"].sharding.device_set) == mesh.size
-                state, metrics = program.step(state, batch, refresh_due(state))
+                refresh = True in kinds and refresh_due(state)
+                state, metrics = program.step(state, batch, refresh)
                 losses.append(float(metrics["loss"]))
     assert mesh.size == 1
     assert len(set(losses[:4])) == 4
