@@ -91,6 +91,7 @@ def test_a_run_writes_what_it_measures(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_changes_no_bit_of_a_run(measured, flags, tmp_path):
     main([*flags, "--out", str(tmp_path)])
     plain = [[r["loss"], r["grad_norm"]] for r in read_metrics(tmp_path)]
