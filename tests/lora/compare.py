@@ -259,8 +259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in config.methods:
             check_optimizer(run_of(config, name))
         run = run_of(config, config.methods[0])
-        if run.model.base.tie_embeddings:
-            raise ValueError(f"init_from: {config.init_from} has a tied head")
         data = open_text(run)
         check_start(run, data.tokenizer)
         if config.out is not None:

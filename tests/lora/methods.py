@@ -127,9 +127,10 @@ def of_lora(
 
     def sums(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, lora, frozen)
+        tied = work.model.tie_embeddings
         loss = head_cross_entropy(
             model.hidden(inputs_of(work, batch), **places_of(batch)),
-            model.head.kernel[...],
+            model.embed.embedding[...].T if tied else model.head.kernel[...],
             *targets_of(batch),
             compute_dtype=work.model.compute_dtype,
             block_tokens=LOGIT_TOKENS,

@@ -9,13 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from models import LlamaConfig, bind, forward, init_params, save_pretrained
+from models import (
+    LlamaConfig,
+    bind,
+    forward,
+    init_params,
+    load_pretrained,
+    save_pretrained,
+)
 from tests.lora.adapters import adapt
 from tests.lora.compare import LoraConfig, host_weights, main, prepared, run_of
 from tests.lora.table import table
+from train.config.config import model_config
 from train.config.named import Shared
 from train.data.dataset import DataConfig
 from train.engine.mesh import make_mesh
@@ -97,19 +106,25 @@ def test_the_gradient_does_not_depend_on_what_is_recomputed() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published weights, and a text in which each token follows from the last."""
     folder = tmp_path_factory.mktemp("lora")
-    params = init_params(SHAPE, jax.random.key(0))
     # As of a trained model, the head is not small: adapters alone get nowhere with it.
+    params = init_params(SHAPE, jax.random.key(0))
     params["head"]["kernel"] *= 20
     save_pretrained(folder / "base", SHAPE, params)
+    params["embed"]["embedding"] = params.pop("head")["kernel"].T
+    save_pretrained(
+        folder / "tied", dataclasses.replace(SHAPE, tie_embeddings=True), params
+    )
     tokens = np.cumsum(np.random.default_rng(0).integers(1, 3, 20_000)) % 8
     tokens.astype("<u2").tofile(folder / "text.u16")
     return folder
 
 
-def config_of(folder: Path, method: str, steps: int, **given: Any) -> LoraConfig:
+def config_of(
+    folder: Path, method: str, steps: int, base: str = "base", **given: Any
+) -> LoraConfig:
     every = 3 if method.startswith("galore") else None
     return LoraConfig(
-        init_from=f"hf:{folder / 'base'}",
+        init_from=f"hf:{folder / base}",
         methods=(method,),
         steps=steps,
         alpha=ALPHA,
@@ -127,11 +142,13 @@ def batches_of(config: LoraConfig, count: int) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("base", "dtype"), [("base", "float32"), ("base", "bfloat16"), ("tied", "float32")]
+)
 def test_only_adapters_are_trained_and_they_lower_the_loss(
-    folder: Path, dtype: Any
+    folder: Path, base: str, dtype: Any
 ) -> None:
-    config = config_of(folder, "lora@3e-2", steps=40, weight_dtype=dtype)
+    config = config_of(folder, "lora@3e-2", 40, base, weight_dtype=dtype)
     run = run_of(config, "lora@3e-2")
     mesh = make_mesh(run, jax.devices()[:1])
     method = prepared(config, mesh, host_weights(run, mesh), "lora@3e-2")
@@ -152,6 +169,11 @@ def test_only_adapters_are_trained_and_they_lower_the_loss(
     # A and B of 2 layers: q and o (16, 16), k and v (16, 8), three of the MLP (16, 27).
     numbers = 2 * RANK * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 27))
     assert method.trained == sum(x.size for x in trained) == numbers
+    tokens = batches_of(config, 1)[0]["tokens"]
+    weights = load_pretrained(folder / base, dtype=dtype)
+    logits = forward(model_config(run.model), weights, tokens)[:, :-1]
+    first = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    np.testing.assert_allclose(losses[0], first.mean(), rtol=1e-5)  # float32
     assert np.mean(losses[-5:]) < losses[0] - 1
 
 
