@@ -1,4 +1,4 @@
-"""LLaMA language models in Flax NNX, from 60M to 13B parameters."""
+"""LLaMA language models in Flax NNX, from 60M to 70B parameters."""
 
 from models.config import SIZES, LlamaConfig
 from models.generate import generate

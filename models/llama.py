@@ -141,7 +141,7 @@ def attend(
 
 
 class Context(NamedTuple):
-    """What a layer has to know of a batch besides its activations.
+    """Angles and attention of a batch, which all its layers share.
 
     Attributes:
       angles: those of RoPE, float32 (T, P) or (B, T, P).
@@ -286,7 +286,7 @@ class Llama(nnx.Module):
         return self.norm(jax.lax.scan(run, x_BTD, layers)[0])
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """What the head makes of its input: (..., D) -> float32 (..., V)."""
+        """Logits of the head's input: (..., D) -> float32 (..., V)."""
         if not self.config.tie_embeddings:
             return self.head(x)
         return tied_logits(self.config, self.embed.embedding[...], x)

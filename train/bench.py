@@ -39,7 +39,8 @@ from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, rounded
 from train.records.profile import tables
 from train.records.step_table import table
-from train.run.loop import Program, build_program, initial, kinds_of_steps, work_of
+from train.run.first_state import initial
+from train.run.loop import Program, build_program, kinds_of_steps, work_of
 
 DESCRIPTION = """Time and measure whole training steps on random tokens, as the trainer
 compiles them, for every optimizer in one process: milliseconds of an ordinary step, of

@@ -30,7 +30,8 @@ from train.engine.optimizer import check_meant, check_optimizer
 from train.engine.step import Work
 from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, markdown, rounded
-from train.run.loop import kinds_of_steps, like_of, lower_step, work_of
+from train.run.first_state import like_of
+from train.run.loop import kinds_of_steps, lower_step, work_of
 from train.tpu.collectives import KINDS, traffic_of
 from train.tpu.topology import chips_of, memory_of, refusal, stay_on_cpu
 

@@ -12,8 +12,8 @@ from train.config.command_line import parse
 from train.run.exporting import DType, export
 from train.run.restore import load_run
 
-DESCRIPTION = """Write a run for transformers, vLLM and lm-eval, in a folder like those
-of Hugging Face transformers.
+DESCRIPTION = """Write a run for transformers and lm-eval, in a folder like those of
+Hugging Face transformers.
 
 Examples:
   python -m train.export runs/tiny-grass_jump --to exported
@@ -26,7 +26,7 @@ and the tokenizer with its chat template. It appears when it is complete."""
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """What to write, and where.
+    """The run to write, and the folder.
 
     Attributes:
       run: a run's folder, for its newest checkpoint, or FOLDER@STEP.

@@ -45,7 +45,7 @@ Examples:
   mpirun -n 2 python -m train --distributed          two processes
   python -m train.compare --help                     several optimizers, same work
   python -m train.sample --help                      text from a trained model
-  python -m train.export --help                      a run for transformers and vLLM
+  python -m train.export --help                      a run for transformers
   python -m train.spectrum --help                    what changed between checkpoints
   python -m train.bench --help                       what a step costs
 

@@ -1,4 +1,4 @@
-"""Which published tensor is which leaf of the parameters."""
+"""The names of published tensors, and the leaves of the parameters they belong to."""
 
 from functools import partial
 from typing import NamedTuple

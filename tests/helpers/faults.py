@@ -172,7 +172,8 @@ def restored_state(work: Workshop, out: Path) -> Any:
     from train.config.resolve import resolve
     from train.engine.mesh import make_mesh
     from train.run.checkpoint import CheckpointError, Checkpoints
-    from train.run.loop import initial, work_of
+    from train.run.first_state import initial
+    from train.run.loop import work_of
     from train.run.start import open_text
 
     argv = [*FLAGS, *work.data, "--out", str(out), "--resume"]

@@ -28,7 +28,8 @@ from train.engine.step import (
     store_weights,
     targets_of,
 )
-from train.run.loop import Program, build_program, initial, kinds_of_steps, work_of
+from train.run.first_state import initial
+from train.run.loop import Program, build_program, kinds_of_steps, work_of
 
 
 class Method(NamedTuple):
@@ -140,7 +141,9 @@ def of_lora(
     def take(
         lora: Any, opt_state: Any, frozen: Any, batch: Batch
     ) -> tuple[Any, Any, jax.Array]:
-        of_lora = lambda lora, part: sums(lora, frozen, part)  # noqa: E731
+        def of_lora(lora: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
+            return sums(lora, frozen, part)
+
         loss, gradient = mean_gradient(of_lora, lora, batch, 1)
         updates, opt_state = tx.update(gradient, opt_state, lora)
         return optax.apply_updates(lora, updates), opt_state, loss

@@ -28,7 +28,8 @@ from train.config.config import model_config
 from train.config.named import Shared
 from train.data.dataset import DataConfig
 from train.engine.mesh import make_mesh
-from train.run.loop import build_program, initial, kinds_of_steps, work_of
+from train.run.first_state import initial
+from train.run.loop import build_program, kinds_of_steps, work_of
 
 # Grouped heads, and an MLP whose width is padded (27 to 32).
 SHAPE = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Where the answers are in a conversation that a chat template has written."""
+"""The places of answers in a conversation that a chat template has written."""
 
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ def render_example(template: ChatTemplate, example: Example) -> Rendered:
 def _added(
     template: ChatTemplate, text: str, example: Example, turn: int
 ) -> tuple[int, int]:
-    """What a turn adds to the text before it."""
+    """The text that a turn adds to that before it."""
     messages: list[Message] = example.messages
     try:
         before = template.render(messages[:turn], example.tools, True)

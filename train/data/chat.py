@@ -1,4 +1,4 @@
-"""What examples become: a template's text, its tokens, and which are to be learned."""
+"""Examples as tokens: a template's text, its tokens, and those that are learned."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class TakeRendered:
         self._example, self._chat, self._train_on = example, chat, train_on
 
     def columns(self, there: Sequence[str]) -> list[str]:
-        """As `TakeExample.columns`."""
+        """The columns to read, as `TakeExample.columns`."""
         return self._example.columns(there)
 
     def __call__(self, record: Any) -> Rendered:

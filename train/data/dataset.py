@@ -56,7 +56,7 @@ class Data:
     examples "chat_template" (see `train.data.fingerprint.changed`)."""
 
     chat: Chat | None = None
-    """Of examples: what wrote and encoded them."""
+    """The template and encoder of examples; None for text."""
 
 
 def open_data(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]
-"""One turn: "role", "content", and what else a template may read."""
+"""A turn: "role", "content", and further keys that a template may read."""
 
 ExampleForm = Literal["auto", "messages", "conversations", "prompt", "instruction"]
 
@@ -72,7 +72,7 @@ class TakeExample:
     form: ExampleForm = "auto"
 
     def columns(self, there: Sequence[str]) -> list[str]:
-        """Those of the field, or of any form; ValueError if there are none."""
+        """The columns of the field, or of any form; ValueError if there are none."""
         if self.field is None:
             wanted = {name for form in _FORMS.values() for name in form.fields}
         else:

@@ -214,7 +214,7 @@ def _split_documents(
 
 
 def held_out_period(count: int, config: DataConfig) -> int:
-    """Of `count` documents or examples every n-th is held out: n, at most `count`."""
+    """The n of which every n-th document or example is held out, at most `count`."""
     return min(round(1 / config.eval_fraction), count)
 
 

@@ -77,7 +77,7 @@ def _found(value: Any, field: str) -> Any:
 
 
 def _remedy(fields: Iterable[str]) -> str:
-    """What to set where there are these fields, and no text."""
+    """The advice for records that have these fields, and no text."""
     if fits_a_form(fields):
         return "set --windows examples to train on examples, or --text-field"
     return "set --text-field"

@@ -31,7 +31,7 @@ _ROWS = 1000
 
 
 class TakeError(ValueError):
-    """What is made of records is at fault, not the record: skipping would not help."""
+    """An error of `take` itself, not of a record: skipping would not help."""
 
 
 class Take(Protocol[T_co]):
@@ -42,7 +42,7 @@ class Take(Protocol[T_co]):
         ...
 
     def __call__(self, record: Any) -> T_co:
-        """What it makes of a record; ValueError if the record is not fit for it.
+        """Takes something from a record; ValueError if the record is not fit for it.
 
         A `TakeError` ends the run whatever `BadLines` says.
         """
@@ -124,7 +124,7 @@ def holds_records(path: AnyPath) -> bool:
 def read_records(
     path: AnyPath, take: Take[T], bad: BadLines, on_bytes: OnBytes
 ) -> Iterator[T]:
-    """What `take` makes of each record of a file, in order.
+    """Yields the result of `take` for each record of a file, in order.
 
     `.jsonl` and `.json` have a record in each line (as C4's and SlimPajama's shards
     do) or, in `.json`, in each element of an array, which is held in memory; plain or
@@ -235,7 +235,7 @@ def _rows(path: AnyPath, take: Take[T], on_bytes: OnBytes) -> Iterator[T | Excep
 def _scalars(
     parquet: Any, path: AnyPath, take: Take[Any], on_bytes: OnBytes
 ) -> Iterator[dict[str, Any]]:
-    """Each row as Arrow's scalars by column, of the columns that are needed."""
+    """Yields rows as Arrow's scalars by column, of the columns that are needed."""
     with (
         read_errors(path),
         path.open("rb") as raw,
@@ -279,7 +279,7 @@ def _taken(record: Any, take: Take[T]) -> T | Exception:
 
 
 def _at(where: str, taken: T | Exception) -> T | Exception:
-    """What was taken, or the error with the place."""
+    """The result of `take`, or its error with the place."""
     if not isinstance(taken, Exception):
         return taken
     kind = TakeError if isinstance(taken, TakeError) else ValueError

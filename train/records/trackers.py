@@ -53,14 +53,14 @@ class Wandb:
     """A run of Weights & Biases; its files are in `folder/wandb`, or $WANDB_DIR."""
 
     UPLOAD_S = 10.0
-    """How long the end of a run waits for the upload; the files stay.
+    """Seconds that the end of a run waits for the upload; the files stay.
 
     wandb takes one limit for every end. The other processes of a run wait `PARTING_S`,
     and a cluster kills a stopped run after perhaps 30 s.
     """
 
     LOGIN_S = 60.0
-    """How long wandb's question for a key waits for somebody who answers."""
+    """Seconds that wandb's question for a key waits for an answer."""
 
     def __init__(self, run: Tracked) -> None:
         import wandb  # type: ignore[import-not-found]

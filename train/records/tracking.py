@@ -16,7 +16,7 @@ from train.records.trackers import TRACKERS, Tracked, TrackerName
 
 
 class Sent(NamedTuple):
-    """What a tracker has of a run, as `folder/NAME.json` stores it.
+    """The part of a run that a tracker has, as `folder/NAME.json` stores it.
 
     Attributes:
       project: that has the tracked run.
@@ -30,7 +30,7 @@ class Sent(NamedTuple):
 
 
 def new(project: str) -> Sent:
-    """Of a tracked run that is yet to begin."""
+    """The record of a tracked run that is yet to begin."""
     return Sent(project, uuid.uuid4().hex[:12], 0)
 
 

@@ -18,7 +18,7 @@ CLASSES = {".json": "PreTrainedTokenizerFast", ".model": "LlamaTokenizer"}
 
 
 def export(run: LoadedRun, folder: Path, dtype: DType | None = None) -> None:
-    """Writes a folder that transformers, vLLM and `--init-from hf:FOLDER` load.
+    """Writes a folder that transformers and `--init-from hf:FOLDER` load.
 
     It has config.json, generation_config.json, the weights in safetensors files and,
     if the run has a tokenizer, its file and tokenizer_config.json with the chat

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import lowrank_optax as lro
 from models import Params
 from train.config.config import Config, model_config, resolved, title
 from train.data.dataset import Data
@@ -27,10 +26,7 @@ from train.engine.step import (
     TrainState,
     Work,
     dense,
-    init_state,
-    init_weights,
     loss_sums,
-    store_weights,
     train_step,
 )
 from train.host.console import say
@@ -39,7 +35,8 @@ from train.host.signals import Stop
 from train.records.metrics import Meter, MetricsWriter, Record
 from train.records.progress import Progress
 from train.run.checkpoint import Checkpoints, Restored
-from train.run.start import Shardings, begun_from, weights_for
+from train.run.first_state import initial, like_of
+from train.run.start import begun_from, weights_for
 from train.run.stored import (
     store_chat_template,
     store_settings,
@@ -183,53 +180,6 @@ def work_of(config: Config, key: jax.Array) -> Work:
         weight_dtype=config.model.weight_dtype,
         microbatches=config.microbatches,
         layerwise=resolved(config, "layerwise") == "on",
-    )
-
-
-def initial(
-    work: Work, mesh: Mesh, given: Callable[[Shardings], Params] | None = None
-) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """Returns a function from a key to the first state, and that state's shapes.
-
-    The state is sharded as it is made, and its shapes have shardings. The key draws the
-    weights, unless `given` returns some, on the devices and stored as any run does.
-    """
-    like = like_of(work, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    draw = jax.jit(partial(init_weights, work), out_shardings=shardings.params)
-    store = jax.jit(partial(store_weights, work), out_shardings=shardings.params)
-    rest = jax.jit(partial(init_state, work), out_shardings=shardings, donate_argnums=0)
-
-    def make(key: jax.Array) -> TrainState:
-        if given is None:
-            return rest(draw(key))
-        weights = given(partial(work.shards.shardings, mesh))
-        as_stored = _shapes(weights) == _shapes(like.params)
-        return rest(weights if as_stored else store(weights))
-
-    # One after the other: what drawing the weights takes is free again then.
-    return make, like
-
-
-def _shapes(params: Params) -> Params:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-
-def like_of(work: Work, mesh: Mesh) -> TrainState:
-    """The shapes and shardings of a `TrainState`; allocates nothing."""
-    params = jax.eval_shape(partial(init_weights, work), jax.random.key(0))
-    weights = jax.eval_shape(partial(dense, work), params)
-    state = jax.eval_shape(partial(init_state, work), params)
-    shardings = jax.tree.map(lambda _: replicated(mesh), state)._replace(
-        params=work.shards.shardings(mesh, params),
-        opt_state=lro.state_shardings(
-            work.optimizer.tx, weights, work.shards.shardings(mesh, weights)
-        ),
-    )
-    return jax.tree.map(
-        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
-        state,
-        shardings,
     )
 
 

@@ -69,7 +69,7 @@ def test_leading_ones_are_kept_and_the_others_are_drawn_uniformly() -> None:
 
 @pytest.mark.parametrize(("rank", "keep"), [(1, 0.5), (3, 0.01), (5, 0.7), (7, 1.0)])
 def test_it_is_orthonormal_whatever_the_gradient(rank: int, keep: float) -> None:
-    """Of full rank, of rank one, inside the old span, or zero; small and large."""
+    """Gradients of full rank, of rank one, inside the old span, and zero."""
     gradients, bases = [], []
     for seed in range(20):
         g, s = normal(M, N, seed=seed), orthonormal(columns=rank, seed=seed)

@@ -177,7 +177,7 @@ def after_a_turn(old: Any, new: Any, g: Any) -> Any:
 
 
 def measured(old: Any, new: Any, g: Any) -> lro.measuring.Measurement:
-    """Of one frame whose basis goes from `old` to `new`, by the stage alone."""
+    """The measures of one frame whose basis goes from `old` to `new`."""
     found = lro.measurements({"w": after_a_turn(old, new, g)})
     return next(iter(found.values()))
 

@@ -46,13 +46,13 @@ def sentence_piece() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def with_bytes() -> Tokenizer:
-    """One that writes unknown characters as bytes, and has a user's symbol."""
+    """A tokenizer that writes unknown characters as bytes, and has a user's symbol."""
     symbols = ["<|im_end|>"]
     return trained(300, byte_fallback=True, user_defined_symbols=symbols)
 
 
 def with_specials(text: str) -> list[int]:
-    """As transformers encodes what a template has written."""
+    """Encodes a template's text as transformers does."""
     tokenizer = tokenizers.Tokenizer.from_str(chat_tokenizer())
     return tokenizer.encode(text, add_special_tokens=False).ids
 

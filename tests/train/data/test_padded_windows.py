@@ -30,7 +30,8 @@ from train.engine.mesh import make_mesh, to_devices
 from train.main import main
 from train.records.metrics import read_metrics
 from train.run.checkpoint import stored_checksums
-from train.run.loop import initial, lower_step, work_of
+from train.run.first_state import initial
+from train.run.loop import lower_step, work_of
 
 END = 1
 T = 48

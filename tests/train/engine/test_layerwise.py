@@ -40,7 +40,8 @@ from train.engine.step import (
 )
 from train.records.metrics import read_metrics
 from train.run.checkpoint import Restored
-from train.run.loop import Outputs, Trained, fit, initial, kinds_of_steps
+from train.run.first_state import initial
+from train.run.loop import Outputs, Trained, fit, kinds_of_steps
 from train.run.report import sample_text
 
 VOCABULARY, LAYERS, T = 64, 3, 4

@@ -17,7 +17,8 @@ from train.engine.flops import flops_per_token, multiplied_weights
 from train.engine.mesh import make_mesh, to_devices
 from train.engine.optimizer import decayed, make_optimizer, parted, smaller_sides
 from train.engine.step import Work, init_state, init_weights, loss_sums, train_step
-from train.run.loop import initial, lower_step
+from train.run.first_state import initial
+from train.run.loop import lower_step
 
 # 60 tokens are padded to 64 columns in the head's product.
 MODEL = LlamaConfig(

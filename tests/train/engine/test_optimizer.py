@@ -77,7 +77,7 @@ MATRICES = {
 
 
 def first_update(tx: optax.GradientTransformation, grads, params):
-    """In one program."""
+    """Steps in one program."""
     return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
 
 

@@ -27,13 +27,8 @@ from train.engine.step import (
     mean_gradient,
     train_step,
 )
-from train.run.loop import (
-    build_program,
-    check_finite,
-    evaluate,
-    kinds_of_steps,
-    like_of,
-)
+from train.run.first_state import like_of
+from train.run.loop import build_program, check_finite, evaluate, kinds_of_steps
 
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 

@@ -28,8 +28,9 @@ from train.engine.mesh import make_mesh, to_devices
 from train.engine.optimizer import check_meant
 from train.engine.weight_sharding import WeightSpecs, specs_of_weight
 from train.run.checkpoint import Checkpoints
+from train.run.first_state import initial
 from train.run.folder import check_folder
-from train.run.loop import initial, kinds_of_steps, lower_step, work_of
+from train.run.loop import kinds_of_steps, lower_step, work_of
 
 D, F, V, ROWS, T, STEPS = 32, 64, 96, 16, 12, 5
 MODEL = LlamaConfig(V, D, F, num_heads=4, num_layers=3)

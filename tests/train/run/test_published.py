@@ -31,7 +31,8 @@ from train.config.config import (
 from train.config.resolve import resolve
 from train.data.tokenizer import train_tokenizer
 from train.engine.mesh import make_mesh
-from train.run.loop import initial, work_of
+from train.run.first_state import initial
+from train.run.loop import work_of
 from train.run.restore import load_run
 from train.run.start import (
     check_start,
@@ -40,6 +41,7 @@ from train.run.start import (
     weights_for,
     with_shape_of_run,
 )
+from train.run.stored import store_settings
 
 TEXT = "a quick brown fox jumps over the lazy dog "
 MODEL = LlamaConfig(
@@ -160,6 +162,12 @@ def test_a_run_goes_on_and_is_exported(published, tmp_path, capsys, monkeypatch)
     words = ("--init-from", str(run), "--optimizer", "adamw")
     begun = with_shape_of_run(parse(Config, "", words, "python -m train"))
     assert model_config(resolve(begun).model) == loaded.model
+    # And what is stated of its tokens.
+    (tmp_path / "next").mkdir()
+    store_settings(tmp_path / "next", run, loaded.tokenizer)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        first, second = ((x / name).read_text() for x in (run, tmp_path / "next"))
+        assert json.loads(first) == json.loads(second) != {}
     again = config_of("--init-from", f"hf:{exported}")
     check_start(again, loaded.tokenizer)
     assert model_config(again.model) == loaded.model

@@ -33,8 +33,8 @@ from train.engine.optimizer import make_optimizer, make_schedule
 from train.engine.step import TrainState, Work
 from train.host.atomic import check_writable
 from train.run.checkpoint import Checkpoints
+from train.run.first_state import initial
 from train.run.folder import check_folder, own_folder
-from train.run.loop import initial
 from train.run.restore import load_run, load_weights
 from train.run.start import (
     check_rates,

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import train.export
 import train.main
 import train.sample
 from models import SIZES, LlamaConfig
@@ -61,6 +62,16 @@ def test_the_prompt_is_a_user_s_turn(run, capsys):
     loaded = load_run(out(run))
     start = loaded.tokenizer.decode(loaded.chat.prompt("say 7"))
     assert start == "user\nsay 7\nassistant\n"
+
+
+def test_an_export_ends_where_the_template_does(run, tmp_path):
+    loaded = load_run(out(run))
+    train.export.main([str(out(run)), "--to", str(tmp_path / "exported")])
+    ids = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert loaded.chat.end != loaded.tokenizer.eos_id
+    assert ids["eos_token_id"] == [loaded.tokenizer.eos_id, loaded.chat.end]
+    settings = (tmp_path / "exported" / "tokenizer_config.json").read_text()
+    assert json.loads(settings)["chat_template"] == named_template("chatml").source
 
 
 def test_it_goes_on_with_its_own_template_alone(run):
