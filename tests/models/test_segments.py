@@ -37,6 +37,15 @@ def test_an_example_has_the_logits_that_it_has_alone(change):
     assert not jnp.allclose(together[0, 5:], run(config, params, TOKENS)[0, 5:], 0.1)
 
 
+@pytest.mark.parametrize("window", [1, 3, 12])
+def test_a_token_sees_as_many_as_the_window_has(window):
+    config = replace(SMALL, num_layers=1, sliding_window=window)
+    params = init_params(config, jax.random.key(0))
+    changed = run(config, params, TOKENS.at[:, 2].add(1) % 61)
+    moved = jnp.abs(changed - run(config, params, TOKENS)).max(axis=(0, 2)) > 1e-3
+    assert moved.tolist() == [2 <= t < 2 + window for t in range(12)]
+
+
 def test_positions_are_those_that_are_given():
     params = init_params(SMALL, jax.random.key(0))
     plain = run(SMALL, params, TOKENS)
