@@ -37,7 +37,7 @@ from train.engine.timing import Steps, median_seconds, profile, seconds
 from train.engine.update_alone import update_alone
 from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, rounded
-from train.records.profile import tables
+from train.records.profile import Profile, tables
 from train.records.step_table import table
 from train.run.first_state import initial
 from train.run.loop import Program, build_program, kinds_of_steps, work_of
@@ -56,7 +56,8 @@ Examples:
   python -m train.bench --size 7b --rank 1024 --batch-size 32 --fsdp 8
 
 With --update-alone only the optimizer's update and the addition to the weights are
-timed, on random gradients. --profile also prints an ordinary step by its kernels. The
+timed, on random gradients. --profile also prints an ordinary step and a refresh by
+their kernels. The
 share of the peak rate counts 6 N + 6 L D T operations a token (N numbers in the
 matrices of layers and head, L layers of width D, T tokens in a window, half of which
 causal attention sees) against the device's dense bfloat16 rate in its vendor's data
@@ -92,8 +93,8 @@ class BenchConfig:
       skip_refreshes: leave out the timing of a refresh (with an SVD it can take long).
       compile_only: memory alone, from the compiled programs.
       update_alone: the optimizer's update alone, no model.
-      profile: print an ordinary step by its kernels; the traces are kept in a folder
-        that is named.
+      profile: print an ordinary step and a refresh by their kernels; the traces are
+        kept in a folder that is named.
       out: file to append the results to, one JSON line each.
     """
 
@@ -249,21 +250,34 @@ def times(config: BenchConfig, steps: Steps) -> Row:
     if config.stagger:
         each = [1e3 * seconds(steps.ordinary) for _ in range(config.steps)]
         row["slowest"] = max(each) / statistics.median(each)
-    if len(steps.kinds) > 1 and steps.every and not config.skip_refreshes:
+    if refreshes(config, steps):
         row["refresh_ms"] = 1e3 * seconds(partial(steps.take, True))
-        row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / steps.every
+        row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / (steps.every or 1)
     return row
 
 
+def refreshes(config: BenchConfig, steps: Steps) -> bool:
+    """Whether there is a refresh to look at, beside an ordinary step."""
+    return len(steps.kinds) > 1 and bool(steps.every) and not config.skip_refreshes
+
+
 def profiled(config: BenchConfig, row: Row, steps: Steps) -> Row:
-    """Prints an ordinary step by its kernels, if that is asked for."""
+    """Prints an ordinary step and a refresh by their kernels, if that is asked for."""
     if config.profile is None:
         return {}
     name, way = row["optimizer"], row["layerwise"]
-    folder = config.profile[0] / f"{name}-{way}".rstrip("-") if config.profile else None
-    found = profile(steps.ordinary, PROFILED_STEPS, folder)
+    own = f"{name}-{way}".rstrip("-")
     title = f"{name}, layer by layer" if way == "on" else name
-    print("\n" + tables(title, found), flush=True)
+
+    def print_kernels(take: Callable[[], object], count: int, suffix: str) -> Profile:
+        folder = config.profile[0] / (own + suffix) if config.profile else None
+        found = profile(take, count, folder)
+        print("\n" + tables(title + suffix.replace("-", ", "), found), flush=True)
+        return found
+
+    found = print_kernels(steps.ordinary, PROFILED_STEPS, "")
+    if refreshes(config, steps):
+        print_kernels(partial(steps.take, True), 1, "-refresh")
     kinds = {kind.name: kind.ms for kind in found.kinds}
     return {"busy_ms": found.busy_ms, "kinds_ms": kinds}
 

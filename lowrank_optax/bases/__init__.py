@@ -1,8 +1,10 @@
 """Where: rules that choose the basis S of each matrix, and wrappers of such rules."""
 
 from lowrank_optax.bases.dct import dct_columns
+from lowrank_optax.bases.folded import fold
 from lowrank_optax.bases.follow import basis_rule
 from lowrank_optax.bases.grassmann import grassmann_track, grassmann_walk
+from lowrank_optax.bases.iterate import orthogonal_iterate
 from lowrank_optax.bases.lazy import LazyRefreshState, frozen, lazy_refresh
 from lowrank_optax.bases.momentum import correlation_aware, power_iterate
 from lowrank_optax.bases.pca import OnlinePCAState, online_pca
@@ -27,6 +29,7 @@ __all__ = [
     "correlation_aware",
     "dct_columns",
     "dominant_svd",
+    "fold",
     "frozen",
     "gaussian",
     "grassmann_jump",
@@ -34,6 +37,7 @@ __all__ = [
     "grassmann_walk",
     "lazy_refresh",
     "online_pca",
+    "orthogonal_iterate",
     "power_iterate",
     "quantize_basis",
     "random_after",

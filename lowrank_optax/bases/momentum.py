@@ -51,8 +51,11 @@ def power_iterate(
         s, m = frame.need("basis"), _momentum(frame, "power_iterate")
         m_hat = rho * m / average_weight(1 - jnp.asarray(b1, m.dtype), clock.step)
         # Of unit size: the span is the same, and no product over- or underflows.
-        b = linalg.unit_largest(linalg.matmul(s, m_hat) + (1 - rho) * frame.gradient)
-        return linalg.orthonormalize(linalg.matmul(b, linalg.matmul(transpose(b), s)))
+        g, m_hat = _of_unit_size((1 - rho) * frame.gradient, m_hat)
+        # B^T S and B (B^T S), without B, since S^T S = I.
+        x = m_hat + linalg.matmul(transpose(s), g, linalg.COARSE)
+        along = linalg.matmul(s, linalg.matmul(m_hat, transpose(x)))
+        return linalg.orthonormalize(along + linalg.matmul(g, transpose(x)))
 
     return basis_rule(choose, svd_until=1, decomposition=decomposition)
 
@@ -106,6 +109,13 @@ def correlation_aware(
     return basis_rule(
         choose, orthonormal=False, svd_until=1, decomposition=decomposition
     )
+
+
+def _of_unit_size(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """G and M over one number, the size of the larger."""
+    size = jnp.maximum(linalg.size(g), linalg.size(m))
+    size = linalg.fence(jnp.where(size > 0, size, 1))
+    return linalg.fence(g / size), linalg.fence(m / size)
 
 
 def _correlated(

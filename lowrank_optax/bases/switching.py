@@ -1,6 +1,7 @@
 """Where: the leading directions, and others drawn from the complement (Alice)."""
 
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -93,19 +94,24 @@ def _kept(frame: Frame, keep: float) -> int:
 
 def leading_of_step(frame: Frame) -> jax.Array:
     """S' after one power step, its columns by their Rayleigh quotients, descending."""
+    through = gram_product(frame)
+    new = linalg.orthonormalize(through(frame.need("basis")))
+    _, vectors = linalg.eigh(matmul(transpose(new), through(new)))
+    return singular.fix_signs(matmul(new, vectors[..., ::-1]))
+
+
+def gram_product(frame: Frame) -> Callable[[jax.Array], jax.Array]:
+    """X -> c Q X for X (*batch, m, k), with a c > 0 that keeps products finite."""
     s, g = frame.need("basis"), frame.gradient
     g, t = _of_unit_size(g, frame.tracked)
 
     def through(x: jax.Array) -> jax.Array:
-        """Q X."""
         seen = matmul(g, transpose(matmul(transpose(x), g)))
         if t is None:
             return seen
         return linalg.fence(seen + matmul(s, matmul(t, matmul(transpose(s), x))))
 
-    new = linalg.orthonormalize(through(s))
-    _, vectors = linalg.eigh(matmul(transpose(new), through(new)))
-    return singular.fix_signs(matmul(new, vectors[..., ::-1]))
+    return through
 
 
 def _of_unit_size(
@@ -135,7 +141,10 @@ class TrackingState(NamedTuple):
 
 
 def track_gram(
-    stages: optax.GradientTransformation, *, decay: Number = 0.999
+    stages: optax.GradientTransformation,
+    *,
+    decay: Number = 0.999,
+    rotate: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A running mean of G~ G~^T, for a basis that follows all gradients (Alice).
 
@@ -146,12 +155,14 @@ def track_gram(
     (Gong et al. 2025, "Structured Fisher Approximation", section 5.1 and Algorithm 4.)
     As in the paper, Q~ stays the same when the basis changes, although its coordinates
     change. With a decay of 0.999, much of Q~ belongs to directions that have left the
-    basis. The paper's own ablation finds little effect (Table 5). State of a matrix:
-    r^2 numbers.
+    basis. The paper's own ablation finds little effect (Table 5). `orthogonal_iterate`
+    follows Q too; its source has C Q~_{t-1} C^T in place of Q~_{t-1} in the last
+    equation, with C = S_t^T S_{t-1}. State of a matrix: r^2 numbers.
 
     Args:
       stages: a basis rule, then `project()`, chained.
       decay: beta_3.
+      rotate: whether Q~ is rotated into each new basis, as in COSMOS.
 
     Raises:
       ValueError: at update, for stages without a basis rule and `project`.
@@ -176,6 +187,9 @@ def track_gram(
             return frame, gram
         low = frame.need("low")
         new = jnp.einsum("...rn,...sn->...rs", low, low, precision="highest")
+        if rotate:
+            c = frame.need("rotation")
+            gram = linalg.product(linalg.product(c, gram), transpose(c))
         return frame, decay * gram + (1 - decay) * new
 
     return around(stages, TrackingState, zeros, with_past, average)

@@ -16,7 +16,12 @@ from lowrank_optax.bracket.finite import finite_in_subspace, if_accepted
 from lowrank_optax.bracket.fits import Dtypes, check_gradient, fitted
 from lowrank_optax.bracket.frames import close_frames, open_frames, oriented
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
-from lowrank_optax.bracket.leaf import decide_leaves, is_leaf, warn_of_full_rank
+from lowrank_optax.bracket.leaf import (
+    collect,
+    decide_leaves,
+    is_leaf,
+    warn_of_full_rank,
+)
 from lowrank_optax.bracket.turns import with_turns
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_flag, transformation
@@ -112,8 +117,10 @@ def low_rank(
 def full_matrices(
     inner: optax.GradientTransformation,
     *,
+    rank: Rank | None = None,
     dimension_numbers: DimensionNumbers = None,
     square: Square = "input",
+    precision: jax.lax.PrecisionLike = None,
 ) -> Extensible:
     """`low_rank` without subspaces: `inner` sees each matrix at full rank.
 
@@ -123,13 +130,15 @@ def full_matrices(
 
     Args:
       inner: the stages.
-      dimension_numbers, square: as in `low_rank`.
+      rank: r, as in `low_rank`, of stages that store moments at that rank; None where
+        no stage reads it.
+      dimension_numbers, square, precision: as in `low_rank`.
 
     Returns:
       A transformation with a `LowRankState` that counts no refreshes.
 
     Raises:
-      ValueError: as `low_rank` does for leaves and dimension numbers.
+      ValueError: as `low_rank` does for ranks, leaves and dimension numbers.
 
     Example:
       >>> sign = optax.stateless(lambda frames, _: lro.stages.map_frames(
@@ -140,22 +149,31 @@ def full_matrices(
       (8, 4)
     """
     transformation("full_matrices()", inner, "a chain of stages")
+    check_rank(1.0 if rank is None else rank)
     check_square(square)
     decide = functools.partial(
-        decide_leaves, dimension_numbers=dimension_numbers, rank=1.0, square=square
+        decide_leaves,
+        dimension_numbers=dimension_numbers,
+        rank=1.0 if rank is None else rank,
+        square=square,
     )
-    return _Bracket(inner, decide).transformation()
+    ranked = rank is not None
+    return _Bracket(inner, decide, precision=precision, ranked=ranked).transformation()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bracket:
-    """The bracket around `inner`; without subspaces where `refresh_every` is None."""
+    """The bracket around `inner`; without subspaces where `refresh_every` is None.
+
+    `ranked` says that its stages read the rank all the same.
+    """
 
     inner: optax.GradientTransformation
     decide: Callable[..., Tree]
     refresh_every: int | None = None
     precision: jax.lax.PrecisionLike = None
     staggered: bool = False
+    ranked: bool = False
     known: dict[object, dict[object, Dtypes]] = dataclasses.field(
         default_factory=dict[object, dict[object, Dtypes]], init=False
     )
@@ -170,8 +188,11 @@ class _Bracket:
     def init(self, params: optax.Params) -> LowRankState:
         params = _arrays(params)
         leaves = self.decide(params)
+        decided = jax.tree.leaves(leaves, is_leaf=is_leaf)
         if self.refresh_every is not None:
-            warn_of_full_rank(jax.tree.leaves(leaves, is_leaf=is_leaf))
+            warn_of_full_rank(decided)
+        elif self.ranked:
+            collect(decided)
         frames = open_frames(leaves, params, precision=self.precision)
         # Three arrays, since one buffer in several places cannot be donated.
         count, skipped, refreshes = (jnp.zeros([], jnp.int32) for _ in range(3))
@@ -284,8 +305,11 @@ def _arrays(tree: Tree) -> Tree:
 
 
 def _waits(out: optax.Updates) -> bool:
-    """Whether bases wait for a refresh: not those that move at every step."""
-    return any(f.refreshed is not None and not f.full_rank for f in frames_of(out))
+    """Whether bases wait for a refresh: not those that move at every step, or never."""
+    return any(
+        f.refreshed is not None and not f.full_rank and not f.folded
+        for f in frames_of(out)
+    )
 
 
 def _check_interval(refresh_every: int) -> int:

@@ -78,10 +78,17 @@ def decisions() -> Iterator[list[Leaf]]:
         _decided.reset(token)
 
 
+def collect(leaves: list[Leaf]) -> bool:
+    """Adds the decisions to those of the block of `decisions` around; False outside."""
+    if (seen := _decided.get()) is None:
+        return False
+    seen.extend(leaves)
+    return True
+
+
 def warn_of_full_rank(leaves: list[Leaf]) -> None:
     """Warns where a rank is m or more, or nothing is projected."""
-    if (seen := _decided.get()) is not None:
-        seen.extend(leaves)
+    if collect(leaves):
         return
     if leaves and all(len(x.shape) < 2 for x in leaves):
         warnings.warn(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.core.blocks import block_sizes, block_sums, repeat_in_blocks
 from lowrank_optax.core.linalg import product, transpose
 
 _SET_BY = {
@@ -55,12 +56,14 @@ class Frame:
       due: (*batch,) bool, whether a basis is due at this step where each matrix has its
         own turn (`low_rank(stagger=True)`); None where the clock says it for all.
       orthonormal: whether S's columns are orthonormal.
+      folded: whether S is that of `fold()`, which never changes, and whose products
+        are sums and repeated rows.
       chosen: S_t where it was chosen before the rule runs: from another gradient of
         this step (see `project_gradient`), or in one call with other matrices.
       batched: whether the rule chooses S_t in one call with other matrices.
       low: (*batch, r, n), G~ = S^T G.
       low_squares: (*batch, r, 1), the squared norms of its rows before those that are
-        rounding became zero; None for coordinates and at full rank.
+        rounding became zero; None for coordinates, blocks and at full rank.
       low_step: (*batch, r, n), the optimizer's output G~^O.
       step: (*batch, m, n), the update in full space.
       no_residual: a sentence on why the residual cannot be recovered although the basis
@@ -83,6 +86,7 @@ class Frame:
     refreshed: jax.Array | None = None
     due: jax.Array | None = None
     orthonormal: bool = True
+    folded: bool = False
     chosen: jax.Array | None = None
     batched: bool = False
     low: jax.Array | None = None
@@ -126,6 +130,9 @@ class Frame:
         """S^T x: (*batch, m, k) to (*batch, r, k)."""
         if self.full_rank:
             return x
+        if self.folded:
+            sums = block_sums(x, self.rank)
+            return sums / jnp.sqrt(block_sizes(x.shape[-2], sums))
         basis = self.need("basis")
         if are_coordinates(basis):
             return jnp.take_along_axis(x, basis[..., None], axis=-2)
@@ -151,6 +158,9 @@ class Frame:
         """S y: (*batch, r, k) to (*batch, m, k)."""
         if self.full_rank:
             return y
+        if self.folded:
+            m = self.gradient.shape[-2]
+            return repeat_in_blocks(y / jnp.sqrt(block_sizes(m, y)), m)
         basis = self.need("basis")
         if are_coordinates(basis):
             spread = self._spread

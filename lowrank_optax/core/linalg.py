@@ -1,10 +1,10 @@
 """The linear algebra of subspaces: products, orthonormal bases, eigenvectors.
 
-Everything runs at the highest matmul precision, since a product in bfloat16 or tf32
-loses orthonormality, and takes leading batch axes. A batch of factorisations is a
-loop, which keeps its workspace to one matrix: on an H200 a batched QR took twenty times
-as long. Eigendecompositions up to `TOGETHER` are the exception: one does not fill a
-device.
+Everything runs at the highest matmul precision unless it says otherwise, since a
+product in bfloat16 or tf32 loses orthonormality, and takes leading batch axes. A batch
+of factorisations is a loop, which keeps its workspace to one matrix: on an H200 a
+batched QR took twenty times as long. Eigendecompositions up to `TOGETHER` are the
+exception: one does not fill a device.
 """
 
 import functools
@@ -32,15 +32,28 @@ TOGETHER = 1024
 fence = jax.lax.optimization_barrier
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b at the highest precision."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+EXACT = jax.lax.Precision.HIGHEST
+"""float32 products of float32 factors."""
+
+COARSE = jax.lax.Precision.HIGH
+"""TF32 on a GPU, three bfloat16 products on a TPU: for a Z of which only G Z counts,
+which is in the span of G's columns whatever Z is.
+"""
 
 
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b at the highest precision, fenced."""
+def product(
+    a: jax.Array, b: jax.Array, precision: jax.lax.Precision = EXACT
+) -> jax.Array:
+    """a b."""
+    return jnp.matmul(a, b, precision=precision)
+
+
+def matmul(
+    a: jax.Array, b: jax.Array, precision: jax.lax.Precision = EXACT
+) -> jax.Array:
+    """a b, fenced."""
     a, b = fence((a, b))
-    return fence(product(a, b))
+    return fence(product(a, b, precision))
 
 
 def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
@@ -118,9 +131,10 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
     x = x / largest(x)
 
     def accurate(q: jax.Array) -> jax.Array:
-        # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN is not accurate.
-        error = jnp.max(jnp.abs(minus_identity(gram(q))), axis=(-2, -1))
-        return error < 50 * jnp.finfo(x.dtype).eps
+        # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN is not accurate, and
+        # is compared by itself: XLA's maximum of NaNs is -inf on a CPU.
+        error = jnp.abs(minus_identity(gram(q)))
+        return jnp.all(error < 50 * jnp.finfo(x.dtype).eps, axis=(-2, -1))
 
     def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         count, good, q = state
@@ -153,19 +167,19 @@ def _(_: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
 def _cholesky_passes(x: jax.Array, shifted: jax.Array) -> jax.Array:
     """X <- X R^-1 with R^T R = X^T X + shift I, in `shifted` passes and two without."""
 
-    def factor(i: jax.Array, x: jax.Array) -> jax.Array:
+    def squares(i: jax.Array, x: jax.Array) -> jax.Array:
         squares = gram(x)
         shift = jnp.where(i < shifted, jnp.finfo(x.dtype).eps, 0).astype(x.dtype)
         trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
         eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), squares.shape)
-        return jnp.linalg.cholesky(squares + shift * trace * eye)
+        return squares + shift * trace * eye
 
     def solve(i: jax.Array, x: jax.Array) -> jax.Array:
-        lower = factor(i, x)
+        lower = jnp.linalg.cholesky(squares(i, x))
         return jax.lax.linalg.triangular_solve(lower, x, transpose_a=True, lower=True)
 
     def invert(i: jax.Array, x: jax.Array) -> jax.Array:
-        return matmul(x, transpose(triangular_inverse(factor(i, x))))
+        return matmul(x, transpose(inverse_cholesky(squares(i, x))))
 
     def passes(step: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, shifted + 2, step, x)
@@ -177,30 +191,41 @@ def _cholesky_passes(x: jax.Array, shifted: jax.Array) -> jax.Array:
     )
 
 
-# For TPUs XLA unrolls a triangular solve and a QR into code that grows with the square
-# of their size, and compiles it for minutes at rank 1024. So they are limited to
-# PANEL columns, and what is done twice is a loop.
+# For TPUs XLA unrolls a Cholesky factorization, a triangular solve and a QR into code
+# that grows with the square of their size, and compiles it for minutes at rank 1024. So
+# they are limited to PANEL columns, and what is done twice is a loop.
 PANEL = 128
 
 
-def triangular_inverse(lower: jax.Array) -> jax.Array:
-    """The inverse of lower triangular matrices, (*batch, r, r).
+def inverse_cholesky(a: jax.Array) -> jax.Array:
+    """L^-1 of A = L L^T, (*batch, r, r), by panels of its rows.
 
-    Of [A 0; B C] it is [A^-1 0; -C^-1 B A^-1 C^-1], and the two halves are a batch.
+    With X = L^-1 of the rows above, those of a panel i are
+
+        L_i = A_i X^T,  L_ii L_ii^T = A_ii - L_i L_i^T,  X_i = L_ii^-1 (I_i - L_i X).
     """
-    r = lower.shape[-1]
-    if r <= PANEL:
-        one = jnp.broadcast_to(jnp.eye(r, dtype=lower.dtype), lower.shape)
-        return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
-    if r % 2:  # one more row and column, of the identity
-        around = [(0, 0)] * (lower.ndim - 2) + [(0, 1)] * 2
-        larger = jnp.pad(lower, around).at[..., r, r].set(1)
-        return triangular_inverse(larger)[..., :r, :r]
-    h = r // 2
-    halves = jnp.stack([lower[..., :h, :h], lower[..., h:, h:]])
-    a, c = triangular_inverse(halves)
-    below = -matmul(matmul(c, lower[..., h:, :h]), a)
-    return jnp.block([[a, jnp.zeros_like(a)], [below, c]])
+    r = a.shape[-1]
+    width = min(PANEL, r)
+    panels = -(-r // width)
+    more = jnp.arange(r, panels * width)  # rows and columns of the identity
+    around = [(0, 0)] * (a.ndim - 2) + [(0, len(more))] * 2
+    a = jnp.pad(a, around).at[..., more, more].set(1)
+    eye = jnp.broadcast_to(jnp.eye(width, dtype=a.dtype), (*a.shape[:-2], width, width))
+
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(a, i * width, width, -2)
+        own = jax.lax.dynamic_slice_in_dim(rows, i * width, width, -1)
+        left = matmul(rows, transpose(x))  # zero from the panel on, as X is
+        lower = jnp.linalg.cholesky(own - matmul(left, transpose(left)))
+        inverse = jax.lax.linalg.triangular_solve(
+            lower, eye, left_side=True, lower=True
+        )
+        new = -matmul(inverse, matmul(left, x))
+        new = jax.lax.dynamic_update_slice_in_dim(new, inverse, i * width, -1)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, i * width, -2)
+
+    x = jax.lax.fori_loop(0, panels, step, jnp.zeros_like(a))
+    return x[..., :r, :r]
 
 
 def qr_by_panels(x: jax.Array) -> jax.Array:
@@ -335,7 +360,7 @@ def rows_above_by(squares: jax.Array, x: jax.Array, fraction: Number) -> jax.Arr
     return jnp.where(squares < fraction**2 * total, 0, x)
 
 
-def ratio(a: jax.Array, b: jax.Array, eps: float) -> jax.Array:
+def ratio(a: jax.Array, b: jax.Array, eps: Number) -> jax.Array:
     """a / (b + eps), and 0 where that denominator is 0."""
     b = b + eps
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

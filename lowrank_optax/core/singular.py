@@ -101,7 +101,8 @@ def leading(
         if old:
             q = jnp.concatenate([*old, _gaussian(keys, m, width - rank, g)], axis=-1)
         else:
-            q = orthonormalize(matmul(g, _gaussian(keys, n, width, g)))
+            sketch = matmul(g, _gaussian(keys, n, width, g), linalg.COARSE)
+            q = orthonormalize(sketch)
         return ritz(g, power_steps(g, q), rank)
 
     args = (keys,) if old is None else (keys, old)
@@ -109,9 +110,14 @@ def leading(
 
 
 def power_steps(g: jax.Array, q: jax.Array, count: int = 2) -> jax.Array:
-    """Q <- orthonormal basis of G G^T Q, `count` times: (*batch, m, w)."""
-    for _ in range(count):
-        q = orthonormalize(matmul(g, matmul(transpose(g), q)))
+    """Q <- orthonormal basis of G G^T Q, `count` times: (*batch, m, w).
+
+    All products except the last are coarse. The result is still in the span of G's
+    columns, up to float32's rounding.
+    """
+    for left in reversed(range(count)):
+        z = matmul(transpose(g), q, linalg.COARSE)
+        q = orthonormalize(matmul(g, z, linalg.COARSE if left else linalg.EXACT))
     return q
 
 

@@ -1,6 +1,7 @@
 """Measures what an optimizer costs in memory, and what its subspaces capture."""
 
 from lowrank_optax.measuring.memory import MemoryReport, MemoryRow, memory_report
+from lowrank_optax.measuring.ranks import allocate_ranks
 from lowrank_optax.measuring.subspace import (
     Measurement,
     MeasureState,
@@ -13,6 +14,7 @@ __all__ = [
     "Measurement",
     "MemoryReport",
     "MemoryRow",
+    "allocate_ranks",
     "measure_subspace",
     "measurements",
     "memory_report",

@@ -180,7 +180,9 @@ def full_rank_optimizer(
     stages: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
+    rank: Rank | None = None,
     square: Square = "input",
+    precision: jax.lax.PrecisionLike = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = "auto",
@@ -188,7 +190,13 @@ def full_rank_optimizer(
     """`low_rank_optimizer` without subspaces, in `full_matrices`."""
     check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
-    bracket = full_matrices(stages, dimension_numbers=dimension_numbers, square=square)
+    bracket = full_matrices(
+        stages,
+        rank=rank,
+        dimension_numbers=dimension_numbers,
+        square=square,
+        precision=precision,
+    )
     after = decay_and_rate(learning_rate, weight_decay, mask)
     return _skip_together(bracket, after, (learning_rate, weight_decay))
 

@@ -32,7 +32,7 @@ def ldadam(
     At every step S takes a block power step towards rho M^ + (1 - rho) G, both moments
     rotate with it, and the next gradient gets what the projection and the rotation lost
     (Robert et al. 2025, "LDAdam"; `power_iterate`, `rotate_moments`, `error_feedback`).
-    State of a matrix: mr + 2nr numbers, and mn for the error; about seven products and
+    State of a matrix: mr + 2nr numbers, and mn for the error; about six products and
     one QR a step.
 
     When to choose it: for a low loss where memory allows, and at small ranks. It ended

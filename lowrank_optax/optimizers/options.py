@@ -36,11 +36,16 @@ class FullRankOptions(TypedDict, total=False):
     dimension_numbers: DimensionNumbers
 
 
-class SubspaceOptions(FullRankOptions, total=False):
-    """Options of an optimizer with a subspace, explained in `low_rank_optimizer`."""
+class FixedOptions(FullRankOptions, total=False):
+    """Options of an optimizer whose basis never changes, and takes no product."""
 
     rank: Rank
     square: Square
+
+
+class SubspaceOptions(FixedOptions, total=False):
+    """Options of an optimizer with a subspace, explained in `low_rank_optimizer`."""
+
     precision: jax.lax.PrecisionLike
 
 

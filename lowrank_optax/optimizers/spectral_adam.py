@@ -14,7 +14,7 @@ from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer
 from lowrank_optax.optimizers.options import Options, passes_on
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.spectral import spectral_residual
-from lowrank_optax.steps.rotation import rotate_moments
+from lowrank_optax.steps.rotation import Outside, rotate_moments
 
 
 @passes_on(low_rank_optimizer, refresh_every=10)
@@ -25,6 +25,9 @@ def spectral_adam(
     scale: Number = 1.0,
     residual_scale: Number = 0.5,
     coefficients: Sequence[Quintic] = FITTED,
+    neuron_decay: Number | None = None,
+    every: int = 1,
+    outside: Outside = "zero",
     b1: Number = 0.908,
     b2: Number = 0.99,
     eps: Number = 1e-8,
@@ -61,6 +64,10 @@ def spectral_adam(
       scale: on the matrices' step inside the subspace.
       residual_scale: on the step outside.
       coefficients: (a, b, c) of each Newton-Schulz step (`spectral_residual`).
+      neuron_decay: of NorMuon's mean squares of the outputs; None for no such scaling.
+      every: steps from one polar factor to the next.
+      outside: what V is outside of the last subspace, "zero" or "alike"
+        (`rotate_moments`; docs/results/ablations.md).
       learning_rate, b1, b2, eps: as in `galore`.
       **options: as in `low_rank_optimizer`.
 
@@ -71,7 +78,13 @@ def spectral_adam(
       >>> tx = lro.spectral_adam(4.5e-3, rank=4)
     """
     rule = basis_or(basis, lambda: power_iterate(b1=b1))
-    step = rotate_moments(optax.scale_by_adam(b1, b2, eps))
-    back = spectral_residual(residual_scale, scale=scale, coefficients=coefficients)
+    step = rotate_moments(optax.scale_by_adam(b1, b2, eps), outside=outside)
+    back = spectral_residual(
+        residual_scale,
+        scale=scale,
+        coefficients=coefficients,
+        neuron_decay=neuron_decay,
+        every=every,
+    )
     stages = optax.chain(rule, project(), step, back)
     return low_rank_optimizer(stages, learning_rate, **options)

@@ -4,6 +4,7 @@ from lowrank_optax.recipes import (
     another_basis,
     another_recovery,
     another_step,
+    low_rank_moments,
     no_subspace,
 )
 
@@ -11,10 +12,12 @@ from lowrank_optax.recipes import (
 from lowrank_optax.recipes.another_basis import *  # noqa: F403
 from lowrank_optax.recipes.another_recovery import *  # noqa: F403
 from lowrank_optax.recipes.another_step import *  # noqa: F403
+from lowrank_optax.recipes.low_rank_moments import *  # noqa: F403
 from lowrank_optax.recipes.no_subspace import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += another_basis.__all__
 __all__ += another_recovery.__all__
 __all__ += another_step.__all__
+__all__ += low_rank_moments.__all__
 __all__ += no_subspace.__all__

@@ -6,25 +6,37 @@ from typing import Unpack
 
 import optax
 
+from lowrank_optax.bases.folded import fold
 from lowrank_optax.bases.grassmann import grassmann_track
+from lowrank_optax.bases.iterate import orthogonal_iterate
 from lowrank_optax.bases.singular import dominant_svd
 from lowrank_optax.bases.switching import switch_basis, track_gram
 from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.optimizers.assemble import basis_or, low_rank_optimizer, one_of
 from lowrank_optax.optimizers.grass import grass_jump
-from lowrank_optax.optimizers.options import GaloreOptions, Options, passes_on
+from lowrank_optax.optimizers.options import (
+    FixedOptions,
+    GaloreOptions,
+    Options,
+    passes_on,
+)
 from lowrank_optax.recovery.compensation import compensate_columns
 from lowrank_optax.recovery.limiter import clip_step_growth
+from lowrank_optax.recovery.normalized import normalized_spectral_residual
 from lowrank_optax.recovery.projection import project
 from lowrank_optax.recovery.published import scale_by_uncorrected_adam
 from lowrank_optax.recovery.residual import sign_residual
 from lowrank_optax.recovery.scaling import scale_by_shape
+from lowrank_optax.recovery.unfold import scale_details, unfold_moments
+from lowrank_optax.steps.full_momentum import scale_by_full_momentum
 from lowrank_optax.steps.orthogonal import Polar, scale_by_polar_factor
 from lowrank_optax.steps.rest import with_rest
 from lowrank_optax.steps.rotation import rotate_moments
 from lowrank_optax.steps.subspace import in_subspace
 
-__all__ = ["alice", "subtrack", "sumo"]
+__all__ = ["alice", "cosmos", "foam", "gwt", "subtrack", "sumo"]
+
+NEVER = 2**31 - 1
 
 
 @passes_on(low_rank_optimizer)
@@ -91,6 +103,65 @@ def alice(
     )
     stages = with_rest(optax.chain(where, step, back), rest)
     return low_rank_optimizer(stages, learning_rate, **options)
+
+
+@passes_on(low_rank_optimizer, refresh_every=1)
+def cosmos(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    basis: optax.GradientTransformation | None = None,
+    scale: Number = 0.2,
+    residual_scale: Number = 0.2,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    b3: Number = 0.95,
+    eps: Number = 1e-8,
+    rest: optax.GradientTransformation | None = None,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """COSMOS: Adam in the leading eigenspace, Muon outside, both of a full momentum.
+
+        S <- Q of (b3 S Q~ + (1 - b3) G G^T S),  Q~ <- b3 C Q~ C^T + (1 - b3) G~ G~^T
+        M <- b1 M + (1 - b1) G,  V <- b2 V + (1 - b2) G~^2,  G~ = S^T G,  C = S^T S_old
+        D = S (S^T M)^ / (sqrt(V^) + eps) + residual_scale norm(NS5(M - S S^T M))
+        W <- W - lr scale norm(D),   norm(X) = sqrt(mn) X / ||X||_F
+
+    (Liu et al. 2025, "COSMOS", arXiv 2502.17410, Algorithm 1; `orthogonal_iterate`,
+    `track_gram`, `scale_by_full_momentum`, `normalized_spectral_residual`.) State of a
+    matrix: mn + nr + mr + r^2 numbers; seven products with S a step, a QR of (m, r) and
+    five Newton-Schulz steps of (m, n).
+
+    When to choose it: as the reference for `spectral_adam`, which stores no momentum of
+    mn numbers. When not: to save memory; where microbatches are summed in the subspace.
+
+    Deviations: the paper projects the n columns of an (m, n) matrix; here the smaller
+    side is projected. The paper's norm is sqrt(n) X / ||X||_F; this norm and the
+    factor `scale` are of the released code, in which one number, 0.1, stands for
+    `scale` and `residual_scale`. eps is added to the root, as there. S_0 are singular
+    vectors. Leaves of full rank take Adam's step with `learning_rate`.
+
+    Args:
+      basis: another basis rule; only `orthogonal_iterate` and `switch_basis` follow Q~.
+      scale: the root mean square entry of the matrices' step.
+      residual_scale: gamma, on the part outside of the subspace.
+      b3: decay rate of Q~.
+      rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
+      learning_rate, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`; the source refreshes at every step.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> tx = lro.recipes.cosmos(4.5e-3, rank=4)
+    """
+    rule = basis_or(basis, orthogonal_iterate)
+    stages = optax.chain(
+        track_gram(optax.chain(rule, project()), decay=b3, rotate=True),
+        scale_by_full_momentum(b1, b2, eps),
+        normalized_spectral_residual(residual_scale, scale=scale),
+    )
+    return low_rank_optimizer(with_rest(stages, rest), learning_rate, **options)
 
 
 @passes_on(grass_jump, refresh_every=200)
@@ -191,3 +262,101 @@ def sumo(
         scale_by_shape(scale),
     )
     return low_rank_optimizer(with_rest(stages, rest), learning_rate, **options)
+
+
+@passes_on(low_rank_optimizer)
+def foam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    scale: Number = 0.25,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[FixedOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """FOAM: Adam with one pair of moments for each block of neighboring rows.
+
+        M, V <- Adam's of the block means of G,   R = G - U mean(G)
+        W <- W - lr scale (U M^ + R) / (sqrt(U V^ + R^2) + eps)
+
+    with r blocks of rows, and U to repeat a block's row for each of its rows (Wen et
+    al. 2025, "FOAM: Blocked State Folding for Memory-Efficient LLM Training"; `fold`,
+    `unfold_moments`). State of a matrix: 2nr numbers, without a basis; no product and
+    no refresh. The paper's level l is rank 2^-l, and its level 2 the default.
+
+    When to choose it: the cheapest step with a residual, and nothing to factorize. When
+    not: where neighboring rows have nothing in common, since no basis follows the
+    gradient; where microbatches are summed in the subspace. Deviations: those of `fold`
+    (the smaller side is folded) and of `unfold_moments` (bias, V).
+
+    Args:
+      scale: alpha, on the matrices' step.
+      learning_rate, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`; the rank is the number of blocks.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> tx = lro.recipes.foam(3e-3, rank=4)
+    """
+    back = unfold_moments(b2, eps=eps, scale=scale)
+    return _folded(back, learning_rate, b1, b2, eps, **options)
+
+
+@passes_on(low_rank_optimizer)
+def gwt(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    scale: Number = 0.25,
+    limit: Number = 1.01,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[FixedOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """GWT: Adam on the gradient's Haar coefficients, the details scaled by its root.
+
+        A = S^T G, the approximation;   M, V <- Adam's of A,   D = sqrt(V^) + eps
+        W <- W - lr scale (S (M^ / D) + (G - S A) / U D)
+
+    with S the low-pass part of the Haar wavelet, U to repeat a row for each row of its
+    block, and the growth of ||M^ / D|| limited (Wen et al. 2025, "Breaking Memory
+    Limits: Gradient Wavelet Transform Enhances LLMs Training", arXiv 2501.07237;
+    `fold`, `scale_details`). State of a matrix: 2nr + 1 numbers, without a basis; no
+    product and no refresh. The paper's level l is rank 2^-l, and its level 2 the
+    default.
+
+    When to choose it: as `foam`, with a step whose growth is limited. When not: with
+    outliers in the residual, which this step takes in full and `foam` divides by their
+    own size. Deviations: those of `fold` (the smaller side is transformed) and of
+    `scale_details` (bias).
+
+    Args:
+      limit: zeta, the largest growth of the step's norm from step to step.
+      scale: alpha, on the matrices' step.
+      learning_rate, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`; the rank is the number of blocks.
+
+    Raises:
+      ValueError: as `low_rank` does.
+
+    Example:
+      >>> tx = lro.recipes.gwt(3e-3, rank=4)
+    """
+    back = scale_details(b2, eps=eps, limit=limit, scale=scale)
+    return _folded(back, learning_rate, b1, b2, eps, **options)
+
+
+def _folded(
+    back: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Number,
+    b2: Number,
+    eps: Number,
+    **options: Unpack[FixedOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum of blocks of rows, this way back, and Adam for leaves of full rank."""
+    stages = optax.chain(fold(), project(), in_subspace(optax.ema(b1)), back)
+    stages = with_rest(stages, optax.scale_by_adam(b1, b2, eps))
+    return low_rank_optimizer(stages, learning_rate, refresh_every=NEVER, **options)

@@ -1,4 +1,4 @@
-"""Optimizers with next to no state, and no subspace."""
+"""Optimizers without a subspace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.rules import Rules, Square
 from lowrank_optax.full_rank.normalize import normalize_by_output_rms, trace_matching
 from lowrank_optax.full_rank.row_column import scale_by_racs
+from lowrank_optax.full_rank.sinkhorn import normalize_by_sinkhorn
+from lowrank_optax.full_rank.stabilize import stabilize_gradient
 from lowrank_optax.optimizers.assemble import full_rank_optimizer
 from lowrank_optax.optimizers.options import FullRankOptions, passes_on
+from lowrank_optax.recovery.projection import project, project_back
 from lowrank_optax.steps.rest import with_rest
+from lowrank_optax.steps.restart import restart_every
+from lowrank_optax.steps.subspace import in_subspace
 
-__all__ = ["racs", "scale_sgd"]
+__all__ = ["racs", "scale_sgd", "sink_gd", "stable_spam"]
 
 HEAD = r"(?i)(^|/)(lm_)?(head|logits)(_dense)?(/(kernel|weight|w))?$"
 
@@ -118,3 +123,90 @@ def scale_sgd(
     """
     stages = optax.chain(trace_matching(momentum, b1), normalize_by_output_rms())
     return full_rank_optimizer(with_rest(stages, rest), learning_rate, **options)
+
+
+@passes_on(full_rank_optimizer)
+def sink_gd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    iterations: int = 5,
+    scale: Number = 0.05,
+    rest: optax.GradientTransformation | None = None,
+    **options: Unpack[FullRankOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """SinkGD: SGD with the gradient's rows and columns normalized in turn.
+
+        X = G;   X <- sqrt(n) X / row norms,   X <- sqrt(m) X / column norms,   L times
+        W <- W - lr scale X
+
+    (Scetbon et al. 2025, "Gradient Multi-Normalization for Stateless and Scalable LLM
+    Training", arXiv 2502.06742, Algorithms 3 and 4; `normalize_by_sinkhorn`.) State of
+    a matrix: none; 2 L sums over the gradient a step, and no product.
+
+    When to choose it: as `racs`, without its means; the step does not depend on earlier
+    gradients. When not: with small batches, whose noise no momentum averages.
+    Deviations: none that are known; no code is published. The defaults, L and scale,
+    are those of public implementations of the paper. As there, leaves of full rank take
+    Adam's step: by default embedding, norms and head.
+
+    Args:
+      iterations: L, of both normalizations.
+      scale: alpha, on the matrices' step.
+      rest: the step for leaves of full rank; `optax.scale_by_adam()` by default.
+      learning_rate: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: iterations below 1; and as `full_matrices` does.
+
+    Example:
+      >>> tx = lro.recipes.sink_gd(0.02)
+    """
+    stages = with_rest(normalize_by_sinkhorn(iterations, scale=scale), rest)
+    return full_rank_optimizer(stages, learning_rate, **options)
+
+
+@passes_on(full_rank_optimizer)
+def stable_spam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    restart: int = 500,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    **options: Unpack[FullRankOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Stable-SPAM: Adam on gradients without spikes, restarted every so many steps.
+
+        G' = G with spikes clipped, rescaled to a steady norm    (`stabilize_gradient`)
+        M, V <- Adam's of G', zero after each `restart` steps    (`restart_every`)
+        W <- W - lr M^ / (sqrt(V^) + eps)
+
+    (Huang et al. 2025, "Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit
+    Adam", arXiv 2502.17055.) State of a matrix: 2mn + 4 numbers. No product.
+
+    When to choose it: as a baseline of full rank, and where Adam's loss spikes. When
+    not: to save memory. `optax.chain(lro.full_rank.stabilize_gradient(),
+    lro.galore(...))` has the same gradients and GaLore's memory. Deviations: those of
+    `stabilize_gradient`. The released code resets at steps 1000, 2000, ... and can
+    decay b1 over the run; here b1 is constant, and 500 steps lie between restarts.
+
+    Args:
+      restart: steps from one restart of Adam's moments to the next.
+      learning_rate, b1, b2, eps: as in `galore`.
+      **options: as in `low_rank_optimizer`.
+
+    Raises:
+      ValueError: restart below 1; and as `full_matrices` does.
+
+    Example:
+      >>> tx = lro.recipes.stable_spam(2e-3)
+    """
+    adam = restart_every(optax.scale_by_adam(b1, b2, eps), restart)
+    stages = optax.chain(
+        stabilize_gradient(dimension_numbers=[("", None)]),  # Frames are matrices
+        project(),
+        in_subspace(adam),
+        project_back(),
+    )
+    return full_rank_optimizer(stages, learning_rate, **options)

@@ -31,7 +31,8 @@ def project() -> optax.GradientTransformation:
         low = frame.low  # already summed in the subspace over microbatches
         if low is None:
             low = frame.down(frame.gradient)
-        if frame.full_rank or are_coordinates(frame.need("basis")):
+        exact = frame.full_rank or frame.folded
+        if exact or are_coordinates(frame.need("basis")):
             return frame.replace(low=low)
         squares = row_squares(low)
         low = rows_above_by(squares, low, row_resolution(frame))

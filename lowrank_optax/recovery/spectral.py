@@ -2,19 +2,31 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.aliases import Number, Tree
+from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import largest
 from lowrank_optax.core.newton_schulz import FITTED, Quintic, polar_of_spectrum
-from lowrank_optax.core.resolution import resolution
-from lowrank_optax.core.spread import whole_matrices
-from lowrank_optax.core.stage import check_first, stateless_stage
+from lowrank_optax.core.stage import (
+    Clock,
+    check_first,
+    check_inside,
+    clock_of,
+    stage,
+)
+from lowrank_optax.core.trees import frames_of, map_frames, nothing, update_frames
+from lowrank_optax.recovery.neurons import (
+    NeuronState,
+    no_neurons_yet,
+    normalize_neurons,
+)
+from lowrank_optax.recovery.outside import add_outside, check_dtype, residual_factors
 
 
 def spectral_residual(
@@ -22,8 +34,10 @@ def spectral_residual(
     *,
     scale: Number = 1.0,
     coefficients: Sequence[Quintic] = FITTED,
+    neuron_decay: Number | None = None,
+    every: int = 1,
     dtype: DTypeLike | None = jnp.bfloat16,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Projects the step back and adds the residual's polar factor.
 
     With G~ = S^T G, the optimizer's output G~^O, and the residual's singular vectors:
@@ -35,13 +49,29 @@ def spectral_residual(
     factor I - S S^T reduces this error to the rounding of products with S. The residual
     takes the steepest descent step in the spectral norm (Carlson et al. 2015,
     "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024, "Muon");
-    combining it with a subspace is our own. There is no state.
+    combining it with a subspace is our own. It has no state.
+
+    With `neuron_decay` = b, each output neuron of O = U V^T moves by as much as the
+    others (Li et al. 2025, "NorMuon", arXiv 2510.05491):
+
+        v <- b v + (1 - b) mean(O^2)     the mean over each neuron's inputs
+        O <- c O / sqrt(v)               c keeps the norm of O
+
+    v, a number for each output, m or n, is then the state. Deviations: the paper gives
+    O the norm 0.2 sqrt(mn); here, as in its released code, O keeps its norm. Where the
+    outputs are the m rows, dividing them moves a part of O into the subspace, and I - S
+    S^T takes it away.
 
     U V^T is approximated by Newton-Schulz steps X <- a X + b A X + c A^2 X, A = X X^T.
     X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default is three
     steps whose coefficients are fitted to the residuals of LLaMA-60M. They make
     singular values of 0.88 to 1.2 from those of 0.02 to 0.75 times the norm, which are
     nearly all, and reach the loss of Muon's five steps (docs/results/polar_factor.md).
+
+    With `every` = k the polar factor is taken at steps 0, k, 2k, ... alone. At all
+    other steps O is R with its columns normalized, to the norm of the polar factor:
+
+        O_:,j = sqrt((m - r) / n) R_:,j / ||R_:,j||
 
     The residual's step has entries of about `residual_scale`, whatever the size of G,
     since the root mean square entry of U V^T is sqrt((m - r) / (m n)); Adam's have at
@@ -52,67 +82,64 @@ def spectral_residual(
       residual_scale: size of the residual's step, as a fraction of the learning rate.
       scale: alpha, on the part inside the subspace only.
       coefficients: (a, b, c) of each Newton-Schulz step.
+      neuron_decay: decay rate of v, 0.95 in the paper; None for O as it is.
+      every: steps from one polar factor to the next.
       dtype: of the factors of its products; None for the gradient's, at the highest
         precision. A float64 gradient has its products in float64.
 
     Raises:
-      ValueError: no coefficients, or others than triples; dtype float16, in which
-        squares over- and underflow; at update, as `recover_residual` does.
+      ValueError: no coefficients, or others than triples; every below 1; dtype float16,
+        in which squares over- and underflow; at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),
       ...     lro.rotate_moments(optax.scale_by_adam()), lro.spectral_residual(0.5))
     """
     quintics = _checked(coefficients)
-    if dtype is not None and jnp.dtype(dtype) == jnp.float16:
-        raise ValueError(
-            "dtype=float16: squares over- and underflow in it; choose bfloat16, "
-            "float32 or None"
-        )
+    check_dtype(dtype)
 
-    def one(frame: Frame) -> Frame:
-        check_first(frame, "step")
-        frame.check_residual("spectral_residual()")
-        low, low_step = frame.need("low"), frame.need("low_step")
-        if frame.full_rank:
-            return frame.replace(step=jnp.multiply(scale, low_step))
-        narrow = None if low.dtype == jnp.float64 else dtype
-        # Of a size whose squares are finite; only that of R itself would need a pass.
-        unit = largest(low)
-        R = (frame.gradient - frame.up(low)) / unit
-        n = R.shape[-1]
-        polar = partial(polar_of_spectrum, coefficients=quintics, dtype=narrow)
-        outside, squared = whole_matrices(polar, R, narrow)
-        # S is orthonormal: ||G||^2 = ||R||^2 + ||G~||^2.
-        total = squared + jnp.sum(jnp.square(low / unit), axis=(-2, -1), keepdims=True)
-        resolved = squared > resolution(frame) ** 2 * total
-        # Where squares overflow, the polar factor is NaN: there is no step either.
-        outside = jnp.where(resolved, outside, 0)
-        size = jnp.where(resolved, residual_scale * jnp.sqrt(n), 0).astype(R.dtype)
-        # Rounding in the subspace, where R has nothing, grows with each step.
-        inside = jnp.multiply(scale, low_step) - size * _down(frame, outside)
-        return frame.replace(step=frame.up(inside) + size * outside.astype(R.dtype))
+    check_count("every", every)
+    polar = partial(polar_of_spectrum, coefficients=quintics)
 
-    return stateless_stage(one)
+    def init(params: optax.Params) -> optax.OptState:
+        if neuron_decay is None:
+            return optax.EmptyState()
+        return NeuronState(map_frames(no_neurons_yet, params, plain=nothing))
 
+    def update(
+        frames: optax.Updates,
+        state: Tree,
+        params: optax.Params | None = None,
+        *,
+        clock: Clock | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        check_inside("spectral_residual()", frames, {"clock": clock})
+        below = [frame for frame in frames_of(frames) if not frame.full_rank]
+        for frame in below:
+            frame.check_residual("spectral_residual()")
+        due = None if every == 1 else clock_of(clock).step % every == 0
+        factors = iter(residual_factors(below, polar, dtype, due))
 
-def _down(frame: Frame, outside: jax.Array) -> jax.Array:
-    """S^T O in the dtype of the gradient.
+        def one(frame: Frame, *neurons: jax.Array) -> tuple[Frame | jax.Array, ...]:
+            check_first(frame, "step")
+            low_step = jnp.multiply(scale, frame.need("low_step"))
+            if frame.full_rank:
+                return frame.replace(step=low_step), *neurons
+            outside, resolved = next(factors)
+            if neuron_decay is not None:
+                outside, v = normalize_neurons(frame, outside, neurons[0], neuron_decay)
+                neurons = (v,)
+            size = residual_scale * jnp.sqrt(outside.shape[-1])
+            size = jnp.where(resolved, size, 0).astype(low_step.dtype)
+            step = add_outside(frame, low_step, size, outside)
+            return frame.replace(step=step), *neurons
 
-    S^T O is small. On an accelerator that rounds products anyway, the factors keep the
-    narrow dtype of O: half of the traffic, and an error of 6e-4 of O.
-    """
-    wide = frame.gradient.dtype
+        frames, *new = update_frames(one, frames, *state)
+        return frames, type(state)(*new)
 
-    def exact(o: jax.Array) -> jax.Array:
-        return frame.down(o.astype(wide))
-
-    def narrow(o: jax.Array) -> jax.Array:
-        return frame.down(o).astype(wide)
-
-    if frame.precision is not None or outside.dtype == wide:
-        return exact(outside)
-    return jax.lax.platform_dependent(outside, cpu=exact, default=narrow)
+    return stage(init, update)
 
 
 def _checked(coefficients: Sequence[Quintic]) -> tuple[Quintic, ...]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import check_count, transformation
+from lowrank_optax.core.like_params import map_like_params
 from lowrank_optax.core.linalg import fence
 from lowrank_optax.core.moments import register_storage
 from lowrank_optax.core.sharding import on_auto_axes, shard_along, spec_of
@@ -224,15 +224,7 @@ def quantize_moments(
 
     def init(params: optax.Params) -> QuantizedState:
         state = inner.init(params)
-        # optax's way to find the trees that are like the parameters: init on a
-        # placeholder, and see where it comes back.
-        trees, inside = jax.tree.flatten(
-            inner.init(_PLACEHOLDER), is_leaf=_is_placeholder
-        )
-        scales = tuple(
-            jax.tree.map(scales_of if _is_placeholder(tree) else nothing, part)
-            for tree, part in zip(trees, inside.flatten_up_to(state), strict=True)
-        )
+        scales = map_like_params(scales_of, inner, state)
         return _quantized_like(QuantizedState(state, scales), state)
 
     def update(
@@ -247,7 +239,7 @@ def quantize_moments(
     return stage(init, update)
 
 
-def _zero_scales(x: jax.Array, block_size: int, min_size: int) -> jax.Array:
+def _zero_scales(_: str, x: jax.Array, block_size: int, min_size: int) -> jax.Array:
     """Zero scales for an array to quantize, and False for any other."""
     if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         return nothing()
@@ -260,17 +252,3 @@ def _zero_scales(x: jax.Array, block_size: int, min_size: int) -> jax.Array:
     # Blocks of unequal length cannot be sharded as the numbers are.
     spec = spec_of(x) if x.shape[-1] % blocks == 0 else spec_of(x)[:-1]
     return shard_along(zeros, spec, of=x)
-
-
-def _placeholder() -> Tree:
-    """Returns what `optax.tree_map_params` passes to `init` for the parameters."""
-    seen = []
-    optax.tree_map_params(lambda tree: seen.append(tree) or tree, lambda x: x, {})
-    return seen[0]
-
-
-_PLACEHOLDER = _placeholder()
-
-
-def _is_placeholder(x: object) -> bool:
-    return isinstance(x, type(_PLACEHOLDER))

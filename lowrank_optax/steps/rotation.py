@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import average_weight, product, rows_above
+from lowrank_optax.core.linalg import average_weight, product, row_squares, rows_above
 from lowrank_optax.core.moments import Moments, SubspaceState, map_moments
 from lowrank_optax.core.resolution import row_resolution
 from lowrank_optax.core.stage import Clock, both, branch, clock_of, stage
@@ -23,9 +23,14 @@ from lowrank_optax.core.trees import frames_of, map_frames
 from lowrank_optax.steps.in_turn import map_due
 from lowrank_optax.steps.subspace import in_subspace
 
+Outside = Literal["zero", "alike"]
+
 
 def rotate_moments(
-    inner: optax.GradientTransformation, *, moments: Literal["both", "first"] = "both"
+    inner: optax.GradientTransformation,
+    *,
+    moments: Literal["both", "first"] = "both",
+    outside: Outside = "zero",
 ) -> optax.GradientTransformationExtraArgs:
     """`in_subspace`, with `inner`'s moments rotated into the new basis at a refresh.
 
@@ -38,11 +43,17 @@ def rotate_moments(
     section 4). V stays non-negative. Step 0 rotates nothing. The decay rates are read
     from one step of `inner` from zero moments.
 
+    Row i of C has the norm ||C_i|| <= 1, since direction i of S_t lies partly outside
+    of S_{t-1}, where no moments were observed. Eqs. 7 and 8 take them to be zero. For
+    M, whose sign there is not known, that is the mean. V is positive. With
+    `outside="alike"` (ours) it is outside what it is inside: C_i / ||C_i|| takes the
+    place of C_i in eq. 8.
+
     When to choose it: for a basis that moves a little at each refresh. Without it
     `ldadam` ended 0.21 higher on LLaMA-60M. When not: for a random basis, where eq. 8
-    keeps only r/m of V. With a jump every 40 steps it raised the loss by 0.115 +-
-    0.045, without recovery (docs/results/ablations.md). docs/methods/steps.md has the
-    reasons.
+    keeps only r/m of V. With a jump every 40 steps and recovery it raised the loss by
+    0.19; with `outside="alike"` it lowered it by 0.030 +- 0.011
+    (docs/results/ablations.md). docs/methods/steps.md has the reasons.
 
     Where matrices are refreshed in turn (`low_rank(stagger=True)`), a loop rotates the
     moments of those that are, one after the other, and no others are touched.
@@ -58,6 +69,7 @@ def rotate_moments(
     Args:
       inner: the transformation, `optax.scale_by_adam()` for example.
       moments: "first" rotates M alone and leaves V as it is (GoLore).
+      outside: what V is outside of the old subspace: "zero" or "alike".
 
     Raises:
       ValueError: at init, for a state whose moments are not registered, or a second
@@ -71,6 +83,8 @@ def rotate_moments(
     """
     if moments not in ("both", "first"):
         raise ValueError(f'moments={moments!r}: choose "both" or "first"')
+    if outside not in ("zero", "alike"):
+        raise ValueError(f'outside={outside!r}: choose "zero" or "alike"')
     inside = in_subspace(transformation("rotate_moments()", inner))
 
     def init(params: optax.Params) -> SubspaceState:
@@ -94,7 +108,13 @@ def rotate_moments(
     ) -> tuple[optax.Updates, optax.OptState]:
         frames, now = updates, clock_of(clock)
         if any(not frame.full_rank for frame in frames_of(frames)):
-            rotated = partial(_rotated, inner, frames, with_second=moments == "both")
+            rotated = partial(
+                _rotated,
+                inner,
+                frames,
+                with_second=moments == "both",
+                alike=outside == "alike",
+            )
             in_turn = any(frame.due is not None for frame in frames_of(frames))
             later = now.step > 0  # step 0 has no moments to rotate
             inner_state = branch(
@@ -115,6 +135,7 @@ def _rotated(
     state: optax.OptState,
     *,
     with_second: bool,
+    alike: bool,
     in_turn: jax.Array | None = None,
 ) -> optax.OptState:
     """The state of `inner` with its moments rotated.
@@ -126,8 +147,12 @@ def _rotated(
     )
     # From this state instead of a new one, for its hyperparameters.
     _, unit = inner.update(ones, map_moments(_zeroed, state), ones)
-    rotation = Rotation(frames, with_second=with_second, in_turn=in_turn)
+    rotation = Rotation(frames, with_second=with_second, alike=alike, in_turn=in_turn)
     return map_moments(rotation.moments, state, unit)
+
+
+ROUNDING = 1e-3
+"""The norm of a row of S_t^T S_{t-1} that is rounding: bases may be bfloat16."""
 
 
 class Rotation:
@@ -138,10 +163,12 @@ class Rotation:
         frames: optax.Updates,
         *,
         with_second: bool = True,
+        alike: bool = False,
         in_turn: jax.Array | None = None,
     ):
         self._frames = frames
         self._with_second = with_second
+        self._alike = alike
         self._in_turn = in_turn
 
     def moments(self, kind: Moments, state: Tree, unit: Tree) -> Tree:
@@ -187,7 +214,11 @@ class Rotation:
     def _second(
         self, frame: Frame, v: jax.Array, m: jax.Array, w_v: jax.Array, w_m: jax.Array
     ) -> jax.Array:
-        """w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8)."""
+        """w_V |C^2 (V^ - M^^2) + (C M^)^2|, M^ = M / w_M, V^ = V / w_V (eq. 8).
+
+        With `alike` the rows of C have length one; one so short that it is rounding
+        stays.
+        """
         if not frame.orthonormal:
             raise ValueError(
                 f"{frame.path}: second moments rotate between orthonormal bases only "
@@ -195,6 +226,9 @@ class Rotation:
                 "in_subspace(inner)"
             )
         c, m_hat = _rotation_of(frame), m.astype(v.dtype) / w_m
+        if self._alike:
+            squares = row_squares(c)
+            c = c * jax.lax.rsqrt(jnp.where(squares > ROUNDING**2, squares, 1))
         variance = v / w_v - jnp.square(m_hat)
         mean = product(c, m_hat)
         return w_v * jnp.abs(product(jnp.square(c), variance) + jnp.square(mean))

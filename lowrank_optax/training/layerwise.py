@@ -242,6 +242,7 @@ def _chosen_together(
         own = inside.replace(layer=i, record=seen.append)
         inner.update(g, s, load(stored), inside=own, **extra_args)
         chosen = (f for f in frames_of(seen) if f.refreshed is not None)
+        chosen = (f for f in chosen if not f.folded)
         return {f.path: f.basis for f in chosen if f.batched == batched}
 
     # Only `tx` knows where its basis rule stands, so its whole update is traced; under

@@ -91,7 +91,7 @@ def project_gradient(
     chosen = {
         f.path: f.need("basis")
         for f in frames_of(seen[0])
-        if refresh and not f.full_rank
+        if refresh and not f.full_rank and not f.folded
     }
     low = map_frames(lambda f: f.need("low"), seen[0])
     return Projected(low, chosen)

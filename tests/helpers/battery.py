@@ -88,7 +88,20 @@ ALL: dict[str, tuple[Any, dict[str, Any]]] = {
         {"feedback": True, "refresh_every": 1},
     ),
     "online_subspace_descent": (lro.recipes.online_subspace_descent, {}),
+    "foam": (lro.recipes.foam, {}),
+    "gwt": (lro.recipes.gwt, {}),
+    "sink_gd": (lro.recipes.sink_gd, {}),
+    "mlorc": (lro.recipes.mlorc, {"key": 1}),
+    "lora_pre": (lro.recipes.lora_pre, {"key": 1}),
+    "mofasgd": (lro.recipes.mofasgd, {"key": 1}),
+    "cosmos": (lro.recipes.cosmos, {"refresh_every": 1}),
+    "stable_spam": (lro.recipes.stable_spam, {"restart": EVERY}),
 }
+
+
+# Of the named optimizers, those without a subspace, and with one that never changes.
+WHOLE = {"racs", "scale_sgd", "sink_gd", "stable_spam", "mlorc", "lora_pre", "mofasgd"}
+FIXED = {"foam", "gwt"}
 
 
 # One wrapper at a time, for what differs most in how state is kept: moments that turn

@@ -31,7 +31,6 @@ TOLERANCE = 2e-9
 
 # Every named optimizer, once.
 NAMES = [*{make: name for name, (make, _) in reversed(ALL.items())}.values()]
-WHOLE = {"racs", "scale_sgd"}  # without a subspace
 
 
 # One of each kind of state: moments that turn and a key, a state for each leaf, an

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -41,6 +41,7 @@ SMALL = LlamaConfig(
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
 
 
+@cache
 def draw(config, seed=0):
     """Weights whose norm scales are not all 1, so that a lost scale is seen."""
     params = init_params(config, jax.random.key(seed))
@@ -53,6 +54,7 @@ def draw(config, seed=0):
     return jax.tree_util.tree_map_with_path(perturb, params)
 
 
+@cache
 def draw_tokens(config, batch, length, seed=0):
     return jax.random.randint(
         jax.random.key(seed), (batch, length), 0, config.vocab_size
@@ -199,17 +201,18 @@ def test_the_scan_equals_applying_the_layers_one_by_one():
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(SMALL, rngs=nnx.Rngs(0))))
     model = bind(SMALL, params)
     own = context_of(SMALL, 10)
+    apply = jax.jit(lambda layer, x: nnx.merge(block, layer)(x, own))
     x = params["embed"]["embedding"][tokens]
     for i in range(SMALL.num_layers):
-        layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-        x = nnx.merge(block, layer)(x, own)
+        x = apply(jax.tree.map(lambda w, i=i: w[i], params["layers"]), x)
     expected = model.head(model.norm(x))
     # The same products; XLA may sum them in another order inside a loop.
     np.testing.assert_allclose(run(SMALL, params, tokens), expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("remat", "compute_dtype"), [("none", "float32"), ("dots", "bfloat16")]
+)
 def test_the_model_in_three_steps_is_the_model(remat, compute_dtype):
     config = replace(SMALL, remat=remat, compute_dtype=compute_dtype)
     params, tokens = draw(config), draw_tokens(config, 2, 10)

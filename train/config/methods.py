@@ -63,8 +63,13 @@ class Method:
 
     @property
     def low_rank(self) -> bool:
-        """Whether it has a subspace."""
+        """Whether it has a rank, of a subspace or of stored moments alone."""
         return "rank" in self.options
+
+    @property
+    def projects(self) -> bool:
+        """Whether it has a subspace."""
+        return self.interval is not None
 
     @property
     def interval(self) -> int | None:
@@ -113,6 +118,7 @@ BACKS: dict[str, Make] = {
 ROTATIONS: dict[str, Make] = {
     "on": lro.rotate_moments,
     "first": functools.partial(lro.rotate_moments, moments="first"),
+    "alike": functools.partial(lro.rotate_moments, outside="alike"),
     "off": lro.in_subspace,
 }
 
@@ -191,6 +197,8 @@ OWN: dict[str, Mapping[str, Any]] = {
     "scale_sgd": {"dimension_numbers": WEIGHT_MATRICES},
     "dct_adamw": {"refresh_every": 1, "stagger": False},
     "online_subspace_descent": {"refresh_every": ONCE},
+    "foam": {"refresh_every": ONCE, "stagger": False},
+    "gwt": {"refresh_every": ONCE, "stagger": False},
 }
 
 # The library's, and what the trainer has beside them: peak learning rates are the best

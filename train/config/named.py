@@ -39,7 +39,7 @@ def named(name: str, base: OptimizerConfig) -> OptimizerConfig:
         learning_rate = float(rate) if rate else base.learning_rate
     except ValueError as error:
         raise ValueError(f"{name!r}: the rate {rate!r} is no number") from error
-    nothing = {} if METHODS[method].low_rank else {"measure": "none", "anchor": None}
+    nothing = {} if METHODS[method].projects else {"measure": "none", "anchor": None}
     return dataclasses.replace(
         base,
         name=method,

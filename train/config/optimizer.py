@@ -82,6 +82,7 @@ class OptimizerConfig:
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
       rotate: which moments of subspace_adam rotate with the subspace: both, the first.
+        alike: both, and V outside of the old subspace is what it is inside.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
@@ -134,7 +135,7 @@ class OptimizerConfig:
     b1: float | None = None
     b2: float | None = None
     scale: float | None = None
-    rotate: Literal["on", "first", "off"] = "on"
+    rotate: Literal["on", "first", "alike", "off"] = "on"
     back: Back = "rescale"
     residual_scale: float | None = None
     angle: float = 0.3
@@ -174,7 +175,7 @@ class OptimizerConfig:
         for field in ("final", "switch"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} must lie in [0, 1]")
-        if self.basis != "default" and not METHODS[self.name].low_rank:
+        if self.basis != "default" and not METHODS[self.name].projects:
             raise ValueError(
                 f"{self.name} has no subspace, so basis={self.basis!r} means nothing; "
                 "leave it out or name a low-rank optimizer"

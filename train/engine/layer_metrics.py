@@ -40,7 +40,7 @@ def measured(
 
 def check_measured(given: OptimizerConfig, chosen: Sequence[OptimizerConfig]) -> None:
     """ValueError if no chosen optimizer has the subspace that is to be measured."""
-    if measures(given) and not any(METHODS[c.name].low_rank for c in chosen):
+    if measures(given) and not any(METHODS[c.name].projects for c in chosen):
         raise ValueError(
             f"{', '.join(map(label, chosen))} has no subspace to be measured: leave "
             "out --measure and --anchor"

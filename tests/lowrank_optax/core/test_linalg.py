@@ -1,5 +1,9 @@
 """Orthonormal bases and left singular factors, on easy and on bad matrices."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,16 +89,32 @@ def test_one_bad_matrix_does_not_spoil_its_batch(bad):
 
 
 @pytest.mark.parametrize("r", [3, 4, 5, 13, 16])
-def test_the_inverse_of_a_triangular_matrix(r, dtype, monkeypatch):
+def test_the_inverse_of_a_cholesky_factor(r, dtype, monkeypatch):
     monkeypatch.setattr(linalg, "PANEL", 4)
-    lower = np.linalg.cholesky(np.cov(np.random.default_rng(r).normal(size=(r, 3 * r))))
-    batch = np.stack([lower, 2 * lower])
-    inverse = linalg.triangular_inverse(jnp.asarray(batch, dtype))
+    a = np.cov(np.random.default_rng(r).normal(size=(r, 3 * r)))
+    batch = np.stack([a, 4 * a])
+    inverse = linalg.inverse_cholesky(jnp.asarray(batch, dtype))
     assert (inverse.shape, inverse.dtype) == ((2, r, r), dtype)
     assert not np.triu(inverse, 1).any()
     # The residual of an inverse is eps times the condition number, at most 30 here.
     eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(inverse @ batch, [np.eye(r)] * 2, atol=100 * eps)
+    lower = np.linalg.cholesky(batch)
+    np.testing.assert_allclose(inverse @ lower, [np.eye(r)] * 2, atol=100 * eps)
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e12])
+def test_orthonormalize_as_a_tpu_does_it(condition, dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "PANEL", 5)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args)
+    )
+    x = conditioned(condition)
+    q = jax.jit(lambda x: linalg.orthonormalize(x))(jnp.asarray(x, dtype))
+    assert orthonormality_error(q) < ORTHONORMAL[dtype]
+    # Of the leading third: 100 eps times the condition number among these.
+    seen = np.linalg.svd(x)[0][:, : R // 3]
+    bound = 100 * float(jnp.finfo(dtype).eps) * condition ** (1 / 3)
+    assert subspace_angles(seen, np.asarray(q, np.float64)).max() < bound
 
 
 @pytest.mark.parametrize(("x"), [pytest.param(x, id=name) for name, x in bad_inputs()])
@@ -281,6 +301,35 @@ def test_iterate_comes_nearer_from_the_old_basis(dtype):
     assert angle(near) < 1e-3 < angle(far)
 
 
+def tf32(x):
+    """float32 with TF32's ten bits after the binary point, as its products read it."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + 0x1000) & jnp.uint32(0xFFFFE000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@pytest.mark.parametrize("decomposition", ["randomized", "iterate"])
+def test_coarse_products_do_not_leave_the_columns_of_a_gradient(
+    decomposition, monkeypatch
+):
+    """A rank below r: what lies outside of the basis is float32's rounding."""
+    exact = linalg.product
+
+    def rounded(a, b, precision=linalg.EXACT):
+        if precision == linalg.COARSE:
+            a, b = tf32(a), tf32(b)
+        return exact(a, b)
+
+    monkeypatch.setattr(linalg, "product", rounded)
+    g = jnp.asarray(with_spectrum([4.0, 3, 0.5]), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 1)[0]
+    old = jnp.eye(M, 8) if decomposition == "iterate" else None
+    s = singular.leading(g, 8, decomposition, keys, old)
+    u = np.linalg.svd(np.asarray(g, np.float64))[0][:, :3]
+    # 16 eps of float32. With all products coarse the angles are 1e-4.
+    assert subspace_angles(u, np.asarray(s, np.float64)).max() < 2e-6
+
+
 @pytest.mark.parametrize("condition", [1e3, 1e5, 1e6])
 def test_orthonormalize_takes_large_condition_numbers(condition):
     """CholeskyQR2 breaks down at 4e3 in float32; the span has to stay."""
@@ -343,3 +392,17 @@ def test_a_cond_under_vmap_may_orthonormalize():
     np.testing.assert_array_equal(found[1], x[1])
     for i in (0, 2):
         np.testing.assert_allclose(found[i].T @ found[i], np.eye(4), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_batch_without_full_rank_as_xla_compiles_it_outside_of_tests() -> None:
+    """Its maximum of NaNs was -inf there, and NaNs passed for orthonormal."""
+    code = """
+import jax, jax.numpy as jnp
+from lowrank_optax.core import linalg
+w = jax.random.normal(jax.random.key(0), (4, 64, 16))
+q = jax.jit(linalg.orthonormalize)(jnp.concatenate([w, w], axis=-1))
+assert jnp.abs(linalg.minus_identity(linalg.gram(q))).sum() < 1e-2
+"""
+    plain = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | plain)

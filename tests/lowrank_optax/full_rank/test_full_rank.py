@@ -1,4 +1,4 @@
-"""Methods without a subspace: RACS and SCALE, their bracket, and who steps on what."""
+"""Methods without a subspace, their bracket, and who steps on what."""
 
 import functools
 from collections.abc import Callable
@@ -84,6 +84,43 @@ def scale(momentum: float) -> Callable[[Array, list[Array]], list[Array]]:
     return steps
 
 
+def sinkhorn(w: Array, grads: list[Array]) -> list[Array]:
+    """Algorithm 3, with m <= n, and of a square matrix the inputs as rows."""
+    turned = w.shape[0] > w.shape[1]
+    out = []
+    for full in grads:
+        x = full.T if turned else full
+        m, n = x.shape
+        for _ in range(5):
+            x = np.sqrt(n) * np.diag(1 / np.linalg.norm(x, axis=1)) @ x
+            x = np.sqrt(m) * x @ np.diag(1 / np.linalg.norm(x, axis=0))
+        w = w - RATE * (0.05 * (x.T if turned else x) + DECAY * w)
+        out.append(w)
+    return out
+
+
+def stable_spam(w: Array, grads: list[Array]) -> list[Array]:
+    """AdaClip, AdaGN and Adam, whose moments begin anew after three steps."""
+    largest = norm = square = m = v = np.float64(0)
+    out = []
+    for t, g in enumerate(grads, 1):
+        top = np.abs(g).max()
+        largest = 0.999 * largest + 0.001 * top
+        threshold = largest / (1 - 0.999**t)
+        clipped = np.where(np.abs(g) > threshold, g / top * threshold, g)
+        size = np.linalg.norm(clipped)
+        norm, square = 0.7 * norm + 0.3 * size, 0.9 * square + 0.1 * size**2
+        root = np.sqrt(square / (1 - 0.9**t))
+        g = clipped / size * norm / (1 - 0.7**t) / root
+        if (since := (t - 1) % 3 + 1) == 1:
+            m = v = np.float64(0)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = m / (1 - 0.9**since) / (np.sqrt(v / (1 - 0.999**since)) + 1e-8)
+        w = w - RATE * (step + DECAY * w)
+        out.append(w)
+    return out
+
+
 def full_rank(w: Array, grads: list[Array]) -> list[Array]:
     return adamw(w, grads, Rules(lambda _: RATE, 1, weight_decay=DECAY))
 
@@ -95,6 +132,11 @@ METHODS: dict[str, tuple[Any, Any]] = {
         lro.recipes.scale_sgd(RATE, **COMMON),
         lambda name: scale(0.9 if name == "head" else 0.0),
     ),
+    "sink_gd": (lro.recipes.sink_gd(RATE, **COMMON), lambda name: sinkhorn),
+    "stable_spam": (
+        lro.recipes.stable_spam(RATE, restart=3, **COMMON),
+        lambda name: stable_spam,
+    ),
 }
 
 
@@ -104,7 +146,8 @@ def test_every_step_is_the_sources_in_float64(name: str) -> None:
     grads = [tree_of(t + 1) for t in range(STEPS)]
     found = weights_of(tx, grads)
     for leaf, start in tree_of(0).items():
-        steps = full_rank if leaf == "norm" else rendering(leaf)
+        rest = leaf == "norm" and name != "stable_spam"
+        steps = full_rank if rest else rendering(leaf)
         own, ours = [g[leaf] for g in grads], np.stack([x[leaf] for x in found])
         if leaf == "layers":
             layers = range(len(start))
@@ -153,7 +196,9 @@ def step_of(tx: Any, grads: Any) -> Any:
     sign=st.sampled_from([-1.0, 1.0]),
     tall=st.booleans(),
 )
-@pytest.mark.parametrize("make", [lro.recipes.racs, lro.recipes.scale_sgd])
+@pytest.mark.parametrize(
+    "make", [lro.recipes.racs, lro.recipes.scale_sgd, lro.recipes.sink_gd]
+)
 def test_a_step_has_the_gradients_sign_and_not_its_size(
     make: Any, seed: int, log_size: float, sign: float, tall: bool
 ) -> None:
@@ -171,9 +216,13 @@ def test_rows_and_columns_of_any_size_are_evened_out() -> None:
     random = np.random.default_rng(0)
     signs = np.sign(random.normal(size=(6, 9)))
     sizes = np.outer(10.0 ** random.uniform(-3, 3, 6), 10.0 ** random.uniform(-3, 3, 9))
-    stage = lro.full_rank.scale_by_racs(limit=1e9, decay=0.0)
-    found = step_of(lro.full_rank.full_matrices(stage), [np.float32(signs * sizes)])[0]
-    np.testing.assert_allclose(found, signs, rtol=1e-4)
+    for stage in (
+        lro.full_rank.scale_by_racs(limit=1e9, decay=0.0),
+        lro.full_rank.normalize_by_sinkhorn(),
+    ):
+        tx: Any = lro.full_rank.full_matrices(stage)
+        found = step_of(tx, [np.float32(signs * sizes)])[0]
+        np.testing.assert_allclose(found, signs, rtol=1e-4)
 
 
 def test_the_fit_is_the_leading_singular_pair_of_the_squares() -> None:
@@ -189,7 +238,9 @@ def test_the_fit_is_the_leading_singular_pair_of_the_squares() -> None:
 # ------------------------------------------------------------------ zeros
 
 
-@pytest.mark.parametrize("make", [lro.recipes.racs, lro.recipes.scale_sgd])
+@pytest.mark.parametrize(
+    "make", [lro.recipes.racs, lro.recipes.scale_sgd, lro.recipes.sink_gd]
+)
 def test_zero_gradients_rows_and_columns_move_nothing(make: Any) -> None:
     g = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
     g[:, 2] = 0

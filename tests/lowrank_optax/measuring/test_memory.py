@@ -147,6 +147,11 @@ def test_a_rank_of_the_smaller_side_is_full_rank_adam(name: str, rank: Any) -> N
         assert any(jax.tree.all(jax.tree.map(jnp.array_equal, x, adams)) for x in ours)
 
 
+def unrefreshed(make: Any) -> Any:
+    """Without the argument that a method without refreshes has not."""
+    return lambda rate, refresh_every, **options: make(rate, **options)
+
+
 # Numbers of four bytes in one matrix's state, as docs/methods/index.md has them.
 # optax keeps one unused number for each factored second moment, and a count.
 FORMULAS: dict[str, tuple[Any, Any]] = {
@@ -208,7 +213,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     ),
     "sumo": (lro.recipes.sumo, lambda m, n, r: m * r + n * r + 1 + 2 / 3),
     "online_subspace_descent": (
-        lambda lr, refresh_every, **kw: lro.recipes.online_subspace_descent(lr, **kw),
+        unrefreshed(lro.recipes.online_subspace_descent),
         lambda m, n, r: 3 * m * r + 2 * n * r + 2,
     ),
     "q_galore": (
@@ -218,7 +223,29 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
             m * r / 8 + m * r / 256 * 5 / 4 + 2 * n * r / 4 * (1 + 4 / 128) + 8 / 3
         ),
     ),
+    "foam": (unrefreshed(lro.recipes.foam), lambda m, n, r: 2 * n * r + 2 / 3),
+    "gwt": (unrefreshed(lro.recipes.gwt), lambda m, n, r: 2 * n * r + 1 + 2 / 3),
+    # Two bytes of a matrix, and of the leaf AdamW's zeros for the rest.
+    "mlorc": (
+        unrefreshed(partial(lro.recipes.mlorc, key=0)),
+        lambda m, n, r: 2 * r * (m + n) + 2 / 4 + 2 / 3,
+    ),
+    "lora_pre": (
+        unrefreshed(partial(lro.recipes.lora_pre, key=0)),
+        lambda m, n, r: 2 * r * (m + n) + 2 / 3,
+    ),
+    "mofasgd": (
+        unrefreshed(partial(lro.recipes.mofasgd, key=0)),
+        lambda m, n, r: r * (m + n) + r + 2 / 3,
+    ),
+    "cosmos": (
+        lro.recipes.cosmos,
+        lambda m, n, r: m * n + n * r + m * r + r * r + 2 / 3,
+    ),
 }
+
+
+BEGUN = {"online_subspace_descent", "mlorc", "lora_pre", "mofasgd", "foam", "gwt"}
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -228,8 +255,8 @@ def test_the_state_of_a_matrix_is_what_the_formula_says(name: str) -> None:
     params = {"layers": abstract((layers, n, m)), "norm": abstract((m,))}
     tx = make(0.01, rank=r, refresh_every=10, dimension_numbers=[("", lro.STACKED)])
     rows = {row.path: row for row in lro.memory_report(tx, params).rows}
-    # A byte says whether a gradient was ever not zero; online PCA starts at step 0.
-    begun = 0 if name == "online_subspace_descent" else 1
+    # A byte says whether a gradient was ever not zero, of a basis that waits for one.
+    begun = 0 if name in BEGUN else 1
     assert rows["layers"].state_bytes == layers * (4 * numbers(m, n, r) + begun)
     assert rows["layers"].rank == r
     assert rows["norm"].rank is None
@@ -242,6 +269,8 @@ WHOLE: dict[str, tuple[Any, Any]] = {
         partial(lro.recipes.scale_sgd, momentum="layers"),
         lambda m, n: m * n,
     ),
+    "sink_gd": (lro.recipes.sink_gd, lambda m, n: 0),
+    "stable_spam": (lro.recipes.stable_spam, lambda m, n: 2 * m * n + 4),
 }
 
 
@@ -253,8 +282,9 @@ def test_a_method_without_a_subspace_is_listed_as_full(name: str) -> None:
     tx = make(0.01, dimension_numbers=[("", lro.STACKED)])
     report = lro.memory_report(tx, params)
     rows = {row.path: row for row in report.rows}
-    # A zero of each of AdamW's moments, and a byte where it has no momentum.
-    unused = 8 + (name == "scale_sgd")
+    # A zero of each of AdamW's moments, and a byte where it has no momentum; Adam is
+    # stable_spam's own.
+    unused = {"scale_sgd": 9, "stable_spam": 0}.get(name, 8)
     assert rows["layers"].state_bytes == layers * 4 * numbers(m, n) + unused
     assert {row.rank for row in report.rows} == {None}
     assert "full" in str(report).splitlines()[1]

@@ -38,6 +38,7 @@ BASES = {
     "lazy_refresh": lro.bases.lazy_refresh(lro.sara_sample(0)),
     "quantize_basis": lro.bases.quantize_basis(lro.dominant_svd()),
     "replay": lro.bases.replay(EYE),
+    "fold": lro.bases.fold(),
 }
 ADAM = optax.scale_by_adam()
 STEPS = {

@@ -59,7 +59,8 @@ def test_accelerators_factorise_the_gram_matrix_and_a_cpu_the_gradient(rule):
 
 # --- the named optimizers ---
 
-COMMON = {"rank": 4, "refresh_every": 2, "dimension_numbers": lro.STACKED}
+UNREFRESHED = {"rank": 4, "dimension_numbers": lro.STACKED}
+COMMON = {**UNREFRESHED, "refresh_every": 2}
 OPTIMIZERS = {
     "apollo": lambda: lro.apollo(0.01, key=0, **COMMON),
     "apollo_mini": lambda: lro.apollo_mini(0.01, key=0, **{**COMMON, "rank": 1}),
@@ -84,10 +85,18 @@ OPTIMIZERS = {
     "sumo": lambda: lro.recipes.sumo(0.01, **COMMON),
     "racs": lambda: lro.recipes.racs(0.01, dimension_numbers=lro.STACKED),
     "scale_sgd": lambda: lro.recipes.scale_sgd(0.01, dimension_numbers=lro.STACKED),
+    "foam": lambda: lro.recipes.foam(0.01, rank=4, dimension_numbers=lro.STACKED),
+    "gwt": lambda: lro.recipes.gwt(0.01, rank=4, dimension_numbers=lro.STACKED),
+    "sink_gd": lambda: lro.recipes.sink_gd(0.01, dimension_numbers=lro.STACKED),
+    "mlorc": lambda: lro.recipes.mlorc(0.01, key=0, **UNREFRESHED),
+    "lora_pre": lambda: lro.recipes.lora_pre(0.01, key=0, **UNREFRESHED),
+    "mofasgd": lambda: lro.recipes.mofasgd(0.01, key=0, **UNREFRESHED),
+    "cosmos": lambda: lro.recipes.cosmos(0.01, **COMMON),
 }
 NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
-NONE |= {"racs", "scale_sgd"}
-WITH_QR = {"golore", "ldadam", "coap", "alice", "spectral_adam"}
+NONE |= {"racs", "scale_sgd", "foam", "gwt", "sink_gd"}
+WITH_QR = {"golore", "ldadam", "coap", "alice", "spectral_adam", "mlorc", "mofasgd"}
+WITH_QR |= {"cosmos"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,7 @@ def test_the_update_of_an_optimizer_on_a_tpu_and_a_gpu(name: str) -> None:
 
 NO_LAPACK = {"apollo", "apollo_published", "apollo_mini", "flora", "grass_sparse"}
 NO_LAPACK |= {"frugal_coordinates", "dct_adamw", "dct_adamw_feedback"}
-NO_LAPACK |= {"racs", "scale_sgd"}
+NO_LAPACK |= {"racs", "scale_sgd", "foam", "gwt", "sink_gd", "stable_spam"}
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,31 @@ def alice(grads: list[Array], bases: list[Array], b3: float | None) -> list[Arra
     return out
 
 
+def cosmos(grads: list[Array]) -> list[Array]:
+    """COSMOS with the m rows projected: the source's equations of G^T."""
+    b1, b2, b3, gamma, scale = 0.8, 0.9, 0.7, 0.3, 0.5
+    m, v, out = np.zeros_like(grads[0]), 0.0, []
+    u = svd(0, grads[0], None, None)
+    gram = np.zeros((len(u), len(u)))  # the mean of G G^T, as far as U shows it
+    for t, g in enumerate(grads, 1):
+        gram = b3 * gram + (1 - b3) * g @ g.T
+        if t > 1:
+            u = np.linalg.qr(gram @ u)[0]
+        gram_of_u = u.T @ gram @ u
+        gram = u @ gram_of_u @ u.T
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * (u.T @ g) ** 2
+        a = u @ (u.T @ m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-8))
+        x = m - u @ u.T @ m
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            q = x @ x.T
+            x = 3.4445 * x - 4.7750 * q @ x + 2.0315 * q @ q @ x
+        d = a + gamma * np.sqrt(g.size) * x / np.linalg.norm(x)
+        out.append(scale * np.sqrt(g.size) * d / np.linalg.norm(d))
+    return out
+
+
 def sumo(grads: list[Array]) -> list[Array]:
     s, m, last, out = None, np.zeros((RANK, grads[0].shape[1])), np.inf, []
     for t, g in enumerate(grads):
@@ -309,6 +334,53 @@ def sumo(grads: list[Array]) -> list[Array]:
         last = float(np.linalg.norm(o))
         step = g - s @ (s.T @ g - o)
         out.append(0.5 * np.sqrt(max(g.shape)) * step)
+    return out
+
+
+def blocks(m: int) -> list[np.ndarray]:
+    """The rows of each block, the larger blocks first."""
+    return np.array_split(np.arange(m), RANK)
+
+
+def foam(grads: list[Array]) -> list[Array]:
+    m, out, unfold = Adam(), [], np.zeros((len(grads[0]), RANK))
+    for j, rows in enumerate(blocks(len(grads[0]))):
+        unfold[rows, j] = 1
+    fold = (unfold / unfold.sum(0)).T
+    for g in grads:
+        means = fold @ g
+        m(means, None)
+        first = m.m / (1 - 0.9**m.t)
+        second = m.v / (1 - 0.999**m.t)
+        lost = g - unfold @ means
+        root = np.sqrt(unfold @ second + lost**2)
+        out.append(0.25 * (unfold @ first + lost) / (root + 1e-8))
+    return out
+
+
+def gwt(grads: list[Array]) -> list[Array]:
+    """The transform in each block: its coarsest function first, then its details."""
+    m, out, last = Adam(), [], np.inf
+    inverse = []
+    for rows in blocks(len(grads[0])):
+        constant = np.eye(len(rows)) - 1 / len(rows)
+        details = np.linalg.svd(constant)[0][:, :-1]
+        inverse.append(
+            np.column_stack([np.full(len(rows), len(rows) ** -0.5), details])
+        )
+    for g in grads:
+        parts = [h.T @ g[rows] for h, rows in zip(inverse, blocks(len(g)), strict=True)]
+        step = m(np.stack([x[0] for x in parts]), None)
+        root = np.sqrt(m.v / (1 - 0.999**m.t)) + 1e-8
+        shrunk = min(1.0, 1.01 * last / float(np.linalg.norm(step)))
+        last = shrunk * float(np.linalg.norm(step))
+        scaled = [
+            np.concatenate([s[None], x[1:] / d]) * shrunk
+            for s, x, d in zip(step, parts, root, strict=True)
+        ]
+        out.append(
+            0.25 * np.concatenate([h @ x for h, x in zip(inverse, scaled, strict=True)])
+        )
     return out
 
 
@@ -418,6 +490,14 @@ METHODS: dict[str, tuple[Any, Any]] = {
         lro.recipes.coap(1.0, recompute_every=2, **COMMON),
         of_galore(lambda: Adam(eps=1e-6), coap),
     ),
+    "foam": (lro.recipes.foam(1.0, **NO_REFRESH), lambda g, bases: foam(g)),
+    "gwt": (lro.recipes.gwt(1.0, **NO_REFRESH), lambda g, bases: gwt(g)),
+    "cosmos": (
+        lro.recipes.cosmos(
+            1.0, b1=0.8, b2=0.9, b3=0.7, residual_scale=0.3, scale=0.5, **NO_REFRESH
+        ),
+        lambda g, bases: cosmos(g),
+    ),
 }
 
 
@@ -443,8 +523,8 @@ def test_every_step_is_the_sources_in_float64(name: str) -> None:
         for grad in grads:
             updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
             out.append(jax.tree.map(np.asarray, updates))
-            found = optax.tree.get_all_with_path(state, "basis")
-            bases.append(jax.tree.map(np.asarray, found[0][1]))
+            for _, basis in optax.tree.get_all_with_path(state, "basis")[:1]:
+                bases.append(jax.tree.map(np.asarray, basis))
     for leaf in SHAPES:
         for i in range(len(matrices(leaf, grads[0][leaf]))):
             own = [matrices(leaf, g[leaf])[i] for g in grads]
@@ -512,3 +592,99 @@ def test_ldadam_projects_the_side_that_the_release_projects(
         found = np.array([x[name] for x in ours])
         worst = np.abs(found - expected).max() / np.abs(expected).max()
         assert worst < 1e-11, (name, worst)
+
+
+# ------------------------------------------------------------- moments of low rank
+
+
+def truncated(x: Array) -> Array:
+    u, sizes, vt = np.linalg.svd(x, full_matrices=False)
+    return u[:, :RANK] @ np.diag(sizes[:RANK]) @ vt[:RANK]
+
+
+def mlorc(grads: list[Array]) -> list[Array]:
+    m, v, out = np.zeros_like(grads[0]), np.zeros_like(grads[0]), []
+    for t, g in enumerate(grads, 1):
+        if (v < 0).any():
+            v = np.where(v < 0, np.abs(v[v < 0]).mean(), v)
+        m, v = 0.8 * m + 0.2 * g, 0.99 * v + 0.01 * g**2
+        root = np.sqrt(v / (1 - 0.99**t))
+        out.append(0.5 * m / (1 - 0.8**t) / (root + 1e-8))
+        m, v = truncated(m), truncated(v)
+    return out
+
+
+def lora_pre(grads: list[Array], a: Array, a_v: Array) -> list[Array]:
+    b, b_v = (np.zeros((len(grads[0]), RANK)) for _ in range(2))
+    out: list[Array] = []
+    keep, keep_v = 0.8**0.5, 0.9**0.25
+    for t, g in enumerate(grads, 1):
+        m = 0.8 * b @ a + 0.2 * g
+        v = 0.9 * (b_v @ a_v) ** 2 + 0.1 * g**2
+        out.append(0.25 * m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8))
+        b, a = (
+            keep * b + (1 - keep) * g @ np.linalg.pinv(a),
+            keep * a + (1 - keep) * np.linalg.pinv(b) @ g,
+        )
+        b_v, a_v = (
+            keep_v * b_v + (1 - keep_v) * np.abs(g) @ np.linalg.pinv(a_v),
+            keep_v * a_v + (1 - keep_v) * np.linalg.pinv(b_v) @ np.abs(g),
+        )
+    return out
+
+
+def mofasgd(grads: list[Array], vt: Array) -> list[Array]:
+    u, sizes, v, out = np.zeros((len(grads[0]), RANK)), np.zeros(RANK), vt.T, []
+    for g in grads:
+        p, r_u = np.linalg.qr(np.concatenate([u, g @ v], axis=1))
+        q, r_v = np.linalg.qr(np.concatenate([v, g.T @ u], axis=1))
+        eye = np.eye(RANK)
+        corner = 0.9 * np.diag(sizes) - u.T @ g @ v
+        core = r_u @ np.block([[corner, eye], [eye, 0 * eye]]) @ r_v.T
+        left, values, right = np.linalg.svd(core)
+        u, sizes, v = p @ left[:, :RANK], values[:RANK], q @ right[:RANK].T
+        out.append(0.5 * np.sqrt(max(g.shape)) * u @ v.T)
+    return out
+
+
+# The optimizer, the names of what it draws at the start, and the rendering.
+OF_LOW_RANK_MOMENTS: dict[str, tuple[Any, tuple[str, ...], Any]] = {
+    "mlorc": (
+        lro.recipes.mlorc(1.0, scale=0.5, b1=0.8, b2=0.99, **KEY, **NO_REFRESH),
+        (),
+        mlorc,
+    ),
+    "lora_pre": (
+        lro.recipes.lora_pre(1.0, b1=0.8, b2=0.9, **KEY, **NO_REFRESH),
+        ("mu_right", "nu_right"),
+        lora_pre,
+    ),
+    "mofasgd": (
+        lro.recipes.mofasgd(1.0, scale=0.5, b1=0.9, **KEY, **NO_REFRESH),
+        ("right",),
+        mofasgd,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_LOW_RANK_MOMENTS)
+def test_every_step_with_moments_of_low_rank_is_the_sources(name: str) -> None:
+    tx, drawn, rendering = OF_LOW_RANK_MOMENTS[name]
+    grads, out = gradients(), []
+    with jax.enable_x64(True):
+        params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
+        state, update = tx.init(params), jax.jit(tx.update)
+        starts = [optax.tree.get(state, field) for field in drawn]
+        for grad in grads:
+            updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
+            out.append(jax.tree.map(np.asarray, updates))
+    for leaf, shape in SHAPES.items():
+        for i in range(len(matrices(leaf, np.zeros(shape)))):
+            own = [matrices(leaf, g[leaf])[i] for g in grads]
+            begun = [
+                np.asarray(x[leaf][i] if leaf == "stacked" else x[leaf]) for x in starts
+            ]
+            expected = np.array(rendering(own, *begun))
+            ours = -np.array([matrices(leaf, u[leaf])[i] for u in out])
+            worst = np.abs(ours - expected).max() / np.abs(expected).max()
+            assert worst < 1e-11, (leaf, i, worst)

@@ -1,6 +1,8 @@
 """The residual's polar factor: Newton-Schulz, `spectral_residual`, `spectral_adam`."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,91 @@ def test_the_step_is_the_papers_on_both_sides(shape: tuple[int, ...]) -> None:
 
         wanted = np.stack([expected(x) for x in g.reshape(-1, *g.shape[-2:])])
         np.testing.assert_allclose(found["w"], wanted.reshape(shape), atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_neurons_are_normalized_by_a_mean_of_their_squares(
+    shape: tuple[int, int],
+) -> None:
+    """Flax's kernels are (inputs, outputs): the outputs are columns here."""
+    tx = lro.low_rank(stages(0.0, neuron_decay=0.6), rank=2, refresh_every=1)
+    grads = [matrix(seed, *shape) * np.geomspace(1, 9, shape[1]) for seed in range(3)]
+    grads.insert(1, np.zeros(shape))  # leaves v as it was
+    v, expected, found = np.zeros(shape[1]), [], []
+    with jax.enable_x64(True):
+        state, update = tx.init({"w": jnp.zeros(shape)}), jax.jit(tx.update)
+        for g in grads:
+            step, state = update({"w": jnp.asarray(g)}, state)
+            found.append(np.asarray(step["w"]))
+            if not g.any():
+                expected.append(g)
+                continue
+            low = g if shape[0] < shape[1] else g.T
+            u, s, vt = np.linalg.svd(low, full_matrices=False)
+            rest = by_fit(low - (u[:, :2] * s[:2]) @ vt[:2])
+            o = rest if shape[0] < shape[1] else rest.T
+            v = 0.6 * v + 0.4 * np.mean(o**2, axis=0)
+            x = o / np.sqrt(v)
+            x = x * np.linalg.norm(o) / np.linalg.norm(x)
+            if shape[0] < shape[1]:
+                x = x - u[:, :2] @ (u[:, :2].T @ x)
+            else:
+                x = x - x @ u[:, :2] @ u[:, :2].T
+            expected.append(0.5 * np.sqrt(10) * x)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert optax.tree.get(state, "neurons")["w"].shape == (shape[1],)
+
+
+def test_between_polar_factors_the_columns_are_normalized() -> None:
+    """At steps 1 and 2 of 0 to 3, to the norm that the exact factor would have."""
+    tx = lro.low_rank(stages(0.0, every=3), rank=2, refresh_every=1)
+    with jax.enable_x64(True):
+        state, update = tx.init({"w": jnp.zeros((5, 8))}), jax.jit(tx.update)
+        for t in range(4):
+            g = matrix(t, 5, 8)
+            found, state = update({"w": jnp.asarray(g)}, state)
+            u, s, vt = np.linalg.svd(g)
+            rest = g - (u[:, :2] * s[:2]) @ vt[:2]
+            expected = np.sqrt(3 / 8) * rest / np.linalg.norm(rest, axis=0)
+            if t % 3 == 0:
+                expected = by_fit(rest)
+            expected = 0.5 * np.sqrt(8) * expected
+            np.testing.assert_allclose(found["w"], expected, atol=1e-10)
+    with pytest.raises(ValueError, match="every must be an int of at least 1"):
+        lro.spectral_residual(every=0)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_between_polar_factors_there_is_no_product_of_newton_schulz(
+    by_layer: bool,
+) -> None:
+    """One conditional for all matrices, under `vmap` too, where some may be due."""
+    tx: Any = lro.low_rank(stages(every=2), rank=2, refresh_every=9)
+    g = {"a": jnp.ones((3, 5, 8)), "b": jnp.ones((3, 6, 9))}
+    if by_layer:
+        tx = lro.training.per_layer(tx)
+    else:
+        g = jax.tree.map(lambda x: x[0], g)
+    state = tx.init(g)
+    update = jax.jit(functools.partial(tx.update, refresh=False))
+    program = update.lower(g, state).compile()
+    assert program.as_text().count(" conditional(") == 1
+    if not by_layer:
+        return
+    # Layer 0 has skipped a step, so that others are due.
+    count = state.count.at[0].add(1)
+    random = np.random.default_rng(0)
+    g = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), g)
+    found, _ = program(g, state._replace(count=count))
+    states = [jax.tree.map(lambda x, i=i: x[i], state) for i in range(3)]
+    states[0] = states[0]._replace(count=count[0])
+    inner: Any = lro.low_rank(stages(every=2), rank=2, refresh_every=9)
+    one = jax.jit(functools.partial(inner.update, refresh=False))
+    for i in range(3):
+        own = jax.tree.map(lambda x, i=i: x[i], g)
+        alone, _ = one(own, states[i])
+        for k in g:
+            np.testing.assert_allclose(found[k][i], alone[k], atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)

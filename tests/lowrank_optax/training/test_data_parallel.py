@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from tests.helpers.marks import NIGHTLY
 from tests.helpers.sharded import moved
 
 M, N, R, T, DEVICES = 24, 40, 4, 2, 4
@@ -73,9 +74,17 @@ def by_pmap(tx):
     return step
 
 
-@pytest.mark.parametrize("how", [by_shard_map, by_pmap])
+SARA = {"basis": lro.sara_sample(0), "weight_decay": 0.1}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"basis": lro.sara_sample(0), "weight_decay": 0.1}]
+    ("how", "options"),
+    [
+        (by_shard_map, SARA),
+        (by_pmap, {}),
+        pytest.param(by_shard_map, {}, marks=NIGHTLY),
+        pytest.param(by_pmap, SARA, marks=NIGHTLY),
+    ],
 )
 def test_the_step_is_that_of_the_mean_gradient(how, options):
     tx, params = galore(**options), weights()
@@ -112,8 +121,10 @@ def test_what_needs_the_gradient_itself_is_refused_at_the_first_step():
         key = {"key": 0} if make in (lro.apollo, lro.grass_jump) else {}
         tx = make(0.1, rank=R, refresh_every=T, dimension_numbers=None, **key)
         step = by_shard_map(lro.training.average_gradients(tx, "d"))
+        first = functools.partial(step, refresh=True)
+        state = jax.eval_shape(tx.init, params)
         with pytest.raises(ValueError, match="w: this stage needs the full gradient"):
-            step(shares(0), tx.init(params), params, refresh=True)
+            jax.eval_shape(first, shares(0), state, params)
 
 
 def test_it_must_be_told_when_and_of_what():

@@ -125,8 +125,10 @@ WAYS = {
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *(("grass_walk", way) for way in ("per_layer", "in_backward")),
+        ("grass_walk", "in_backward"),
         pytest.param("grass_walk", "two together", marks=pytest.mark.slow),
+        # The test of hyperparameters goes this way too.
+        pytest.param("grass_walk", "per_layer", marks=NIGHTLY),
         pytest.param("grass_walk", "one at a time", marks=NIGHTLY),
         *(pytest.param("galore", way, marks=NIGHTLY) for way in WAYS),
     ],

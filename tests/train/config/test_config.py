@@ -49,7 +49,8 @@ def test_help_teaches(capsys):
     assert "40: coap, subspace_adam; " in said
     assert "100: grass_walk, grass_jump; 10: spectral_adam; " in said
     assert "always 1: ldadam, dct_adamw; " in said
-    assert "; once: online_subspace_descent)" in said
+    assert "; once: online_subspace_descent, foam, gwt" in said
+    assert "; 1: cosmos" in said
     assert "(default: None; 0.002: adamw, grass_walk, " in said
     assert "--layerwise {auto,on,off}" in said
     assert "each layer is clipped by its own norm, and skipped by itself" in said

@@ -20,7 +20,9 @@ from train.engine.optimizer import Optimizer, decayed, make_optimizer, make_sche
 from train.run.loop import kinds_of_steps
 
 LOW_RANK = [name for name, method in METHODS.items() if method.low_rank]
-WITHOUT = ["adamw", "muon", "racs", "scale_sgd"]
+# The others that have a rank store their moments at it.
+PROJECT = [name for name in LOW_RANK if METHODS[name].projects]
+WITHOUT = ["adamw", "muon", "racs", "scale_sgd", "sink_gd", "stable_spam"]
 MODEL = LlamaConfig(64, 16, 24, num_heads=2, num_layers=2, compute_dtype="float32")
 
 
@@ -147,17 +149,19 @@ HAVE_THEIR_OWN = {
     "coap",
     "dct_adamw",
     "online_subspace_descent",
+    "foam",
+    "gwt",
 }
 
 
 def test_methods_without_a_subspace_refuse_a_basis():
     assert {*METHODS} == {*LOW_RANK, *WITHOUT}
-    for name in WITHOUT:
+    for name in {*WITHOUT, *LOW_RANK} - {*PROJECT}:
         with pytest.raises(ValueError, match=f"{name} has no subspace, so basis='svd'"):
             made(name=name, basis="svd")
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("name", PROJECT)
 def test_a_method_whose_basis_is_its_own_refuses_another(name):
     if "basis" in METHODS[name].options:
         assert name not in HAVE_THEIR_OWN
@@ -259,8 +263,9 @@ def test_a_basis_that_moves_at_every_step_is_counted_at_every_step():
     every = {name: made(name=name, refresh_every=7).refresh_every for name in LOW_RANK}
     moving = {name for name, steps in every.items() if steps == 1}
     assert moving == {"ldadam", "dct_adamw"}
-    # Its basis moves by itself, and is chosen at the first step alone.
-    assert every.pop("online_subspace_descent") == ONCE
+    # Bases that move by themselves, or never.
+    for name in ("online_subspace_descent", "foam", "gwt"):
+        assert every.pop(name) == ONCE
     assert {every[name] for name in {*every} - moving} == {7}
 
 

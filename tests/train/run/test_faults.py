@@ -34,7 +34,7 @@ TIMES = {
     "stops_of_two": 1,
     "freezes_of_one_of_two": 1,
     "errors_of_one_of_two": 1,
-    "checkpoints_of_one_of_two": 2,
+    "checkpoints_of_one_of_two": 1,
     "no_checkpoint_in_common": 1,
     "disks_of_one_of_two": 1,
     "damages": 6,

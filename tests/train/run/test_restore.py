@@ -18,6 +18,7 @@ import lowrank_optax as lro
 import train.sample
 from models import SIZES, LlamaConfig, forward
 from tests.helpers.checkpoints import store
+from tests.helpers.marks import NIGHTLY
 from train.config.command_line import parse
 from train.config.config import Config, from_json, model_config, to_json
 from train.config.resolve import resolve
@@ -123,7 +124,9 @@ def bits(tree) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=NIGHTLY), "int8"]
+)
 def test_a_run_is_loaded_as_it_was_saved(saved, tokenizer, dtype):
     config, state = saved(dtype)
     before = sorted(path for path in config.out.rglob("*"))
