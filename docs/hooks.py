@@ -61,7 +61,7 @@ def page(name: str, method: Any) -> str:
 def settings(method: Any) -> str:
     """The recommended settings, in a sentence for each."""
     rate = f"Learning rate: {method.learning_rate:g}"
-    rate += ", the best of those tried." if method.measured else ", not measured."
+    rate += ", the best of those tried." if method.measured else ", not tuned."
     said = [rate]
     if isinstance(method.rank, float):
         said.append(f"Rank: {method.rank:g} of the smaller side.")

@@ -26,8 +26,8 @@ class Method:
       make: the optimizer, such as `lro.galore`.
       learning_rate: the best peak rate of those tried on LLaMA-60M, 39 M tokens, rank
         128, cosine schedule (docs/results/losses_60m.md).
-      measured: False if no rate was tried for it, and the rate is that of the method
-        that it varies.
+      measured: False if no rate was tried on that work. The rate is that of a related
+        method, of the source, or of a shorter run.
       fine_tuning_rate: the best peak rate of those tried on trained weights
         (docs/results/fine_tuning.md); None if none was tried.
 

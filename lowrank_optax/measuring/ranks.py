@@ -37,20 +37,21 @@ def allocate_ranks(
 
     of it. The ranks maximize the sum of e over all matrices, while the state of all of
     them, L (m r + 2 n r) numbers of L stacked matrices, is at most that of `budget`.
-    The layers of a stacked kernel have one rank, by the mean of e over them. From
-    `multiple` for each leaf on, the next `multiple` directions go to the leaf where
-    they explain most for their memory. That is the best choice, up to the last one.
+    The layers of a stacked kernel have one rank, by the mean of e over them. Every leaf
+    begins with `multiple` directions. The next `multiple` go to the leaf where they
+    explain most for their memory. That is the best choice, except for what is left of
+    the budget at the end.
 
     Published methods choose ranks by explained variance too, one matrix at a time and
     while they train (Refael et al. 2024, "AdaRankGrad"). Here ranks are chosen once,
     before training, from gradients that the caller computes, and the budget is shared.
 
     Args:
-      gradients: a tree like the parameters. Take the mean over many tokens: the noise
-        of a small batch explains itself.
+      gradients: a tree like the parameters. Take the mean over many tokens: in a small
+        batch noise counts as explained variance.
       budget: a rank, in any form that `low_rank` takes; the memory to distribute.
-      multiple: ranks are multiples of it, and at most m. Smaller if a rank of the
-        budget is.
+      multiple: ranks are multiples of it, and at most m. If a rank of the budget is
+        smaller, that rank takes its place.
       dimension_numbers, square: as in `low_rank`.
 
     Returns:

@@ -144,8 +144,9 @@ def sink_gd(
     a matrix: none; 2 L sums over the gradient a step, and no product.
 
     When to choose it: as `racs`, without its means; the step does not depend on earlier
-    gradients. When not: with small batches, whose noise no momentum averages.
-    Deviations: none that are known; no code is published. The defaults, L and scale,
+    gradients. No loss was measured here. When not: with small batches, whose noise no
+    momentum averages. Deviations: none that are known; no code is published. The
+    defaults, L and scale,
     are those of public implementations of the paper. As there, leaves of full rank take
     Adam's step: by default embedding, norms and head.
 
