@@ -7,6 +7,7 @@ from lowrank_optax.bases.rule import BasisRule
 from lowrank_optax.bases.switching import gram_product
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.linalg import select
 from lowrank_optax.core.singular import Decomposition
 from lowrank_optax.core.stage import Clock
 
@@ -42,6 +43,9 @@ def orthogonal_iterate(*, decomposition: Decomposition | None = None) -> BasisRu
 
     def choose(frame: Frame, _: None, clock: Clock) -> jax.Array:
         del clock
-        return linalg.orthonormalize(gram_product(frame)(frame.need("basis")))
+        s = frame.need("basis")
+        new = linalg.orthonormalize(gram_product(frame)(s))
+        # Without a mean a zero gradient says nothing of the basis.
+        return new if frame.tracked is not None else select(frame.nonzero(), new, s)
 
     return basis_rule(choose, svd_until=1, decomposition=decomposition)

@@ -16,6 +16,7 @@ from lowrank_optax.core.linalg import (
     gram,
     largest,
     matmul,
+    ratio,
     select,
     transpose,
 )
@@ -67,8 +68,7 @@ def scale_by_lora_pre(
     Deviations: no code is published, and Algorithm 1 was read from descriptions of it
     only. In these M and V are made of the factors of the last step. All eigenvalues of
     a Gram matrix are raised by r eps times the largest, so that it has an inverse. A
-    zero gradient multiplies B by b1 and leaves A, which changes B A as the equations
-    do.
+    zero gradient leaves the factors: while B decayed, A's step would grow as 1 / B.
 
     Args:
       b1: decay rate of M.
@@ -105,7 +105,7 @@ def scale_by_lora_pre(
             moment / average_weight(jnp.asarray(1 - b, G.dtype), now.step + 1)
             for moment, b in ((mean, b1), (squares, b2))
         )
-        step = jnp.multiply(scale, mean / (jnp.sqrt(squares) + eps))
+        step = jnp.multiply(scale, ratio(mean, jnp.sqrt(squares), eps))
         units = [x / largest(x) for x in factors]
         inverses = _inverses(units)
 
@@ -117,7 +117,7 @@ def scale_by_lora_pre(
             new_right = keep * right + (1 - keep) * new_right / largest(left)
             nonzero = frame.nonzero()
             return (
-                select(nonzero, new_left, keep**2 * left),
+                select(nonzero, new_left, left),
                 select(nonzero, new_right, right),
             )
 

@@ -11,6 +11,7 @@ from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import check_key
 from lowrank_optax.core.linalg import (
+    largest,
     matmul,
     orthonormalize,
     polar,
@@ -99,15 +100,16 @@ def scale_by_mofasgd(
         C = C + matmul(matmul(transpose(P), GV), VQ)
         inner = left_singular(C)[0][..., : frame.rank]
         # Rows that are only rounding would be as long as others in the polar factor.
-        rows = matmul(transpose(inner), C)
+        size = largest(C)  # or squares of small entries underflow
+        rows = matmul(transpose(inner), C / size)
         rows = rows_above(rows, 64 * float(jnp.finfo(rows.dtype).eps))
         turn = polar(rows)
         step = product(matmul(P, inner), matmul(turn, transpose(Q)))
-        nonzero = frame.nonzero()
+        lengths, nonzero = size * jnp.sqrt(row_squares(rows)), frame.nonzero()
         return (
             frame.replace(step=step),
             select(nonzero, matmul(P, inner), left),
-            select(nonzero, jnp.sqrt(row_squares(rows))[..., 0], decay * sizes),
+            select(nonzero, lengths[..., 0], decay * sizes),
             select(nonzero, matmul(_completed(turn), transpose(Q)), right),
         )
 

@@ -51,7 +51,8 @@ def normalize_by_sinkhorn(
         G = frame.gradient
         # The first iteration takes any factor off a row. With a largest entry of 1 in
         # each, no row's squares underflow.
-        G = G * _inverse(jnp.max(jnp.abs(G), axis=-1, keepdims=True))
+        size = jnp.max(jnp.abs(G), axis=-1, keepdims=True)
+        G = G / jnp.where(size > 0, size, 1)
         q = jnp.ones_like(G[..., :1, :])
         p = q[..., :1]
         for _ in range(iterations):

@@ -16,7 +16,7 @@ from lowrank_optax.core.frame import Frame, is_frame
 from lowrank_optax.core.linalg import average_weight
 from lowrank_optax.core.paths import boxed, unboxed
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.trees import each_apart, in_turn, map_frames
+from lowrank_optax.core.trees import each_apart, frames_of, in_turn, map_frames
 
 
 class StabilizerState(NamedTuple):
@@ -51,9 +51,10 @@ def stabilize_gradient(
         mu <- b1 mu + (1 - b1) ||G'||,     nu <- b2 nu + (1 - b2) ||G'||^2
         G'' = (mu^ / sqrt(nu^)) G' / ||G'||                              (AdaGN)
 
-    (Huang et al. 2025, "Stable-SPAM", arXiv 2502.17055.) ||G''|| is at most a little
-    above one. So the learning rate of a step without normalization, such as SGD, means
-    something else after it; Adam's does not. State of a tensor: four numbers.
+    (Huang et al. 2025, "Stable-SPAM", arXiv 2502.17055.) ||G''|| is about one, and
+    at most 1.4 with these decays. So the learning rate of a step without normalization,
+    such as SGD, means something else after it; Adam's does not. State of a tensor: four
+    numbers.
 
     A tensor is a matrix of a leaf, each layer of a stack for itself, and any other leaf
     as a whole. The transformation stands in front of any optimizer, `optax.chain(
@@ -67,7 +68,7 @@ def stabilize_gradient(
       decay: theta, the decay rate of the threshold.
       b1: gamma_1, the decay rate of the norm.
       b2: gamma_2, the decay rate of its square.
-      dimension_numbers: which leaves are matrices, as in `low_rank`.
+      dimension_numbers: which leaves are matrices, as in `low_rank`; not read in it.
 
     Raises:
       ValueError: as `low_rank` does for dimension numbers.
@@ -88,7 +89,9 @@ def stabilize_gradient(
     ) -> list[tuple[Frame | jax.Array, tuple[int, ...]]]:
         """The leaves, and the axes of the tensors in each; the others are layers."""
         arrays = map_frames(lambda f: f.gradient, tree)
-        found = decide_leaves(arrays, dimension_numbers, 1.0, "input", sliced=sliced)
+        # Frames are matrices already, and all other leaves there have full rank.
+        numbers = [("", None)] if frames_of(tree) else dimension_numbers
+        found = decide_leaves(arrays, numbers, 1.0, "input", sliced=sliced)
         decided: list[Leaf] = jax.tree.leaves(found, is_leaf=is_leaf)
         leaves = jax.tree.leaves(tree)
         return [(x, _axes(x, leaf)) for x, leaf in zip(leaves, decided, strict=True)]
@@ -161,7 +164,8 @@ def _stabilized(
 
     # Of a largest entry of 1, because squares of small entries underflow.
     size = jnp.max(jnp.abs(g), axes, initial=0)
-    seen = (size > 0) & jnp.isfinite(size)
+    # By entries: on a CPU, XLA's maximum may leave out a NaN.
+    seen = (size > 0) & jnp.all(jnp.isfinite(g), axes)
     unit = g / over(jnp.where(seen, size, 1))
     count = state.count + 1
     largest = (1 - gain) * state.largest + gain * size

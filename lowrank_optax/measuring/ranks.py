@@ -17,7 +17,7 @@ from lowrank_optax.core.checks import check_count
 from lowrank_optax.core.dimensions import DimensionNumbers
 from lowrank_optax.core.layout import check_matrix
 from lowrank_optax.core.paths import by_path, unboxed
-from lowrank_optax.core.rules import Rank, Square, check_rank, check_square
+from lowrank_optax.core.rules import Rank, Square, check_rank, check_square, is_rules
 
 
 def allocate_ranks(
@@ -27,7 +27,7 @@ def allocate_ranks(
     multiple: int = 8,
     dimension_numbers: DimensionNumbers = "auto",
     square: Square = "input",
-) -> tuple[tuple[str, int], ...]:
+) -> tuple[tuple[str, int | None], ...]:
     """Distributes the memory of one rank over the matrices, by explained variance.
 
     With the singular values sigma_1 >= ... >= sigma_m of a matrix's gradient, rank r
@@ -55,7 +55,8 @@ def allocate_ranks(
       dimension_numbers, square: as in `low_rank`.
 
     Returns:
-      Rules for `rank=` of an optimizer: (regular expression, rank) for each matrix.
+      Rules for `rank=` of an optimizer: (regular expression, rank) for each matrix, and
+      after a budget of rules ("", None), full rank for all others.
 
     Raises:
       ValueError: no matrix, a gradient that is not finite (the error names it), and
@@ -83,13 +84,15 @@ def allocate_ranks(
     needs = [_need(leaf, arrays[leaf.path], width) for leaf in leaves]
     left = sum(x.cost * leaf.rank for x, leaf in zip(needs, leaves, strict=True))
     ranks = _greedy(needs, left)
-    return tuple(
+    chosen = tuple(
         (f"^{re.escape(leaf.path)}$", r) for leaf, r in zip(leaves, ranks, strict=True)
     )
+    # Matrices that the budget's own rules give full rank.
+    return (*chosen, ("", None)) if is_rules(budget) else chosen
 
 
-class Need(NamedTuple):
-    """Attributes of one leaf.
+class _Need(NamedTuple):
+    """What the directions of one leaf cost and explain.
 
     Attributes:
       cost: numbers of state for each direction, in all of its matrices.
@@ -102,7 +105,7 @@ class Need(NamedTuple):
     gains: list[float]
 
 
-def _need(leaf: Leaf, gradient: jax.Array, width: int) -> Need:
+def _need(leaf: Leaf, gradient: jax.Array, width: int) -> _Need:
     check_matrix(leaf.path, gradient)
     layout = leaf.layout
     assert layout is not None
@@ -115,7 +118,7 @@ def _need(leaf: Leaf, gradient: jax.Array, width: int) -> Need:
             "of a step that would not be skipped"
         )
     starts = range(0, layout.m, width)
-    return Need(
+    return _Need(
         count * (layout.m + 2 * layout.n),
         [min(width, layout.m - i) for i in starts],
         [float(shares[i : i + width].sum()) for i in starts],
@@ -139,7 +142,7 @@ def _shares(g: jax.Array) -> jax.Array:
     return jnp.mean(linalg.select(finite, shares, jnp.full_like(shares, jnp.nan)), 0)
 
 
-def _greedy(needs: Sequence[Need], budget: int) -> list[int]:
+def _greedy(needs: Sequence[_Need], budget: int) -> list[int]:
     """The rank of each leaf: the next directions go where they explain most."""
     ranks = [need.widths[0] for need in needs]
     budget -= sum(need.cost * r for need, r in zip(needs, ranks, strict=True))

@@ -132,8 +132,9 @@ def cosmos(
     five Newton-Schulz steps of (m, n).
 
     When to choose it: as the reference for `spectral_adam`, which stores no momentum of
-    mn numbers. No loss was measured here. When not: to save memory; where microbatches
-    are summed in the subspace.
+    mn numbers. No loss was measured here. When not: to save memory; where gradients
+    stay zero for long, since the step keeps its size; where microbatches are summed in
+    the subspace.
 
     Deviations: the paper projects the n columns of an (m, n) matrix; here the smaller
     side is projected. The paper's norm is sqrt(n) X / ||X||_F; this norm and the

@@ -137,14 +137,14 @@ def mofasgd(
 
     (Mahdavinia and Mahdavi 2025, "Low-rank Momentum Factorization for Memory Efficient
     Training", Algorithm 1; `scale_by_mofasgd`.) State of a matrix: r (m + n) + r
-    numbers; three products a step, two QRs of 2r columns, an SVD of (2r, 2r) and two
-    eigh of (r, r).
+    numbers; three products a step, two QRs of 2r columns, one of (2r, r), an SVD of
+    (2r, 2r) and two eigh of (r, r).
 
     When to choose it: Muon's step with r (m + n) + r numbers in place of Muon's mn. On
     LLaMA-60M and 9.8 M tokens it ended at 4.684, and `galore` at 4.535, one run each
     (docs/results/losses_60m.md). When not: at large ranks, because of the
-    factorizations at every step; where microbatches are summed in a subspace, since it
-    has none.
+    factorizations at every step; where gradients stay zero for long, as in an unused
+    expert, since the step keeps its size; where microbatches are summed in a subspace.
 
     Deviations: those of `scale_by_mofasgd`. The source has the step U V^T alone, with a
     learning rate of its own; sqrt(max(m, n)) is SUMO's, so that one rate serves all.

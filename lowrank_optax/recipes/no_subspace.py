@@ -205,7 +205,7 @@ def stable_spam(
     """
     adam = restart_every(optax.scale_by_adam(b1, b2, eps), restart)
     stages = optax.chain(
-        stabilize_gradient(dimension_numbers=[("", None)]),  # Frames are matrices
+        stabilize_gradient(),
         project(),
         in_subspace(adam),
         project_back(),

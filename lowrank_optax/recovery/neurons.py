@@ -40,7 +40,8 @@ def normalize_neurons(
     squares = jnp.mean(jnp.square(wide), axis=inputs)
     moves = jnp.any(squares > 0, axis=-1, keepdims=True)
     v = jnp.where(moves, decay * neurons + (1 - decay) * squares, neurons)
-    inverse = jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0)
+    counts = v > jnp.finfo(v.dtype).tiny  # the inverse of a denormal is infinite
+    inverse = jnp.where(counts, 1 / jnp.where(counts, v, 1), 0)
     before, after = (
         jnp.sum(x, axis=-1, keepdims=True) for x in (squares, squares * inverse)
     )

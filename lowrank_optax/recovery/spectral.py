@@ -49,7 +49,7 @@ def spectral_residual(
     factor I - S S^T reduces this error to the rounding of products with S. The residual
     takes the steepest descent step in the spectral norm (Carlson et al. 2015,
     "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024, "Muon");
-    combining it with a subspace is our own. It has no state.
+    combining it with a subspace is our own. Without `neuron_decay` it has no state.
 
     With `neuron_decay` = b, each output neuron of O = U V^T moves by as much as the
     others (Li et al. 2025, "NorMuon", arXiv 2510.05491):
@@ -97,7 +97,6 @@ def spectral_residual(
     """
     quintics = _checked(coefficients)
     check_dtype(dtype)
-
     check_count("every", every)
     polar = partial(polar_of_spectrum, coefficients=quintics)
 

@@ -11,7 +11,7 @@ from lowrank_optax.core.aliases import Number, Tree
 from lowrank_optax.core.blocks import block_sizes, repeat_in_blocks
 from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import ratio
+from lowrank_optax.core.linalg import average_weight, ratio
 from lowrank_optax.core.sharding import low_zeros
 from lowrank_optax.core.stage import Clock, check_first, timed_stage
 from lowrank_optax.core.trees import map_frames, nothing, update_frames
@@ -116,7 +116,9 @@ def scale_details(
 
     The limiter is the released code's. Deviations: both moments are corrected for bias,
     as in Adam. The released code multiplies the whole step, details too, by
-    sqrt(1 - b2^t) / (1 - b1^t), and limits N before that.
+    sqrt(1 - b2^t) / (1 - b1^t), and limits N before that. Details whose block has a V
+    of zero take no step here; the released code divides them by eps. In the first
+    steps V is the square of one gradient, and some details are large: use a warm-up.
 
     Args:
       b2: decay rate of V.
@@ -145,7 +147,8 @@ def scale_details(
         residual = frame.gradient - frame.up(frame.need("low"))
         root = repeat_in_blocks(root, residual.shape[-2])
         factor = jnp.multiply(scale, factor)[..., None]
-        step = factor * (frame.up(inside) + ratio(residual, root, eps))
+        details = jnp.where(root > 0, ratio(residual, root, eps), 0)
+        step = factor * (frame.up(inside) + details)
         return frame.replace(step=step), nu, norm
 
     return _timed(DetailState, one, low_zeros, no_norm_yet)
@@ -175,7 +178,7 @@ def _second_moment(
 ) -> tuple[jax.Array, jax.Array]:
     """V, and V without bias."""
     nu = b2 * nu + (1 - b2) * jnp.square(frame.need("low"))
-    return nu, optax.tree.bias_correction(nu, b2, count)
+    return nu, nu / average_weight(1 - jnp.asarray(b2, nu.dtype), count)
 
 
 def _check(frame: Frame, stage: str) -> None:
@@ -184,6 +187,6 @@ def _check(frame: Frame, stage: str) -> None:
     if not frame.folded and not frame.full_rank:
         raise ValueError(
             f"{frame.path}: {stage} repeats the second moments of blocks of rows, and "
-            "this basis has no blocks; put fold() in its place, or use "
-            "recover_residual()"
+            f"the basis {frame.basis_shape} has no blocks; put fold() in its place, or "
+            "use recover_residual()"
         )

@@ -78,7 +78,7 @@ def test_a_zero_gradient_binds_no_later_step(name: str) -> None:
         late, _ = steps_of(name, grads[:1])
         np.testing.assert_array_equal(found[1, 0], late[0, 0])
     if name == "lora_pre":
-        for field in ("mu_right", "nu_right"):
+        for field in ("mu_left", "mu_right", "nu_left", "nu_right"):
             before, after = (optax.tree.get(s, field)["w"] for s in states[:2])
             np.testing.assert_array_equal(before[0], after[0])
 

@@ -79,6 +79,16 @@ def test_the_ranks_are_the_optimizers() -> None:
     )
 
 
+def test_full_rank_by_the_budgets_rules_stays_full_rank() -> None:
+    tree = gradients()
+    budget = [("steep", None), ("", 2)]
+    ranks = allocate_ranks(tree, budget, multiple=1, dimension_numbers=RULES)
+    tx = lro.galore(0.1, rank=ranks, refresh_every=1, dimension_numbers=RULES)
+    report = {row.path: row.rank for row in lro.memory_report(tx, tree).rows}
+    assert report["steep"] is None
+    assert report["tall"] == dict(ranks)["^tall$"]
+
+
 def test_ranks_are_multiples_and_do_not_depend_on_size() -> None:
     tree = {
         "a": jnp.asarray(with_values(0.9 ** np.arange(40), 64), jnp.float32),
