@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from tests.helpers.battery import (
+    WHOLE,
     types,
 )
 from tests.helpers.layers import (
@@ -24,7 +25,6 @@ from tests.helpers.layers import (
     RATE,
     STEPS,
     TOLERANCE,
-    WHOLE,
     WIDTH,
     WORDS,
     Data,
