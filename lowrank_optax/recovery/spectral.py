@@ -51,27 +51,19 @@ def spectral_residual(
     "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024, "Muon");
     combining it with a subspace is our own. Without `neuron_decay` it has no state.
 
-    With `neuron_decay` = b, each output neuron of O = U V^T moves by as much as the
-    others (Li et al. 2025, "NorMuon", arXiv 2510.05491):
+    `neuron_decay` = b divides each output neuron of O = U V^T by the root of v <- b v +
+    (1 - b) mean(O^2), over its inputs, and keeps the norm of O (Li et al. 2025,
+    "NorMuon", arXiv 2510.05491, whose norm is 0.2 sqrt(mn)). v, a number for each
+    output, is then the state. I - S S^T takes away what moves into the subspace.
 
-        v <- b v + (1 - b) mean(O^2)     the mean over each neuron's inputs
-        O <- c O / sqrt(v)               c keeps the norm of O
-
-    v, a number for each output, m or n, is then the state. Deviations: the paper gives
-    O the norm 0.2 sqrt(mn); here, as in its released code, O keeps its norm. Where the
-    outputs are the m rows, dividing them moves a part of O into the subspace, and I - S
-    S^T takes it away.
+    `every` = k takes the polar factor at steps 0, k, 2k, ... At all others O is R with
+    its columns normalized: O_:,j = sqrt((m - r) / n) R_:,j / ||R_:,j||.
 
     U V^T is approximated by Newton-Schulz steps X <- a X + b A X + c A^2 X, A = X X^T.
     X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default is three
     steps whose coefficients are fitted to the residuals of LLaMA-60M. They make
     singular values of 0.88 to 1.2 from those of 0.02 to 0.75 times the norm, which are
     nearly all, and reach the loss of Muon's five steps (docs/results/polar_factor.md).
-
-    With `every` = k the polar factor is taken at steps 0, k, 2k, ... alone. At all
-    other steps O is R with its columns normalized, to the norm of the polar factor:
-
-        O_:,j = sqrt((m - r) / n) R_:,j / ||R_:,j||
 
     The residual's step has entries of about `residual_scale`, whatever the size of G,
     since the root mean square entry of U V^T is sqrt((m - r) / (m n)); Adam's have at
