@@ -122,6 +122,23 @@ def frame_stage(
     return stage(init, update)
 
 
+def timed_frame_stage(
+    state_type: type[Tree],
+    one: Callable[..., tuple[Tree, ...]],
+    *first: Callable[[Frame], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """`frame_stage` of `one(frame, its arrays..., clock)`, inside `low_rank` alone."""
+
+    def init(params: optax.Params) -> Tree:
+        return state_type(*(map_frames(f, params, plain=nothing) for f in first))
+
+    def update(frames: optax.Updates, state: Tree, now: Clock) -> tuple[Tree, Tree]:
+        frames, *trees = update_frames(lambda *row: one(*row, now), frames, *state)
+        return frames, state_type(*trees)
+
+    return timed_stage(init, update)
+
+
 def stateless_stage(
     one: Callable[[Frame], Frame],
 ) -> optax.GradientTransformationExtraArgs:

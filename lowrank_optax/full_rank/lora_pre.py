@@ -20,8 +20,7 @@ from lowrank_optax.core.linalg import (
     select,
     transpose,
 )
-from lowrank_optax.core.stage import Clock, check_first, timed_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import check_first, timed_frame_stage
 from lowrank_optax.full_rank.factors import left_zeros, random_right
 
 
@@ -95,8 +94,9 @@ def scale_by_lora_pre(
         lambda frame: random_right(frame, key, 1),
     )
 
-    def one(now: Clock, frame: Frame, *factors: jax.Array) -> tuple[Tree, ...]:
+    def one(frame: Frame, *row: Tree) -> tuple[Tree, ...]:
         check_first(frame, "step")
+        *factors, now = row
         G, mu, nu = frame.gradient, factors[:2], factors[2:]
         product = partial(jnp.matmul, precision=frame.precision)
         mean = b1 * product(*mu) + (1 - b1) * G
@@ -125,16 +125,7 @@ def scale_by_lora_pre(
         new_nu = moved(2, jnp.abs(G), b2**0.25)
         return frame.replace(step=step), *new_mu, *new_nu
 
-    def init(params: optax.Params) -> LoraPreState:
-        return LoraPreState(*(map_frames(f, params, plain=nothing) for f in first))
-
-    def update(
-        frames: optax.Updates, state: LoraPreState, now: Clock
-    ) -> tuple[optax.Updates, LoraPreState]:
-        frames, *trees = update_frames(partial(one, now), frames, *state)
-        return frames, LoraPreState(*trees)
-
-    return timed_stage(init, update)
+    return timed_frame_stage(LoraPreState, one, *first)
 
 
 def _inverses(factors: list[jax.Array]) -> list[jax.Array]:

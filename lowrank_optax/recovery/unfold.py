@@ -1,20 +1,18 @@
 """Back: moments of blocks of rows, unfolded, and the residual (FOAM, GWT)."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core.aliases import Number, Tree
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.blocks import block_sizes, repeat_in_blocks
 from lowrank_optax.core.checks import check_limit
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import average_weight, ratio
 from lowrank_optax.core.sharding import low_zeros
-from lowrank_optax.core.stage import Clock, check_first, timed_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import Clock, check_first, timed_frame_stage
 from lowrank_optax.recovery.limiter import limit_growth, no_norm_yet
 
 
@@ -77,9 +75,9 @@ def unfold_moments(
       ...     lro.in_subspace(optax.ema(0.9)), lro.recovery.unfold_moments(0.999)))
     """
 
-    def one(frame: Frame, nu: jax.Array, count: jax.Array) -> tuple[Frame, jax.Array]:
+    def one(frame: Frame, nu: jax.Array, now: Clock) -> tuple[Frame, jax.Array]:
         _check(frame, "unfold_moments()")
-        nu, unbiased = _second_moment(frame, nu, b2, count)
+        nu, unbiased = _second_moment(frame, nu, b2, now)
         m = frame.gradient.shape[-2]
         residual = frame.gradient - frame.up(frame.need("low"))
         first = frame.up(frame.need("low_step"))
@@ -88,7 +86,7 @@ def unfold_moments(
         step = jnp.multiply(scale, ratio(first + residual, root, eps))
         return frame.replace(step=step), nu
 
-    return _timed(UnfoldState, one, low_zeros)
+    return timed_frame_stage(UnfoldState, one, low_zeros)
 
 
 def scale_details(
@@ -136,10 +134,10 @@ def scale_details(
     check_limit(limit)
 
     def one(
-        frame: Frame, nu: jax.Array, last: jax.Array, count: jax.Array
+        frame: Frame, nu: jax.Array, last: jax.Array, now: Clock
     ) -> tuple[Frame, jax.Array, jax.Array]:
         _check(frame, "scale_details()")
-        nu, unbiased = _second_moment(frame, nu, b2, count)
+        nu, unbiased = _second_moment(frame, nu, b2, now)
         root = jnp.sqrt(unbiased)
         inside = ratio(frame.need("low_step"), root, eps)
         norm = jnp.sqrt(jnp.sum(jnp.square(inside), axis=(-2, -1)))
@@ -151,34 +149,15 @@ def scale_details(
         step = factor * (frame.up(inside) + details)
         return frame.replace(step=step), nu, norm
 
-    return _timed(DetailState, one, low_zeros, no_norm_yet)
-
-
-def _timed(
-    state_type: type[Tree],
-    one: Callable[..., tuple[Tree, ...]],
-    *first: Callable[[Frame], jax.Array],
-) -> optax.GradientTransformationExtraArgs:
-    """`frame_stage`, from `one(frame, its arrays..., count)`, count from 1."""
-
-    def init(params: optax.Params) -> Tree:
-        return state_type(*(map_frames(f, params, plain=nothing) for f in first))
-
-    def update(frames: optax.Updates, state: Tree, now: Clock) -> tuple[Tree, Tree]:
-        frames, *trees = update_frames(
-            lambda *row: one(*row, now.step + 1), frames, *state
-        )
-        return frames, state_type(*trees)
-
-    return timed_stage(init, update)
+    return timed_frame_stage(DetailState, one, low_zeros, no_norm_yet)
 
 
 def _second_moment(
-    frame: Frame, nu: jax.Array, b2: Number, count: jax.Array
+    frame: Frame, nu: jax.Array, b2: Number, now: Clock
 ) -> tuple[jax.Array, jax.Array]:
     """V, and V without bias."""
     nu = b2 * nu + (1 - b2) * jnp.square(frame.need("low"))
-    return nu, nu / average_weight(1 - jnp.asarray(b2, nu.dtype), count)
+    return nu, nu / average_weight(1 - jnp.asarray(b2, nu.dtype), now.step + 1)
 
 
 def _check(frame: Frame, stage: str) -> None:

@@ -11,8 +11,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import average_weight, row_squares, rows_above_by
 from lowrank_optax.core.resolution import row_resolution
 from lowrank_optax.core.sharding import low_zeros
-from lowrank_optax.core.stage import Clock, check_first, timed_stage
-from lowrank_optax.core.trees import map_frames, nothing, update_frames
+from lowrank_optax.core.stage import Clock, check_first, timed_frame_stage
 
 
 class FullMomentumState(NamedTuple):
@@ -60,36 +59,26 @@ def scale_by_full_momentum(
       ...     lro.steps.scale_by_full_momentum(), lro.spectral_residual(0.5))
     """
 
-    def init(params: optax.Params) -> FullMomentumState:
-        momentum = map_frames(
-            lambda f: jnp.zeros_like(f.gradient), params, plain=nothing
+    def one(
+        frame: Frame, m: jax.Array, v: jax.Array, now: Clock
+    ) -> tuple[Frame, jax.Array, jax.Array]:
+        check_first(frame, "low_step")
+        low = frame.need("low")
+        weight1, weight2 = (
+            average_weight(1 - jnp.asarray(b, v.dtype), now.step + 1) for b in (b1, b2)
         )
-        return FullMomentumState(momentum, map_frames(low_zeros, params, plain=nothing))
+        m = b1 * m + (1 - b1) * frame.gradient
+        v = b2 * v + (1 - b2) * jnp.square(low)
+        seen = frame.down(m)
+        squares = row_squares(seen)
+        if not frame.full_rank:
+            seen = rows_above_by(squares, seen, row_resolution(frame))
+        root = jnp.sqrt(v / weight2) + eps
+        step = jnp.where(v > 0, seen / weight1 / root, 0)
+        frame = frame.replace(gradient=m, low=seen, low_squares=squares)
+        return frame.replace(low_step=step), m, v
 
-    def update(
-        frames: optax.Updates, state: FullMomentumState, now: Clock
-    ) -> tuple[optax.Updates, FullMomentumState]:
-        def one(
-            frame: Frame, m: jax.Array, v: jax.Array
-        ) -> tuple[Frame, jax.Array, jax.Array]:
-            check_first(frame, "low_step")
-            low = frame.need("low")
-            weight1, weight2 = (
-                average_weight(1 - jnp.asarray(b, v.dtype), now.step + 1)
-                for b in (b1, b2)
-            )
-            m = b1 * m + (1 - b1) * frame.gradient
-            v = b2 * v + (1 - b2) * jnp.square(low)
-            seen = frame.down(m)
-            squares = row_squares(seen)
-            if not frame.full_rank:
-                seen = rows_above_by(squares, seen, row_resolution(frame))
-            root = jnp.sqrt(v / weight2) + eps
-            step = jnp.where(v > 0, seen / weight1 / root, 0)
-            frame = frame.replace(gradient=m, low=seen, low_squares=squares)
-            return frame.replace(low_step=step), m, v
+    def zeros(frame: Frame) -> jax.Array:
+        return jnp.zeros_like(frame.gradient)
 
-        frames, momentum, second = update_frames(one, frames, *state)
-        return frames, FullMomentumState(momentum, second)
-
-    return timed_stage(init, update)
+    return timed_frame_stage(FullMomentumState, one, zeros, low_zeros)
