@@ -35,9 +35,7 @@ NAMES = [name for name in ALL if not name.endswith(("_sara", "_published"))]
 KINDS = ["galore_adafactor", "q_galore_sara_8bit", "ldadam", "apollo", "frugal"]
 FEW = ["q_galore_sara_8bit", "ldadam"]
 each_kind = pytest.mark.parametrize("name", slow_but(FEW, KINDS))
-each_optimizer = pytest.mark.parametrize(
-    "name", slow_but(["ldadam"], NAMES, slow=["q_galore_sara_8bit"])
-)
+each_optimizer = pytest.mark.parametrize("name", slow_but(["ldadam"], NAMES))
 
 
 def optimizer(name: str, **changes: Any) -> optax.GradientTransformationExtraArgs:

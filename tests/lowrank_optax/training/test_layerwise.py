@@ -86,7 +86,7 @@ ALONE = ["lazy", "frozen"]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rule", slow_but([], GRAM, slow=["sara", "lazy"]))
+@pytest.mark.parametrize("rule", slow_but([], GRAM, slow=["sara"]))
 def test_small_matrices_of_all_layers_and_leaves_in_one_call(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

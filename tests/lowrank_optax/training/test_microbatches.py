@@ -123,7 +123,7 @@ def whole(tx: Any, refresh: bool, params: Any, state: Any, parts: Any) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", slow_but(["galore"], SUMMED, slow=["golore"]))
+@pytest.mark.parametrize("name", slow_but(["galore"], SUMMED))
 def test_the_step_is_that_of_the_whole_batch(name: str) -> None:
     tx, params = optimizer(name), layers_of()
     ours = theirs = params, jax.jit(lro.training.per_layer(tx).init)(params)

@@ -126,7 +126,7 @@ WAYS = {
     ("name", "way"),
     [
         ("grass_walk", "in_backward"),
-        pytest.param("grass_walk", "two together", marks=pytest.mark.slow),
+        pytest.param("grass_walk", "two together", marks=NIGHTLY),
         # The test of hyperparameters goes this way too.
         pytest.param("grass_walk", "per_layer", marks=NIGHTLY),
         pytest.param("grass_walk", "one at a time", marks=NIGHTLY),

@@ -29,7 +29,7 @@ def may_mount(folder) -> bool:
 
 
 TIMES = {
-    "kills": 2,
+    "kills": 1,
     "stops": 1,
     "stops_of_two": 1,
     "freezes_of_one_of_two": 1,

@@ -303,7 +303,7 @@ GRASS_JUMP = ("--optimizer", "grass_jump", "--rank", "4", "--refresh-every", "3"
             ("--schedule", "constant", "--warmup", "1"),
             GRASS_JUMP,
             (),
-            marks=pytest.mark.slow,
+            marks=NIGHTLY,
         ),
         (
             ("--schedule", "wsd", "--warmup", "1", "--decay", "2", "--keep", "1"),
