@@ -141,7 +141,7 @@ PARAMS = {
 }
 
 
-# A basis that is not orthonormal, and one of the momentum.
+# One that is not orthonormal; the others are tests of the night.
 FEW = ["gaussian"]
 
 
