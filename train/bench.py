@@ -33,11 +33,10 @@ from train.engine.memory import GIB, device_peak
 from train.engine.mesh import by_row, make_mesh
 from train.engine.optimizer import check_meant, check_optimizer, make_optimizer
 from train.engine.step import TrainState
-from train.engine.timing import Steps, median_seconds, profile, seconds
+from train.engine.timing import Steps, median_seconds, print_profile, seconds
 from train.engine.update_alone import update_alone
 from train.host.errors import usage_errors
 from train.records.markdown import Row, append, check_out, rounded
-from train.records.profile import Profile, tables
 from train.records.step_table import table
 from train.run.first_state import initial
 from train.run.loop import Program, build_program, kinds_of_steps, work_of
@@ -57,11 +56,10 @@ Examples:
 
 With --update-alone only the optimizer's update and the addition to the weights are
 timed, on random gradients. --profile also prints an ordinary step and a refresh by
-their kernels. The
-share of the peak rate counts 6 N + 6 L D T operations a token (N numbers in the
-matrices of layers and head, L layers of width D, T tokens in a window, half of which
-causal attention sees) against the device's dense bfloat16 rate in its vendor's data
-sheet, where that is known. Run it on an accelerator."""
+their kernels. The share of the peak rate counts 6 N + 6 L D T operations a token (N
+numbers in the matrices of layers and head, L layers of width D, T tokens in a window,
+half of which causal attention sees) against the device's dense bfloat16 rate in its
+vendor's data sheet, where that is known. Run it on an accelerator."""
 
 PROFILED_STEPS = 5
 
@@ -250,15 +248,10 @@ def times(config: BenchConfig, steps: Steps) -> Row:
     if config.stagger:
         each = [1e3 * seconds(steps.ordinary) for _ in range(config.steps)]
         row["slowest"] = max(each) / statistics.median(each)
-    if refreshes(config, steps):
+    if steps.interval and not config.skip_refreshes:
         row["refresh_ms"] = 1e3 * seconds(partial(steps.take, True))
-        row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / (steps.every or 1)
+        row["mean_ms"] += (row["refresh_ms"] - row["step_ms"]) / steps.interval
     return row
-
-
-def refreshes(config: BenchConfig, steps: Steps) -> bool:
-    """Whether there is a refresh to look at, beside an ordinary step."""
-    return len(steps.kinds) > 1 and bool(steps.every) and not config.skip_refreshes
 
 
 def profiled(config: BenchConfig, row: Row, steps: Steps) -> Row:
@@ -266,18 +259,12 @@ def profiled(config: BenchConfig, row: Row, steps: Steps) -> Row:
     if config.profile is None:
         return {}
     name, way = row["optimizer"], row["layerwise"]
-    own = f"{name}-{way}".rstrip("-")
+    folder = config.profile[0] / f"{name}-{way}".rstrip("-") if config.profile else None
     title = f"{name}, layer by layer" if way == "on" else name
-
-    def print_kernels(take: Callable[[], object], count: int, suffix: str) -> Profile:
-        folder = config.profile[0] / (own + suffix) if config.profile else None
-        found = profile(take, count, folder)
-        print("\n" + tables(title + suffix.replace("-", ", "), found), flush=True)
-        return found
-
-    found = print_kernels(steps.ordinary, PROFILED_STEPS, "")
-    if refreshes(config, steps):
-        print_kernels(partial(steps.take, True), 1, "-refresh")
+    found = print_profile(title, steps.ordinary, PROFILED_STEPS, folder)
+    if steps.interval and not config.skip_refreshes:
+        again = folder and folder.with_name(f"{folder.name}-refresh")
+        print_profile(f"{title}, refresh", partial(steps.take, True), 1, again)
     kinds = {kind.name: kind.ms for kind in found.kinds}
     return {"busy_ms": found.busy_ms, "kinds_ms": kinds}
 

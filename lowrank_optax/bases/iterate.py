@@ -13,7 +13,7 @@ from lowrank_optax.core.stage import Clock
 
 
 def orthogonal_iterate(*, decomposition: Decomposition | None = None) -> BasisRule:
-    """One step of orthogonal iteration on the running mean of G G^T (COSMOS).
+    """Takes a step of orthogonal iteration on the running mean of G G^T (COSMOS).
 
     S_0 = U[:, :r] of G_0; then at each refresh, with Q~ (r, r) of `track_gram`,
 

@@ -56,8 +56,7 @@ class Frame:
       due: (*batch,) bool, whether a basis is due at this step where each matrix has its
         own turn (`low_rank(stagger=True)`); None where the clock says it for all.
       orthonormal: whether S's columns are orthonormal.
-      folded: whether S is that of `fold()`, which never changes, and whose products
-        are sums and repeated rows.
+      folded: whether S is that of `fold()`, whose products are sums and repeats.
       chosen: S_t where it was chosen before the rule runs: from another gradient of
         this step (see `project_gradient`), or in one call with other matrices.
       batched: whether the rule chooses S_t in one call with other matrices.

@@ -9,6 +9,7 @@ from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.stage import check_first, check_inside, stage
 from lowrank_optax.core.trees import frames_of, map_frames
+from lowrank_optax.steps.subspace import in_full_space
 
 
 def full_step(
@@ -35,10 +36,7 @@ def full_step(
       >>> tx.update(g, tx.init(g))[0]["w"].tolist()
       [[0.5, -0.5, 0.5], [0.5, 0.5, -0.5]]
     """
-    inner = transformation("full_step()", inner)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(map_frames(lambda f: jnp.zeros_like(f.gradient), params))
+    stepping = in_full_space(transformation("full_step()", inner))
 
     def update(
         updates: optax.Updates,
@@ -49,14 +47,13 @@ def full_step(
         check_inside("full_step()", updates, extra_args)
         for frame in frames_of(updates):
             check_first(frame, "step")
-        full = map_frames(lambda f: jnp.asarray(f.gradient), updates)
-        steps, state = inner.update(full, state, params, **extra_args)
+        steps, state = stepping.update(updates, state, params, **extra_args)
         frames = map_frames(
-            lambda f, step: f.replace(step=jnp.multiply(scale, step)),
+            lambda f, new: f.replace(step=jnp.multiply(scale, new.gradient)),
             updates,
             steps,
             plain=lambda _, step: step,
         )
         return frames, state
 
-    return stage(init, update)
+    return stage(stepping.init, update)

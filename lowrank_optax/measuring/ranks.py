@@ -92,7 +92,7 @@ def allocate_ranks(
 
 
 class _Need(NamedTuple):
-    """What the directions of one leaf cost and explain.
+    """The cost of a leaf's directions, and the share that they explain.
 
     Attributes:
       cost: numbers of state for each direction, in all of its matrices.

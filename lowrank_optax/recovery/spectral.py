@@ -45,11 +45,11 @@ def spectral_residual(
         R = G - S G~ = U diag(s) V^T
         step = scale S G~^O + residual_scale sqrt(n) (I - S S^T) U V^T
 
-    U V^T already lies outside of the subspace, up to the rounding of its products. The
-    factor I - S S^T reduces this error to the rounding of products with S. The residual
-    takes the steepest descent step in the spectral norm (Carlson et al. 2015,
-    "Preconditioned Spectral Descent for Deep Learning"; Jordan et al. 2024, "Muon");
-    combining it with a subspace is our own. Without `neuron_decay` it has no state.
+    U V^T lies outside of the subspace up to the rounding of its products, which I - S
+    S^T reduces to that of products with S. The residual takes the steepest descent step
+    in the spectral norm (Carlson et al. 2015, "Preconditioned Spectral Descent for Deep
+    Learning"; Jordan et al. 2024, "Muon"); combining it with a subspace is our own.
+    Without `neuron_decay` it has no state.
 
     `neuron_decay` = b divides each output neuron of O = U V^T by the root of v <- b v +
     (1 - b) mean(O^2), over its inputs, and keeps the norm of O (Li et al. 2025,
@@ -61,9 +61,8 @@ def spectral_residual(
 
     U V^T is approximated by Newton-Schulz steps X <- a X + b A X + c A^2 X, A = X X^T.
     X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default is three
-    steps whose coefficients are fitted to the residuals of LLaMA-60M. They make
-    singular values of 0.88 to 1.2 from those of 0.02 to 0.75 times the norm, which are
-    nearly all, and reach the loss of Muon's five steps (docs/results/polar_factor.md).
+    steps whose coefficients are fitted to the residuals of LLaMA-60M, and reach the
+    loss of Muon's five (docs/results/polar_factor.md).
 
     The residual's step has entries of about `residual_scale`, whatever the size of G,
     since the root mean square entry of U V^T is sqrt((m - r) / (m n)); Adam's have at

@@ -48,7 +48,7 @@ class FactoredState(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One moment as it is stored; see `FactoredState`."""
+    """A moment as it is stored; see `FactoredState`."""
 
     left: jax.Array
     right: jax.Array

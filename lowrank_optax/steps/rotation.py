@@ -53,8 +53,7 @@ def rotate_moments(
     `ldadam` ended 0.21 higher on LLaMA-60M. When not: for a random basis, where eq. 8
     keeps only r/m of V. With a jump every 40 steps and recovery it raised the loss by
     0.20; with `outside="alike"` it lowered it by 0.030 +- 0.011, but in `grass_jump`
-    with 100 steps it ended 0.07 higher (docs/results/ablations.md,
-    docs/methods/steps.md).
+    with 100 steps it ended 0.07 higher (docs/results/ablations.md).
 
     Works with `optax.ScaleByAdamState`, `TraceState`, `EmaState` and
     `ScaleByLionState`, also inside `chain`, `masked`, `partition` and

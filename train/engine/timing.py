@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from train.records.profile import Profile, read_trace
+from train.records.profile import Profile, read_trace, tables
 
 
 class Steps(NamedTuple):
@@ -24,6 +24,11 @@ class Steps(NamedTuple):
     take: Callable[[bool], object]
     kinds: list[bool]
     every: int | None
+
+    @property
+    def interval(self) -> int | None:
+        """`every`, where ordinary steps lie in between; None otherwise."""
+        return self.every if len(self.kinds) > 1 else None
 
     def ordinary(self) -> object:
         """Starts a step of the first kind: an ordinary one, if there are any."""
@@ -47,6 +52,15 @@ def median_seconds(run: Callable[[], object], steps: int) -> float:
     """The median of three `seconds`, after one run that does not count."""
     jax.block_until_ready(run())
     return statistics.median(seconds(run, steps) for _ in range(3))
+
+
+def print_profile(
+    title: str, run: Callable[[], object], steps: int, folder: Path | None
+) -> Profile:
+    """`profile`, printed as tables below a title."""
+    found = profile(run, steps, folder)
+    print("\n" + tables(title, found), flush=True)
+    return found
 
 
 def profile(run: Callable[[], object], steps: int, folder: Path | None) -> Profile:

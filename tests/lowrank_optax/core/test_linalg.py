@@ -396,7 +396,7 @@ def test_a_cond_under_vmap_may_orthonormalize():
 
 @pytest.mark.slow
 def test_a_batch_without_full_rank_as_xla_compiles_it_outside_of_tests() -> None:
-    """Its maximum of NaNs was -inf there, and NaNs passed for orthonormal."""
+    """XLA's maximum of NaNs was -inf there, and NaNs passed for orthonormal."""
     code = """
 import jax, jax.numpy as jnp
 from lowrank_optax.core import linalg

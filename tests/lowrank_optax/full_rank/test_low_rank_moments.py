@@ -65,7 +65,7 @@ def test_layers_step_by_themselves_and_a_transposed_matrix_transposed(
 
 @each
 def test_a_zero_gradient_binds_no_later_step(name: str) -> None:
-    """Of one layer; the other one has gradients all the time."""
+    """One layer has zeros; the other one has gradients all the time."""
     grads = stacks(3)
     zero = [grads[0].at[0].set(0), *grads]
     found, states = steps_of(name, [*zero[:2], 0 * grads[0], *zero[2:]])
@@ -108,7 +108,7 @@ def test_narrow_gradients_and_the_smallest_shapes(name: str) -> None:
 
 
 def test_mofasgd_steps_where_there_is_a_gradient_and_no_further() -> None:
-    """Of a gradient of rank one there is one direction, and then a second one."""
+    """A gradient of rank one has one direction, and the next one a second."""
     one, two = (
         np.stack([np.outer(normal(N, seed=t), normal(M, seed=t + 9))] * 2)
         for t in (1, 2)

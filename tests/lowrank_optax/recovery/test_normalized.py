@@ -76,7 +76,7 @@ def test_a_gradient_of_less_rank_than_the_basis_moves_along_itself(dtype: Any) -
 
 
 def test_the_basis_turns_to_the_leading_eigenvectors_of_the_mean() -> None:
-    """Of gradients with one covariance, after some steps of orthogonal iteration."""
+    """Gradients have one covariance; seen after some steps of orthogonal iteration."""
     q, _ = np.linalg.qr(normal(0, 8, 8))
     sizes = np.float32([5, 3, 1, 0.5, 0.4, 0.3, 0.2, 0.1])
     grads = [{"w": (q * sizes) @ normal(seed, 8, 40)} for seed in range(1, 12)]

@@ -190,7 +190,7 @@ def test_between_polar_factors_the_columns_are_normalized() -> None:
 def test_between_polar_factors_there_is_no_product_of_newton_schulz(
     by_layer: bool,
 ) -> None:
-    """One conditional for all matrices, under `vmap` too, where some may be due."""
+    """The program has one conditional for all matrices, under `vmap` too."""
     tx: Any = lro.low_rank(stages(every=2), rank=2, refresh_every=9)
     g = {"a": jnp.ones((3, 5, 8)), "b": jnp.ones((3, 6, 9))}
     if by_layer:
