@@ -60,6 +60,14 @@ def test_momentum_bases_converge_to_the_top_of_a_fixed_gradient(
     assert subspace_angles(top, bases[148]).max() < 1e-5
 
 
+def test_orthogonal_iteration_keeps_its_basis_at_a_zero_gradient() -> None:
+    g = normal(3, M, N)
+    g[1] = 0
+    s = walk(lro.bases.orthogonal_iterate(), g).basis
+    np.testing.assert_array_equal(s[1], s[0])
+    assert (s[2] != s[1]).any()
+
+
 @pytest.mark.parametrize("name", ["power_iterate", "correlation_aware"])
 @pytest.mark.parametrize(
     "inner",

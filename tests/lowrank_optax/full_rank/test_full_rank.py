@@ -255,6 +255,14 @@ def test_zero_gradients_rows_and_columns_move_nothing(make: Any) -> None:
     assert (others != 0).all()
 
 
+def test_sinkhorn_takes_rows_whose_squares_underflow() -> None:
+    g = np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float32)
+    tx: Any = lro.recipes.sink_gd(1.0, dimension_numbers=None)
+    small = g * np.float32([[1], [1e-25], [1e15], [1]])
+    # A factor on a row is taken off again, up to rounding of the five iterations.
+    np.testing.assert_allclose(step_of(tx, small), step_of(tx, g), rtol=1e-4)
+
+
 def test_a_zero_gradient_binds_no_later_step() -> None:
     g = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
     tx: Any = lro.recipes.racs(1.0, dimension_numbers=None)

@@ -79,8 +79,22 @@ def test_a_zero_gradient_binds_no_later_step(name: str) -> None:
         np.testing.assert_array_equal(found[1, 0], late[0, 0])
     if name == "lora_pre":
         for field in ("mu_left", "mu_right", "nu_left", "nu_right"):
-            before, after = (optax.tree.get(s, field)["w"] for s in states[:2])
-            np.testing.assert_array_equal(before[0], after[0])
+            first, second, third, fourth = (
+                optax.tree.get(s, field)["w"][0] for s in states[:4]
+            )
+            np.testing.assert_array_equal(first, second)
+            assert (second != third).any()
+            np.testing.assert_array_equal(third, fourth)
+
+
+def test_mofasgd_remembers_gradients_whose_squares_underflow() -> None:
+    small = 1e-25 * stacks(1)[0]
+    _, states = steps_of("mofasgd", [small])
+    sizes = optax.tree.get(states[-1], "sizes")["w"]
+    assert (sizes > 0).all()
+    norms = np.linalg.norm(small.astype(np.float64), axis=(-2, -1))
+    # Of rank 2 of 5, and of what a random V sees.
+    assert (np.linalg.norm(np.float64(sizes), axis=-1) > 0.05 * norms).all()
 
 
 @each

@@ -1,6 +1,9 @@
 """Gradients without spikes, as a stage and in front of any optimizer; restarts."""
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -97,6 +100,22 @@ def test_a_gradient_that_is_zero_or_not_finite_changes_no_average(bad: float) ->
     for x, y in zip(after, before, strict=True):
         np.testing.assert_array_equal(x["up"]["kernel"], y["up"]["kernel"])
         assert (x["norm"]["scale"] != y["norm"]["scale"]).all()
+
+
+@pytest.mark.slow
+def test_one_nan_changes_no_average_as_xla_compiles_it_outside_of_tests() -> None:
+    code = """
+import jax, jax.numpy as jnp
+import lowrank_optax as lro
+tx = lro.full_rank.stabilize_gradient(dimension_numbers=[("", None)])
+g = {"w": jnp.ones((512, 256))}
+_, state = tx.update(g, tx.init(g))
+broken = {"w": g["w"].at[3, 5].set(jnp.nan)}
+_, after = jax.jit(tx.update)(broken, state)
+assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), after, state)), after
+"""
+    plain = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | plain)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

@@ -99,6 +99,16 @@ def test_zeros_and_bad_numbers_leave_nothing_behind(name: str) -> None:
         assert same_bits(after[leaf][jnp.array([0, 2, 3])], steps[:3])
 
 
+def test_details_over_a_root_of_zero_take_no_step() -> None:
+    """Rows of a block that cancel each other have no second moment to divide by."""
+    g = {"w": jnp.array([[1.0, 2.0, 3.0], [-1.0, 2.0, 1.0]])}
+    tx = lro.recipes.gwt(1.0, rank=1, dimension_numbers=None)
+    updates, _ = tx.update(g, tx.init(g), g)
+    assert not updates["w"][:, 0].any()
+    assert (updates["w"][0, 1:] != 0).all()
+    assert jnp.abs(updates["w"]).max() < 10
+
+
 def haar(x: Any) -> list[Any]:
     """The approximation at level 2, its details, and those of level 1."""
     details = []
