@@ -119,9 +119,9 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
     matrix products almost alone, but breaks down once the condition number passes
     about 1 / sqrt(eps). Such matrices go through two passes with a shifted X^T X first
-    (Fukaya et al. 2020, "Shifted Cholesky QR"), and through a Householder QR if that
-    does not help, which gives an orthonormal basis of any input, rank-deficient and
-    zero ones too. What a matrix goes through does not depend on the others.
+    (Fukaya et al. 2020, "Shifted Cholesky QR"). If that does not help, X gets a noise
+    of the size of rounding, which makes rank-deficient and zero matrices full rank, and
+    goes through four. What a matrix goes through does not depend on the others.
     """
     return _orthonormalized(x)
 
@@ -138,24 +138,23 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
 
     def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         count, good, q = state
-        q = select(good, q, _cholesky_passes(x, shifted=2 * count))
+        start = jax.lax.cond(count == 2, _full_rank, lambda x: x, x)
+        q = select(good, q, _cholesky_passes(start, shifted=2 * count))
         return count + 1, accurate(q), q
 
-    # A loop, and not twice the code, which takes long to compile.
+    # A loop, and not three times the code, which takes long to compile.
     start = jnp.int32(0), jnp.zeros(x.shape[:-2], bool), x
-    _, good, q = jax.lax.while_loop(
-        lambda state: (state[0] < 2) & ~jnp.all(state[1]), again, start
-    )
+    return jax.lax.while_loop(
+        lambda state: (state[0] < 3) & ~jnp.all(state[1]), again, start
+    )[2]
 
-    def householder() -> jax.Array:
-        def factor(x: jax.Array) -> jax.Array:
-            return jax.lax.platform_dependent(
-                x, tpu=qr_by_panels, default=lambda x: jnp.linalg.qr(x)[0]
-            )
 
-        return select(good, q, per_matrix(factor, x))
-
-    return jax.lax.cond(jnp.all(good), lambda: q, householder)
+def _full_rank(x: jax.Array) -> jax.Array:
+    """X with columns of length one or zero, plus a noise of the size of rounding."""
+    length = jnp.sqrt(column_norms_squared(x))[..., None, :]
+    x = x / jnp.where(length > 0, length, 1)
+    noise = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
+    return x + jnp.broadcast_to(jnp.finfo(x.dtype).eps * noise, x.shape)
 
 
 @_orthonormalized.def_vmap

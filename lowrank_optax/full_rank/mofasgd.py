@@ -130,7 +130,4 @@ def _basis(u: jax.Array, x: jax.Array) -> jax.Array:
 
 def _completed(o: jax.Array) -> jax.Array:
     """O (*batch, r, k) with orthonormal rows in place of zero rows, which come last."""
-    rows = transpose(orthonormalize(transpose(o)))
-    # A Householder QR may turn a row's sign.
-    sign = jnp.sum(o * rows, axis=-1, keepdims=True)
-    return jnp.where(sign < 0, -rows, rows)
+    return transpose(orthonormalize(transpose(o)))

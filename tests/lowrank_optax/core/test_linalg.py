@@ -63,6 +63,24 @@ def test_orthonormalize_is_orthonormal(x, dtype):
     assert orthonormality_error(q) < ORTHONORMAL[dtype]
 
 
+@pytest.mark.parametrize("rank", [0, 1, 50, 199])
+def test_orthonormalize_completes_a_square_matrix(rank, dtype):
+    """The hardest case: of square Gaussian noise the condition number is large."""
+    x = np.random.default_rng(rank).normal(size=(2, 200, rank))
+    x = x @ np.random.default_rng(7).normal(size=(rank, 200))
+    q = orthonormalize(jnp.asarray(x, dtype))
+    assert orthonormality_error(q) < ORTHONORMAL[dtype]
+
+
+@pytest.mark.parametrize("rank", [1, 7, 12])
+def test_orthonormalize_keeps_the_span_without_full_rank(rank, dtype):
+    x = with_spectrum(np.ones(rank), columns=R)
+    q = np.asarray(orthonormalize(jnp.asarray(x, dtype)), np.float64)
+    outside = x - q @ (q.T @ x)
+    # The noise has columns of length eps sqrt(M), and X of length one.
+    assert np.linalg.norm(outside, axis=0).max() < 8 * jnp.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("condition", [1, 10, 1e2, 1e3, 1e4])
 def test_orthonormalize_keeps_the_span(condition, dtype):
     x = conditioned(condition)
