@@ -1,5 +1,6 @@
 """Where: rules that choose the basis S of each matrix, and wrappers of such rules."""
 
+from lowrank_optax.bases.adaptive import AdaptiveRefreshState, adaptive_refresh
 from lowrank_optax.bases.dct import dct_columns
 from lowrank_optax.bases.folded import fold
 from lowrank_optax.bases.follow import basis_rule
@@ -17,12 +18,14 @@ from lowrank_optax.bases.storage import QuantizedBasis, cast_basis, quantize_bas
 from lowrank_optax.bases.switching import TrackingState, switch_basis, track_gram
 
 __all__ = [
+    "AdaptiveRefreshState",
     "BasisRule",
     "BasisState",
     "LazyRefreshState",
     "OnlinePCAState",
     "QuantizedBasis",
     "TrackingState",
+    "adaptive_refresh",
     "basis_rule",
     "cast_basis",
     "coordinates",

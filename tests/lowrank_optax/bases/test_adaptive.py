@@ -1,0 +1,134 @@
+"""Bases that are replaced once they keep too little of the gradients' path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+from tests.helpers.rules import bracket, same_bits, updates_of
+
+M, N, R, L, T, STEPS, K = 10, 14, 3, 2, 4, 33, 5
+
+
+@pytest.fixture
+def x64() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(seed: int = 0) -> Any:
+    """Directions that hold for 12 steps under noise, then others: (t, L, m, n)."""
+    rng = np.random.default_rng(seed)
+    kept = rng.normal(size=(4, L, M, 2)) @ rng.normal(size=(4, L, 2, N))
+    noise = rng.normal(size=(STEPS, L, M, N))
+    size = np.array([0.2, 1.0])[:, None, None]  # the second layer is noisier
+    turns = kept[(np.arange(STEPS)[:, None] + [0, 7]) // 12, range(L)]
+    return 10.0 ** rng.integers(-3, 3, (STEPS, L, 1, 1)) * (turns + size * noise)
+
+
+def model(gs: Any, threshold: float, k: int) -> tuple[Any, Any, Any]:
+    """Lotus in numpy: bases, when they were chosen, and rho after each step."""
+    bases, steps, rhos = [], [], []
+    for layer in gs.swapaxes(0, 1):
+        basis, rho, of_layer = np.eye(M)[:, :R], 1.0, []
+        for t, g in enumerate(layer):
+            if t == 0 or (t % T == 0 and rho < threshold):
+                basis = np.linalg.svd(g)[0][:, :R]
+                steps.append((len(bases), t))
+            if t % T == 0:
+                path = 0
+            seen = g[:, [i * N // k for i in range(k)]]
+            path = path + seen / np.linalg.norm(seen)
+            rho = np.linalg.norm(basis.T @ path) / np.linalg.norm(path)
+            of_layer.append((basis, rho))
+        bases.append([s for s, _ in of_layer])
+        rhos.append([rho for _, rho in of_layer])
+    return np.array(bases), steps, np.array(rhos)
+
+
+@pytest.mark.parametrize("k", [K, N, 99])
+@pytest.mark.usefixtures("x64")
+def test_it_replaces_the_bases_that_its_model_replaces(k: int) -> None:
+    gs = gradients()
+    bases, steps, rhos = model(gs, 0.6, min(k, N))
+    # Both layers are replaced at some looks and not at others, and no rho is near.
+    for layer in range(L):
+        assert 1 < sum(i == layer for i, _ in steps) < STEPS // T
+    assert abs(rhos - 0.6).min() > 1e-6
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.6, columns=k)
+    tx = bracket(rule, refresh_every=T, rank=R)
+    _, states = updates_of(tx, {"w": jnp.asarray(gs)})
+    adaptive = states.inner_state[0]
+    times = np.diff(adaptive.chosen["w"], axis=0, prepend=0).T
+    assert sorted(steps) == [(int(i), int(t)) for i, t in np.argwhere(times)]
+    s = np.swapaxes(adaptive.rule_state.basis["w"], 0, 1)
+    np.testing.assert_allclose(s @ s.swapaxes(-1, -2), bases @ bases.swapaxes(-1, -2))
+    np.testing.assert_array_equal(np.swapaxes(adaptive.stale["w"], 0, 1), rhos < 0.6)
+
+
+@pytest.mark.parametrize(("threshold", "every"), [(1.0, T), (0.0, STEPS)])
+def test_a_threshold_of_one_always_replaces_and_one_of_zero_never(
+    threshold: float, every: int
+) -> None:
+    g = {"w": gradients().astype(np.float32)}
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=threshold)
+    found, _ = updates_of(bracket(rule, refresh_every=T), g)
+    plain, _ = updates_of(bracket(lro.dominant_svd(), refresh_every=every), g)
+    np.testing.assert_allclose(found["w"], plain["w"], rtol=2e-5, atol=1e-6)
+
+
+def test_where_the_host_decides_no_other_step_may_choose() -> None:
+    g = {"w": gradients().astype(np.float32)}
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.6)
+    tx = bracket(rule, refresh_every=T)
+    by_device = updates_of(tx, g)[1]
+    update = jax.jit(
+        lambda g, s, refresh: tx.update(g, s, g, refresh=refresh)[1],
+        static_argnames="refresh",
+    )
+    state = tx.init({"w": g["w"][0]})
+    for t in range(STEPS):
+        state = update({"w": g["w"][t]}, state, refresh=t % T == 0)
+    assert update._cache_size() == 2
+    for name in ("chosen", "stale", "basis"):
+        found = optax.tree.get(state, name)["w"]
+        assert same_bits(found, optax.tree.get(by_device, name)["w"][-1])
+    ordinary = update.lower({"w": g["w"][0]}, state, refresh=False)
+    assert "svd" in update.lower({"w": g["w"][0]}, state, refresh=True).as_text()
+    assert "svd" not in ordinary.as_text()
+
+
+def test_a_scale_of_the_gradient_and_squares_that_underflow_change_nothing() -> None:
+    g = gradients().astype(np.float32)
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.6)
+    tx = bracket(rule, refresh_every=T)
+    chosen = [
+        updates_of(tx, {"w": scale * g})[1].inner_state[0].chosen["w"]
+        for scale in (1.0, 2.0**-80, 2.0**50)
+    ]
+    assert (np.asarray(chosen[0][-1]) > 1).all()
+    assert same_bits(chosen[0], chosen[1])
+    assert same_bits(chosen[0], chosen[2])
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (lro.bases.gaussian(0), "stored orthonormal basis"),
+        (lro.bases.gaussian(0, stored=True), "stored orthonormal basis"),
+        (lro.bases.frozen(lro.dominant_svd()), "stored orthonormal basis"),
+        (lro.bases.online_pca(), r"online_pca\(\) is none"),
+    ],
+)
+def test_what_it_cannot_wrap(rule: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=rf"adaptive_refresh\(\).*{why}"):
+        lro.bases.adaptive_refresh(rule)
+
+
+def test_bad_columns() -> None:
+    with pytest.raises(ValueError, match="columns must be an int of at least 1"):
+        lro.bases.adaptive_refresh(lro.dominant_svd(), columns=0)
