@@ -72,8 +72,8 @@ def adaptive_refresh(
       columns: k, at most all n.
 
     Raises:
-      ValueError: columns below 1; a stage that is no basis rule, `gaussian`, or
-        `frozen`; at init, inside `low_rank(stagger=True)`; at update, outside
+      ValueError: columns below 1; a stage that is no basis rule, `gaussian`,
+        `quantize_basis`, or `frozen`; at init, inside `low_rank(stagger=True)`; at update, outside
         `low_rank`, and with gradients that are summed in the subspace.
 
     Example:
@@ -84,8 +84,8 @@ def adaptive_refresh(
     inside = rule_of(rule, "adaptive_refresh()")
     if isinstance(rule, Redrawn) or inside.once or not inside.orthonormal:
         raise ValueError(
-            "adaptive_refresh() replaces a stored orthonormal basis; wrap a rule other "
-            "than gaussian(), and than frozen(), which chooses only one"
+            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule other than "
+            "gaussian() and quantize_basis(), and than frozen(), which chooses only one"
         )
     rule = optax.with_extra_args_support(rule)
 

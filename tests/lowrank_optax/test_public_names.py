@@ -32,9 +32,9 @@ NAMES = {
         state_shardings static_args steps training weights
     """,
     "bases": """
-        BasisRule BasisState LazyRefreshState OnlinePCAState QuantizedBasis
-        TrackingState basis_rule cast_basis coordinates correlation_aware
-        dct_columns dominant_svd fold frozen gaussian grassmann_jump
+        AdaptiveRefreshState BasisRule BasisState LazyRefreshState OnlinePCAState
+        QuantizedBasis TrackingState adaptive_refresh basis_rule cast_basis coordinates
+        correlation_aware dct_columns dominant_svd fold frozen gaussian grassmann_jump
         grassmann_track grassmann_walk lazy_refresh online_pca orthogonal_iterate
         power_iterate
         quantize_basis random_after replay sample_rows sara_sample switch_basis

@@ -231,6 +231,9 @@ BASES: dict[str, Make] = {
     "svd": lro.dominant_svd,
     "sketch": functools.partial(lro.dominant_svd, decomposition="randomized"),
     "iterate": functools.partial(lro.dominant_svd, decomposition="iterate"),
+    "lotus": lambda key: lro.bases.adaptive_refresh(
+        lro.dominant_svd(decomposition="randomized", key=key)
+    ),
     "sara": lro.sara_sample,
     "walk": lro.grassmann_walk,
     "jump": lro.grassmann_jump,

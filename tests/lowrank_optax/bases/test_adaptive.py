@@ -118,9 +118,10 @@ def test_a_scale_of_the_gradient_and_squares_that_underflow_change_nothing() -> 
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        (lro.bases.gaussian(0), "stored orthonormal basis"),
-        (lro.bases.gaussian(0, stored=True), "stored orthonormal basis"),
-        (lro.bases.frozen(lro.dominant_svd()), "stored orthonormal basis"),
+        (lro.bases.gaussian(0), "stored orthonormal bases"),
+        (lro.bases.gaussian(0, stored=True), "stored orthonormal bases"),
+        (lro.bases.quantize_basis(lro.dominant_svd()), "stored orthonormal bases"),
+        (lro.bases.frozen(lro.dominant_svd()), "stored orthonormal bases"),
         (lro.bases.online_pca(), r"online_pca\(\) is none"),
     ],
 )

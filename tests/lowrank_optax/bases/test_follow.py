@@ -150,6 +150,7 @@ STARTS = {
     "jump": lambda: lro.grassmann_jump(0),
     "lazy": lambda: lro.bases.lazy_refresh(lro.dominant_svd()),
     "lazy walk": lambda: lro.bases.lazy_refresh(lro.grassmann_walk(0, 0.1)),
+    "adaptive": lambda: lro.bases.adaptive_refresh(lro.dominant_svd()),
     "4 bits": lambda: lro.bases.quantize_basis(lro.dominant_svd()),
 }
 

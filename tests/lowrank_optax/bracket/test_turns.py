@@ -206,6 +206,10 @@ def test_recorded_bases_come_in_each_matrix_s_turn():
             "lazy_refresh.. does not work with stagger=True",
         ),
         (
+            lambda: galore(basis=lro.bases.adaptive_refresh(lro.dominant_svd())),
+            "adaptive_refresh.. does not work with stagger=True",
+        ),
+        (
             lambda: lro.apollo(0.01, rank=2, key=0, stagger=True, **OTHER),
             "use gaussian.key, stored=True",
         ),
@@ -217,7 +221,7 @@ def test_recorded_bases_come_in_each_matrix_s_turn():
         ),
         (lambda: galore(stagger=1), "stagger must be True or False, not 1"),
     ],
-    ids=["lazy_refresh", "gaussian", "measure_subspace", "no bool"],
+    ids=["lazy_refresh", "adaptive_refresh", "gaussian", "measure_subspace", "no bool"],
 )
 def test_what_takes_no_turns_says_so(tx, why):
     with pytest.raises(ValueError, match=why):

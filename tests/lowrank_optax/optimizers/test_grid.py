@@ -36,6 +36,7 @@ BASES = {
     "switch_basis": lro.bases.switch_basis(0),
     "frozen": lro.bases.frozen(lro.dominant_svd()),
     "lazy_refresh": lro.bases.lazy_refresh(lro.sara_sample(0)),
+    "adaptive_refresh": lro.bases.adaptive_refresh(lro.sara_sample(0)),
     "quantize_basis": lro.bases.quantize_basis(lro.dominant_svd()),
     "replay": lro.bases.replay(EYE),
     "fold": lro.bases.fold(),

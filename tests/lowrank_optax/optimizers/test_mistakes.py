@@ -31,6 +31,7 @@ RULES: dict[str, Any] = {
     "svd": lro.dominant_svd(),
     "gaussian": lro.bases.gaussian(0),
     "lazy": lro.bases.lazy_refresh(lro.dominant_svd()),
+    "adaptive": lro.bases.adaptive_refresh(lro.dominant_svd()),
     "pca": lro.bases.online_pca(),
 }
 

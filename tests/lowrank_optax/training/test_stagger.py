@@ -34,10 +34,14 @@ def gradient(t: int) -> Any:
 
 @functools.cache
 def made(name: str) -> Any:
-    return METHODS[name](0.01, refresh_every=T, stagger=True, dimension_numbers=RULES)
+    options: dict[str, Any] = {"refresh_every": T, "dimension_numbers": RULES}
+    if name == "adaptive":  # each matrix has its turn when its basis is stale
+        rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.5)
+        return lro.galore(0.01, rank=4, basis=rule, **options)
+    return METHODS[name](0.01, stagger=True, **options)
 
 
-def stacked(tx: Any, refresh: bool) -> Any:
+def stacked(tx: Any, refresh: bool | None) -> Any:
     def step(params: Any, state: Any, g: Any) -> Any:
         updates, state = tx.update(g, state, params, refresh=refresh)
         return optax.apply_updates(params, updates), state
@@ -45,12 +49,12 @@ def stacked(tx: Any, refresh: bool) -> Any:
     return tx.init, step
 
 
-def by_layer(tx: Any, refresh: bool) -> Any:
+def by_layer(tx: Any, refresh: bool | None) -> Any:
     return stacked(lro.training.per_layer(tx), refresh)
 
 
 def in_blocks(block: int) -> Any:
-    def make(tx: Any, refresh: bool) -> Any:
+    def make(tx: Any, refresh: bool | None) -> Any:
         def step(params: Any, state: Any, g: Any) -> Any:
             return lro.training.update_layers(
                 tx, g, state, params, block=block, refresh=refresh
@@ -61,7 +65,7 @@ def in_blocks(block: int) -> Any:
     return make
 
 
-def in_backward(tx: Any, refresh: bool) -> Any:
+def in_backward(tx: Any, refresh: bool | None) -> Any:
     """Each layer's loss is <G_i, W_i>, so that its gradient is G_i to the bit."""
     layer = lro.training.update_in_backward(
         lambda w, x, g: x + sum(jnp.vdot(w[k], g[k]) for k in SHAPES),
@@ -89,7 +93,8 @@ def in_backward(tx: Any, refresh: bool) -> Any:
 def run(make: Any, tx: Any, place: Callable[[Any], Any] = lambda x: x) -> Any:
     """The weights, and the bases after each step."""
     init, first = make(tx, True)
-    _, later = make(tx, False)
+    # The device decides by the step where the bases do not take turns at each.
+    _, later = make(tx, None if tx is made("adaptive") else False)
     first, later = jax.jit(first), jax.jit(later)
     params = place(PARAMS)
     state, seen = jax.jit(init)(params), []
@@ -126,6 +131,8 @@ WAYS = {
     ("name", "way"),
     [
         ("grass_walk", "in_backward"),
+        ("adaptive", "two together"),
+        *(pytest.param("adaptive", way, marks=NIGHTLY) for way in WAYS),
         pytest.param("grass_walk", "two together", marks=NIGHTLY),
         # The test of hyperparameters goes this way too.
         pytest.param("grass_walk", "per_layer", marks=NIGHTLY),
@@ -146,7 +153,10 @@ def test_layers_take_the_same_turns_in_any_way(name, way):
         pytest.param(by_layer, AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
-def test_on_a_mesh(way, kind):
+@pytest.mark.parametrize(
+    "name", ["grass_walk", pytest.param("adaptive", marks=NIGHTLY)]
+)
+def test_on_a_mesh(way, kind, name):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
     both = ("fsdp", "tensor")
     specs = {"up": P(None, None, both), "down": P(None, both), "norm": P()}
@@ -157,8 +167,8 @@ def test_on_a_mesh(way, kind):
         }
 
     with jax.set_mesh(mesh):
-        ours = run(way, made("grass_walk"), place)
-    same(ours, reference("grass_walk"))
+        ours = run(way, made(name), place)
+    same(ours, reference(name))
 
 
 def test_hyperparameters_of_each_layer():
