@@ -1,5 +1,7 @@
 """The learning rate of each step."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from train.config.config import Config, resolved
@@ -23,10 +25,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     lengths = steps_of(config, steps)
     stable = optax.constant_schedule(peak)
     fall = optax.linear_schedule(peak, end, lengths.decay)
+
+    def down(i: jax.Array) -> jax.Array:
+        # A compiled division by the length misses the end by rounding.
+        return jnp.where(i < lengths.decay, fall(i), end)
+
     then: dict[str, tuple[list[optax.Schedule], list[int]]] = {
         "constant": ([stable], []),
         # From its second number on: the first is the peak to rounding only.
-        "wsd": ([stable, lambda i: fall(i + 1)], [steps - lengths.decay + 1]),
+        "wsd": ([stable, lambda i: down(i + 1)], [steps - lengths.decay + 1]),
     }
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(

@@ -61,6 +61,17 @@ def test_stable_schedules_keep_the_peak_and_wsd_falls_in_a_straight_line(warmup)
         assert {*rates[warmup:8]} == {float(np.float32(0.3))}
 
 
+def test_wsd_ends_at_zero_to_the_bit() -> None:
+    """A compiled x / 49 is x * (1 / 49), and 49 of these are not one."""
+    rates = {}
+    for decay in (7, 49, 98, 107, 270):
+        config = resolved_optimizer(
+            learning_rate=4.5e-3, warmup=0.1, schedule="wsd", decay=decay, final=0.0
+        )
+        rates[decay] = float(jax.jit(make_schedule(config, 300))(299))
+    assert rates == dict.fromkeys(rates, 0.0)
+
+
 def test_a_schedule_without_warm_up_falls_from_near_the_peak():
     config = resolved_optimizer(learning_rate=1.0, warmup=0.0, final=0.0)
     schedule = make_schedule(config, 10)
