@@ -86,14 +86,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "scale_sgd": Method(recipes.scale_sgd, 5e-4),
         "dct_adamw": Method(recipes.dct_adamw, 1e-3),
         "online_subspace_descent": Method(recipes.online_subspace_descent, 1e-2),
-        "foam": Method(recipes.foam, 3e-3, measured=False),
-        "gwt": Method(recipes.gwt, 3e-3, measured=False),
-        "sink_gd": Method(recipes.sink_gd, 2e-2, measured=False),
+        "foam": Method(recipes.foam, 2e-3, measured=False),
+        "gwt": Method(recipes.gwt, 2e-3, measured=False),
+        "sink_gd": Method(recipes.sink_gd, 1e-2, measured=False),
         "mlorc": Method(recipes.mlorc, 2e-3, measured=False),
-        "lora_pre": Method(recipes.lora_pre, 1e-2, measured=False),
+        "lora_pre": Method(recipes.lora_pre, 1e-3, measured=False),
         "mofasgd": Method(recipes.mofasgd, 1e-3, measured=False),
         "cosmos": Method(recipes.cosmos, 4.5e-3, measured=False),
-        "stable_spam": Method(recipes.stable_spam, 2e-3, measured=False),
+        "stable_spam": Method(recipes.stable_spam, 1e-3, measured=False),
     }
 )
 """The named optimizers by their names."""

@@ -287,7 +287,7 @@ def foam(
     no refresh. The paper's level l is rank 2^-l, and its level 2 the default.
 
     When to choose it: a step with a residual, no product and nothing to factorize. On
-    LLaMA-60M and 9.8 M tokens it ended at 4.506, and `galore` at 4.535, one run each
+    LLaMA-60M and 9.8 M tokens it ended at 4.496, and `galore` at 4.535, one run each
     (docs/results/losses_60m.md). When not: where neighboring rows have nothing in
     common, since no basis follows the gradient; where microbatches are summed in the
     subspace. Deviations: those of `fold` (the smaller side is folded) and of
@@ -302,7 +302,7 @@ def foam(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.foam(3e-3, rank=4)
+      >>> tx = lro.recipes.foam(2e-3, rank=4)
     """
     back = unfold_moments(b2, eps=eps, scale=scale)
     return _folded(back, learning_rate, b1, b2, eps, **options)
@@ -331,8 +331,8 @@ def gwt(
     product and no refresh. The paper's level l is rank 2^-l, and its level 2 the
     default.
 
-    When to choose it: as `foam`, with a step whose growth is limited. One run ended at
-    4.660, at 1e-2 (docs/results/losses_60m.md). When not: with outliers in the
+    When to choose it: as `foam`, with a step whose growth is limited. On the same work
+    it ended at 4.489 (docs/results/losses_60m.md). When not: with outliers in the
     residual. This step does not bound them, and that of `foam` does. Deviations: those
     of `fold` (the smaller side is transformed) and of `scale_details` (bias).
 
@@ -346,7 +346,7 @@ def gwt(
       ValueError: as `low_rank` does.
 
     Example:
-      >>> tx = lro.recipes.gwt(3e-3, rank=4)
+      >>> tx = lro.recipes.gwt(2e-3, rank=4)
     """
     back = scale_details(b2, eps=eps, limit=limit, scale=scale)
     return _folded(back, learning_rate, b1, b2, eps, **options)
