@@ -73,8 +73,8 @@ def adaptive_refresh(
 
     Raises:
       ValueError: columns below 1; a stage that is no basis rule, `gaussian`,
-        `quantize_basis`, or `frozen`; at init, inside `low_rank(stagger=True)`; at update, outside
-        `low_rank`, and with gradients that are summed in the subspace.
+        `quantize_basis`, or `frozen`; at init, inside `low_rank(stagger=True)`; at
+        update, outside `low_rank`, and with gradients summed in the subspace.
 
     Example:
       >>> tx = lro.galore(0.01, rank=4, refresh_every=50,
@@ -84,8 +84,9 @@ def adaptive_refresh(
     inside = rule_of(rule, "adaptive_refresh()")
     if isinstance(rule, Redrawn) or inside.once or not inside.orthonormal:
         raise ValueError(
-            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule other than "
-            "gaussian() and quantize_basis(), and than frozen(), which chooses only one"
+            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule other "
+            "than gaussian() and quantize_basis(), which have none, and frozen(), "
+            "which chooses only one"
         )
     rule = optax.with_extra_args_support(rule)
 

@@ -142,8 +142,17 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
         q = select(good, q, _cholesky_passes(start, shifted=2 * count))
         return count + 1, accurate(q), q
 
-    # A loop, and not three times the code, which takes long to compile.
-    start = jnp.int32(0), jnp.zeros(x.shape[:-2], bool), x
+    def plain(x: jax.Array) -> tuple[jax.Array, ...]:
+        q = _cholesky_passes(x, shifted=0)
+        return jnp.int32(1), accurate(q), q
+
+    def nothing(x: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.int32(0), jnp.zeros(x.shape[:-2], bool), x
+
+    # A loop, and not three times the code, which takes long to compile. For a GPU the
+    # plain passes stand before it: there the host waits for the test of a loop whose
+    # length the device decides.
+    start = jax.lax.platform_dependent(x, cpu=nothing, tpu=nothing, default=plain)
     return jax.lax.while_loop(
         lambda state: (state[0] < 3) & ~jnp.all(state[1]), again, start
     )[2]
@@ -163,7 +172,7 @@ def _(_: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
     return _orthonormalized(x), batched[0]
 
 
-def _cholesky_passes(x: jax.Array, shifted: jax.Array) -> jax.Array:
+def _cholesky_passes(x: jax.Array, shifted: jax.Array | int) -> jax.Array:
     """X <- X R^-1 with R^T R = X^T X + shift I, in `shifted` passes and two without."""
 
     def squares(i: jax.Array, x: jax.Array) -> jax.Array:

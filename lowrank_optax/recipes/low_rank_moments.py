@@ -41,10 +41,10 @@ def lora_pre(
     (m + n) numbers; six products a step, four eigh of (r, r), in one call.
 
     When to choose it: Adam's step on the full gradient at small ranks, without a basis
-    that is refreshed. On LLaMA-60M and 9.8 M tokens it ended at 4.885 at the best of three
-    rates, 1e-3, and `galore` at 4.535 (docs/results/losses_60m.md). When not: at large
-    ranks, because of the eigendecompositions; where microbatches are summed in a
-    subspace, since it has none.
+    that is refreshed. On LLaMA-60M and 9.8 M tokens it ended at 4.885, and `galore` at
+    4.535, one run each (docs/results/losses_60m.md). When not: at large ranks, because
+    of the eigendecompositions; where microbatches are summed in a subspace, since it
+    has none.
 
     Deviations: those of `scale_by_lora_pre`; no code is published. Scale 0.25 and b2 of
     0.95 are the source's.

@@ -124,7 +124,7 @@ def test_the_inverse_of_a_cholesky_factor(r, dtype, monkeypatch):
 def test_orthonormalize_as_a_tpu_does_it(condition, dtype, monkeypatch):
     monkeypatch.setattr(linalg, "PANEL", 5)
     monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args)
+        jax.lax, "platform_dependent", lambda *args, tpu, **_: tpu(*args)
     )
     x = conditioned(condition)
     q = jax.jit(lambda x: linalg.orthonormalize(x))(jnp.asarray(x, dtype))
@@ -133,6 +133,19 @@ def test_orthonormalize_as_a_tpu_does_it(condition, dtype, monkeypatch):
     seen = np.linalg.svd(x)[0][:, : R // 3]
     bound = 100 * float(jnp.finfo(dtype).eps) * condition ** (1 / 3)
     assert subspace_angles(seen, np.asarray(q, np.float64)).max() < bound
+
+
+@pytest.mark.parametrize(("x"), [pytest.param(x, id=name) for name, x in bad_inputs()])
+def test_orthonormalize_as_a_gpu_does_it(x, dtype, monkeypatch):
+    expected = orthonormalize(jnp.asarray(x, dtype))
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
+    )
+    q = jax.jit(lambda x: linalg.orthonormalize(x))(jnp.asarray(x, dtype))
+    # Another order of sums, of what is orthonormal to a few eps.
+    assert orthonormality_error(q) < ORTHONORMAL[dtype]
+    if np.linalg.cond(x) < 1e3:
+        np.testing.assert_allclose(q, expected, atol=1e3 * jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("x"), [pytest.param(x, id=name) for name, x in bad_inputs()])
@@ -164,7 +177,7 @@ def test_a_complement_completes_a_basis(dtype, panels, monkeypatch):
     if panels:
         monkeypatch.setattr(linalg, "PANEL", 5)
         monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args)
+            jax.lax, "platform_dependent", lambda *args, tpu, **_: tpu(*args)
         )
     whole = jnp.concatenate([u, linalg.complement(u)], axis=-1)
     assert whole.shape == (3, M, M)
