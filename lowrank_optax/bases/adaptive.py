@@ -1,24 +1,26 @@
-"""When: basis rules that choose a basis once the old one misses where training goes."""
+"""When: basis rules that choose a basis once the old one captures too little."""
 
+import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from lowrank_optax.bases.follow import follow
 from lowrank_optax.bases.redrawn import Redrawn
-from lowrank_optax.bases.rule import rule_of
+from lowrank_optax.bases.rule import BasisState, never, rule_of
 from lowrank_optax.core.aliases import Number, Tree
-from lowrank_optax.core.checks import check_count
-from lowrank_optax.core.frame import Frame
+from lowrank_optax.core.checks import check_count, check_fraction
+from lowrank_optax.core.frame import Frame, ProjectedAway
 from lowrank_optax.core.linalg import ratio, row_squares, unit_largest
 from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both, check_no_turns, timed_stage
 from lowrank_optax.core.trees import (
-    map_frames,
     map_subspaces,
     nothing,
     update_frames,
@@ -35,7 +37,7 @@ class AdaptiveRefreshState(NamedTuple):
       chosen: (*batch,) int32, bases chosen so far.
     """
 
-    rule_state: optax.OptState
+    rule_state: BasisState
     path: Tree
     stale: Tree
     chosen: Tree
@@ -47,48 +49,52 @@ def adaptive_refresh(
     threshold: Number = 0.5,
     columns: int = 32,
 ) -> optax.GradientTransformationExtraArgs:
-    """Refreshes a basis once it keeps too little of the path of the gradients (Lotus).
+    """Refreshes a basis once it captures too little of the gradients' path (Lotus).
 
     With C the gradient at k of its columns, over the T steps from one look to the next,
 
         D = sum_t C_t / ||C_t||_F,    rho = ||S^T D||_F / ||D||_F
 
-    rho is the part of the gradients' path that the subspace keeps. At a look, every T =
-    `refresh_every` steps, each matrix with rho below `threshold` gets a new basis (Miao
-    et al. 2026, "Lotus", arXiv 2602.01233, whose path efficiency this is). All get one
-    at the first step. Each matrix of a stacked kernel has its own D, mk + 2 numbers,
-    and takes its turn by itself, as with `low_rank(stagger=True)`. One product of S
-    with k columns a step.
+    rho is the part of the accumulated gradient that the subspace captures. At a look,
+    every T = `refresh_every` steps, each matrix with rho below `threshold` gets a new
+    basis (Miao et al. 2026, "Lotus", arXiv 2602.01233, whose path efficiency this is).
+    All get one at the first step. Each matrix of a stacked kernel has its own D, mk + 2
+    numbers, and is refreshed independently, as with `low_rank(stagger=True)`. One
+    product of S with k columns a step.
 
     Deviations: the paper's D has all n columns, which would be as much state as a
-    momentum. Here it has k, evenly spaced. The paper also draws each basis by a
-    randomized SVD; here any rule does, such as
-    `dominant_svd(decomposition="randomized")`.
+    momentum. Here it has k, spread over all n at uneven distances, so that they do not
+    fall on one feature of each head. The paper also draws each basis by a randomized
+    SVD; here any rule does, such as `dominant_svd(decomposition="randomized")`. A rule
+    that counts refreshes (`correlation_aware`, `replay`) counts looks.
 
     Args:
       rule: a basis rule that stores orthonormal bases.
-      threshold: gamma, of rho, in [0, 1]. With 1 every look chooses new bases, and with
-        0 none does.
-      columns: k, at most all n.
+      threshold: gamma, of rho, in [0, 1]; 0 keeps the first bases.
+      columns: k, capped at n.
 
     Raises:
-      ValueError: columns below 1; a stage that is no basis rule, `gaussian`,
-        `quantize_basis`, or `frozen`; at init, inside `low_rank(stagger=True)`; at
-        update, outside `low_rank`, and with gradients summed in the subspace.
+      ValueError: columns below 1; a threshold outside [0, 1]; a stage that is not a
+        basis rule, `gaussian`, `quantize_basis`, or `frozen`; at init, inside
+        `low_rank(stagger=True)`; at update, outside `low_rank`, and with gradients
+        summed in the subspace.
 
     Example:
       >>> tx = lro.galore(0.01, rank=4, refresh_every=50,
       ...     basis=lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.5))
     """
     check_count("columns", columns)
+    check_fraction("threshold", threshold)
     inside = rule_of(rule, "adaptive_refresh()")
     if isinstance(rule, Redrawn) or inside.once or not inside.orthonormal:
         raise ValueError(
-            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule other "
-            "than gaussian() and quantize_basis(), which have none, and frozen(), "
-            "which chooses only one"
+            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule that "
+            "has them, which gaussian(), quantize_basis() and "
+            "basis_rule(orthonormal=False) do not, and that chooses more than one, "
+            "which frozen() does not"
         )
-    rule = optax.with_extra_args_support(rule)
+    # Not batched: few of a kernel's matrices get a basis at a look.
+    rule = follow(dataclasses.replace(inside, batched=never))
 
     def no_path(frame: Frame) -> jax.Array:
         k = min(columns, frame.gradient.shape[-1])
@@ -102,14 +108,11 @@ def adaptive_refresh(
         check_no_turns(
             params,
             "adaptive_refresh()",
-            "it gives each matrix its turn by itself: leave out either",
+            "it refreshes each matrix independently: leave out either",
         )
-        return AdaptiveRefreshState(
-            rule_state=rule.init(params),
-            path=map_frames(no_path, params, plain=nothing),
-            stale=map_frames(partial(zeros, bool), params, plain=nothing),
-            chosen=map_frames(partial(zeros, jnp.int32), params, plain=nothing),
-        )
+        first = no_path, partial(zeros, bool), partial(zeros, jnp.int32)
+        trees = (map_subspaces(f, params, other=nothing) for f in first)
+        return AdaptiveRefreshState(cast(BasisState, rule.init(params)), *trees)
 
     def update(
         frames: optax.Updates, state: AdaptiveRefreshState, now: Clock
@@ -120,12 +123,28 @@ def adaptive_refresh(
         if now.refresh is not False:
             frames = map_subspaces(turn, frames, state.stale)
         first = now._replace(refresh=both(now.refresh, now.step == 0))
-        frames, rule_state = rule.update(frames, state.rule_state, clock=first)
+        old: Tree = state.rule_state
+        frames, made = rule.update(frames, old, clock=first)
+        rule_state = _key_of_refreshes(now.refresh, cast(BasisState, made), old)
         move = partial(_moved, threshold, now.refresh)
         frames, *new = update_frames(move, frames, *state[1:])
         return frames, AdaptiveRefreshState(rule_state, *new)
 
     return timed_stage(init, update)
+
+
+def _key_of_refreshes(
+    looks: bool | jax.Array, new: BasisState, old: BasisState
+) -> BasisState:
+    """The rule's new state, its key split at looks and where a matrix starts.
+
+    Matrices that take turns split it at every step.
+    """
+    if new.rng_key is None or old.rng_key is None or isinstance(looks, bool):
+        return new
+    pairs = zip(*map(jax.tree.leaves, (new.started, old.started)), strict=True)
+    starts = jnp.any(jnp.stack([jnp.any(a != b) for a, b in pairs]))
+    return new._replace(rng_key=jnp.where(looks | starts, new.rng_key, old.rng_key))
 
 
 def _moved(
@@ -139,14 +158,24 @@ def _moved(
     """Returns a leaf and its `AdaptiveRefreshState` after a step."""
     if frame.full_rank:
         return frame, path, stale, chosen
-    k, n = path.shape[-1], frame.gradient.shape[-1]
-    # Replicated, so that sums, and what they decide, are the same on every sharding.
-    seen = replicated(frame.gradient[..., jnp.arange(k) * n // k])
-    seen = unit_largest(seen.astype(path.dtype))  # or squares of small ones underflow
+    if isinstance(frame.gradient, ProjectedAway):
+        raise ValueError(
+            f"{frame.path}: adaptive_refresh() follows the full gradient, but "
+            "gradients are summed in the subspace; leave it out, or sum full gradients"
+        )
+    seen = frame.gradient[..., spread_columns(frame.gradient.shape[-1], path.shape[-1])]
+    # Replicated, so that sums, and what they decide, are the same on every sharding. Of
+    # unit size, or squares of small numbers would underflow.
+    seen = unit_largest(replicated(seen).astype(path.dtype))
     path = jnp.where(looks, 0, path) + ratio(seen, jnp.sqrt(_squares(seen)), 0)
     whole = replicated(path)
     stale = _squares(frame.down(whole)) < threshold**2 * _squares(whole)
     return frame, path, stale[..., 0, 0], chosen + frame.need("refreshed")
+
+
+def spread_columns(n: int, k: int) -> np.ndarray:
+    """k of n columns, the least of j phi mod 1: spread by the golden ratio phi."""
+    return np.sort(np.argsort(np.arange(n) * (5**0.5 - 1) / 2 % 1)[:k])
 
 
 def _squares(x: jax.Array) -> jax.Array:

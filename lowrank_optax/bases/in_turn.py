@@ -78,6 +78,7 @@ def _rows(frame: Frame, started: jax.Array, stored: Tree) -> Rows:
         "gradient": frame.as_stored(frame.gradient),
         "momentum": frame.momentum,
         "tracked": frame.tracked,
+        "chosen": frame.chosen,
     }
     read = {name: flat(x) for name, x in read.items() if x is not None}
     if frame.batch or frame.layer is not None:
@@ -99,6 +100,7 @@ def _choose_one(
             gradient=leaf.as_stored(read["gradient"]),
             momentum=read.get("momentum"),
             tracked=read.get("tracked"),
+            chosen=read.get("chosen"),
             # Its random key comes from its number among the leaf's matrices.
             layer=read.get("layer"),
             due=None,

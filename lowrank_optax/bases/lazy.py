@@ -15,7 +15,7 @@ from lowrank_optax.bases.redrawn import Redrawn, redraw
 from lowrank_optax.bases.refresh import Chosen, Refresh, choose_anew, unmoved
 from lowrank_optax.bases.rule import BasisRule, BasisState, Rule, never, rule_of
 from lowrank_optax.core.aliases import Number, Tree
-from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.checks import check_count, check_fraction
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import split, typed_key
 from lowrank_optax.core.stage import (
@@ -97,14 +97,15 @@ def lazy_refresh(
       factor: by which the interval grows, at least 1.
 
     Raises:
-      ValueError: a window or a factor below 1; a stage that is no basis rule,
-        `gaussian`, or `frozen`; at init, inside `low_rank(stagger=True)`; at update,
-        outside `low_rank`.
+      ValueError: a window or a factor below 1; a threshold outside [0, 1]; a stage that
+        is not a basis rule, `gaussian`, or `frozen`; at init, inside
+        `low_rank(stagger=True)`; at update, outside `low_rank`.
 
     Example:
       >>> tx = lro.galore(0.01, rank=4, refresh_every=200,
       ...     basis=lro.bases.lazy_refresh(lro.dominant_svd()))
     """
+    check_fraction("threshold", threshold)
     check_count("window", window)
     check_count("factor", factor)
     inside = dataclasses.replace(rule_of(rule, "lazy_refresh()"), batched=never)

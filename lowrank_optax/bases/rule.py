@@ -110,5 +110,5 @@ def rule_of(rule: optax.GradientTransformation, wrapper: str) -> Rule:
     raise ValueError(
         f"{wrapper} wraps a basis rule, such as dominant_svd() or what basis_rule() "
         "returns; online_pca() is none, since it changes its basis at every step, and "
-        "lazy_refresh() must be the outermost wrapper"
+        "lazy_refresh() and adaptive_refresh() must be the outermost wrapper"
     )

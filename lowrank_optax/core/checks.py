@@ -17,6 +17,13 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
+def check_fraction(name: str, value: Number) -> None:
+    """ValueError for a number outside [0, 1], where it is known."""
+    if (isinstance(value, (int, float)) and 0 <= value <= 1) or hasattr(value, "dtype"):
+        return
+    raise ValueError(f"{name}={value!r}: pass a number from 0 to 1")
+
+
 def check_limit(limit: Number) -> None:
     """ValueError for a `limit` that is no number of at least one, where it is known."""
     if (isinstance(limit, (int, float)) and limit >= 1) or hasattr(limit, "dtype"):

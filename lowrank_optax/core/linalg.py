@@ -119,27 +119,32 @@ def orthonormalize(x: jax.Array) -> jax.Array:
     algorithm"): X = Q R with R from the Cholesky factor of X^T X, done twice. It is
     matrix products almost alone, but breaks down once the condition number passes
     about 1 / sqrt(eps). Such matrices go through two passes with a shifted X^T X first
-    (Fukaya et al. 2020, "Shifted Cholesky QR"). If that does not help, X gets a noise
-    of the size of rounding, which makes rank-deficient and zero matrices full rank, and
-    goes through four. What a matrix goes through does not depend on the others.
+    (Fukaya et al. 2020, "Shifted Cholesky QR"). If that does not help, X gets noise at
+    rounding level, which makes rank-deficient and zero matrices full rank, and eight
+    passes with a larger shift. What a matrix goes through does not depend on the
+    others.
     """
     return _orthonormalized(x)
 
 
 @jax.custom_batching.custom_vmap
 def _orthonormalized(x: jax.Array) -> jax.Array:
-    x = x / largest(x)
+    size = jnp.max(jnp.abs(x), axis=-2, keepdims=True)  # or squares would underflow
+    x = fence(x / jnp.where(size > 0, size, 1))
+    # Two passes leave a few eps, which in float32 is below 6e-6; the sums that show it
+    # round too.
+    tolerance = max(50, x.shape[-2] ** 0.5) * jnp.finfo(x.dtype).eps
 
     def accurate(q: jax.Array) -> jax.Array:
-        # Two passes leave a few eps; 50 is 6e-6 in float32. A NaN is not accurate, and
-        # is compared by itself: XLA's maximum of NaNs is -inf on a CPU.
-        error = jnp.abs(minus_identity(gram(q)))
-        return jnp.all(error < 50 * jnp.finfo(x.dtype).eps, axis=(-2, -1))
+        # A NaN is not accurate, and is compared by itself: XLA's maximum of NaNs is
+        # -inf on a CPU.
+        return jnp.all(jnp.abs(minus_identity(gram(q))) < tolerance, axis=(-2, -1))
 
     def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         count, good, q = state
         start = jax.lax.cond(count == 2, _full_rank, lambda x: x, x)
-        q = select(good, q, _cholesky_passes(start, shifted=2 * count))
+        shifted = jnp.where(count == 2, 8, 2 * count)
+        q = select(good, q, _cholesky_passes(start, shifted))
         return count + 1, accurate(q), q
 
     def plain(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -159,11 +164,11 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
 
 
 def _full_rank(x: jax.Array) -> jax.Array:
-    """X with columns of length one or zero, plus a noise of the size of rounding."""
+    """X plus noise at the level of its columns' rounding."""
     length = jnp.sqrt(column_norms_squared(x))[..., None, :]
-    x = x / jnp.where(length > 0, length, 1)
     noise = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
-    return x + jnp.broadcast_to(jnp.finfo(x.dtype).eps * noise, x.shape)
+    level = jnp.finfo(x.dtype).eps * jnp.where(length > 0, length, 1)
+    return x + level * jnp.broadcast_to(noise, x.shape)
 
 
 @_orthonormalized.def_vmap
@@ -177,7 +182,9 @@ def _cholesky_passes(x: jax.Array, shifted: jax.Array | int) -> jax.Array:
 
     def squares(i: jax.Array, x: jax.Array) -> jax.Array:
         squares = gram(x)
-        shift = jnp.where(i < shifted, jnp.finfo(x.dtype).eps, 0).astype(x.dtype)
+        # Above the rounding of a sum of m squares, where that matters.
+        eps = jnp.finfo(x.dtype).eps * jnp.where(shifted > 2, x.shape[-2] ** 0.5, 1)
+        shift = jnp.where(i < shifted, eps, 0).astype(x.dtype)
         trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
         eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), squares.shape)
         return squares + shift * trace * eye

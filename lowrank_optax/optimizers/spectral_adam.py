@@ -26,7 +26,6 @@ def spectral_adam(
     residual_scale: Number = 0.5,
     coefficients: Sequence[Quintic] = FITTED,
     neuron_decay: Number | None = None,
-    every: int = 1,
     outside: Outside = "zero",
     b1: Number = 0.908,
     b2: Number = 0.99,
@@ -65,7 +64,6 @@ def spectral_adam(
       residual_scale: on the step outside.
       coefficients: (a, b, c) of each Newton-Schulz step (`spectral_residual`).
       neuron_decay: of NorMuon's mean squares of the outputs; None for no such scaling.
-      every: steps from one polar factor to the next.
       outside: what V is outside of the last subspace, "zero" or "alike"
         (`rotate_moments`; docs/results/ablations.md).
       learning_rate, b1, b2, eps: as in `galore`.
@@ -84,7 +82,6 @@ def spectral_adam(
         scale=scale,
         coefficients=coefficients,
         neuron_decay=neuron_decay,
-        every=every,
     )
     stages = optax.chain(rule, project(), step, back)
     return low_rank_optimizer(stages, learning_rate, **options)

@@ -10,7 +10,7 @@ from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.linalg import largest
 from lowrank_optax.core.newton_schulz import newton_schulz
 from lowrank_optax.core.stage import check_first, stateless_stage
-from lowrank_optax.recovery.outside import add_outside, check_dtype, residual_factors
+from lowrank_optax.recovery.outside import add_outside, check_dtype, residual_factor
 
 
 def normalized_spectral_residual(
@@ -56,7 +56,7 @@ def normalized_spectral_residual(
         low_step = frame.need("low_step")
         if frame.full_rank:
             return frame.replace(step=_of_size(scale, low_step))
-        ((outside, _),) = residual_factors([frame], _muon, dtype)
+        outside, _ = residual_factor(frame, _muon, dtype)
         size = _inverse_rms(outside.astype(low_step.dtype))
         step = add_outside(frame, low_step, residual_scale * size, outside)
         return frame.replace(step=_of_size(scale, step))

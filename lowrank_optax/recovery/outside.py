@@ -1,17 +1,14 @@
 """Back: what the residual's factors share, such as its polar factor."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 
-from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame
-from lowrank_optax.core.linalg import column_norms_squared, largest, select
+from lowrank_optax.core.linalg import largest
 from lowrank_optax.core.resolution import resolution
 from lowrank_optax.core.spread import whole_matrices
 
@@ -19,34 +16,23 @@ Factor = Callable[..., tuple[jax.Array, jax.Array]]
 """From R / c and `dtype` to the factor, and ||R / c||_F^2, (*batch, 1, 1)."""
 
 
-def residual_factors(
-    frames: Sequence[Frame],
-    factor: Factor,
-    dtype: DTypeLike | None,
-    due: jax.Array | None = None,
-) -> list[tuple[jax.Array, jax.Array]]:
-    """A factor of each R = G - S G~, such as its polar factor, where R is no rounding.
+def residual_factor(
+    frame: Frame, factor: Factor, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """A factor of R = G - S G~, such as its polar factor, where R is no rounding.
 
     Args:
-      frames: below full rank.
+      frame: below full rank.
       factor: of R / c, whose squares are finite.
       dtype: of the products' factors; a float64 gradient has its products in float64.
-      due: () bool, whether the factor is due; where it is not, the columns of R are
-        normalized in its place. None where it always is.
 
     Returns:
       The factor, zero where R is below the `resolution` of G, and whether it is not,
-      bool (*batch, 1, 1); of each frame.
+      bool (*batch, 1, 1).
     """
-    narrow = [None if f.gradient.dtype == jnp.float64 else dtype for f in frames]
-    residuals = list(map(_residual, frames))
-    factors = [partial(factor, dtype=x) for x in narrow]
-    if due is None:
-        rows = zip(factors, residuals, narrow, strict=True)
-        found = [whole_matrices(f, R, x) for f, R, x in rows]
-    else:
-        found = _alternate(frames, factors, due, residuals, narrow)
-    return [_resolved(frame, *x) for frame, x in zip(frames, found, strict=True)]
+    narrow = None if frame.gradient.dtype == jnp.float64 else dtype
+    found = whole_matrices(partial(factor, dtype=narrow), _residual(frame), narrow)
+    return _resolved(frame, *found)
 
 
 def _residual(frame: Frame) -> jax.Array:
@@ -65,68 +51,6 @@ def _resolved(
     resolved = squared > resolution(frame) ** 2 * total
     # Where squares overflow, the factor may be NaN: there is no step either.
     return jnp.where(resolved, outside, 0), resolved
-
-
-def _alternate(
-    frames: Sequence[Frame],
-    factors: Sequence[Factor],
-    due: jax.Array,
-    residuals: Sequence[jax.Array],
-    narrow: Sequence[DTypeLike | None],
-) -> list[tuple[jax.Array, jax.Array]]:
-    """The factors if `due`, and otherwise residuals with normalized columns.
-
-    One conditional for all matrices, and for all members of a `jax.vmap`, under which
-    both branches would run.
-    """
-    wide = [R.dtype for R in residuals]
-    sizes = [math.sqrt(1 - f.rank / f.gradient.shape[-2]) for f in frames]
-
-    @custom_vmap
-    def run(
-        due: jax.Array, residuals: list[jax.Array]
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        exact = [R.astype(x) for R, x in zip(residuals, wide, strict=True)]
-
-        def normalized() -> list[tuple[jax.Array, jax.Array]]:
-            rows = zip(exact, sizes, narrow, strict=True)
-            return [_normalized_columns(R, size, x) for R, size, x in rows]
-
-        def factorized() -> list[tuple[jax.Array, jax.Array]]:
-            rows = zip(factors, exact, narrow, strict=True)
-            new = [whole_matrices(f, R, x) for f, R, x in rows]
-            if not due.ndim:
-                return new
-            return jax.tree.map(partial(select, due), new, normalized())
-
-        return jax.lax.cond(jnp.any(due), factorized, normalized)
-
-    @run.def_vmap
-    def _(size: int, batched: Tree, *args: Tree) -> tuple[Tree, Tree]:
-        def spread(x: jax.Array, is_batched: bool) -> jax.Array:
-            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-        out = run(*jax.tree.map(spread, args, tuple(batched)))
-        return out, jax.tree.map(lambda _: True, out)
-
-    rows = zip(residuals, narrow, strict=True)
-    return run(due, [R if x is None else R.astype(x) for R, x in rows])
-
-
-def _normalized_columns(
-    R: jax.Array, size: float, dtype: DTypeLike | None
-) -> tuple[jax.Array, jax.Array]:
-    """R / c with columns of one norm, in all of that of the polar factor.
-
-    That has m - r singular values of one, so that a column has sqrt((m - r) / n), and
-    `size` is sqrt((m - r) / m).
-    """
-    m, n = R.shape[-2:]
-    squares = column_norms_squared(R)
-    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    columns = size * math.sqrt(m / n) * R / norms[..., None, :]
-    squared = jnp.sum(squares, axis=-1)[..., None, None]
-    return columns.astype(dtype or R.dtype), squared
 
 
 def add_outside(

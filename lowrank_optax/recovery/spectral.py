@@ -2,31 +2,22 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from lowrank_optax.core.aliases import Number, Tree
-from lowrank_optax.core.checks import check_count
+from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.newton_schulz import FITTED, Quintic, polar_of_spectrum
-from lowrank_optax.core.stage import (
-    Clock,
-    check_first,
-    check_inside,
-    clock_of,
-    stage,
-)
-from lowrank_optax.core.trees import frames_of, map_frames, nothing, update_frames
+from lowrank_optax.core.stage import check_first, frame_stage
 from lowrank_optax.recovery.neurons import (
     NeuronState,
     no_neurons_yet,
     normalize_neurons,
 )
-from lowrank_optax.recovery.outside import add_outside, check_dtype, residual_factors
+from lowrank_optax.recovery.outside import add_outside, check_dtype, residual_factor
 
 
 def spectral_residual(
@@ -35,7 +26,6 @@ def spectral_residual(
     scale: Number = 1.0,
     coefficients: Sequence[Quintic] = FITTED,
     neuron_decay: Number | None = None,
-    every: int = 1,
     dtype: DTypeLike | None = jnp.bfloat16,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the step back and adds the residual's polar factor.
@@ -56,9 +46,6 @@ def spectral_residual(
     "NorMuon", arXiv 2510.05491, whose norm is 0.2 sqrt(mn)). v, a number for each
     output, is then the state. I - S S^T takes away what moves into the subspace.
 
-    `every` = k takes the polar factor at steps 0, k, 2k, ... At all others O is R with
-    its columns normalized: O_:,j = sqrt((m - r) / n) R_:,j / ||R_:,j||.
-
     U V^T is approximated by Newton-Schulz steps X <- a X + b A X + c A^2 X, A = X X^T.
     X begins as R over its Schatten norm (sum_i s_i^8)^(1/8). The default is three
     steps whose coefficients are fitted to the residuals of LLaMA-60M, and reach the
@@ -74,12 +61,11 @@ def spectral_residual(
       scale: alpha, on the part inside the subspace only.
       coefficients: (a, b, c) of each Newton-Schulz step.
       neuron_decay: decay rate of v, 0.95 in the paper; None for O as it is.
-      every: steps from one polar factor to the next.
       dtype: of the factors of its products; None for the gradient's, at the highest
         precision. A float64 gradient has its products in float64.
 
     Raises:
-      ValueError: no coefficients, or others than triples; every below 1; dtype float16,
+      ValueError: no coefficients, or others than triples; dtype float16,
         in which squares over- and underflow; at update, as `recover_residual` does.
 
     Example:
@@ -88,48 +74,26 @@ def spectral_residual(
     """
     quintics = _checked(coefficients)
     check_dtype(dtype)
-    check_count("every", every)
     polar = partial(polar_of_spectrum, coefficients=quintics)
 
-    def init(params: optax.Params) -> optax.OptState:
-        if neuron_decay is None:
-            return optax.EmptyState()
-        return NeuronState(map_frames(no_neurons_yet, params, plain=nothing))
+    def one(frame: Frame, *neurons: jax.Array) -> tuple[Frame | jax.Array, ...]:
+        check_first(frame, "step")
+        low_step = jnp.multiply(scale, frame.need("low_step"))
+        if frame.full_rank:
+            return frame.replace(step=low_step), *neurons
+        frame.check_residual("spectral_residual()")
+        outside, resolved = residual_factor(frame, polar, dtype)
+        if neuron_decay is not None:
+            outside, v = normalize_neurons(frame, outside, neurons[0], neuron_decay)
+            neurons = (v,)
+        size = residual_scale * jnp.sqrt(outside.shape[-1])
+        size = jnp.where(resolved, size, 0).astype(low_step.dtype)
+        step = add_outside(frame, low_step, size, outside)
+        return frame.replace(step=step), *neurons
 
-    def update(
-        frames: optax.Updates,
-        state: Tree,
-        params: optax.Params | None = None,
-        *,
-        clock: Clock | None = None,
-        **_: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        check_inside("spectral_residual()", frames, {"clock": clock})
-        below = [frame for frame in frames_of(frames) if not frame.full_rank]
-        for frame in below:
-            frame.check_residual("spectral_residual()")
-        due = None if every == 1 else clock_of(clock).step % every == 0
-        factors = iter(residual_factors(below, polar, dtype, due))
-
-        def one(frame: Frame, *neurons: jax.Array) -> tuple[Frame | jax.Array, ...]:
-            check_first(frame, "step")
-            low_step = jnp.multiply(scale, frame.need("low_step"))
-            if frame.full_rank:
-                return frame.replace(step=low_step), *neurons
-            outside, resolved = next(factors)
-            if neuron_decay is not None:
-                outside, v = normalize_neurons(frame, outside, neurons[0], neuron_decay)
-                neurons = (v,)
-            size = residual_scale * jnp.sqrt(outside.shape[-1])
-            size = jnp.where(resolved, size, 0).astype(low_step.dtype)
-            step = add_outside(frame, low_step, size, outside)
-            return frame.replace(step=step), *neurons
-
-        frames, *new = update_frames(one, frames, *state)
-        return frames, type(state)(*new)
-
-    return stage(init, update)
+    if neuron_decay is None:
+        return frame_stage(optax.EmptyState, one)
+    return frame_stage(NeuronState, one, no_neurons_yet)
 
 
 def _checked(coefficients: Sequence[Quintic]) -> tuple[Quintic, ...]:

@@ -114,11 +114,12 @@ def rotate_moments(
             )
             in_turn = any(frame.due is not None for frame in frames_of(frames))
             later = now.step > 0  # step 0 has no moments to rotate
-            inner_state = branch(
-                both(now.refresh, later),
-                rotated,
-                partial(rotated, in_turn=later) if in_turn else lambda s: s,
-                state.inner_state,
+            inner_state = (
+                rotated(state.inner_state, in_turn=later)
+                if in_turn
+                else branch(
+                    both(now.refresh, later), rotated, lambda s: s, state.inner_state
+                )
             )
             state = SubspaceState(inner_state)
         return inside.update(frames, state, params, clock=now, **extra_args)

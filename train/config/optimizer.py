@@ -52,9 +52,9 @@ class OptimizerConfig:
         sara: a sample of them; walk: a step of a random walk; jump: a fresh
         random subspace; track: SubTrack++'s step along the estimation error; power:
         LDAdam's power step towards momentum and gradient; frozen: the first gradient's,
-        for good; coordinates: rows chosen at random; lotus: sketch, for matrices
-        alone whose basis keeps too little of the gradients (a look every refresh_every
-        steps); default: the optimizer's own rule.
+        for good; coordinates: rows chosen at random; lotus: sketch, only for
+        matrices whose basis captures too little of the gradients, with a look every
+        refresh_every steps; default: the optimizer's own rule.
       basis_dtype: dtype in which a named basis is stored; the other states are float32.
       rank: dimension of the subspace. 64: that of every matrix; 0.25: a quarter of each
         matrix' smaller side; attention=64,mlp=0.25: by the first regular expression

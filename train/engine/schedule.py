@@ -1,5 +1,7 @@
 """The learning rate of each step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,7 +28,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     stable = optax.constant_schedule(peak)
     fall = optax.linear_schedule(peak, end, lengths.decay)
 
-    def down(i: jax.Array) -> jax.Array:
+    def down(i: Any) -> jax.Array:
         # A compiled division by the length misses the end by rounding.
         return jnp.where(i < lengths.decay, fall(i), end)
 

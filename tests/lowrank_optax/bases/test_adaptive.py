@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.bases.adaptive import spread_columns
 from tests.helpers.rules import bracket, same_bits, updates_of
 
 M, N, R, L, T, STEPS, K = 10, 14, 3, 2, 4, 33, 5
@@ -41,7 +42,7 @@ def model(gs: Any, threshold: float, k: int) -> tuple[Any, Any, Any]:
                 steps.append((len(bases), t))
             if t % T == 0:
                 path = 0
-            seen = g[:, [i * N // k for i in range(k)]]
+            seen = g[:, spread_columns(N, k)]
             path = path + seen / np.linalg.norm(seen)
             rho = np.linalg.norm(basis.T @ path) / np.linalg.norm(path)
             of_layer.append((basis, rho))
@@ -70,6 +71,19 @@ def test_it_replaces_the_bases_that_its_model_replaces(k: int) -> None:
     np.testing.assert_array_equal(np.swapaxes(adaptive.stale["w"], 0, 1), rhos < 0.6)
 
 
+@pytest.mark.parametrize(("n", "k"), [(14, 5), (5461, 32), (2048, 32), (50304, 9999)])
+def test_columns_are_spread_and_not_one_of_each_head(n: int, k: int) -> None:
+    columns = spread_columns(n, k)
+    assert len(set(columns)) == k
+    gaps = np.diff(np.concatenate([columns, [columns[0] + n]]))
+    assert gaps.max() <= max(3 * n / k, 3)
+    assert max(np.bincount(columns % 64)) <= max(3, 2 * k / 64)
+
+
+def test_all_columns() -> None:
+    assert spread_columns(7, 7).tolist() == list(range(7))
+
+
 @pytest.mark.parametrize(("threshold", "every"), [(1.0, T), (0.0, STEPS)])
 def test_a_threshold_of_one_always_replaces_and_one_of_zero_never(
     threshold: float, every: int
@@ -81,9 +95,11 @@ def test_a_threshold_of_one_always_replaces_and_one_of_zero_never(
     np.testing.assert_allclose(found["w"], plain["w"], rtol=2e-5, atol=1e-6)
 
 
-def test_where_the_host_decides_no_other_step_may_choose() -> None:
+@pytest.mark.parametrize("rule", [lro.dominant_svd(), lro.sara_sample(0)])
+def test_where_the_host_decides_no_other_step_may_choose(rule: Any) -> None:
+    """Nor split the key, which random bases come from."""
     g = {"w": gradients().astype(np.float32)}
-    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.6)
+    rule = lro.bases.adaptive_refresh(rule, threshold=0.6)
     tx = bracket(rule, refresh_every=T)
     by_device = updates_of(tx, g)[1]
     update = jax.jit(
@@ -94,6 +110,9 @@ def test_where_the_host_decides_no_other_step_may_choose() -> None:
     for t in range(STEPS):
         state = update({"w": g["w"][t]}, state, refresh=t % T == 0)
     assert update._cache_size() == 2
+    key = by_device.inner_state[0].rule_state.rng_key
+    if key is not None:
+        assert same_bits(state.inner_state[0].rule_state.rng_key, key[-1])
     for name in ("chosen", "stale", "basis"):
         found = optax.tree.get(state, name)["w"]
         assert same_bits(found, optax.tree.get(by_device, name)["w"][-1])
@@ -130,6 +149,57 @@ def test_what_it_cannot_wrap(rule: Any, why: str) -> None:
         lro.bases.adaptive_refresh(rule)
 
 
-def test_bad_columns() -> None:
+def test_bad_numbers() -> None:
     with pytest.raises(ValueError, match="columns must be an int of at least 1"):
         lro.bases.adaptive_refresh(lro.dominant_svd(), columns=0)
+    for wrap in (lro.bases.adaptive_refresh, lro.bases.lazy_refresh):
+        with pytest.raises(ValueError, match=r"threshold=-0.9: pass a number from 0"):
+            wrap(lro.dominant_svd(), threshold=-0.9)
+
+
+def test_moments_of_a_matrix_that_keeps_its_basis_keep_their_bits() -> None:
+    """A product with I = S^T S rounds."""
+    g = {"w": gradients().astype(np.float32)}
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.0)
+    trace = lro.rotate_moments(optax.trace(0.9), moments="first")
+    found, _ = updates_of(bracket(rule, trace, refresh_every=T), g)
+    plain, _ = updates_of(bracket(lro.dominant_svd(), trace, refresh_every=STEPS), g)
+    assert same_bits(found["w"], plain["w"])
+
+
+@pytest.mark.parametrize("layers", ["per_layer", "update_layers"])
+def test_layers_of_experts(layers: str) -> None:
+    """A kernel with an axis of experts besides that of the layers."""
+    g = np.random.default_rng(0).normal(size=(STEPS, 3, L, M, N)).astype(np.float32)
+    g[:, :, 1] += 3 * np.random.default_rng(1).normal(size=(3, M, N))
+    rule = lro.bases.adaptive_refresh(lro.sara_sample(0), threshold=0.7)
+    tx: Any = bracket(rule, refresh_every=T)
+    _, states = updates_of(tx, {"w": g})
+    by_layer = lro.training.per_layer(tx)
+
+    def step(g: Any, state: Any, refresh: bool) -> Any:
+        if layers == "per_layer":
+            return by_layer.update(g, state, g, refresh=refresh)[1]
+        return lro.training.update_layers(tx, g, state, g, refresh=refresh)[1]
+
+    step = jax.jit(step, static_argnames="refresh")
+    state = by_layer.init({"w": g[0]})
+    for t in range(STEPS):
+        state = step({"w": g[t]}, state, refresh=t % T == 0)
+    for name in ("chosen", "basis"):
+        expected = optax.tree.get(states, name)["w"][-1]
+        assert same_bits(optax.tree.get(state, name)["w"], expected)
+    assert len(set(np.ravel(optax.tree.get(state, "chosen")["w"]))) > 1
+
+
+def test_sums_in_the_subspace_are_refused() -> None:
+    rule = lro.bases.adaptive_refresh(lro.dominant_svd())
+    tx, params = bracket(rule, refresh_every=T), {"w": jnp.ones((L, M, N))}
+
+    def step(params: Any) -> Any:
+        state = tx.init(params)
+        projected = lro.training.project_gradient(tx, params, state, params)
+        return lro.training.update_projected(tx, projected, state, params)
+
+    with pytest.raises(ValueError, match=r"w: adaptive_refresh\(\) follows the full"):
+        jax.eval_shape(step, params)

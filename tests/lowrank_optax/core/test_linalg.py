@@ -72,6 +72,27 @@ def test_orthonormalize_completes_a_square_matrix(rank, dtype):
     assert orthonormality_error(q) < ORTHONORMAL[dtype]
 
 
+def test_long_columns_of_rank_one_are_completed(dtype):
+    """Rounding of a sum of 4,096 squares is above eps, which few columns show."""
+    rng = np.random.default_rng(4)
+    for r in (2, 3, 4):
+        x = np.abs(rng.normal(size=(6, 4096, 1)) @ rng.normal(size=(6, 1, r)))
+        q = orthonormalize(jnp.asarray(x, dtype))
+        # sqrt(m) eps is what such a sum rounds by.
+        assert orthonormality_error(q) < 64 * jnp.finfo(dtype).eps
+    few = rng.normal(size=(3072, 64)) * (np.arange(64) < 3)
+    assert orthonormality_error(orthonormalize(jnp.asarray(few, dtype))) < 6e-6
+
+
+@pytest.mark.parametrize("by", [1e-12, 1e-22, 1e-26, 1e-34])
+def test_a_column_far_below_the_others_keeps_its_direction(by, dtype):
+    x = np.random.default_rng(0).normal(size=(64, 8))
+    scaled = jnp.asarray(x * np.where(np.arange(8) == 3, by, 1), dtype)
+    q = np.asarray(orthonormalize(scaled), np.float64)
+    column = x[:, 3] / np.linalg.norm(x[:, 3])
+    assert np.linalg.norm(column - q @ (q.T @ column)) < 20 * jnp.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("rank", [1, 7, 12])
 def test_orthonormalize_keeps_the_span_without_full_rank(rank, dtype):
     x = with_spectrum(np.ones(rank), columns=R)

@@ -1,8 +1,6 @@
 """The residual's polar factor: Newton-Schulz, `spectral_residual`, `spectral_adam`."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,58 +163,6 @@ def test_neurons_are_normalized_by_a_mean_of_their_squares(
             expected.append(0.5 * np.sqrt(10) * x)
     np.testing.assert_allclose(found, expected, atol=1e-9)
     assert optax.tree.get(state, "neurons")["w"].shape == (shape[1],)
-
-
-def test_between_polar_factors_the_columns_are_normalized() -> None:
-    """At steps 1 and 2 of 0 to 3, to the norm that the exact factor would have."""
-    tx = lro.low_rank(stages(0.0, every=3), rank=2, refresh_every=1)
-    with jax.enable_x64(True):
-        state, update = tx.init({"w": jnp.zeros((5, 8))}), jax.jit(tx.update)
-        for t in range(4):
-            g = matrix(t, 5, 8)
-            found, state = update({"w": jnp.asarray(g)}, state)
-            u, s, vt = np.linalg.svd(g)
-            rest = g - (u[:, :2] * s[:2]) @ vt[:2]
-            expected = np.sqrt(3 / 8) * rest / np.linalg.norm(rest, axis=0)
-            if t % 3 == 0:
-                expected = by_fit(rest)
-            expected = 0.5 * np.sqrt(8) * expected
-            np.testing.assert_allclose(found["w"], expected, atol=1e-10)
-    with pytest.raises(ValueError, match="every must be an int of at least 1"):
-        lro.spectral_residual(every=0)
-
-
-@pytest.mark.parametrize("by_layer", [False, True])
-def test_between_polar_factors_there_is_no_product_of_newton_schulz(
-    by_layer: bool,
-) -> None:
-    """The program has one conditional for all matrices, under `vmap` too."""
-    tx: Any = lro.low_rank(stages(every=2), rank=2, refresh_every=9)
-    g = {"a": jnp.ones((3, 5, 8)), "b": jnp.ones((3, 6, 9))}
-    if by_layer:
-        tx = lro.training.per_layer(tx)
-    else:
-        g = jax.tree.map(lambda x: x[0], g)
-    state = tx.init(g)
-    update = jax.jit(functools.partial(tx.update, refresh=False))
-    program = update.lower(g, state).compile()
-    assert program.as_text().count(" conditional(") == 1
-    if not by_layer:
-        return
-    # Layer 0 has skipped a step, so that others are due.
-    count = state.count.at[0].add(1)
-    random = np.random.default_rng(0)
-    g = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), g)
-    found, _ = program(g, state._replace(count=count))
-    states = [jax.tree.map(lambda x, i=i: x[i], state) for i in range(3)]
-    states[0] = states[0]._replace(count=count[0])
-    inner: Any = lro.low_rank(stages(every=2), rank=2, refresh_every=9)
-    one = jax.jit(functools.partial(inner.update, refresh=False))
-    for i in range(3):
-        own = jax.tree.map(lambda x, i=i: x[i], g)
-        alone, _ = one(own, states[i])
-        for k in g:
-            np.testing.assert_allclose(found[k][i], alone[k], atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
