@@ -12,6 +12,7 @@ import lowrank_optax as lro
 from lowrank_optax.core.dimensions import specs_of
 from lowrank_optax.core.paths import map_with_paths
 from lowrank_optax.optimizers.options import Options, passes_on
+from lowrank_optax.steps.rotation import Outside
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -114,14 +115,6 @@ BACKS: dict[str, Make] = {
     "feedback": lambda scale, _: lro.project_back(scale),  # in the next gradient
 }
 
-# Which moments of subspace_adam rotate with the basis.
-ROTATIONS: dict[str, Make] = {
-    "on": lro.rotate_moments,
-    "first": functools.partial(lro.rotate_moments, moments="first"),
-    "alike": functools.partial(lro.rotate_moments, outside="alike"),
-    "off": lro.in_subspace,
-}
-
 
 @passes_on(lro.low_rank_optimizer, refresh_every=40)
 def subspace_adam(
@@ -129,6 +122,7 @@ def subspace_adam(
     *,
     basis: optax.GradientTransformation | None = None,
     rotate: str = "on",
+    outside: Outside = "zero",
     back: str = "rescale",
     residual_scale: float = 1.0,
     scale: float = 1.0,
@@ -140,7 +134,17 @@ def subspace_adam(
     where = optax.chain(lro.dominant_svd() if basis is None else basis, lro.project())
     if back == "feedback":
         where = lro.error_feedback(where, b1=b1)
-    step = ROTATIONS[rotate](optax.scale_by_adam(b1, b2))
+    if outside != "zero" and rotate != "on":
+        raise ValueError(
+            f"outside={outside}: rotate={rotate} rotates no second moment; leave out "
+            "either"
+        )
+    rotations: dict[str, Make] = {
+        "on": functools.partial(lro.rotate_moments, outside=outside),
+        "first": functools.partial(lro.rotate_moments, moments="first"),
+        "off": lro.in_subspace,
+    }
+    step = rotations[rotate](optax.scale_by_adam(b1, b2))
     stages = optax.chain(where, step, BACKS[back](scale, residual_scale))
     return lro.low_rank_optimizer(stages, learning_rate, **options)
 

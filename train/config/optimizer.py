@@ -83,7 +83,8 @@ class OptimizerConfig:
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
       rotate: which moments of subspace_adam rotate with the subspace: both, the first.
-        alike: both, and V outside of the old subspace is what it is inside.
+      outside: what a rotated second moment has outside of the old subspace: zero, as in
+        the GrassWalk paper's eq. 8, or what it has inside.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar
@@ -136,7 +137,8 @@ class OptimizerConfig:
     b1: float | None = None
     b2: float | None = None
     scale: float | None = None
-    rotate: Literal["on", "first", "alike", "off"] = "on"
+    rotate: Literal["on", "first", "off"] = "on"
+    outside: Literal["zero", "alike"] = "zero"
     back: Back = "rescale"
     residual_scale: float | None = None
     angle: float = 0.3

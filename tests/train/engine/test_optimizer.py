@@ -141,6 +141,7 @@ def test_every_optimizer_steps_at_the_rank_asked_for(name):
 def test_methods_take_every_basis(name, basis):
     refused = {
         "coordinates": "use the rule without it",
+        "lotus": r"adaptive_refresh\(\) must be the outermost wrapper",
         "frozen": r"lazy_refresh\(\) compares .*frozen\(\), which chooses only one",
     }
     if name == "q_galore" and basis in refused:
@@ -235,6 +236,10 @@ def test_the_first_moment_turns_alone_where_a_run_says_so():
     np.testing.assert_array_equal(first[0], on[0])  # there is nothing to turn yet
     assert far_apart(first[1], on[1])
     assert far_apart(first[1], off[1])
+    alike = updates_of(outside="alike", **like_it)
+    assert far_apart(alike[1], on[1])
+    with pytest.raises(ValueError, match="outside=alike: rotate=off rotates no second"):
+        updates_of(rotate="off", outside="alike", **like_it)
 
 
 @pytest.mark.parametrize(
