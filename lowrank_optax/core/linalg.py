@@ -9,7 +9,7 @@ exception: one does not fill a device.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,30 @@ def matmul(
 
 
 def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
-    """`f` on each matrix of x (*batch, m, n), with its part of `others`, in a loop."""
+    """`f` on each matrix of x (*batch, m, n), with its part of `others`, in a loop.
+
+    `jax.vmap` makes the loop longer, and does not batch what is in it. f closes over no
+    array that `jax.vmap` batches.
+    """
     batch = x.shape[:-2]
-    if not batch:
-        return f(x, *others)
-    flat = [y.reshape(-1, *y.shape[len(batch) :]) for y in (x, *others)]
-    out = jax.lax.map(lambda args: f(*args), flat)
+
+    @jax.custom_batching.custom_vmap
+    def run(rows: list[jax.Array]) -> T:
+        if len(rows[0]) == 1:
+            return jax.tree.map(lambda y: y[None], f(*(y[0] for y in rows)))
+        return jax.lax.map(lambda row: f(*row), rows)
+
+    @run.def_vmap
+    def _(size: int, batched: list[list[bool]], rows: list[jax.Array]) -> Any:
+        each = [
+            y if is_batched else jnp.broadcast_to(y, (size, *y.shape))
+            for y, is_batched in zip(rows, *batched, strict=True)
+        ]
+        out = run([y.reshape(-1, *y.shape[2:]) for y in each])
+        out = jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    out = run([y.reshape(-1, *y.shape[len(batch) :]) for y in (x, *others)])
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
 
 
@@ -70,7 +88,8 @@ def together(f: Callable[[jax.Array], T], x: jax.Array) -> T:
     """`f` on all matrices of x (*batch, m, n) in one call, but in a loop on a CPU.
 
     LAPACK's batched calls in jaxlib 0.10 hold a thread of XLA's pool while they wait
-    for others. As many calls at once as there are cores wait for ever.
+    for others. As many calls at once as there are cores wait for ever. `per_matrix`
+    makes none, under `jax.vmap` either.
     """
     return jax.lax.platform_dependent(
         x, cpu=functools.partial(per_matrix, f), default=f
