@@ -88,8 +88,7 @@ def mlorc(
     with the mean of V's negative entries' magnitudes in their place when it is read
     (Shen et al. 2025, "MLorc: Momentum Low-rank Compression for Memory Efficient Large
     Language Model Adaptation", Algorithm 1; `factor_moments`). State of a matrix: 2r (m
-    + n) numbers and two bytes; ten products a step, and for each moment two QRs and an
-    eigh of (r + 8, r + 8).
+    + n) numbers and two bytes; ten products a step, and two QRs for each moment.
 
     When to choose it: the source's use, fine-tuning at small ranks. No loss was
     measured here. When not: where time counts, because both moments are factorized at

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.core import singular
 from lowrank_optax.core.aliases import Key
 from lowrank_optax.core.checks import transformation
 from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.keys import canonical_key, check_key
 from lowrank_optax.core.layout import STACKED, layout_of
 from lowrank_optax.core.like_params import map_like_params
-from lowrank_optax.core.linalg import largest, matmul, orthonormalize, transpose
+from lowrank_optax.core.linalg import largest, orthonormalize, transpose
 from lowrank_optax.core.moments import register_storage
 from lowrank_optax.core.paths import path_of
 from lowrank_optax.core.rules import Rank, check_rank, rank_of
@@ -64,26 +63,26 @@ def factor_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores `inner`'s moments as low-rank factors, M ~ L R (MLorc).
 
-    At each step, with M_- the negative entries of L R, and X (n, r + 8) Gaussian:
+    At each step, with M_- the negative entries of L R, and X (n, r) Gaussian:
 
         M <- L R;  where M had no negative entry, M_ij <- mean |M_-| for M_ij < 0
         update, M <- inner(G, M)
-        L <- Q U_r,  R <- L^T M,     Q = orth(M M^T orth(M X)),  Q^T M = U diag(s) V^T
+        L <- orth(M M^T orth(M X)),  R <- L^T M
 
-    (Shen et al. 2025, "MLorc", Algorithm 1, with a randomized SVD of one power step.)
-    The step is `inner`'s, on the full gradient. A matrix stores r (m + n) numbers for
-    each moment; during a step there is all of M, with `per_layer` that of one layer. L
-    is sharded along m, or r, over all mesh axes that shard M, and R as M is along n.
-    Use it inside `full_step`, or inside `in_subspace`.
+    (Shen et al. 2025, "MLorc", Algorithm 1; L R is the randomized SVD of the released
+    code, with one power step and no more columns than the rank.) The step is `inner`'s,
+    on the full gradient. A matrix stores r (m + n) numbers for each moment; during a
+    step there is all of M, with `per_layer` that of one layer. L is sharded along m, or
+    r, over all mesh axes that shard M, and R as M is along n. Use it inside
+    `full_step`, or inside `in_subspace`.
 
     The moments are the arrays of `inner`'s state that belong to a parameter. Their last
     two axes are the matrix. Axes before them are layers, which share X. An array stays
     as it is if it has fewer axes, or if r (m + n) >= m n.
 
-    Deviations: the sketch has eight more columns than the rank; the released code has
-    none. The released code keeps the singular values apart from L and R. It replaces
-    the negative numbers of Adam's second moment alone; here those of any moment that
-    had none when it was stored.
+    Deviations: the released code stores the singular values and vectors of L R. It
+    replaces the negative numbers of Adam's second moment alone; here those of any
+    moment that had none when it was stored.
 
     Args:
       inner: any optax transformation, such as `optax.scale_by_adam()`, whose moments
@@ -219,10 +218,9 @@ def factors_of(
         return _turned(factors_of(transpose(x), rank, key, precision))
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = largest(wide)
-    unit, (m, n) = wide / scale, x.shape[-2:]
-    columns = min(rank + singular.OVERSAMPLING, m)
-    sketch = jax.random.normal(key, (n, columns), wide.dtype)
-    y = jnp.broadcast_to(sketch, (*x.shape[:-2], n, columns))
+    unit, n = wide / scale, x.shape[-1]
+    sketch = jax.random.normal(key, (n, rank), wide.dtype)
+    y = jnp.broadcast_to(sketch, (*x.shape[:-2], n, rank))
 
     def twice(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         y = carry[0]
@@ -231,12 +229,11 @@ def factors_of(
         return jnp.matmul(transpose(unit), q, precision=precision), q
 
     # A loop, and not twice the code, which takes long to compile.
-    q = jnp.zeros((*x.shape[:-1], columns), wide.dtype)
+    q = jnp.zeros((*x.shape[:-1], rank), wide.dtype)
     y, q = jax.lax.fori_loop(0, 2, twice, (y, q))
-    inner = singular.left_singular(transpose(y), "gram")[0][..., :rank]
     return Factors(
-        matmul(q, inner).astype(x.dtype),
-        (scale * matmul(transpose(inner), transpose(y))).astype(x.dtype),
+        q.astype(x.dtype),
+        (scale * transpose(y)).astype(x.dtype),
         jnp.all(x >= 0, axis=(-2, -1)),
     )
 

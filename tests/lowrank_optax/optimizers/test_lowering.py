@@ -101,7 +101,7 @@ OPTIMIZERS = {
     "cosmos": lambda: lro.recipes.cosmos(0.01, **COMMON),
 }
 NONE = {"apollo", "apollo_mini", "flora", "frugal rows", "grass_sparse", "dct_adamw"}
-NONE |= {"racs", "scale_sgd", "foam", "gwt", "sink_gd"}
+NONE |= {"racs", "scale_sgd", "foam", "gwt", "sink_gd", "mlorc"}
 
 
 @pytest.mark.parametrize(

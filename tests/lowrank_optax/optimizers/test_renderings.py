@@ -5,6 +5,7 @@ Where a basis is drawn at random the rendering takes the draw from the library's
 matrix at a time, every product formed.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -597,21 +598,37 @@ def test_ldadam_projects_the_side_that_the_release_projects(
 # ------------------------------------------------------------- moments of low rank
 
 
-def truncated(x: Array) -> Array:
-    u, sizes, vt = np.linalg.svd(x, full_matrices=False)
-    return u[:, :RANK] @ np.diag(sizes[:RANK]) @ vt[:RANK]
+def sketched(x: Array, sketch: Array) -> Array:
+    """The randomized SVD of rank r, in the shorter side's columns."""
+    if x.shape[0] > x.shape[1]:
+        return sketched(x.T, sketch).T
+    q = np.linalg.qr(x @ sketch)[0]
+    q = np.linalg.qr(x @ (x.T @ q))[0]
+    return q @ (q.T @ x)
 
 
-def mlorc(grads: list[Array]) -> list[Array]:
+def mlorc(grads: list[Array], sketches: list[tuple[Array, Array]]) -> list[Array]:
     m, v, out = np.zeros_like(grads[0]), np.zeros_like(grads[0]), []
-    for t, g in enumerate(grads, 1):
+    for t, (g, of_step) in enumerate(zip(grads, sketches, strict=True), 1):
         if (v < 0).any():
             v = np.where(v < 0, np.abs(v[v < 0]).mean(), v)
         m, v = 0.8 * m + 0.2 * g, 0.99 * v + 0.01 * g**2
         root = np.sqrt(v / (1 - 0.99**t))
         out.append(0.5 * m / (1 - 0.8**t) / (root + 1e-8))
-        m, v = truncated(m), truncated(v)
+        m, v = map(sketched, (m, v), of_step)
     return out
+
+
+def sketches_of(state: Any, leaf: str, columns: int, steps: int) -> list[Any]:
+    """X of M and of V at each step, from the keys that the state says."""
+    key = jax.random.wrap_key_data(optax.tree.get(state, "rng_key"))
+    drawn = []
+    for _ in range(steps):
+        key, now = jax.random.split(key)
+        own = jax.random.fold_in(now, zlib.crc32(leaf.encode()))
+        keys = (jax.random.fold_in(own, tree) for tree in (1, 2))  # after the count
+        drawn.append([np.asarray(jax.random.normal(k, (columns, RANK))) for k in keys])
+    return drawn
 
 
 def lora_pre(grads: list[Array], a: Array, a_v: Array) -> list[Array]:
@@ -675,6 +692,11 @@ def test_every_step_with_moments_of_low_rank_is_the_sources(name: str) -> None:
         params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
         state, update = tx.init(params), jax.jit(tx.update)
         starts = [optax.tree.get(state, field) for field in drawn]
+        sketches = {
+            leaf: sketches_of(state, leaf, max(shape[-2:]), len(grads))
+            for leaf, shape in SHAPES.items()
+            if name == "mlorc"
+        }
         for grad in grads:
             updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
             out.append(jax.tree.map(np.asarray, updates))
@@ -684,6 +706,7 @@ def test_every_step_with_moments_of_low_rank_is_the_sources(name: str) -> None:
             begun = [
                 np.asarray(x[leaf][i] if leaf == "stacked" else x[leaf]) for x in starts
             ]
+            begun += [sketches[leaf]] if sketches else []
             expected = np.array(rendering(own, *begun))
             ours = -np.array([matrices(leaf, u[leaf])[i] for u in out])
             worst = np.abs(ours - expected).max() / np.abs(expected).max()
