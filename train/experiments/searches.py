@@ -109,6 +109,20 @@ RECOMMENDED = [
     *grid("optimizer=grass_jump,fira basis=sara"),
     flags("optimizer=fira_adam8bit"),
 ]
+# GrassWalk's Table 1, with AdamW, SARA and spectral_adam: half of the best rate at 60M,
+# and a quarter, since the best rates fall as models grow.
+BILLION = [
+    *grid("optimizer=galore basis=default,sara learning_rate=5e-3,2.5e-3"),
+    *grid("optimizer=apollo,ldadam learning_rate=1.5e-3,7.5e-4"),
+    *grid("optimizer=fira basis=sara learning_rate=1.5e-3,7.5e-4"),
+    *grid("optimizer=frugal learning_rate=5e-4,2.5e-4"),
+    *grid("optimizer=subtrack,grass_walk,grass_jump learning_rate=1e-3,5e-4"),
+    *grid("optimizer=spectral_adam learning_rate=2e-3,1e-3"),
+    *grid(
+        "optimizer=adamw learning_rate=1e-3,5e-4 b1=0.8 b2=0.98 clip_norm=1.0 "
+        "warmup=0.2"
+    ),
+]
 # Fine-tuning: parts of the rate that is best from the start.
 FINE_TUNED = [
     {"optimizer": name, "learning_rate": float(f"{part * METHODS[name].rate:.2g}")}
@@ -177,6 +191,14 @@ SEARCHES: dict[str, Experiment] = {
         WINNERS,
         at_hour={**LARGER, "steps": 1200},
         best_of="optimizer",
+    ),
+    "billion": search(
+        "GrassWalk's Table 1 at 1B on a quarter of the tokens, two rates of each method",
+        BILLION,
+        full=with_all(BILLION, **flags("size=1b batch_size=16 seq_len=256 rank=512")),
+        minutes=BILLION[::2],
+        at_hour=flags("size=1b batch_size=32 rank=512 refresh_every=None"),
+        seeds=1,
     ),
     "newer": search(
         "newer methods, three rates of each", NEWER, best_of="optimizer", seeds=1
