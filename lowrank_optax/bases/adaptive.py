@@ -21,6 +21,7 @@ from lowrank_optax.core.sharding import shard_basis, shard_batch
 from lowrank_optax.core.spread import replicated
 from lowrank_optax.core.stage import Clock, both, check_no_turns, timed_stage
 from lowrank_optax.core.trees import (
+    frames_of,
     map_subspaces,
     nothing,
     update_frames,
@@ -88,10 +89,9 @@ def adaptive_refresh(
     inside = rule_of(rule, "adaptive_refresh()")
     if isinstance(rule, Redrawn) or inside.once or not inside.orthonormal:
         raise ValueError(
-            "adaptive_refresh() replaces stored orthonormal bases; wrap a rule that "
-            "has them, which gaussian(), quantize_basis() and "
-            "basis_rule(orthonormal=False) do not, and that chooses more than one, "
-            "which frozen() does not"
+            "adaptive_refresh() replaces stored orthonormal bases; gaussian(), "
+            "quantize_basis() and basis_rule(orthonormal=False) have none, and "
+            "frozen() never replaces its own"
         )
     # Not batched: few of a kernel's matrices get a basis at a look.
     rule = follow(dataclasses.replace(inside, batched=never))
@@ -108,7 +108,7 @@ def adaptive_refresh(
         check_no_turns(
             params,
             "adaptive_refresh()",
-            "it refreshes each matrix independently: leave out either",
+            "adaptive_refresh() decides for each matrix: leave one of the two out",
         )
         first = no_path, partial(zeros, bool), partial(zeros, jnp.int32)
         trees = (map_subspaces(f, params, other=nothing) for f in first)
@@ -117,14 +117,17 @@ def adaptive_refresh(
     def update(
         frames: optax.Updates, state: AdaptiveRefreshState, now: Clock
     ) -> tuple[optax.Updates, AdaptiveRefreshState]:
+        if all(frame.full_rank for frame in frames_of(frames)):
+            return frames, state
+
         def turn(frame: Frame, stale: jax.Array) -> Frame:
             return frame.replace(due=both(now.refresh, stale))
 
         if now.refresh is not False:
             frames = map_subspaces(turn, frames, state.stale)
-        first = now._replace(refresh=both(now.refresh, now.step == 0))
+        start = now._replace(refresh=both(now.refresh, now.step == 0))
         old: Tree = state.rule_state
-        frames, made = rule.update(frames, old, clock=first)
+        frames, made = rule.update(frames, old, clock=start)
         rule_state = _key_of_refreshes(now.refresh, cast(BasisState, made), old)
         move = partial(_moved, threshold, now.refresh)
         frames, *new = update_frames(move, frames, *state[1:])
@@ -174,7 +177,7 @@ def _moved(
 
 
 def spread_columns(n: int, k: int) -> np.ndarray:
-    """k of n columns, the least of j phi mod 1: spread by the golden ratio phi."""
+    """The k of n columns j with the least j phi mod 1, spread by the golden ratio."""
     return np.sort(np.argsort(np.arange(n) * (5**0.5 - 1) / 2 % 1)[:k])
 
 

@@ -22,7 +22,7 @@ from lowrank_optax.core.trees import frames_of
 def takes_turns(rule: Rule, frames: Tree) -> bool:
     """Whether each matrix has its own step in the interval, for a rule that refreshes.
 
-    `low_rank(stagger=True)` sets the Frames' `due`, except where all are due.
+    `low_rank(stagger=True)` and `adaptive_refresh` set the Frames' `due`.
     """
     return not rule.once and any(frame.due is not None for frame in frames_of(frames))
 

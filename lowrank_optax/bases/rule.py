@@ -67,8 +67,8 @@ class Rule:
       storage: how bases are stored.
       once: whether the basis of step 0 stays.
       batched: from m and r to whether one call for many matrices is faster than a
-        loop; `choose` then reads no moments, and has no conditional but that of
-        `orthonormalize`, which `jax.vmap` does not batch.
+        loop; `choose` then reads no moments, and has no conditional or loop but those
+        of `orthonormalize`, which `jax.vmap` does not batch.
       by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
       reads_gradient: whether `choose` reads gradients; where it does not, only the
         singular vectors of `svd_until` do.

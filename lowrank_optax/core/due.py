@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.custom_batching import custom_vmap
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from lowrank_optax.core.aliases import Tree
+from lowrank_optax.core.loops import merged, opened
 
 
 class Rows(NamedTuple):
@@ -51,23 +50,23 @@ def replace_due(
         return []
     # What f closes over may be batched, so it is passed by the side of `common`.
     pairs = [
-        _opened(f, _row(x.replaced, 0), _row(x.read, 0), common)
+        opened(f, _row(x.replaced, 0), _row(x.read, 0), common)
         for f, x in zip(fs, leaves, strict=True)
     ]
-    opened = [f for f, _ in pairs]
+    calls = [f for f, _ in pairs]
     shared = common, [closed_over for _, closed_over in pairs]
     shared = jax.tree.map(lambda x: jnp.asarray(x)[None], shared)
 
     @custom_vmap
     def run(leaves: list[Rows], shared: Tree) -> list[Tree]:
-        return _loops(opened, leaves, *shared)
+        return _loops(calls, leaves, *shared)
 
     @run.def_vmap
     def _(size: int, batched: Tree, leaves: list[Rows], shared: Tree) -> Tree:
-        flat = jax.tree.map(lambda x, b: _merged(x, size, b), leaves, batched[0])
+        flat = jax.tree.map(lambda x, b: merged(x, size, b), leaves, batched[0])
         # What all members have in common stays one row for all of them.
         own = jax.tree.map(
-            lambda x, b: x if len(x) == 1 and not b else _merged(x, size, b),
+            lambda x, b: x if len(x) == 1 and not b else merged(x, size, b),
             shared,
             batched[1],
         )
@@ -108,32 +107,5 @@ def _loops(
     return [replaced for _, replaced in done]
 
 
-def _opened(f: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
-    """f with the traced arrays that it closes over as further arguments, and these."""
-    # jax.closure_convert leaves those that vmap batches, and caches f with its arrays.
-    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    traced = [isinstance(x, Tracer) for x in closed.consts]
-    structure = jax.tree.structure(shapes)
-
-    def opened(*args_and_traced: Tree) -> Tree:
-        *args, arrays = args_and_traced
-        arrays = iter(arrays)
-        consts = [
-            next(arrays) if is_traced else x
-            for x, is_traced in zip(closed.consts, traced, strict=True)
-        ]
-        run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))
-        return structure.unflatten(run(*jax.tree.leaves(args)))
-
-    return opened, [x for x in closed.consts if isinstance(x, Tracer)]
-
-
 def _row(tree: Tree, i: jax.Array | int) -> Tree:
     return jax.tree.map(lambda x: x[i], tree)
-
-
-def _merged(x: jax.Array, size: int, batched: bool) -> jax.Array:
-    """(size, L, ...), or (L, ...) for each, to (size * L, ...)."""
-    if not batched:
-        x = jnp.broadcast_to(x[None], (size, *x.shape))
-    return x.reshape(-1, *x.shape[2:])

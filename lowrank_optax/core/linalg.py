@@ -9,7 +9,7 @@ exception: one does not fill a device.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.lax.linalg import EighImplementation
 from jax.typing import DTypeLike
 
 from lowrank_optax.core.aliases import Number
+from lowrank_optax.core.loops import per_matrix
 from lowrank_optax.core.tall_qr import tall_q
 
 T = TypeVar("T")
@@ -56,40 +57,12 @@ def matmul(
     return fence(product(a, b, precision))
 
 
-def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
-    """`f` on each matrix of x (*batch, m, n), with its part of `others`, in a loop.
-
-    `jax.vmap` makes the loop longer, and does not batch what is in it. f closes over no
-    array that `jax.vmap` batches.
-    """
-    batch = x.shape[:-2]
-
-    @jax.custom_batching.custom_vmap
-    def run(rows: list[jax.Array]) -> T:
-        if len(rows[0]) == 1:
-            return jax.tree.map(lambda y: y[None], f(*(y[0] for y in rows)))
-        return jax.lax.map(lambda row: f(*row), rows)
-
-    @run.def_vmap
-    def _(size: int, batched: list[list[bool]], rows: list[jax.Array]) -> Any:
-        each = [
-            y if is_batched else jnp.broadcast_to(y, (size, *y.shape))
-            for y, is_batched in zip(rows, *batched, strict=True)
-        ]
-        out = run([y.reshape(-1, *y.shape[2:]) for y in each])
-        out = jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    out = run([y.reshape(-1, *y.shape[len(batch) :]) for y in (x, *others)])
-    return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
-
-
 def together(f: Callable[[jax.Array], T], x: jax.Array) -> T:
     """`f` on all matrices of x (*batch, m, n) in one call, but in a loop on a CPU.
 
     LAPACK's batched calls in jaxlib 0.10 hold a thread of XLA's pool while they wait
     for others. As many calls at once as there are cores wait for ever. `per_matrix`
-    makes none, under `jax.vmap` either.
+    makes none, even under `jax.vmap`.
     """
     return jax.lax.platform_dependent(
         x, cpu=functools.partial(per_matrix, f), default=f
@@ -148,11 +121,12 @@ def orthonormalize(x: jax.Array) -> jax.Array:
 
 @jax.custom_batching.custom_vmap
 def _orthonormalized(x: jax.Array) -> jax.Array:
-    size = jnp.max(jnp.abs(x), axis=-2, keepdims=True)  # or squares would underflow
-    x = fence(x / jnp.where(size > 0, size, 1))
-    # Two passes leave a few eps, which in float32 is below 6e-6; the sums that show it
-    # round too.
-    tolerance = max(50, x.shape[-2] ** 0.5) * jnp.finfo(x.dtype).eps
+    heights = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    x = fence(x / jnp.where(heights > 0, heights, 1))  # or squares would underflow
+    eps, rounding = float(jnp.finfo(x.dtype).eps), x.shape[-2] ** 0.5
+    # Two passes leave an error of a few eps. The Gram matrix that shows it rounds by up
+    # to sqrt(m) eps. In float32 50 eps is 6e-6.
+    tolerance = max(50, rounding) * eps
 
     def accurate(q: jax.Array) -> jax.Array:
         # A NaN is not accurate, and is compared by itself: XLA's maximum of NaNs is
@@ -162,12 +136,14 @@ def _orthonormalized(x: jax.Array) -> jax.Array:
     def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         count, good, q = state
         start = jax.lax.cond(count == 2, _full_rank, lambda x: x, x)
+        # Above the rounding of a sum of m squares, where X was only that.
+        shift = jnp.where(count == 2, eps * rounding, eps)
         shifted = jnp.where(count == 2, 8, 2 * count)
-        q = select(good, q, _cholesky_passes(start, shifted))
+        q = select(good, q, _cholesky_passes(start, shifted, shift))
         return count + 1, accurate(q), q
 
     def plain(x: jax.Array) -> tuple[jax.Array, ...]:
-        q = _cholesky_passes(x, shifted=0)
+        q = _cholesky_passes(x, shifted=0, shift=eps)
         return jnp.int32(1), accurate(q), q
 
     def nothing(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -192,21 +168,24 @@ def _full_rank(x: jax.Array) -> jax.Array:
 
 @_orthonormalized.def_vmap
 def _(_: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    """Under `jax.vmap` one more batch axis, so that one branch of a `cond` runs."""
+    """Under `jax.vmap` one more batch axis, so that the loop's test is one number."""
     return _orthonormalized(x), batched[0]
 
 
-def _cholesky_passes(x: jax.Array, shifted: jax.Array | int) -> jax.Array:
-    """X <- X R^-1 with R^T R = X^T X + shift I, in `shifted` passes and two without."""
+def _cholesky_passes(
+    x: jax.Array, shifted: jax.Array | int, shift: jax.Array | float
+) -> jax.Array:
+    """X <- X R^-1 with R^T R = X^T X + shift trace(X^T X) I, and two without a shift.
+
+    `shifted` is the number of those with one.
+    """
 
     def squares(i: jax.Array, x: jax.Array) -> jax.Array:
-        squares = gram(x)
-        # Above the rounding of a sum of m squares, where that matters.
-        eps = jnp.finfo(x.dtype).eps * jnp.where(shifted > 2, x.shape[-2] ** 0.5, 1)
-        shift = jnp.where(i < shifted, eps, 0).astype(x.dtype)
-        trace = jnp.trace(squares, axis1=-2, axis2=-1)[..., None, None]
-        eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), squares.shape)
-        return squares + shift * trace * eye
+        a = gram(x)
+        own = jnp.where(i < shifted, shift, 0).astype(x.dtype)
+        trace = jnp.trace(a, axis1=-2, axis2=-1)[..., None, None]
+        eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), a.shape)
+        return a + own * trace * eye
 
     def solve(i: jax.Array, x: jax.Array) -> jax.Array:
         lower = jnp.linalg.cholesky(squares(i, x))

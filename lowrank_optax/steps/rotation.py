@@ -114,13 +114,11 @@ def rotate_moments(
             )
             in_turn = any(frame.due is not None for frame in frames_of(frames))
             later = now.step > 0  # step 0 has no moments to rotate
-            inner_state = (
-                rotated(state.inner_state, in_turn=later)
-                if in_turn
-                else branch(
-                    both(now.refresh, later), rotated, lambda s: s, state.inner_state
-                )
-            )
+            if in_turn:
+                inner_state = rotated(state.inner_state, in_turn=later)
+            else:
+                due = both(now.refresh, later)
+                inner_state = branch(due, rotated, lambda s: s, state.inner_state)
             state = SubspaceState(inner_state)
         return inside.update(frames, state, params, clock=now, **extra_args)
 
@@ -295,8 +293,9 @@ def check_second_moments(
         np.array([1.0, 1.0, 2.0, 0.0]),
         np.array([0, 5, 5, 5]),
     )
-    # Compiled ahead, it is one program, inside of a trace too.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    # Compiled ahead, it is one program, inside of a trace and of `disable_jit` too.
+    on_no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with on_no_mesh, jax.disable_jit(False):
         program = jax.make_jaxpr(error)(*cases)
         if any(isinstance(x, Tracer) for x in program.consts):
             return

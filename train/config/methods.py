@@ -136,8 +136,8 @@ def subspace_adam(
         where = lro.error_feedback(where, b1=b1)
     if outside != "zero" and rotate != "on":
         raise ValueError(
-            f"outside={outside}: rotate={rotate} rotates no second moment; leave out "
-            "either"
+            f"outside={outside}: rotate={rotate} rotates no second moment; take "
+            "rotate=on, or leave out outside"
         )
     rotations: dict[str, Make] = {
         "on": functools.partial(lro.rotate_moments, outside=outside),

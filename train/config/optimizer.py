@@ -82,9 +82,11 @@ class OptimizerConfig:
       b2: decay of the second moment. Default: by optimizer, 0.999 for most.
       scale: factor on the step inside the subspace. Default: by optimizer, 0.25 for
         those that follow galore or fira.
-      rotate: which moments of subspace_adam rotate with the subspace: both, the first.
-      outside: what a rotated second moment has outside of the old subspace: zero, as in
-        the GrassWalk paper's eq. 8, or what it has inside.
+      rotate: which moments of subspace_adam rotate with the subspace. on: both; first:
+        the first alone; off: none.
+      outside: the rotated second moment outside of the old subspace, of subspace_adam,
+        grass_jump, grass_walk and spectral_adam. zero: as in the GrassWalk paper's eq.
+        8; alike: as inside.
       back: what subspace_adam gives back of the gradient outside of the subspace.
         project: nothing; rescale: Fira's and GrassWalk's rescaled residual; sign: its
         signs (FRUGAL); compensate: its columns normalised (Alice); spectral: its polar

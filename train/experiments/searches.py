@@ -193,7 +193,7 @@ SEARCHES: dict[str, Experiment] = {
         best_of="optimizer",
     ),
     "billion": search(
-        "GrassWalk's Table 1 at 1B on a quarter of the tokens, two rates of each method",
+        "GrassWalk's Table 1 at 1B on 9.8 M tokens, two rates of each method",
         BILLION,
         full=with_all(BILLION, **flags("size=1b batch_size=16 seq_len=256 rank=512")),
         minutes=BILLION[::2],

@@ -434,6 +434,23 @@ def test_a_batch_is_the_loop_over_its_matrices():
         np.testing.assert_array_equal(s[i, j], one(g[i, j])[1])
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)])
+def test_per_matrix_under_vmap_takes_functions_that_close_over_arrays(shape):
+    x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+    def scaled(by, shared, x):
+        return linalg.per_matrix(lambda x: by * x + shared, x)
+
+    run = jax.jit(jax.vmap(jax.jit(scaled), in_axes=(0, None, 0)))
+    found = run(jnp.array([2.0, 3.0]), jnp.float32(1), x)
+    np.testing.assert_allclose(found[0], 2 * x[0] + 1, rtol=1e-6)
+    np.testing.assert_allclose(found[1], 3 * x[1] + 1, rtol=1e-6)
+    twice = jax.jit(jax.vmap(jax.vmap(scaled, (0, None, 0)), (0, 0, 0)))
+    by, more = jnp.array([[2.0, 3.0], [4.0, 5.0]]), jnp.array([1.0, 2.0])
+    found = twice(by, more, np.stack([x, -x]))
+    np.testing.assert_allclose(found[1, 1], -5 * x[1] + 2, rtol=1e-6)
+
+
 def test_a_cond_under_vmap_may_orthonormalize():
     x = np.random.default_rng(0).standard_normal((3, 16, 4), np.float32)
 

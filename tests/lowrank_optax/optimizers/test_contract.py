@@ -408,6 +408,8 @@ def numbers_of(name: str) -> dict[str, Any]:
     for key, parameter in inspect.signature(make).parameters.items():
         if key not in {*lro.static_args(make), *replaced}:
             value = options.get(key, parameter.default)
+            if value is None and key != "eps":  # what None leaves out, such as NorMuon
+                continue
             numbers[key] = default_eps if key == "eps" and value is None else value
     return numbers
 

@@ -277,8 +277,7 @@ def test_layers_on_a_mesh(kind):
 
 # Eight devices, of which each gets one of L matrices, padded to eight.
 CHANGE_PLACES = {"all-to-all": 8 * D * F / 8, "collective-permute": 8 * D * F / 8}
-# Eight columns of a sketch more than a basis has, and for a QR that seldom runs twice
-# the columns, on the larger side.
+# A sketch has as many columns as a basis, on the larger side.
 SKETCHES = dict.fromkeys(["all-reduce", "all-gather"], L * D * R)
 LARGEST = {
     "spectral_adam": CHANGE_PLACES,
