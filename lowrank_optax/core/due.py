@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from lowrank_optax.core.aliases import Tree
-from lowrank_optax.core.loops import merged, opened
+from lowrank_optax.core.loops import in_groups, merged, opened
 
 
 class Rows(NamedTuple):
@@ -64,12 +64,7 @@ def replace_due(
     @run.def_vmap
     def _(size: int, batched: Tree, leaves: list[Rows], shared: Tree) -> Tree:
         flat = jax.tree.map(lambda x, b: merged(x, size, b), leaves, batched[0])
-        # What all members have in common stays one row for all of them.
-        own = jax.tree.map(
-            lambda x, b: x if len(x) == 1 and not b else merged(x, size, b),
-            shared,
-            batched[1],
-        )
+        own = jax.tree.map(lambda x, b: in_groups(x, size, b), shared, batched[1])
         new = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), run(flat, own))
         return new, jax.tree.map(lambda _: True, new)
 

@@ -53,9 +53,8 @@ class Frame:
       previous: S_{t-1}, as `basis`.
       rotation: (*batch, r, r), S_t^T S_{t-1}; the identity between refreshes.
       refreshed: (*batch,) bool, whether S_t was chosen at this step.
-      due: (*batch,) bool, whether a basis is due at this step where each matrix has its
-        own turn (`low_rank(stagger=True)`, `adaptive_refresh`); None where the clock
-        says it for all.
+      due: (*batch,) bool, whether a basis is due, where each matrix has its own turn
+        (`stagger=True`, `adaptive_refresh`); None where the clock says it for all.
       orthonormal: whether S's columns are orthonormal.
       folded: whether S is that of `fold()`, whose products are sums and repeats.
       chosen: S_t where it was chosen before the rule runs: from another gradient of

@@ -38,10 +38,7 @@ def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
     @run.def_vmap
     def _(size: int, batched: Tree, rows: Tree, groups: Tree) -> tuple[Tree, Tree]:
         longer = [merged(y, size, b) for y, b in zip(rows, batched[0], strict=True)]
-        own = [
-            y if len(y) == 1 and not b else merged(y, size, b)
-            for y, b in zip(groups, batched[1], strict=True)
-        ]
+        own = [in_groups(y, size, b) for y, b in zip(groups, batched[1], strict=True)]
         out = run(longer, own)
         out = jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
@@ -75,3 +72,8 @@ def merged(x: jax.Array, size: int, batched: bool) -> jax.Array:
     if not batched:
         x = jnp.broadcast_to(x[None], (size, *x.shape))
     return x.reshape(-1, *x.shape[2:])
+
+
+def in_groups(x: jax.Array, size: int, batched: bool) -> jax.Array:
+    """`merged`, but what all members have in common stays one row for all of them."""
+    return x if len(x) == 1 and not batched else merged(x, size, batched)

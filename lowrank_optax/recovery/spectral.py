@@ -65,8 +65,8 @@ def spectral_residual(
         precision. A float64 gradient has its products in float64.
 
     Raises:
-      ValueError: no coefficients, or others than triples; dtype float16,
-        in which squares over- and underflow; at update, as `recover_residual` does.
+      ValueError: no coefficients, or others than triples; dtype float16, in which
+        squares over- and underflow; at update, as `recover_residual` does.
 
     Example:
       >>> stages = optax.chain(lro.bases.power_iterate(b1=0.9), lro.project(),

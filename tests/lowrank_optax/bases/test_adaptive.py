@@ -1,5 +1,6 @@
 """Bases that are replaced once they keep too little of the gradients' path."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -31,9 +32,9 @@ def gradients(seed: int = 0) -> Any:
     return 10.0 ** rng.integers(-3, 3, (STEPS, L, 1, 1)) * (turns + size * noise)
 
 
-def model(gs: Any, threshold: float, k: int) -> tuple[Any, Any, Any]:
-    """Lotus in numpy: bases, when they were chosen, and rho after each step."""
-    bases, steps, rhos = [], [], []
+def model(gs: Any, threshold: float, k: int) -> tuple[Any, Any, Any, Any]:
+    """Lotus in numpy: bases, when they were chosen, rho after each step, the last D."""
+    bases, steps, rhos, paths = [], [], [], []
     for layer in gs.swapaxes(0, 1):
         basis, rho, of_layer = np.eye(M)[:, :R], 1.0, []
         for t, g in enumerate(layer):
@@ -48,14 +49,15 @@ def model(gs: Any, threshold: float, k: int) -> tuple[Any, Any, Any]:
             of_layer.append((basis, rho))
         bases.append([s for s, _ in of_layer])
         rhos.append([rho for _, rho in of_layer])
-    return np.array(bases), steps, np.array(rhos)
+        paths.append(path)
+    return np.array(bases), steps, np.array(rhos), np.array(paths)
 
 
 @pytest.mark.parametrize("k", [K, N, 99])
 @pytest.mark.usefixtures("x64")
 def test_it_replaces_the_bases_that_its_model_replaces(k: int) -> None:
     gs = gradients()
-    bases, steps, rhos = model(gs, 0.6, min(k, N))
+    bases, steps, rhos, paths = model(gs, 0.6, min(k, N))
     # Both layers are replaced at some looks and not at others, and no rho is near.
     for layer in range(L):
         assert 1 < sum(i == layer for i, _ in steps) < STEPS // T
@@ -68,6 +70,7 @@ def test_it_replaces_the_bases_that_its_model_replaces(k: int) -> None:
     assert sorted(steps) == [(int(i), int(t)) for i, t in np.argwhere(times)]
     s = np.swapaxes(adaptive.rule_state.basis["w"], 0, 1)
     np.testing.assert_allclose(s @ s.swapaxes(-1, -2), bases @ bases.swapaxes(-1, -2))
+    np.testing.assert_allclose(adaptive.path["w"][-1], paths)
     np.testing.assert_array_equal(np.swapaxes(adaptive.stale["w"], 0, 1), rhos < 0.6)
 
 
@@ -161,15 +164,16 @@ def test_moments_of_a_matrix_that_keeps_its_basis_keep_their_bits() -> None:
     """A product with I = S^T S rounds."""
     g = {"w": gradients().astype(np.float32)}
     rule = lro.bases.adaptive_refresh(lro.dominant_svd(), threshold=0.0)
-    trace = lro.rotate_moments(optax.trace(0.9), moments="first")
-    found, _ = updates_of(bracket(rule, trace, refresh_every=T), g)
-    plain, _ = updates_of(bracket(lro.dominant_svd(), trace, refresh_every=STEPS), g)
+    adam = lro.rotate_moments(optax.scale_by_adam())
+    found, _ = updates_of(bracket(rule, adam, refresh_every=T), g)
+    plain, _ = updates_of(bracket(lro.dominant_svd(), adam, refresh_every=STEPS), g)
     assert same_bits(found["w"], plain["w"])
 
 
-@pytest.mark.parametrize("layers", ["per_layer", "update_layers"])
+@pytest.mark.parametrize("layers", ["per_layer", "update_layers", "on a mesh"])
 def test_layers_of_experts(layers: str) -> None:
     """A kernel with an axis of experts besides that of the layers."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     g = np.random.default_rng(0).normal(size=(STEPS, 3, L, M, N)).astype(np.float32)
     g[:, :, 1] += 3 * np.random.default_rng(1).normal(size=(3, M, N))
     rule = lro.bases.adaptive_refresh(lro.sara_sample(0), threshold=0.7)
@@ -184,8 +188,9 @@ def test_layers_of_experts(layers: str) -> None:
 
     step = jax.jit(step, static_argnames="refresh")
     state = by_layer.init({"w": g[0]})
-    for t in range(STEPS):
-        state = step({"w": g[t]}, state, refresh=t % T == 0)
+    with jax.set_mesh(mesh) if layers == "on a mesh" else contextlib.nullcontext():
+        for t in range(STEPS):
+            state = step({"w": g[t]}, state, refresh=t % T == 0)
     for name in ("chosen", "basis"):
         expected = optax.tree.get(states, name)["w"][-1]
         assert same_bits(optax.tree.get(state, name)["w"], expected)
@@ -203,3 +208,13 @@ def test_sums_in_the_subspace_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"w: adaptive_refresh\(\) follows the full"):
         jax.eval_shape(step, params)
+
+
+@pytest.mark.parametrize("params", [{"b": jnp.ones(3)}, {}])
+def test_a_tree_without_matrices_passes(params: Any) -> None:
+    """With a key, and a refresh that the device decides."""
+    rule = lro.bases.adaptive_refresh(lro.sara_sample(0))
+    tx = bracket(rule, refresh_every=T, dimension_numbers=None)
+    steps, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert jax.tree.structure(steps) == jax.tree.structure(params)
+    assert state.count == 1

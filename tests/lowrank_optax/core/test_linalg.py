@@ -80,6 +80,10 @@ def test_long_columns_of_rank_one_are_completed(dtype):
         q = orthonormalize(jnp.asarray(x, dtype))
         # sqrt(m) eps is what such a sum rounds by.
         assert orthonormality_error(q) < 64 * jnp.finfo(dtype).eps
+    # Here a shift of eps alone leaves a NaN.
+    long = np.repeat(np.abs(np.random.default_rng(1).normal(size=(2**18, 1))), 2, 1)
+    q = orthonormalize(jnp.asarray(long, dtype))
+    assert orthonormality_error(q) < 2 * 2**9 * jnp.finfo(dtype).eps
     few = rng.normal(size=(3072, 64)) * (np.arange(64) < 3)
     assert orthonormality_error(orthonormalize(jnp.asarray(few, dtype))) < 6e-6
 

@@ -65,7 +65,7 @@ def test_layers_step_by_themselves_and_a_transposed_matrix_transposed(
 
 @each
 def test_a_zero_gradient_binds_no_later_step(name: str) -> None:
-    """One layer has zeros; the other one has gradients all the time."""
+    """Zeros for one layer, and gradients for the other all the time."""
     grads = stacks(3)
     zero = [grads[0].at[0].set(0), *grads]
     found, states = steps_of(name, [*zero[:2], 0 * grads[0], *zero[2:]])

@@ -151,7 +151,7 @@ def lapack_shapes(f: Callable[..., Any], *args: Any) -> list[str]:
 @pytest.mark.parametrize("refresh", [False, True])
 @pytest.mark.parametrize("name", ["lora_pre", "mlorc", "mofasgd", "ldadam", "sumo"])
 def test_nor_does_it_factorise_two_under_vmap(name: str, refresh: bool) -> None:
-    """As `per_layer` updates all layers; `mofasgd` hung in the trainer."""
+    """`per_layer` updates all layers by it; `mofasgd` hung in the trainer."""
     g = {"w": jnp.ones((3, 8, 12)), "v": jnp.ones((3, 12, 16))}
     tx = lro.training.per_layer(OPTIMIZERS[name]())
     update = functools.partial(tx.update, refresh=refresh)
