@@ -55,21 +55,27 @@ def kind_of(path: str) -> str:
 def layer_metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Returns "overlap/q" and so on, () each: means over layers with a value, or NaN.
 
-    Singular values are "derivative/q/1", the largest, to "derivative/q/20": the largest
-    i-th one of any layer (GrassWalk paper, Figure 2).
+    The energy of each layer is "layer_energy/q/1", the layer at the input, and so on
+    (GrassWalk paper, Figure 1). Singular values are "derivative/q/1", the largest, to
+    "derivative/q/20": the largest i-th one of any layer (Figure 2 there).
     """
     means: dict[str, list[jax.Array]] = defaultdict(list)
+    of_layers: dict[str, list[jax.Array]] = defaultdict(list)
     largest: dict[str, list[jax.Array]] = defaultdict(list)
     for path, measurement in sorted(lro.measurements(opt_state).items()):
         kind = kind_of(path)
         for field, name in MEANS.items():
             if (value := getattr(measurement, field)) is not None:
                 means[f"{name}/{kind}"].append(jnp.ravel(value))
+        if (energy := measurement.energy) is not None and energy.ndim:
+            for i, value in enumerate(energy):
+                of_layers[f"layer_energy/{kind}/{i + 1}"].append(jnp.ravel(value))
         if (spectrum := measurement.spectrum) is not None:
             for i in range(spectrum.shape[-1]):
                 value = jnp.ravel(spectrum[..., i])
                 largest[f"derivative/{kind}/{i + 1}"].append(value)
     return {
         **{name: jnp.nanmean(jnp.concatenate(x)) for name, x in sorted(means.items())},
+        **{name: jnp.nanmean(jnp.concatenate(x)) for name, x in of_layers.items()},
         **{name: jnp.nanmax(jnp.concatenate(x)) for name, x in largest.items()},
     }

@@ -121,7 +121,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         small=[flags("optimizer=galore measure=all")],
         full=[GRASS_1B | flags("optimizer=galore measure=all")],
         seeds=1,
-        measured=("energy", "derivative"),
+        measured=("energy", "layer_energy", "derivative"),
     ),
     "grass-figure-3": Experiment(
         "GrassWalk, Figure 3: {track, walk, jump, svd, frozen} x rotation x recovery",

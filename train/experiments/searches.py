@@ -193,11 +193,11 @@ SEARCHES: dict[str, Experiment] = {
         best_of="optimizer",
     ),
     "billion": search(
-        "GrassWalk's Table 1 at 1B on 9.8 M tokens, two rates of each method",
+        "GrassWalk's Table 1 at 1B on 4.9 M tokens, two rates of each method",
         BILLION,
         full=with_all(BILLION, **flags("size=1b batch_size=16 seq_len=256 rank=512")),
         minutes=BILLION[::2],
-        at_hour=flags("size=1b batch_size=32 rank=512 refresh_every=None"),
+        at_hour=flags("size=1b batch_size=32 steps=600 rank=512 refresh_every=None"),
         seeds=1,
     ),
     "newer": search(

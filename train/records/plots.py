@@ -60,6 +60,7 @@ LABELS = {
     "overlap": "overlap with the basis before",
     "anchor": "overlap with the anchor",
     "energy": "share of the gradient, R",
+    "layer_energy": "share of the gradient, R",
     "derivative": "singular values, error's derivative",
 }
 
@@ -67,10 +68,10 @@ LABELS = {
 def draw_subspaces(records: Sequence[Record], path: AnyPath, title: str) -> None:
     """Draws the subspace metrics of one run, a line for each kind of layer.
 
-    Of singular values, the largest one.
+    Of singular values, the largest one; the layers' energies are left out.
     """
     names = {name for record in records for name in record if "/" in name}
-    groups = [group for group in LABELS if _of(group, names)]
+    groups = [g for g in LABELS if g != "layer_energy" and _of(g, names)]
     figure = Figure(figsize=(4 * len(groups) + 2, 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
@@ -206,8 +207,8 @@ def draw_measured(
 ) -> None:
     """Draws subspace metrics: a panel for each run, a line for each metric.
 
-    Singular values get a panel for each kind of layer of each run, and a line for each
-    value, the largest in dark.
+    Singular values and layers' energies get a panel for each kind of layer of each run,
+    and a line for each value or layer, the largest or the first in dark.
     """
     panels: dict[str, list[tuple[str, Sequence[Record], str]]] = {}
     for name, records in runs.items():

@@ -66,9 +66,11 @@ def test_a_run_writes_what_it_measures(measured):
     records = read_metrics(measured)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     of_rank_4 = [f"derivative/{{}}/{i}" for i in (1, 2, 3, 4)]
+    of_layers = [f"layer_energy/{{}}/{i}" for i in (1, 2, 3, 4)]
     groups = ["overlap/{}", "anchor/{}", "energy/{}", *of_rank_4]
     names = {name for name in records[0] if "/" in name}
-    assert names == {group.format(kind) for group in groups for kind in KINDS}
+    found = [*groups, *of_layers]
+    assert names == {group.format(kind) for group in found for kind in KINDS}
     for kind in KINDS:
         overlap, anchor, energy, derivative, *smaller = (
             [r[group.format(kind)] for r in records] for group in groups
@@ -84,6 +86,10 @@ def test_a_run_writes_what_it_measures(measured):
         for values in zip(derivative[2:], *(x[2:] for x in smaller), strict=True):
             assert [*values] == sorted(values, reverse=True)
             assert values[-1] > 0
+        for record in records:
+            layers = [record[name.format(kind)] for name in of_layers]
+            assert len({*layers}) == 4
+            assert np.mean(layers) == pytest.approx(record[f"energy/{kind}"], rel=1e-5)
     assert is_picture(measured / "subspace.png")
     (events,) = (measured / "tensorboard").iterdir()
     for name in names:
@@ -135,6 +141,8 @@ def test_metrics_are_means_over_the_layers_that_have_a_value():
     assert np.isnan(found.pop("overlap/q"))
     assert found == {
         **{"energy/q": 0.5, "energy/up": 0.5, "overlap/up": 0.5},
+        **{"layer_energy/q/1": 0.25, "layer_energy/q/2": 0.75},
+        **{"layer_energy/up/1": 0.5, "layer_energy/up/2": 0.5},
         **{"derivative/q/1": 3.0, "derivative/q/2": 0.5},
         **{"derivative/up/1": 2.0, "derivative/up/2": 1.0},
     }
