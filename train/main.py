@@ -51,8 +51,8 @@ Examples:
 
 A run leaves in its folder: config.json, data.json, tokenizer.json, metrics.jsonl,
 tensorboard/, checkpoints/, loss.png, memory.txt, sample.txt and summary.json; with
---measure also subspace.png, with --windows examples chat_template.jinja, and with
---track wandb.json, trackio.json and wandb/.
+--measure also subspace.png and layers.png, with --windows examples
+chat_template.jinja, and with --track wandb.json, trackio.json and wandb/.
 SIGTERM and Ctrl-C end a step and save a checkpoint; --resume goes on from it."""
 
 

@@ -108,9 +108,9 @@ class OptimizerConfig:
         and so on, means over the layers, and in subspace.png. overlap: of a basis with
         the one before it (SARA, section 4.3), which costs nothing between refreshes;
         all: also the gradient's share in the subspace at each step (GrassWalk, eq. 3;
-        by layer: layer_energy/q/1 and so on), and at refreshes the 20 leading singular
-        values of the estimation error's derivative (derivative/q/1 and so on, the
-        largest of the layers'). No step changes.
+        by layer in layer_energy/q/1 and so on, and in layers.png), and at refreshes the
+        20 leading singular values of the estimation error's derivative (derivative/q/1
+        and so on, the largest of the layers'). No step changes.
       anchor: the refresh, from 0, whose basis later ones are compared with
         (anchor/q): r numbers for each row of a matrix' smaller side.
       weight_decay: decoupled weight decay of matrices and embedding, not norm scales.

@@ -52,6 +52,7 @@ GRASS_7B = GRASS_1B | flags("size=7b rank=1024")
 GRASS_METHODS = grid(
     "optimizer=galore,apollo,ldadam,frugal,subtrack,grass_walk,grass_jump"
 )
+FIGURES_1_2 = flags("optimizer=subtrack measure=all")  # the method of section 3
 GALORE_PAIR = grid(f"optimizer=galore {SARA_OR_NOT}")
 GALORE_SMALL = ("galore-sara-60m", "galore-sara-130m")
 
@@ -118,8 +119,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "grass-figures-1-2": Experiment(
         "GrassWalk, Figures 1 and 2: energy in the subspace, derivative of the error",
-        small=[flags("optimizer=galore measure=all")],
-        full=[GRASS_1B | flags("optimizer=galore measure=all")],
+        small=[FIGURES_1_2],
+        full=[GRASS_1B | FIGURES_1_2],
         seeds=1,
         measured=("energy", "layer_energy", "derivative"),
     ),

@@ -22,7 +22,7 @@ from train.host.atomic import write_text
 from train.host.paths import AnyPath
 from train.records.metrics import mean_ms, read_metrics
 from train.records.perplexity import perplexity, published_perplexity
-from train.records.plots import draw_run, draw_subspaces
+from train.records.plots import draw_measured, draw_run, draw_subspaces
 from train.run.loop import Trained
 from train.run.sampling import continued, prompt_tokens
 
@@ -106,11 +106,15 @@ def finish(config: Config, data: Data, trained: Trained, wall_s: float) -> None:
 
 
 def draw_run_subspaces(config: Config) -> None:
-    """Draws subspace.png of a resolved config's run, if it measures anything."""
+    """Draws what a resolved config's run measures: subspace.png, and layers.png."""
     if measures(config.optimizer):
         folder: AnyPath = resolved(config, "out")
         heading = f"{work_title(config)}, {title(config.optimizer)}"
-        draw_subspaces(read_metrics(folder), folder / "subspace.png", heading)
+        records = read_metrics(folder)
+        draw_subspaces(records, folder / "subspace.png", heading)
+        if config.optimizer.measure == "all":
+            runs = {config.optimizer.name: records}
+            draw_measured(runs, "layer_energy", folder / "layers.png", heading)
 
 
 def work_title(config: Config) -> str:

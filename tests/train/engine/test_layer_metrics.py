@@ -91,6 +91,7 @@ def test_a_run_writes_what_it_measures(measured):
             assert len({*layers}) == 4
             assert np.mean(layers) == pytest.approx(record[f"energy/{kind}"], rel=1e-5)
     assert is_picture(measured / "subspace.png")
+    assert is_picture(measured / "layers.png")
     (events,) = (measured / "tensorboard").iterdir()
     for name in names:
         assert f"optimizer/{name}".encode() in events.read_bytes()
