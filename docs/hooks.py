@@ -61,7 +61,13 @@ def page(name: str, method: Any) -> str:
 def settings(method: Any) -> str:
     """The recommended settings, in a sentence for each."""
     rate = f"Learning rate: {method.learning_rate:g}"
-    rate += ", the best of those tried." if method.measured else ", not tuned."
+    rate += (
+        ", the best of those tried, or the only one."
+        if method.measured
+        else ", not tuned on 39 M tokens. It is that of a related method, of the "
+        "source, or of [runs on 9.8 M tokens](../results/losses_60m.md"
+        "#added-last-on-98-m-tokens)."
+    )
     said = [rate]
     if isinstance(method.rank, float):
         said.append(f"Rank: {method.rank:g} of the smaller side.")

@@ -1,4 +1,4 @@
-"""The named optimizers, and the settings that were measured as best for each."""
+"""The named optimizers and their recommended settings."""
 
 import dataclasses
 import inspect
@@ -24,10 +24,10 @@ class Method:
 
     Attributes:
       make: the optimizer, such as `lro.galore`.
-      learning_rate: the best peak rate of those tried on LLaMA-60M, 39 M tokens, rank
-        128, cosine schedule (docs/results/losses_60m.md).
+      learning_rate: the best peak rate of those tried, or the only one, on LLaMA-60M,
+        39 M tokens, rank 128, cosine schedule (docs/results/losses_60m.md).
       measured: False if no rate was tried on that work. The rate is that of a related
-        method, of the source, or of a shorter run.
+        method, of the source, or of runs on 9.8 M tokens.
       fine_tuning_rate: the best peak rate of those tried on trained weights
         (docs/results/fine_tuning.md); None if none was tried.
 

@@ -14,6 +14,7 @@ from lowrank_optax.core import singular
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.frame import Frame, ProjectedAway, is_frame
 from lowrank_optax.core.linalg import select
+from lowrank_optax.core.loops import cond_any
 from lowrank_optax.core.spread import over_devices, replicated, sharing, spreads
 from lowrank_optax.core.stage import Clock
 
@@ -106,7 +107,8 @@ class Request:
         """Whether that call is for gradients too, which it copies."""
         # On a mesh one leaf may have fewer matrices than there are devices. In one
         # device's share a call for each leaf would compile a factorisation for each.
-        return spreads() or sharing() or self.rule.is_batched(frame)
+        batched = self.rule.reads_gradient and self.rule.is_batched(frame)
+        return spreads() or sharing() or batched
 
     def _rows(
         self,
@@ -192,11 +194,7 @@ def _later(rule: Rule, seen: Frame, rows: Rows, now: Clock) -> jax.Array:
     early, keys = _early(rule, rows, now), rows.get("keys")
     if early is None:
         return rule.choose(seen, keys, now)
-    return jax.lax.cond(
-        jnp.all(early),
-        lambda: rows["basis"],
-        lambda: rule.choose(seen, keys, now),
-    )
+    return cond_any(~early, lambda: rule.choose(seen, keys, now), lambda: rows["basis"])
 
 
 def _with_early(
@@ -214,8 +212,8 @@ def _with_early(
     if not early:
         return [later for _, _, later in leaves]
     # Layers of one kernel may start at different steps; then both branches run.
-    first = jax.lax.cond(
-        jnp.any(jnp.concatenate(early)),
+    first = cond_any(
+        jnp.concatenate(early),
         lambda: [
             singular.leading(rows["gradient"], rank, rule.decomposition)
             for rank, rows, _ in leaves

@@ -1,7 +1,9 @@
 """Where: basis rules, as stages that choose a basis at a refresh."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,11 @@ def basis_rule(
             reads_gradient=from_gradient,
         )
     )
+
+
+def changed(made: BasisRule, **fields: Any) -> BasisRule:
+    """The stage of the same rule with other fields of `Rule`."""
+    return follow(dataclasses.replace(made.rule, **fields))
 
 
 def follow(rule: Rule) -> BasisRule:

@@ -1,13 +1,11 @@
 """Where: walks, jumps and tracking on the Grassmannian."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.bases.follow import basis_rule, follow
+from lowrank_optax.bases.follow import basis_rule, changed
 from lowrank_optax.bases.random import gaussian_matrix
-from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.bases.rule import BasisRule, small
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Number
 from lowrank_optax.core.checks import check_count
@@ -118,7 +116,7 @@ def grassmann_walk(
         return geodesic(frame.need("basis"), x, angle, walk_rank)
 
     made = basis_rule(choose, check_key(key), svd_until=1, decomposition=decomposition)
-    return follow(dataclasses.replace(made.rule, reads_gradient=False))
+    return changed(made, reads_gradient=False, batched=small)
 
 
 def grassmann_track(
@@ -158,7 +156,8 @@ def grassmann_track(
     def choose(frame: Frame, _: None, __: Clock) -> jax.Array:
         return _track(frame.need("basis"), frame.gradient, step_size)
 
-    return basis_rule(choose, svd_until=1, decomposition=decomposition)
+    made = basis_rule(choose, svd_until=1, decomposition=decomposition)
+    return changed(made, batched=small)
 
 
 def _track(s: jax.Array, g: jax.Array, step_size: Number | None) -> jax.Array:

@@ -2,8 +2,8 @@
 
 import jax
 
-from lowrank_optax.bases.follow import basis_rule
-from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.bases.follow import basis_rule, changed
+from lowrank_optax.bases.rule import BasisRule, small
 from lowrank_optax.bases.switching import gram_product
 from lowrank_optax.core import linalg
 from lowrank_optax.core.frame import Frame
@@ -48,4 +48,5 @@ def orthogonal_iterate(*, decomposition: Decomposition | None = None) -> BasisRu
         # Without a mean a zero gradient says nothing of the basis.
         return new if frame.tracked is not None else select(frame.nonzero(), new, s)
 
-    return basis_rule(choose, svd_until=1, decomposition=decomposition)
+    made = basis_rule(choose, svd_until=1, decomposition=decomposition)
+    return changed(made, batched=small)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.bases.follow import basis_rule
-from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.bases.follow import basis_rule, changed
+from lowrank_optax.bases.rule import BasisRule, small
 from lowrank_optax.core import linalg, singular
 from lowrank_optax.core.aliases import Number
 from lowrank_optax.core.checks import check_count
@@ -57,7 +57,8 @@ def power_iterate(
         along = linalg.matmul(s, linalg.matmul(m_hat, transpose(x)))
         return linalg.orthonormalize(along + linalg.matmul(g, transpose(x)))
 
-    return basis_rule(choose, svd_until=1, decomposition=decomposition)
+    made = basis_rule(choose, svd_until=1, decomposition=decomposition)
+    return changed(made, batched=small)
 
 
 def correlation_aware(

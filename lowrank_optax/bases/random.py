@@ -1,13 +1,12 @@
 """Where: random bases, orthonormal ones and Gaussian ones."""
 
-import dataclasses
 import math
 
 import jax
 
-from lowrank_optax.bases.follow import basis_rule, follow
+from lowrank_optax.bases.follow import basis_rule, changed
 from lowrank_optax.bases.redrawn import redraw
-from lowrank_optax.bases.rule import BasisRule
+from lowrank_optax.bases.rule import BasisRule, small
 from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Step
 from lowrank_optax.core.frame import Frame
@@ -82,7 +81,7 @@ def random_after(
         svd_until=switch_step,
         decomposition=decomposition,
     )
-    return follow(dataclasses.replace(made.rule, reads_gradient=False))
+    return changed(made, reads_gradient=False, batched=small)
 
 
 def gaussian(key: Key, *, stored: bool = False) -> BasisRule:

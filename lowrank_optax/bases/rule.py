@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.core import linalg
 from lowrank_optax.core.aliases import Key, Step, Tree
 from lowrank_optax.core.frame import Frame, eye_basis
 from lowrank_optax.core.singular import Decomposition
@@ -58,6 +59,12 @@ def never(m: int, r: int) -> bool:
     return False
 
 
+def small(m: int, r: int) -> bool:
+    """For `Rule.batched`: whether one matrix does not fill a device."""
+    del r
+    return m <= linalg.TOGETHER
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """A basis rule as data; `basis_rule` documents the other fields.
@@ -67,8 +74,8 @@ class Rule:
       storage: how bases are stored.
       once: whether the basis of step 0 stays.
       batched: from m and r to whether one call for many matrices is faster than a
-        loop; `choose` then reads no moments, and has no conditional or loop but those
-        of `orthonormalize`, which `jax.vmap` does not batch.
+        loop; `choose` then has no conditional or loop but those of `orthonormalize`,
+        which `jax.vmap` does not batch.
       by_path: whether `choose` reads a leaf's path, and needs all of its matrices.
       reads_gradient: whether `choose` reads gradients; where it does not, only the
         singular vectors of `svd_until` do.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.bases.follow import follow
-from lowrank_optax.bases.rule import BasisRule, Rule
+from lowrank_optax.bases.rule import BasisRule, Rule, small
 from lowrank_optax.core import linalg, singular
 from lowrank_optax.core.aliases import Key
 from lowrank_optax.core.frame import Frame, eye_basis
@@ -61,7 +61,7 @@ def dominant_svd(
 
     if sketched and key is not None:
         return follow(Rule(choose=choose, key=check_key(key), batched=_few))
-    return follow(Rule(choose=choose, batched=_small))
+    return follow(Rule(choose=choose, batched=small))
 
 
 def _start(frame: Frame, keys: jax.Array) -> jax.Array:
@@ -72,10 +72,6 @@ def _start(frame: Frame, keys: jax.Array) -> jax.Array:
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     x = linalg.normal(keys, old.shape[-2:], old.dtype)
     return linalg.select(none, linalg.fence(x), old)
-
-
-def _small(m: int, _: int) -> bool:
-    return m <= linalg.TOGETHER
 
 
 def _few(m: int, r: int) -> bool:
@@ -121,4 +117,4 @@ def sara_sample(key: Key, *, decomposition: Decomposition | None = None) -> Basi
         index = sample_indices(keys, s, frame.rank)
         return jnp.take_along_axis(u, index[..., None, :], axis=-1)
 
-    return follow(Rule(choose=choose, key=check_key(key), batched=_small))
+    return follow(Rule(choose=choose, key=check_key(key), batched=small))

@@ -1,4 +1,4 @@
-"""Loops that `jax.vmap` makes longer, and whose bodies it does not batch."""
+"""Loops and conditionals that `jax.vmap` leaves whole."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -45,6 +45,43 @@ def per_matrix(f: Callable[..., T], x: jax.Array, *others: jax.Array) -> T:
 
     out = run(rows, [jnp.asarray(y)[None] for y in closed_over])
     return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), out)
+
+
+def cond_any(
+    which: jax.Array, then: Callable[[], Tree], otherwise: Callable[[], Tree]
+) -> Tree:
+    """`then()` if any of `which` is True, else `otherwise()`.
+
+    Under `jax.vmap` all calls decide together, where it would run both branches of a
+    `jax.lax.cond`. So a call may take `then` for the sake of another one.
+    """
+    (yes, yes_args), (no, no_args) = opened(then), opened(otherwise)
+    return _decided(yes, no)(which, yes_args, no_args)
+
+
+def _decided(yes: Callable[..., Tree], no: Callable[..., Tree]) -> Callable[..., Tree]:
+    @jax.custom_batching.custom_vmap
+    def run(which: jax.Array, yes_args: Tree, no_args: Tree) -> Tree:
+        return jax.lax.cond(
+            jnp.any(which), lambda a, _: yes(a), lambda _, b: no(b), yes_args, no_args
+        )
+
+    @run.def_vmap
+    def _(size: int, batched: Tree, *args: Tree) -> tuple[Tree, Tree]:
+        both = (
+            _mapped(f, size, b) for f, b in zip((yes, no), batched[1:], strict=True)
+        )
+        out = _decided(*both)(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
+
+
+def _mapped(f: Callable[..., Tree], size: int, batched: Tree) -> Callable[..., Tree]:
+    """f over the first axis of the arrays that are batched; the others stay."""
+    axes = 0, [0 if b else None for b in batched]
+    over = jax.vmap(lambda _, arrays: f(arrays), in_axes=axes)
+    return lambda arrays: over(jnp.arange(size), arrays)
 
 
 def opened(f: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:

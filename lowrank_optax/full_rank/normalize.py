@@ -24,8 +24,8 @@ def normalize_by_output_rms() -> optax.GradientTransformation:
 
     Deviation: the paper divides by the norm. Its released code, and this function,
     divide by the root mean square, which makes the step sqrt(inputs) times as large.
-    The paper's learning rates belong to the released code, which has a floor of 1e-8
-    under the root; here there is none, and the smallest gradient has a full step.
+    The paper's learning rates belong to the released code, which divides by at
+    least 1e-8; here there is no floor, and the smallest gradient has a full step.
 
     Example:
       >>> tx = lro.full_rank.full_matrices(lro.full_rank.normalize_by_output_rms())

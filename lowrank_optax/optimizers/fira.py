@@ -43,8 +43,11 @@ def fira(
     numbers.
 
     When to choose it: as `galore`, if you accept the cost of column norms and of one
-    more pass over the gradient. When not: with random bases, since phi comes from
-    moments that are not rotated (GrassWalk paper, section 5). Use `grass_jump` there.
+    more pass over the gradient. On LLaMA-60M the residual lowered the loss by 0.066 +-
+    0.037 with random bases, and by 0.019 +- 0.020 with dominant ones
+    (docs/results/ablations.md). When not: to end below `galore` with the dominant
+    basis. There it ended at 3.955 and `galore` at 3.932, one run each
+    (docs/results/losses_60m.md).
 
     Deviations: `variant="published"` is fira 1.0.2 step for step: as for `galore`, with
     the residual G - scale S G~ and a limiter on norms before bias correction.

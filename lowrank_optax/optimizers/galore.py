@@ -40,10 +40,11 @@ def galore(
     "GaLore"; SARA paper, section 2). Moments are not rotated at a refresh. State of a
     matrix: mr + 2nr numbers.
 
-    When to choose it: the least work per step. `basis=sara_sample(key)` samples the
-    subspace, so that it does not freeze. On LLaMA-60M that changed the loss by no more
-    than the noise (0.001 +- 0.059; docs/results/ablations.md). When not: with a random
-    basis, which alone misses most of the gradient; `grass_jump` recovers that part.
+    When to choose it: few products a step, and no residual. `basis=sara_sample(key)`
+    samples the subspace, so that it does not freeze. On LLaMA-60M that changed the loss
+    by no more than the noise (0.001 +- 0.059; docs/results/ablations.md). When not:
+    with a random basis, which alone misses most of the gradient; `grass_jump` recovers
+    that part.
 
     Deviations: the signs of singular vectors are fixed (`singular.fix_signs`).
     `variant="published"` is galore-torch 1.0 step for step: bias correction on the step

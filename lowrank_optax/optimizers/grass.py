@@ -40,11 +40,13 @@ def grass_jump(
     4, Algorithm 1, eqs. 7 to 11; `rotate_moments`, `recover_residual`). State of a
     matrix: mr + 2nr + 1 numbers.
 
-    When to choose it: a refresh costs one small QR, and the subspace explores fastest.
-    When not: without the residual, since a random subspace alone misses most of the
-    gradient. Nor with eq. 8 and frequent refreshes: on LLaMA-60M with 40 steps between
-    them it ended at 4.701 +- 0.056, without rotation at 4.507 +- 0.021, and with
-    `outside="alike"` at 4.477 +- 0.023. With 100 steps eq. 8 ended lower, at this rate
+    When to choose it: the subspace explores fastest, and a refresh after the first step
+    costs one small QR. S_0 are singular vectors of the first gradient. When not:
+    without the residual, since a random subspace alone misses most of the gradient. Nor
+    with eq. 8 and frequent refreshes. On LLaMA-60M, with 40 steps between them and 9.8
+    M tokens, it ended at 4.701 +- 0.056, and without rotation at 4.505 +- 0.018. There
+    `outside="alike"` ended 0.030 +- 0.011 below no rotation. With 100 steps and 39 M
+    tokens, eq. 8 ended at 3.911 and "alike" at 3.980, one run each
     (docs/results/ablations.md).
 
     Deviations: none that are known; no code is published. After a thousand zero
@@ -94,9 +96,9 @@ def grass_walk(
     At a refresh S moves along a random geodesic (eq. 4; GrassWalk paper, Algorithm 1;
     `grassmann_walk`). State of a matrix: mr + 2nr + 1 numbers.
 
-    When to choose it: the basis moves smoothly and needs no gradient, so that a refresh
-    is cheap. When not: where the gradient's own subspace is worth following. Pass
-    `basis=sara_sample(key)` there.
+    When to choose it: the basis moves smoothly. After the first step it needs no
+    gradient, so that a refresh is cheap. When not: where the gradient's own subspace is
+    worth following. Pass `basis=sara_sample(key)` there.
 
     Deviations: the paper names neither angle nor directions. By default one direction
     moves, since section 5 speaks of "controlled rank-1 rotations". On LLaMA-60M

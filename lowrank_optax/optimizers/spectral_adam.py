@@ -43,19 +43,20 @@ def spectral_adam(
     + 2nr numbers, GaLore's. Four products with S a step, and those of Newton-Schulz.
 
     When to choose it: for a low loss at GaLore's memory, where steps are large enough
-    to pay for the products. Of seven methods with seven tries each it had the lowest
-    loss on LLaMA-60M and 39 M tokens, at 4.5e-3 (docs/results/losses_60m.md). Of three
-    it had the lowest on LLaMA-130M, at 3e-3 (docs/results/losses_130m.md). Nothing
-    larger or longer was tried.
+    to pay for the products. On LLaMA-60M and 39 M tokens it had the lowest loss of
+    seven methods, at 4.5e-3. It and AdamW had 13 tries there, the others seven
+    (docs/results/losses_60m.md). On LLaMA-130M it had the lowest of three, at 3e-3
+    (docs/results/losses_130m.md). On LLaMA-1B and 4.9 M tokens it ended at 4.522 and
+    AdamW at 5.177, one rate and one run each (docs/results/losses_1b.md).
 
     When not: where the time of the update matters more than the number of steps. At
-    LLaMA-1B a step took 1.37 of AdamW's with 16,384 tokens, and takes a larger share
-    with fewer (docs/results/step_time.md). Nor where microbatches are summed in the
-    subspace.
+    LLaMA-1B and 16,384 tokens a step took 1.48 times AdamW's with refreshes, and 1.37
+    between them (docs/results/step_time.md). With fewer tokens the update takes a
+    larger share. Nor where microbatches are summed in the subspace.
 
     COSMOS (arXiv 2502.17410) is the nearest published method. It keeps the full
     momentum, mn numbers more, and takes both steps from it. Here both steps come from
-    the gradient. It chooses its basis from an average of G^T G, does not rotate Adam's
+    the gradient. It chooses its basis from an average of G G^T, does not rotate Adam's
     moments with it, and renormalizes the sum.
 
     Args:

@@ -32,11 +32,11 @@ def per_layer(
     norm, a finite flag, a mean) is that of one layer. Layers draw different random
     numbers (docs/guides/layer_by_layer.md).
 
-    With `refresh=False` (see `low_rank`) `jax.vmap` updates all layers together.
-    Otherwise a loop updates them: under `vmap` both branches of a conditional would
-    run, and a batch of factorizations takes longer than a loop. With `refresh=True` the
-    singular vectors of small matrices, which are faster in a batch, are computed for
-    all layers before the loop. On a mesh all bases are, and there is no loop. What
+    With `refresh=False` (see `low_rank`) `jax.vmap` updates all layers together. With
+    `refresh=True` it does so too if all matrices have a side up to 1024: their bases
+    are chosen before, in one call for all layers. On a mesh it always does. Otherwise a
+    loop updates the layers: under `vmap` both branches of a conditional would run, and
+    a batch of large factorizations takes longer than a loop. What
     `low_rank(stagger=True)` refreshes with `refresh=False`, one loop over the matrices
     of all layers does.
 
@@ -75,10 +75,7 @@ def per_layer(
         inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        bases = dict(inside.bases) or _chosen_together(
-            inner, updates, state, params, extra_args, inside
-        )
-
+        bases = _chosen_together(inner, updates, state, params, extra_args, inside)
         count = count_of(updates)
 
         def one(
@@ -90,7 +87,7 @@ def per_layer(
 
         block = count if _together(extra_args, bases) else 1
         # The update takes the gradient's place, the new state the old one's.
-        return _in_blocks(one, (updates, state), (params, bases), block)
+        return _in_blocks(one, (updates, state), (params, bases.by_path), block)
 
     return stage(init, auto_update(update))
 
@@ -122,10 +119,21 @@ def _in_blocks(
     return jax.lax.fori_loop(0, count // block, body, carry)
 
 
-def _together(extra_args: Mapping[str, object], bases: Mapping[str, Tree]) -> bool:
+class _Bases(NamedTuple):
+    """Bases of all layers that were chosen before the update.
+
+    Attributes:
+      by_path: (L, m, r) each.
+      complete: whether the update chooses none itself.
+    """
+
+    by_path: dict[str, jax.Array]
+    complete: bool
+
+
+def _together(extra_args: Mapping[str, object], bases: _Bases) -> bool:
     """Whether layers may be updated in a batch: no basis is chosen there."""
-    # On a mesh a refresh has chosen all of them before (`_chosen_together`).
-    return extra_args.get("refresh") is False or (bool(bases) and spreads())
+    return extra_args.get("refresh") is False or bases.complete
 
 
 def _even(block: int, count: int) -> int:
@@ -159,8 +167,8 @@ def update_layers(
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are stored.
       block: how many layers are updated together, rounded down to a divisor of L; None
-        for all. One at a time unless `refresh=False` (see `per_layer`), or on a mesh,
-        where a refresh has chosen all bases before.
+        for all. One at a time unless `refresh=False` (see `per_layer`), or where all
+        bases are chosen before: on a mesh, or for matrices with a side up to 1024.
       operands: arrays that `apply_updates` gets, such as this step's random key.
       tx, load, apply_updates: as in `update_in_backward`.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
@@ -194,9 +202,7 @@ def update_layers(
         **extra_args: Any,
     ) -> tuple[Tree, Tree]:
         count = count_of(params)
-        bases = dict(inside.bases) or _chosen_together(
-            tx, gradient, state, params, extra_args, inside, load
-        )
+        bases = _chosen_together(tx, gradient, state, params, extra_args, inside, load)
 
         def one(
             i: jax.Array, carry: tuple[Tree, Tree], other: Tree
@@ -209,7 +215,7 @@ def update_layers(
         size = _even(count if block is None else block, count)
         if not _together(extra_args, bases):
             size = 1
-        return _in_blocks(one, (params, state), (gradient, bases), size)
+        return _in_blocks(one, (params, state), (gradient, bases.by_path), size)
 
     return on_auto_axes(
         update,
@@ -228,21 +234,25 @@ def _chosen_together(
     extra_args: Mapping[str, object],
     inside: Inside,
     load: Load = lambda params: params,
-) -> dict[str, jax.Array]:
-    """At a refresh the bases, by path, that are best chosen for all layers in one call.
+) -> _Bases:
+    """At a refresh the bases that are best chosen for all layers in one call.
 
     On a mesh all of them are, and each device chooses those of some layers.
     """
+    if inside.bases:
+        return _Bases(dict(inside.bases), complete=spreads())
     if extra_args.get("refresh") is not True:
-        return {}
+        return _Bases({}, complete=False)
+    apart: set[str] = set()
     inner = transformation("update_layers()", tx, "lowrank_optax.galore(0.01)")
 
     def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
         (i, g, s, stored), seen = layer, []
         own = inside.replace(layer=i, record=seen.append)
         inner.update(g, s, load(stored), inside=own, **extra_args)
-        chosen = (f for f in frames_of(seen) if f.refreshed is not None)
-        chosen = (f for f in chosen if not f.folded)
+        chosen = [f for f in frames_of(seen) if f.refreshed is not None]
+        chosen = [f for f in chosen if not f.folded]
+        apart.update(f.path for f in chosen if not f.batched)
         return {f.path: f.basis for f in chosen if f.batched == batched}
 
     # Only `tx` knows where its basis rule stands, so its whole update is traced; under
@@ -255,7 +265,11 @@ def _chosen_together(
         return is_batched(layers) | in_turn
 
     layers = jnp.arange(count_of(gradient)), gradient, state, params
-    return over_devices(all_of_some, layers) if spreads() else is_batched(layers)
+    if spreads():
+        found = over_devices(all_of_some, layers)
+        return _Bases(found, complete=bool(found))
+    found = is_batched(layers)
+    return _Bases(found, complete=bool(found) and not apart)
 
 
 def _step(

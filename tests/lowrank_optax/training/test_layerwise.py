@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.core import linalg
+from lowrank_optax.core import linalg, singular
+from lowrank_optax.training import layerwise
 from tests.helpers.battery import (
     raw_keys,
     types,
@@ -114,6 +115,54 @@ def test_small_matrices_of_all_layers_and_leaves_in_one_call(
     assert shapes == [expected, expected, one_by_one, one_by_one]
     for together, alone in zip(results[:2], results[2:], strict=True):
         close(alone, together, TOLERANCE)
+
+
+FOLLOWED: dict[str, Any] = {
+    "power": lambda: lro.ldadam(RATE, rank=4, dimension_numbers=None),
+    "jump": lambda: lro.grass_jump(RATE, rank=4, key=0, dimension_numbers=None),
+    "walk": lambda: lro.grass_walk(RATE, rank=4, key=0, dimension_numbers=None),
+    "track": lambda: lro.recipes.subtrack(RATE, rank=4, dimension_numbers=None),
+    "iterate": lambda: lro.recipes.cosmos(RATE, rank=4, dimension_numbers=None),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rule", slow_but(["power"], FOLLOWED))
+def test_followed_bases_of_small_matrices_in_one_call(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one after the other; singular vectors only while a layer has its first."""
+    tx, calls = FOLLOWED[rule](), []
+    leading, in_blocks, sizes = singular.leading, layerwise._in_blocks, []
+
+    def counted(*args: Any) -> jax.Array:
+        jax.debug.callback(lambda: calls.append(1))
+        return leading(*args)
+
+    def noted(f: Any, carry: Any, other: Any, size: int) -> Any:
+        sizes.append(size)
+        return in_blocks(f, carry, other, size)
+
+    monkeypatch.setattr(layerwise, "_in_blocks", noted)
+    monkeypatch.setattr(singular, "leading", counted)
+    params = arrays(layers_of())
+    late = jax.tree.map(lambda x: x.at[1].set(0), params)  # no gradient for layer 1 yet
+    results = []
+    for limit in (WIDTH, WIDTH - 1):
+        monkeypatch.setattr(linalg, "TOGETHER", limit)
+        step = jax.jit(functools.partial(lro.training.update_layers, tx, refresh=True))
+        state, seen = jax.jit(lro.training.per_layer(tx).init)(params), []
+        done, asked = params, []
+        for g in (late, params, params, params):
+            done, state = step(jax.tree.map(jnp.sin, g), state, done)
+            jax.effects_barrier()
+            asked.append(bool(calls))
+            calls.clear()
+            seen.append(done)
+        assert asked == [True, True, False, False]
+        results.append(seen)
+    assert sizes == [LAYERS, 1]
+    close(results[0], results[1], TOLERANCE * RATE)
 
 
 # --- random numbers ---
