@@ -90,15 +90,19 @@ def opened(f: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tr
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     traced = [isinstance(x, Tracer) for x in closed.consts]
     structure = jax.tree.structure(shapes)
+    jaxpr, fixed = (
+        closed.jaxpr,
+        [None if t else x for x, t in zip(closed.consts, traced, strict=True)],
+    )
 
     def call(*args_and_traced: Tree) -> Tree:
         *args, arrays = args_and_traced
         arrays = iter(arrays)
         consts = [
             next(arrays) if is_traced else x
-            for x, is_traced in zip(closed.consts, traced, strict=True)
+            for x, is_traced in zip(fixed, traced, strict=True)
         ]
-        run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))
+        run = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
         return structure.unflatten(run(*jax.tree.leaves(args)))
 
     return call, [x for x in closed.consts if isinstance(x, Tracer)]

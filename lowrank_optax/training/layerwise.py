@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import get_opaque_trace_state
 
 from lowrank_optax.bracket.bracket import LowRankState
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import transformation
+from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import on_auto_axes
 from lowrank_optax.core.spread import over_devices, spreads
 from lowrank_optax.core.stage import stage
@@ -20,6 +22,7 @@ from lowrank_optax.training.backward import Load, in_backward, read, write
 from lowrank_optax.training.projected import Projected
 
 Apply = Callable[..., Tree]
+trace_level = partial(get_opaque_trace_state, convention="nnx")
 
 
 def per_layer(
@@ -33,12 +36,12 @@ def per_layer(
     numbers (docs/guides/layer_by_layer.md).
 
     With `refresh=False` (see `low_rank`) `jax.vmap` updates all layers together. With
-    `refresh=True` it does so too if all matrices have a side up to 1024: their bases
-    are chosen before, in one call for all layers. On a mesh it always does. Otherwise a
-    loop updates the layers: under `vmap` both branches of a conditional would run, and
-    a batch of large factorizations takes longer than a loop. What
-    `low_rank(stagger=True)` refreshes with `refresh=False`, one loop over the matrices
-    of all layers does.
+    `refresh=True` it does so on a mesh, and where all bases are faster to choose in one
+    call: those of the library's rules for matrices with a side up to 1024, but for
+    wrapped and Gaussian ones. Otherwise a loop updates the layers: under `vmap` both
+    branches of a conditional would run, and a batch of large factorizations takes
+    longer than a loop. What `low_rank(stagger=True)` refreshes with `refresh=False`,
+    one loop over the matrices of all layers does.
 
     Args:
       tx: any optax transformation; extra arguments are passed on to it.
@@ -124,7 +127,7 @@ class _Bases(NamedTuple):
 
     Attributes:
       by_path: (L, m, r) each.
-      complete: whether the update chooses none itself.
+      complete: whether the update chooses no others, or those in a batch.
     """
 
     by_path: dict[str, jax.Array]
@@ -132,7 +135,7 @@ class _Bases(NamedTuple):
 
 
 def _together(extra_args: Mapping[str, object], bases: _Bases) -> bool:
-    """Whether layers may be updated in a batch: no basis is chosen there."""
+    """Whether layers may be updated in a batch: no basis is chosen one by one there."""
     return extra_args.get("refresh") is False or bases.complete
 
 
@@ -167,8 +170,7 @@ def update_layers(
       state: `per_layer(tx).init(params)`.
       params: the weights, as they are stored.
       block: how many layers are updated together, rounded down to a divisor of L; None
-        for all. One at a time unless `refresh=False` (see `per_layer`), or where all
-        bases are chosen before: on a mesh, or for matrices with a side up to 1024.
+        for all. One at a time at some refreshes, which `per_layer` names.
       operands: arrays that `apply_updates` gets, such as this step's random key.
       tx, load, apply_updates: as in `update_in_backward`.
       extra_args: for `tx.update`; `refresh` and `accept`, for `low_rank`.
@@ -237,26 +239,36 @@ def _chosen_together(
 ) -> _Bases:
     """At a refresh the bases that are best chosen for all layers in one call.
 
-    On a mesh all of them are, and each device chooses those of some layers.
+    None where every rule is `batched`: a block of layers then chooses its own in one
+    call. On a mesh all bases are chosen here, and each device chooses some layers'.
     """
     if inside.bases:
         return _Bases(dict(inside.bases), complete=spreads())
     if extra_args.get("refresh") is not True:
         return _Bases({}, complete=False)
-    apart: set[str] = set()
     inner = transformation("update_layers()", tx, "lowrank_optax.galore(0.01)")
-
-    def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
-        (i, g, s, stored), seen = layer, []
-        own = inside.replace(layer=i, record=seen.append)
-        inner.update(g, s, load(stored), inside=own, **extra_args)
-        chosen = [f for f in frames_of(seen) if f.refreshed is not None]
-        chosen = [f for f in chosen if not f.folded]
-        apart.update(f.path for f in chosen if not f.batched)
-        return {f.path: f.basis for f in chosen if f.batched == batched}
+    layers = jnp.arange(count_of(gradient)), gradient, state, params
 
     # Only `tx` knows where its basis rule stands, so its whole update is traced; under
     # jit the compiler drops all that the bases do not need.
+    def subspaces(layer: Tree) -> list[tuple[Frame, bool]]:
+        """The Frames of one layer, and whether their arrays can be taken from there."""
+        (i, g, s, stored), seen, level = layer, [], trace_level()
+
+        def record(frames: optax.Updates) -> None:
+            # A wrapper may update in a conditional, whose arrays stay in it.
+            here = trace_level() == level
+            found = (f for f in frames_of(frames) if not f.full_rank and not f.folded)
+            seen.extend((f, here) for f in found)
+
+        own = inside.replace(layer=i, record=record)
+        inner.update(g, s, load(stored), inside=own, **extra_args)
+        return seen
+
+    def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
+        found = (f for f, here in subspaces(layer) if here and f.refreshed is not None)
+        return {f.path: f.basis for f in found if f.batched == batched}
+
     def is_batched(layers: Tree) -> dict[str, Tree]:
         return jax.vmap(partial(of_one, batched=True))(layers)
 
@@ -264,12 +276,21 @@ def _chosen_together(
         in_turn = jax.lax.map(partial(of_one, batched=False), layers)
         return is_batched(layers) | in_turn
 
-    layers = jnp.arange(count_of(gradient)), gradient, state, params
     if spreads():
         found = over_devices(all_of_some, layers)
         return _Bases(found, complete=bool(found))
-    found = is_batched(layers)
-    return _Bases(found, complete=bool(found) and not apart)
+    joined: list[bool] = []
+
+    def look(layers: Tree) -> None:
+        first = jax.tree.map(lambda x: x[0], layers)
+        joined.extend(
+            f.refreshed is not None and f.batched for f, _ in subspaces(first)
+        )
+
+    jax.eval_shape(look, layers)
+    if all(joined):  # each block chooses them in one call
+        return _Bases({}, complete=bool(joined))
+    return _Bases(is_batched(layers) if any(joined) else {}, complete=False)
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,5 +41,5 @@ def _unless_orbax(entry: logging.LogRecord) -> bool:
 
 
 def _unless_orbax_task(entry: logging.LogRecord) -> bool:
-    """False for a task of orbax, whose file the message names."""
-    return "orbax" not in entry.getMessage()
+    """False for a task of orbax; the message names the file of its function."""
+    return not re.search(r"defined at \S*\borbax\b", entry.getMessage())

@@ -112,7 +112,7 @@ def draw_run_subspaces(config: Config) -> None:
         heading = f"{work_title(config)}, {title(config.optimizer)}"
         records = read_metrics(folder)
         draw_subspaces(records, folder / "subspace.png", heading)
-        if config.optimizer.measure == "all":
+        if any("layer_energy" in name for record in records for name in record):
             runs = {config.optimizer.name: records}
             draw_measured(runs, "layer_energy", folder / "layers.png", heading)
 

@@ -165,6 +165,36 @@ def test_followed_bases_of_small_matrices_in_one_call(
     close(results[0], results[1], TOLERANCE * RATE)
 
 
+WRAPPERS: dict[str, Any] = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("limit", [WIDTH, WIDTH - 1])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_that_updates_in_a_conditional(
+    wrapper: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bases that it chooses stay in there; those of `up` could be chosen before."""
+    monkeypatch.setattr(linalg, "TOGETHER", limit)
+    plain = optax.partition(
+        {
+            "small": lro.galore(RATE, rank=4, dimension_numbers=None),
+            "other": optimizer("coap"),
+        },
+        lambda params: {"up": "small", "down": "other", "norm": "small"},
+    )
+    params = arrays(layers_of())
+    steps = []
+    for tx in (plain, WRAPPERS[wrapper](plain)):
+        layers = lro.training.per_layer(tx)
+        step = jax.jit(functools.partial(layers.update, refresh=True))
+        steps.append(step(params, jax.jit(layers.init)(params), params)[0])
+    close(steps[1], steps[0], TOLERANCE * RATE)
+
+
 # --- random numbers ---
 
 RULES: dict[str, Any] = {
