@@ -42,12 +42,12 @@ def fira(
     "Fira"; SARA paper, section 2; `recover_residual`). State of a matrix: mr + 2nr + 1
     numbers.
 
-    When to choose it: as `galore`, if you accept the cost of column norms and of one
-    more pass over the gradient. On LLaMA-60M the residual lowered the loss by 0.066 +-
-    0.037 with random bases, and by 0.019 +- 0.020 with dominant ones
-    (docs/results/ablations.md). When not: to end below `galore` with the dominant
-    basis. There it ended at 3.955 and `galore` at 3.932, one run each
-    (docs/results/losses_60m.md).
+    When to choose it: with random bases. There the residual lowered the loss of
+    LLaMA-60M by 0.066 +- 0.037 (docs/results/ablations.md). When not: to gain over
+    `galore` with dominant bases. The residual lowered the loss by 0.019 +- 0.020, and
+    in other runs `fira` ended at 3.955 and `galore` at 3.932
+    (docs/results/losses_60m.md). It costs column norms and one more pass over the
+    gradient.
 
     Deviations: `variant="published"` is fira 1.0.2 step for step: as for `galore`, with
     the residual G - scale S G~ and a limiter on norms before bias correction.
