@@ -7,22 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import get_opaque_trace_state
 
 from lowrank_optax.bracket.bracket import LowRankState
 from lowrank_optax.bracket.inside import NOTHING_INSIDE, Inside, auto_update
 from lowrank_optax.core.aliases import Tree
 from lowrank_optax.core.checks import transformation
-from lowrank_optax.core.frame import Frame
 from lowrank_optax.core.sharding import on_auto_axes
-from lowrank_optax.core.spread import over_devices, spreads
 from lowrank_optax.core.stage import stage
-from lowrank_optax.core.trees import count_of, frames_of, squared_norm
+from lowrank_optax.core.trees import count_of, squared_norm
 from lowrank_optax.training.backward import Load, in_backward, read, write
+from lowrank_optax.training.chosen import chosen_together, updates_together
 from lowrank_optax.training.projected import Projected
 
 Apply = Callable[..., Tree]
-trace_level = partial(get_opaque_trace_state, convention="nnx")
 
 
 def per_layer(
@@ -78,7 +75,7 @@ def per_layer(
         inside: Inside = NOTHING_INSIDE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        bases = _chosen_together(inner, updates, state, params, extra_args, inside)
+        bases = chosen_together(inner, updates, state, params, extra_args, inside)
         count = count_of(updates)
 
         def one(
@@ -88,7 +85,7 @@ def per_layer(
             own = inside.replace(layer=i, layers=count, bases=chosen)
             return inner.update(*carry, p, inside=own, **extra_args)
 
-        block = count if _together(extra_args, bases) else 1
+        block = count if updates_together(extra_args, bases) else 1
         # The update takes the gradient's place, the new state the old one's.
         return _in_blocks(one, (updates, state), (params, bases.by_path), block)
 
@@ -120,23 +117,6 @@ def _in_blocks(
         return jax.tree.map(put, carry, new)
 
     return jax.lax.fori_loop(0, count // block, body, carry)
-
-
-class _Bases(NamedTuple):
-    """Bases of all layers that were chosen before the update.
-
-    Attributes:
-      by_path: (L, m, r) each.
-      complete: whether the update chooses no others, or those in a batch.
-    """
-
-    by_path: dict[str, jax.Array]
-    complete: bool
-
-
-def _together(extra_args: Mapping[str, object], bases: _Bases) -> bool:
-    """Whether layers may be updated in a batch: no basis is chosen one by one there."""
-    return extra_args.get("refresh") is False or bases.complete
 
 
 def _even(block: int, count: int) -> int:
@@ -204,7 +184,7 @@ def update_layers(
         **extra_args: Any,
     ) -> tuple[Tree, Tree]:
         count = count_of(params)
-        bases = _chosen_together(tx, gradient, state, params, extra_args, inside, load)
+        bases = chosen_together(tx, gradient, state, params, extra_args, inside, load)
 
         def one(
             i: jax.Array, carry: tuple[Tree, Tree], other: Tree
@@ -215,7 +195,7 @@ def update_layers(
             return step(i, g, *carry, *operands)
 
         size = _even(count if block is None else block, count)
-        if not _together(extra_args, bases):
+        if not updates_together(extra_args, bases):
             size = 1
         return _in_blocks(one, (params, state), (gradient, bases.by_path), size)
 
@@ -226,71 +206,6 @@ def update_layers(
         inside=inside,
         **extra_args,
     )
-
-
-def _chosen_together(
-    tx: optax.GradientTransformation,
-    gradient: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None,
-    extra_args: Mapping[str, object],
-    inside: Inside,
-    load: Load = lambda params: params,
-) -> _Bases:
-    """At a refresh the bases that are best chosen for all layers in one call.
-
-    None where every rule is `batched`: a block of layers then chooses its own in one
-    call. On a mesh all bases are chosen here, and each device chooses some layers'.
-    """
-    if inside.bases:
-        return _Bases(dict(inside.bases), complete=spreads())
-    if extra_args.get("refresh") is not True:
-        return _Bases({}, complete=False)
-    inner = transformation("update_layers()", tx, "lowrank_optax.galore(0.01)")
-    layers = jnp.arange(count_of(gradient)), gradient, state, params
-
-    # Only `tx` knows where its basis rule stands, so its whole update is traced; under
-    # jit the compiler drops all that the bases do not need.
-    def subspaces(layer: Tree) -> list[tuple[Frame, bool]]:
-        """The Frames of one layer, and whether their arrays can be taken from there."""
-        (i, g, s, stored), seen, level = layer, [], trace_level()
-
-        def record(frames: optax.Updates) -> None:
-            # A wrapper may update in a conditional, whose arrays stay in it.
-            here = trace_level() == level
-            found = (f for f in frames_of(frames) if not f.full_rank and not f.folded)
-            seen.extend((f, here) for f in found)
-
-        own = inside.replace(layer=i, record=record)
-        inner.update(g, s, load(stored), inside=own, **extra_args)
-        return seen
-
-    def of_one(layer: Tree, *, batched: bool) -> dict[str, Tree]:
-        found = (f for f, here in subspaces(layer) if here and f.refreshed is not None)
-        return {f.path: f.basis for f in found if f.batched == batched}
-
-    def is_batched(layers: Tree) -> dict[str, Tree]:
-        return jax.vmap(partial(of_one, batched=True))(layers)
-
-    def all_of_some(layers: Tree, _: Tree) -> dict[str, Tree]:
-        in_turn = jax.lax.map(partial(of_one, batched=False), layers)
-        return is_batched(layers) | in_turn
-
-    if spreads():
-        found = over_devices(all_of_some, layers)
-        return _Bases(found, complete=bool(found))
-    joined: list[bool] = []
-
-    def look(layers: Tree) -> None:
-        first = jax.tree.map(lambda x: x[0], layers)
-        joined.extend(
-            f.refreshed is not None and f.batched for f, _ in subspaces(first)
-        )
-
-    jax.eval_shape(look, layers)
-    if all(joined):  # each block chooses them in one call
-        return _Bases({}, complete=bool(joined))
-    return _Bases(is_batched(layers) if any(joined) else {}, complete=False)
 
 
 def _step(

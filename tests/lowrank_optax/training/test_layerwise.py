@@ -131,7 +131,7 @@ FOLLOWED: dict[str, Any] = {
 def test_followed_bases_of_small_matrices_in_one_call(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one after the other; singular vectors only while a layer has its first."""
+    """Equal those of a loop; takes singular vectors for first gradients alone."""
     tx, calls = FOLLOWED[rule](), []
     leading, in_blocks, sizes = singular.leading, layerwise._in_blocks, []
 

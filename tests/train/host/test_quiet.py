@@ -1,4 +1,4 @@
-"""What is silenced, and what is not."""
+"""Messages of orbax that `quiet` silences, and others that it keeps."""
 
 import asyncio
 import gc
